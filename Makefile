@@ -1,0 +1,46 @@
+# Needs python3 (3.10 to 3.13) and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# auto, cpu, cu130, ...: which build of torch; unset takes the registry's default.
+TORCH_BACKEND ?=
+TORCH_OPTION := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
+
+.PHONY: install demo test lint format constraints benchmarks clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(TORCH_OPTION) \
+		-c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/hts demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Pins every version, for every supported Python; no index is named in it.
+constraints: install
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate \
+		--extra dev pyproject.toml -o constraints.txt
+	$(BIN)/uv --version | sed 's/uv \([^ ]*\).*/uv==\1/' >> constraints.txt
+
+benchmarks: install
+	$(BIN)/python benchmarks/metrics_speed.py
+	$(BIN)/python benchmarks/world.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,431 @@
+"""The `hts` command: one subcommand a stage.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or bad configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from hts_ray import pipeline, storage
+from hts_ray.config import HtsConfig, load_config
+from hts_ray.console import (
+    console,
+    duration,
+    errors,
+    image_progress,
+    percent,
+    print_mapping,
+    print_rows,
+    print_stage,
+)
+from hts_ray.errors import ConfigError, UserError
+from hts_ray.tables import find_stage
+
+_CONFIG_FILE = "config.yaml"
+
+
+class Settings:
+    """The common options of every stage command, resolved.
+
+    Without --config and --preset a run directory that has a `config.yaml` continues with it.
+    """
+
+    def __init__(
+        self,
+        config_file: str | None,
+        preset: str | None,
+        run_dir: str | None,
+        overrides: Sequence[str],
+        dry_run: bool,
+    ) -> None:
+        self.dry_run = dry_run
+        self.remembered = None
+        if config_file is None and preset is None and run_dir:
+            path = storage.join(run_dir, _CONFIG_FILE)
+            self.remembered = path if storage.exists(path) else None
+        self.config = load_config(
+            preset=preset,
+            file=config_file or self.remembered,
+            overrides=overrides,
+            extra={"run_dir": run_dir} if run_dir else {},
+        )
+
+    def open(self) -> pipeline.Run:
+        """Load the classes; say so when the settings come from the run directory."""
+        if self.remembered:
+            console.print(f"settings: {self.remembered}")
+        return pipeline.open_run(self.config)
+
+    def record(self, run: pipeline.Run, **more: Any) -> None:
+        """Write config.yaml, classes.csv and provenance.json."""
+        from hts_ray.provenance import write_provenance
+
+        write_provenance(self.config, run.class_table, **more)
+
+
+def stage_command(
+    default_preset: str | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that all stages share, and hand it their `Settings`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
+        @click.option("--preset", metavar="NAME", help="Start from a packaged preset.")
+        @click.option("--run-dir", metavar="DIR", help="Where the run lives.")
+        @click.option("--print-config", is_flag=True, help="Print the resolved settings and stop.")
+        @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, and stop.")
+        @click.argument("overrides", nargs=-1, metavar="[section.name=value]...")
+        @functools.wraps(function)
+        def command(
+            config_file: str | None,
+            preset: str | None,
+            run_dir: str | None,
+            print_config: bool,
+            dry_run: bool,
+            overrides: tuple[str, ...],
+            **options: Any,
+        ) -> None:
+            if config_file is None and preset is None:
+                preset = default_preset
+            settings = Settings(config_file, preset, run_dir, overrides, dry_run)
+            if print_config:
+                click.echo(settings.config.to_yaml(), nl=False)
+                return
+            function(settings, **options)
+
+        return command
+
+    return decorate
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(package_name="hts-ray")
+@click.option("--run-dir", default="runs/default", metavar="DIR", help="Run to show the state of.")
+@click.pass_context
+def cli(context: click.Context, run_dir: str) -> None:
+    """Turn unlabeled images and a class list into a multi-label classifier.
+
+    Without a subcommand: the stages, and where the run in --run-dir stands.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    rows = []
+    for table, stage in pipeline.stage_overview(run_dir):
+        command = _COMMAND_OF[table]
+        state = f"{stage.stats.get('rows_out', 0)} rows in {stage.path}" if stage else "not yet"
+        rows.append([f"hts {command}", table, state])
+    print_rows(f"run {run_dir}", ["stage", "table", "state"], rows)
+    click.echo("`hts COMMAND --help` tells a command's options; `hts demo` needs no data.")
+
+
+_COMMAND_OF = {
+    "manifest": "prepare",
+    "region_scores": "label",
+    "pseudo_labels": "filter",
+    "student": "train",
+    "predictions": "predict",
+    "evaluation": "evaluate",
+}
+
+
+@cli.command()
+@click.argument("source", type=click.Choice(["hico", "folder"]))
+@click.option("--root", required=True, metavar="DIR", help="Folder of the download or images.")
+@stage_command()
+def prepare(settings: Settings, source: str, root: str) -> None:
+    """List images in a manifest: a HICO download or any folder."""
+    run = settings.open()
+    if settings.dry_run:
+        print_mapping(
+            "plan", {"read": f"{source} {root}", "write": storage.join(run.run_dir, "manifest-*")}
+        )
+        if not storage.exists(root):
+            raise ConfigError(field="--root", value=root, remedy="no such folder")
+        return
+    stage = pipeline.prepare(run, source, root)
+    settings.record(run)
+    print_stage("prepare", stage)
+    counts = {k: v for k, v in stage.stats.items() if isinstance(v, int) and "rows" not in k}
+    print_mapping("counted", counts)
+    _next("label", run)
+
+
+@cli.command()
+@click.option("--manifest", metavar="PATH", help="Manifest to label (default: the run's).")
+@stage_command()
+def label(settings: Settings, manifest: str | None) -> None:
+    """Score every class prompt on every region of every image (the teacher)."""
+    run = settings.open()
+    path = pipeline.manifest_path(run, manifest)
+    stage = pipeline.label_stage(run, path)
+    if settings.dry_run:
+        from hts_ray.teacher.labeling import estimate
+
+        figures = estimate(settings.config.label, path, run.class_table)
+        print_mapping("plan", {"read": path, "write": stage.path, **_readable(figures)})
+        return
+    settings.record(run, teacher_model=settings.config.label.teacher.model)
+    with _ray(settings.config), image_progress("label") as progress:
+        pipeline.label(run, path, progress)
+    print_stage("label", stage)
+    _next("filter", run)
+
+
+@cli.command("filter")
+@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@stage_command()
+def filter_command(settings: Settings, region_scores: str | None) -> None:
+    """Turn regional scores into positives, ignored and negatives."""
+    run = settings.open()
+    source = pipeline.region_scores_stage(run, region_scores)
+    stage = pipeline.filter_stage(run, source)
+    if settings.dry_run:
+        rows = source.stats.get("rows_out")
+        print_mapping("plan", {"read": source.path, "images": rows, "write": stage.path})
+        return
+    pipeline.filter_labels(run, source)
+    settings.record(run)
+    print_stage("filter", stage)
+    names = ("positives", "positives_per_image", "images_without_positive",
+             "classes_without_positive", "ignored_band", "below_support", "over_cap")  # fmt: skip
+    print_mapping("counted", {name: stage.stats.get(name) for name in names})
+    _next("train", run)
+
+
+@cli.command()
+@click.option("--pseudo-labels", metavar="DIR", help="Labels to learn (default: the latest).")
+@click.option("--manifest", metavar="PATH", help="Manifest, for train.labels=annotations.")
+@stage_command()
+def train(settings: Settings, pseudo_labels: str | None, manifest: str | None) -> None:
+    """Fine-tune the student (train.labels: pseudo, annotations or none)."""
+    run = settings.open()
+    source = pipeline._given_stage(pseudo_labels, "pseudo_labels") if pseudo_labels else None
+    labels = pipeline.training_labels(run, source, manifest)
+    stage = pipeline.train_stage(run, labels)
+    if settings.dry_run:
+        from hts_ray.student.training import estimate
+
+        figures = estimate(settings.config.train, settings.config.student, run.class_table, labels)
+        print_mapping("plan", {"write": stage.path, **_readable(figures)})
+        return
+    settings.record(run, student_model=settings.config.student.model)
+    with _ray(settings.config):
+        pipeline.train(run, labels, _print_epoch)
+    print_stage("train", stage)
+    _next("predict", run)
+
+
+@cli.command()
+@click.option("--student", metavar="DIR", help="Student to use (default: the run's latest).")
+@click.option("--manifest", metavar="PATH", help="Images to score (default: the run's manifest).")
+@click.option("--images", metavar="DIR", help="Score this folder of images instead.")
+@stage_command()
+def predict(
+    settings: Settings, student: str | None, manifest: str | None, images: str | None
+) -> None:
+    """Score images with a trained student."""
+    run = settings.open()
+    if manifest and images:
+        raise ConfigError(field="--images", value=images, remedy="give --manifest or --images")
+    source = pipeline.student_path(run, student)
+    if images:
+        manifest, run = _folder_manifest(settings, run, images)
+    path = pipeline.manifest_path(run, manifest)
+    stage = pipeline.predict_stage(run, source, path)
+    if settings.dry_run:
+        rows = len(pipeline.read_manifest(path))
+        print_mapping("plan", {"student": source, "images": rows, "write": stage.path})
+        return
+    with _ray(settings.config), image_progress("predict") as progress:
+        pipeline.predict(run, source, path, progress)
+    print_stage("predict", stage)
+    if not images:
+        _next("evaluate", run)
+
+
+@cli.command()
+@click.option("--predictions", metavar="DIR", help="Predictions (default: the run's latest).")
+@click.option("--annotations", metavar="PATH", help="anno.mat or manifest (default: the run's).")
+@click.option("--split", default="test", help="Annotated split to compare with.")
+@click.option("--json", "json_file", metavar="FILE", help="Also write the metrics here.")
+@stage_command()
+def evaluate(
+    settings: Settings,
+    predictions: str | None,
+    annotations: str | None,
+    split: str,
+    json_file: str | None,
+) -> None:
+    """Compare predictions with annotations by HICO's official protocol."""
+    from hts_ray.tables import require_stage
+
+    run = settings.open()
+    source = predictions or require_stage(run.run_dir, "predictions", "predict").path
+    truth = annotations or pipeline.manifest_path(run)
+    if settings.dry_run:
+        print_mapping("plan", {"predictions": source, "annotations": truth, "split": split})
+        return
+    result = pipeline.evaluate(run, source, truth, split)
+    if json_file:
+        storage.write_json(json_file, result)
+    _print_metrics(result)
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN")
+@click.option("--output", metavar="FILE", help="Where to write (default RUN/report.html).")
+def report(run_dir: str, output: str | None) -> None:
+    """Write one self-contained HTML page about a run."""
+    from hts_ray.report import report_for_run, write_report
+
+    path = output or storage.join(run_dir, "report.html")
+    write_report(path, report_for_run(run_dir))
+    console.print(f"[bold]report[/bold] -> {path}")
+
+
+@cli.command("pipeline")
+@click.option("--manifest", metavar="PATH", help="Manifest to start from (default: the run's).")
+@stage_command()
+def pipeline_command(settings: Settings, manifest: str | None) -> None:
+    """Run label, filter, train, predict and (with annotations) evaluate."""
+    run = settings.open()
+    path = pipeline.manifest_path(run, manifest)
+    if settings.dry_run:
+        scores = pipeline.label_stage(run, path)
+        rows = len(pipeline.read_manifest(path))
+        print_mapping("plan", {"read": path, "images": rows, "write first": scores.path})
+        return
+    settings.record(run)
+    with _ray(settings.config), image_progress("images") as progress:
+        result = pipeline.run_all(
+            run, path, on_stage=print_stage, progress=progress, train_progress=_print_epoch
+        )
+    if result:
+        _print_metrics(result)
+    else:
+        console.print("no annotated image in the predicted split: nothing to evaluate")
+    _next("report", run)
+
+
+@cli.command()
+@click.option("--seed", default=0, show_default=True, help="Seed of the rendered world.")
+@click.option("--pretrain", "pretrain_to", metavar="DIR", help="Reproduce the shipped models here.")
+@stage_command("demo")
+def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
+    """Run everything on the built-in synthetic world; nothing is downloaded."""
+    if pretrain_to:
+        from hts_ray.pretraining import pretrain
+
+        pretrain(pretrain_to)
+        console.print(f"[bold]pretrained[/bold] -> {pretrain_to}")
+        return
+    from hts_ray.demo import demo_config, run_demo
+
+    config = demo_config(settings.config, seed)
+    if settings.dry_run:
+        print_mapping("plan", {"write": config.run_dir, "seed": seed})
+        return
+    with _ray(config):
+        run_demo(config)
+
+
+def _ray(config: HtsConfig) -> Any:
+    from hts_ray.runtime import ray_cluster
+
+    return ray_cluster(config.ray)
+
+
+def _folder_manifest(
+    settings: Settings, run: pipeline.Run, images: str
+) -> tuple[str, pipeline.Run]:
+    """Prepare a folder of images inside the run, and predict all of it."""
+    values = settings.config.model_dump()
+    values["predict"]["split"] = None
+    from hts_ray.config import parse_config
+
+    run = pipeline.Run(parse_config(values), run.class_table)
+    inner = parse_config({**values, "run_dir": storage.join(run.run_dir, "images")})
+    stage = pipeline.prepare(pipeline.Run(inner, run.class_table), "folder", images)
+    print_stage("prepare", stage)
+    return stage.file("manifest.parquet"), run
+
+
+def _print_epoch(record: Any) -> None:
+    loss, epoch = record.get("loss"), record.get("epoch")
+    rate = record.get("images_per_second")
+    speed = f", {rate:.0f} images/s" if rate else ""
+    if loss is not None:
+        console.print(f"train: epoch {epoch}, loss {loss:.4f}{speed}")
+
+
+def _print_metrics(result: dict[str, Any]) -> None:
+    rows = [
+        ["mAP", percent(result["mAP"]), percent(result["mAP_known_object"])],
+        *(
+            [name, percent(result[name]), percent(result.get(f"{name}_known_object"))]
+            for name in ("few@1", "few@5", "few@10")
+            if name in result
+        ),
+    ]
+    title = f"{result['num_images']} images, {result['num_classes']} classes with a positive"
+    print_rows(title, ["%", "default", "known object"], rows)
+
+
+def _readable(figures: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: duration(float(value)) if name.endswith("seconds") else str(value)
+        for name, value in figures.items()
+    }
+
+
+def _next(command: str, run: pipeline.Run) -> None:
+    target = run.config.run_dir
+    line = f"hts report {target}" if command == "report" else f"hts {command} --run-dir {target}"
+    if command == "label" and find_stage(run.run_dir, "manifest") is None:
+        return
+    console.print(f"next: [bold]{line}[/bold]")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with its message and exit code 1 or 2."""
+    try:
+        cli.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        errors.print("stopped")
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except UserError as error:
+        errors.print(f"[bold red]error[/bold red]: {_escape(str(error))}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("HTS_DEBUG"):
+            raise
+        errors.print(
+            f"[bold red]error[/bold red]: {_escape(f'{type(error).__name__}: {error}')}\n"
+            "This is a fault of hts_ray or of the cluster; HTS_DEBUG=1 shows where."
+        )
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,467 @@
+"""Every setting of every stage, once, typed; presets and dotted overrides on top.
+
+A configuration is built in three layers: the defaults below, a preset or a YAML file, and
+`a.b=value` overrides. Unknown keys and wrong values are refused before anything runs.
+Fields marked `execution()` say how a stage runs, not what it answers, and stay out of the
+settings hash that names its output folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hts_ray.assets import asset_path
+from hts_ray.errors import ConfigError
+
+_EXECUTION = "execution"
+
+
+def execution(default: Any, **constraints: Any) -> Any:
+    """Declare a field that changes how a stage runs but not what it answers."""
+    return Field(default, json_schema_extra={_EXECUTION: True}, **constraints)
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are errors, values are immutable once set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def answer_settings(self) -> dict[str, Any]:
+        """Return the settings that change the stage's answer, JSON-able, for hashing."""
+        result: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get(_EXECUTION):
+                continue
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                result[name] = value.answer_settings()
+            else:
+                result[name] = json.loads(json.dumps(value, default=str))
+        return result
+
+
+class ClassesConfig(Section):
+    """Which classes are labeled."""
+
+    source: str = Field("hico", description="`hico`, or the path of a class CSV of your own")
+    ids: tuple[int, ...] | None = Field(
+        None, description="keep only these class ids, in this order; all when not set"
+    )
+
+
+class PrepareConfig(Section):
+    """Where images come from and how they are checked while the manifest is written."""
+
+    splits: tuple[str, ...] = Field(("train", "test"), description="HICO splits to read")
+    split: str = Field("train", description="split given to every image of a plain folder")
+    follow_symlinks: bool = Field(True, description="follow links to folders (loops are cut)")
+    workers: int = execution(16, ge=1, le=256, description="threads that read image headers")
+
+
+class ImagesConfig(Section):
+    """Limits of image decoding; what breaks them is quarantined with the reason."""
+
+    max_pixels: int = Field(200_000_000, ge=1, description="larger images are refused")
+    min_side: int = Field(8, ge=1, description="smaller images are refused, pixels")
+    max_side: int = Field(2048, ge=16, description="longer sides are downscaled to this, pixels")
+
+
+class RegionsConfig(Section):
+    """Which regions of an image the teacher looks at."""
+
+    whole: bool = Field(True, description="the whole image is a region")
+    grid_scales: tuple[float, ...] = Field(
+        (0.7, 0.5), description="side of the grid's crops as a share of the image's sides"
+    )
+    grid_steps: tuple[int, ...] = Field(
+        (2, 3), description="crops along each side, one number a scale"
+    )
+    min_side: int = Field(16, ge=1, description="smaller crops are left out, pixels")
+    max_regions: int = Field(64, ge=1, description="at most so many regions an image")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RegionsConfig:
+        if len(self.grid_scales) != len(self.grid_steps):
+            raise ValueError("grid_scales and grid_steps must have one entry a scale each")
+        if any(not 0 < scale <= 1 for scale in self.grid_scales):
+            raise ValueError("grid_scales must lie in (0, 1]")
+        if any(steps < 1 for steps in self.grid_steps):
+            raise ValueError("grid_steps must be at least 1")
+        if not self.whole and not self.grid_scales:
+            raise ValueError("no region is left: set whole=true or name a grid scale")
+        return self
+
+
+class TeacherConfig(Section):
+    """The captioner that scores class prompts on regions."""
+
+    model: str = Field("builtin:world_captioner", description="hub id, local path or builtin:NAME")
+    revision: str | None = Field(None, description="pinned revision of a hub model")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    prompt_templates: int = Field(
+        1, ge=1, description="how many templates a class are scored and averaged"
+    )
+    append_eos: bool = Field(False, description="score the end of the sentence too")
+    length_normalize: bool = Field(
+        False, description="divide log-likelihoods by their token counts"
+    )
+    null_images: int = Field(
+        3, ge=0, description="plain images that estimate the prior log P(prompt); 0 for none"
+    )
+    captions: bool = Field(False, description="also write one greedy caption a region")
+    max_caption_tokens: int = Field(30, ge=1)
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    max_batch_regions: int = execution(64, ge=1, description="regions in one forward")
+    prompt_batch: int = execution(64, ge=1, description="prompts in one forward without a trie")
+
+
+class PoolConfig(Section):
+    """An actor pool of Ray Data."""
+
+    min_size: int = Field(1, ge=1)
+    max_size: int = Field(1, ge=1)
+    num_gpus: float = Field(0.0, ge=0.0, description="GPUs an actor")
+    num_cpus: float = Field(1.0, ge=0.0, description="CPUs an actor where it has no GPU")
+    memory_gib: float | None = Field(None, gt=0, description="memory an actor reserves")
+    threads: int = Field(1, ge=1, description="torch threads an actor")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PoolConfig:
+        if self.max_size < self.min_size:
+            raise ValueError("max_size must be at least min_size")
+        return self
+
+
+class LabelConfig(Section):
+    """The teacher pass: manifest in, region_scores out."""
+
+    splits: tuple[str, ...] = Field(("train",), description="splits of the manifest to label")
+    images: ImagesConfig = Field(default_factory=ImagesConfig)
+    regions: RegionsConfig = Field(default_factory=RegionsConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    limit: int | None = Field(None, ge=1, description="label only the first N images")
+    pool: PoolConfig = execution(PoolConfig())
+    batch_images: int = execution(16, ge=1, description="images handed to an actor at a time")
+    block_rows: int = execution(
+        64, ge=1, description="images between two commits: what a crash can cost"
+    )
+
+
+class FilterConfig(Section):
+    """From regional log-likelihoods to positives, ignored and negatives."""
+
+    region_kinds: tuple[str, ...] | None = Field(
+        None, description="stored region kinds that count; all when not set"
+    )
+    prior_alpha: float = Field(
+        0.5, ge=0.0, le=2.0, description="alpha in log P(t|r) - alpha log P(t)"
+    )
+    temperature: float = Field(1.0, gt=0.0, description="of the softmax over classes")
+    aggregation: Literal["max", "mean", "top_k_mean", "noisy_or"] = "top_k_mean"
+    top_k: int = Field(2, ge=1, description="regions averaged by top_k_mean")
+    positive_threshold: float = Field(0.5, ge=0.0, le=1.0)
+    negative_threshold: float = Field(0.1, ge=0.0, le=1.0)
+    per_class_quantile: float | None = Field(
+        0.98, gt=0.0, lt=1.0, description="a class's threshold may fall to its own quantile"
+    )
+    quantile_floor: float = Field(
+        0.2, ge=0.0, le=1.0, description="but never below this probability"
+    )
+    min_support: int = Field(1, ge=1, description="regions that must agree on a positive")
+    support_threshold: float = Field(
+        0.2, ge=0.0, le=1.0, description="probability at which a region agrees"
+    )
+    max_positives_per_image: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FilterConfig:
+        if self.negative_threshold > self.positive_threshold:
+            raise ValueError(
+                "negative_threshold must not be above positive_threshold"
+                f" ({self.negative_threshold} > {self.positive_threshold})"
+            )
+        return self
+
+
+class StudentConfig(Section):
+    """The CLIP image encoder and its cosine classifier."""
+
+    model: str = Field(
+        "builtin:world_clip",
+        description="open_clip model name, hf-hub:..., local-dir:PATH or builtin:NAME",
+    )
+    pretrained: str | None = Field(
+        None, description="open_clip pretrained tag or a local weights file"
+    )
+    image_size: int | None = Field(None, ge=16, description="pixels; the model's own if not set")
+    feature_space: Literal["projected", "backbone"] = Field(
+        "projected", description="where the cosine is taken; `backbone` is proj @ text (paper)"
+    )
+    prompt_templates: int = Field(5, ge=1, description="templates averaged into a class")
+    logit_scale: float = Field(
+        100.0, gt=0.0, description="fixed factor of the cosine; exp(4.61) in the paper"
+    )
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="of Accelerate")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1.5e-5, gt=0.0, description="of the trunk")
+    head_lr: float | None = Field(None, gt=0.0, description="of the classifier; lr if not set")
+    weight_decay: float = Field(0.0, ge=0.0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine", "warm_restarts"] = "cosine"
+    restart_epochs: int = Field(5, ge=1, description="period of warm_restarts, epochs")
+    grad_clip: float | None = Field(1.0, gt=0.0, description="largest gradient norm")
+
+
+class AugmentConfig(Section):
+    """Augmentations of the training images."""
+
+    flip: bool = True
+    crop_scale: tuple[float, float] = Field((0.7, 1.0), description="area of the random crop")
+    crop_ratio: tuple[float, float] = Field((0.7, 1.3), description="aspect of the random crop")
+    color_jitter: float = Field(0.4, ge=0.0, le=1.0, description="brightness and contrast")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale must be (low, high) with 0 < low <= high <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError("crop_ratio must be (low, high) with 0 < low <= high")
+        return self
+
+
+class TrainConfig(Section):
+    """Fine-tuning of the student."""
+
+    labels: Literal["pseudo", "annotations", "none"] = Field(
+        "pseudo", description="HTS, the supervised upper bound, or zero-shot"
+    )
+    split: str = Field("train", description="split of the manifest that is trained on")
+    loss: Literal["lse_sign", "bce"] = "lse_sign"
+    loss_temperature: float = Field(1.0, gt=0.0)
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=1, description="global: over all workers")
+    trainable: Literal["all", "head", "last"] = Field(
+        "all", description="parameters that learn; `last` is the last `trainable_blocks`"
+    )
+    trainable_blocks: int = Field(1, ge=1)
+    min_positives_per_class: int = Field(
+        0, ge=0, description="repeat images until each class has so many positives"
+    )
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    num_workers: int = execution(
+        1, ge=0, description="Ray Train workers; 0 trains inside the driver process"
+    )
+    use_gpu: bool = execution(False)
+    cpus_per_worker: float = execution(1.0, gt=0.0)
+    max_failures: int = execution(3, ge=0, description="worker failures that are survived")
+    checkpoint_every: int = execution(1, ge=1, description="epochs between checkpoints")
+
+
+class PredictConfig(Section):
+    """Scoring images with a student."""
+
+    split: str | None = Field("test", description="split of the manifest; all when not set")
+    images: ImagesConfig = Field(default_factory=ImagesConfig)
+    pool: PoolConfig = execution(PoolConfig())
+    batch_images: int = execution(64, ge=1)
+
+
+class RayConfig(Section):
+    """How the driver joins or starts Ray."""
+
+    address: str | None = Field(None, description="`auto`, host:port, or a local cluster")
+    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a local cluster")
+    num_gpus: int | None = Field(None, ge=0, description="logical GPUs of a local cluster")
+
+
+class HtsConfig(Section):
+    """All stages."""
+
+    run_dir: str = execution("runs/default", description="where every stage writes")
+    seed: int = Field(0, ge=0)
+    classes: ClassesConfig = Field(default_factory=ClassesConfig)
+    prepare: PrepareConfig = Field(default_factory=PrepareConfig)
+    label: LabelConfig = Field(default_factory=LabelConfig)
+    filter: FilterConfig = Field(default_factory=FilterConfig)
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    predict: PredictConfig = Field(default_factory=PredictConfig)
+    ray: RayConfig = execution(RayConfig())
+
+    def to_yaml(self) -> str:
+        """Return the whole configuration as YAML that `--config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the packaged presets."""
+    return sorted(path.stem for path in asset_path("presets").glob("*.yaml"))
+
+
+def load_config(
+    *,
+    preset: str | None = None,
+    file: str | None = None,
+    overrides: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> HtsConfig:
+    """Build a configuration from a preset, a YAML file and `a.b=value` overrides, in this order.
+
+    `extra` is a nested mapping applied last (command-line options such as --run-dir). Raises
+    ConfigError naming field, value and remedy.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        _merge(values, _read_preset(preset))
+    if file is not None:
+        _merge(values, _read_yaml(Path(file)))
+    for override in overrides:
+        _merge(values, _parse_override(override))
+    _merge(values, extra or {})
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> HtsConfig:
+    """Validate nested values; ConfigError naming every wrong field, its value and the remedy."""
+    try:
+        return HtsConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
+
+
+def override(config: HtsConfig, values: Mapping[str, Any]) -> HtsConfig:
+    """Return the configuration with nested values changed and everything validated again."""
+    merged = config.model_dump()
+    _merge(merged, values)
+    return parse_config(merged)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(
+            field="--preset",
+            value=name,
+            remedy=f"choose one of {', '.join(names)}{_nearest_hint(name, names)}",
+        )
+    return _read_yaml(asset_path("presets") / f"{name}.yaml")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(field="--config", value=str(path), remedy="no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            field="--config", value=str(path), remedy=f"not readable as YAML: {error}"
+        ) from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            field="--config",
+            value=str(path),
+            remedy="the file must hold `section:` keys, see --print-config",
+        )
+    return value
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(
+            field="override", value=override, remedy="write it as section.name=value"
+        )
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):
+        value = _number(value)
+    for key in reversed(keys):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _number(text: str) -> str | float:
+    """Read what YAML 1.1 leaves as text, such as 1e-4, as the number that users mean."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        elif isinstance(value, Mapping):
+            target[key] = {}
+            _merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def _describe(item: Mapping[str, Any]) -> str:
+    """Turn one of pydantic's findings into field, value and remedy."""
+    location = [str(part) for part in item["loc"]]
+    field = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        section, key = _section_at(location[:-1]), location[-1]
+        names = list(section.model_fields) if section else []
+        elsewhere = [] if names and difflib.get_close_matches(key, names) else _fields_named(key)
+        hint = _nearest_hint(key, names) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
+        known = f"known here: {', '.join(names)}" if names else ""
+        return f"{field}: unknown setting{hint} ({known})"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] in {"missing", "model_type", "value_error"}:
+        return f"{field}: {message}"
+    return f"{field} = {item.get('input')!r}: {message}"
+
+
+def _nearest_hint(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _section_at(location: Sequence[str]) -> type[Section] | None:
+    section: type[Section] = HtsConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+            return None
+        section = annotation
+    return section
+
+
+def walk_fields(
+    section: type[Section] = HtsConfig, prefix: str = ""
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield (dotted name, description, default) of every setting."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from walk_fields(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description or "", field.get_default()
+
+
+def _fields_named(name: str) -> list[str]:
+    dotted = [field for field, _, _ in walk_fields()]
+    return [field for field in dotted if field.split(".")[-1] == name]

@@ -1,0 +1,366 @@
+"""The stages in order: each reads what the one before published and publishes in turn.
+
+Every function takes the whole configuration, finds its input in the run directory (or takes
+it by path), names its output folder by a hash of the settings and inputs that make it, and
+returns that folder at once when it is finished already. Ray is expected to be up where a stage
+needs it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray import storage
+from hts_ray.classes import ClassTable, load_class_table
+from hts_ray.config import HtsConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.tables import (
+    ANNOTATION_COLUMNS,
+    MANIFEST_SCHEMA,
+    StageFolder,
+    check_table,
+    content_hash,
+    find_stage,
+    read_table,
+    require_stage,
+    require_unique_ids,
+    settings_hash,
+    write_table,
+)
+
+Progress = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory with its settings and classes."""
+
+    config: HtsConfig
+    class_table: ClassTable
+
+    @property
+    def run_dir(self) -> str:
+        """Absolute path or URI of the run directory."""
+        return storage.absolute(self.config.run_dir)
+
+    def stage(self, table: str, key: str) -> StageFolder:
+        """Return the folder of a stage."""
+        return StageFolder(self.run_dir, table, key)
+
+
+def open_run(config: HtsConfig) -> Run:
+    """Load the classes of a configuration; remote class files are fetched first."""
+    classes = config.classes
+    source = classes.source
+    if storage.is_remote(source):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "classes.csv"
+            local.write_bytes(storage.read_bytes(source))
+            return Run(config, load_class_table(str(local), classes.ids))
+    return Run(config, load_class_table(source, classes.ids))
+
+
+def prepare(run: Run, source: str, root: str) -> StageFolder:
+    """Write the manifest of a HICO download (`hico`) or a plain folder (`folder`).
+
+    The folder is named by the manifest's content. Raises DataError when no image is usable.
+    """
+    config = run.config.prepare
+    if source == "hico":
+        from hts_ray.data.hico import read_hico
+
+        prepared = read_hico(root, splits=config.splits, workers=config.workers)
+    elif source == "folder":
+        from hts_ray.data.folder import read_folder
+
+        prepared = read_folder(
+            root, config.split, follow_symlinks=config.follow_symlinks, workers=config.workers
+        )
+    else:
+        raise ConfigError(field="source", value=source, remedy="choose hico or folder")
+    stage = run.stage("manifest", content_hash(prepared.manifest))
+    if not stage.finished:
+        write_table(stage.file("manifest.parquet"), prepared.manifest)
+        write_table(stage.file("quarantine", "part-0.parquet"), prepared.quarantine)
+    if not len(prepared.manifest):
+        raise DataError(f"no usable image under {root}: {_counts(prepared.counts)}")
+    # Published on every call: the latest manifest is the one that later stages take.
+    stage.publish(
+        {
+            **prepared.counts,
+            "rows_in": len(prepared.manifest) + len(prepared.quarantine),
+            "rows_out": len(prepared.manifest),
+            "quarantined": len(prepared.quarantine),
+            "root": storage.absolute(root),
+        }
+    )
+    return stage
+
+
+def manifest_path(run: Run, given: str | None = None) -> str:
+    """Return the Parquet file of a given manifest, or of the run's latest."""
+    if given is None:
+        return require_stage(run.run_dir, "manifest", "prepare").file("manifest.parquet")
+    path = storage.absolute(given)
+    return path if path.endswith(".parquet") else storage.join(path, "manifest.parquet")
+
+
+def read_manifest(path: str) -> pa.Table:
+    """Read and check a manifest; DataError naming what is wrong with it."""
+    table = check_table(read_table(path), MANIFEST_SCHEMA, path)
+    require_unique_ids(table, path)
+    return table
+
+
+def label_stage(run: Run, manifest: str) -> StageFolder:
+    """Return the folder that the label stage writes to, without running anything.
+
+    Annotations are left out of its key: the teacher must not see them.
+    """
+    from hts_ray.teacher.captioner import model_fingerprint
+
+    images = read_manifest(manifest).drop_columns(list(ANNOTATION_COLUMNS))
+    label = run.config.label
+    key = settings_hash(
+        label.answer_settings(),
+        run.class_table.fingerprint(),
+        content_hash(images),
+        model_fingerprint(label.teacher),
+    )
+    return run.stage("region_scores", key)
+
+
+def label(run: Run, manifest: str, progress: Progress | None = None) -> StageFolder:
+    """Score every class prompt on every region of the manifest's images."""
+    from hts_ray.teacher.labeling import label_images
+
+    stage = label_stage(run, manifest)
+    label_images(
+        run.config.label,
+        manifest_path=manifest,
+        class_table=run.class_table,
+        stage=stage,
+        progress=progress,
+    )
+    return stage
+
+
+def region_scores_stage(run: Run, given: str | None = None) -> StageFolder:
+    """Return a given region_scores folder, or the run's latest."""
+    if given is None:
+        return require_stage(run.run_dir, "region_scores", "label")
+    return _given_stage(given, "region_scores")
+
+
+def filter_stage(run: Run, region_scores: StageFolder) -> StageFolder:
+    """Return the folder that the filter stage writes to."""
+    key = settings_hash(
+        run.config.filter.answer_settings(),
+        run.config.train.split,
+        region_scores.key,
+        run.class_table.fingerprint(),
+    )
+    return run.stage("pseudo_labels", key)
+
+
+def filter_labels(run: Run, region_scores: StageFolder) -> StageFolder:
+    """Turn regional scores into pseudo-labels."""
+    from hts_ray.filtering import filter_regions
+
+    stage = filter_stage(run, region_scores)
+    filter_regions(
+        run.config.filter,
+        region_scores_path=region_scores.path,
+        class_ids=stored_class_ids(region_scores),
+        split=run.config.train.split,
+        stage=stage,
+    )
+    return stage
+
+
+def stored_class_ids(stage: StageFolder) -> np.ndarray:
+    """Return the class ids (C,) of a stage's score columns, in their order."""
+    ids = storage.read_json(stage.file("table.json"))["class_ids"]
+    return np.asarray(ids, dtype=np.int16)
+
+
+def training_labels(run: Run, source: StageFolder | None, manifest: str | None) -> pa.Table | None:
+    """Return what the student learns from: image_id, uri, positive_ids, ignored_ids.
+
+    `train.labels` decides: pseudo-labels come from the filter stage alone and no manifest is
+    opened; annotations from the manifest, unknown counting as negative as HICO's protocol has
+    it; none gives None.
+    """
+    train = run.config.train
+    if train.labels == "none":
+        return None
+    columns = ["image_id", "uri", "positive_ids", "ignored_ids"]
+    if train.labels == "pseudo":
+        folder = source or require_stage(run.run_dir, "pseudo_labels", "filter")
+        table = read_table(folder.path, columns=[*columns, "split"])
+        return table.filter(pc.equal(table["split"], train.split)).select(columns)
+    table = read_manifest(manifest or manifest_path(run))
+    chosen = table.filter(
+        pc.and_(pc.equal(table["split"], train.split), table["positive_ids"].is_valid())
+    )
+    if not len(chosen):
+        raise DataError(f"train.labels=annotations: no annotated image in split {train.split!r}")
+    return chosen.rename_columns(
+        ["ignored_ids" if name == "ambiguous_ids" else name for name in chosen.column_names]
+    ).select(columns)
+
+
+def train_stage(run: Run, labels: pa.Table | None) -> StageFolder:
+    """Return the folder that training on these labels writes to."""
+    key = settings_hash(
+        run.config.train.answer_settings(),
+        run.config.student.answer_settings(),
+        student_source_fingerprint(run),
+        run.config.seed,
+        run.class_table.fingerprint(),
+        None if labels is None else content_hash(labels),
+    )
+    return run.stage("student", key)
+
+
+def student_source_fingerprint(run: Run) -> str:
+    """Return a hash of the files that a locally stored starting point consists of."""
+    from hts_ray.student.model import source_fingerprint
+
+    return source_fingerprint(run.config.student)
+
+
+def train(
+    run: Run,
+    labels: pa.Table | None,
+    progress: Callable[[Mapping[str, Any]], None] | None = None,
+) -> StageFolder:
+    """Fine-tune the student on `labels`; None stores the zero-shot student."""
+    from hts_ray.student.training import train_student
+
+    stage = train_stage(run, labels)
+    train_student(
+        config=run.config.train,
+        student_config=run.config.student,
+        class_table=run.class_table,
+        labels=labels,
+        stage=stage,
+        seed=run.config.seed,
+        progress=progress,
+    )
+    return stage
+
+
+def student_path(run: Run, given: str | None = None) -> str:
+    """Return a given student folder, or the run's latest."""
+    if given is not None:
+        return storage.absolute(given)
+    return require_stage(run.run_dir, "student", "train").path
+
+
+def predict_stage(run: Run, student: str, manifest: str) -> StageFolder:
+    """Return the folder that predicting with this student on this manifest writes to."""
+    images = read_manifest(manifest).drop_columns(list(ANNOTATION_COLUMNS))
+    weights = storage.join(student, "student.json")
+    if not storage.exists(weights):
+        raise DataError(f"no student at {student}: `hts train` writes one")
+    key = settings_hash(
+        run.config.predict.answer_settings(),
+        student.rsplit("/", 1)[-1],
+        storage.read_json(weights),
+        content_hash(images),
+    )
+    return run.stage("predictions", key)
+
+
+def predict(
+    run: Run, student: str, manifest: str, progress: Progress | None = None
+) -> StageFolder:
+    """Score images with a student."""
+    from hts_ray.student.prediction import predict_images
+
+    stage = predict_stage(run, student, manifest)
+    predict_images(
+        config=run.config.predict,
+        student_path=student,
+        manifest_path=manifest,
+        stage=stage,
+        progress=progress,
+    )
+    return stage
+
+
+def evaluate(
+    run: Run, predictions: str, annotations: str, split: str = "test", name: str = ""
+) -> dict[str, Any]:
+    """Return the HICO metrics of a predictions table, and publish them in the run directory."""
+    from hts_ray.evaluation import evaluate_scores, read_annotations, read_predictions
+
+    ids, scores_NC = read_predictions(predictions, run.class_table)
+    truth = read_annotations(annotations, run.class_table, split)
+    result = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
+    result["class_ids"] = run.class_table.ids.tolist()
+    result["predictions"] = predictions
+    if name:
+        result["name"] = name
+    stage = run.stage("evaluation", settings_hash(predictions, annotations, split))
+    storage.write_json(stage.file("metrics.json"), result)
+    stage.publish({"rows_in": len(ids), "rows_out": len(ids), "quarantined": 0})
+    return result
+
+
+def run_all(
+    run: Run,
+    manifest: str,
+    *,
+    on_stage: Callable[[str, StageFolder], None] | None = None,
+    progress: Progress | None = None,
+    train_progress: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Run label, filter, train, predict and, where there are annotations, evaluate.
+
+    Returns the metrics, or an empty dict without annotations.
+    """
+    tell = on_stage or (lambda name, stage: None)
+    scores = label(run, manifest, progress)
+    tell("label", scores)
+    source = filter_labels(run, scores)
+    tell("filter", source)
+    student = train(run, training_labels(run, source, manifest), train_progress)
+    tell("train", student)
+    predictions = predict(run, student.path, manifest, progress)
+    tell("predict", predictions)
+    table = read_manifest(manifest)
+    split = run.config.predict.split or "test"
+    annotated = table.filter(
+        pc.and_(pc.equal(table["split"], split), table["positive_ids"].is_valid())
+    )
+    return evaluate(run, predictions.path, manifest, split) if len(annotated) else {}
+
+
+def stage_overview(run_dir: str) -> list[tuple[str, StageFolder | None]]:
+    """Return the latest finished folder of every stage, in order."""
+    tables = ("manifest", "region_scores", "pseudo_labels", "student", "predictions", "evaluation")
+    return [(table, find_stage(run_dir, table)) for table in tables]
+
+
+def _given_stage(path: str, table: str) -> StageFolder:
+    folder, _, name = storage.absolute(path).rstrip("/").rpartition("/")
+    if not name.startswith(f"{table}-"):
+        raise DataError(f"{path} is not a {table} folder: its name must start with {table}-")
+    stage = StageFolder(folder, table, name.removeprefix(f"{table}-"))
+    if not stage.finished:
+        raise DataError(f"{path} is not finished: run the stage again, it resumes")
+    return stage
+
+
+def _counts(counts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in counts.items())

@@ -1,0 +1,407 @@
+"""From a teacher's regional log-likelihoods to positive, ignored and negative classes.
+
+Pure functions on arrays: regional probabilities, aggregated over an image's regions, and then a
+selection over all images at once. No annotation is used anywhere.
+
+Shapes: R regions of one image, C classes, N images, M null images or regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Normalize = Literal["softmax", "sigmoid"]
+Aggregation = Literal["max", "mean", "top_k_mean", "noisy_or"]
+FloatArray = NDArray[np.floating[Any]]
+BoolArray = NDArray[np.bool_]
+
+# Why a candidate class, one at or above the negative threshold, did not become a positive.
+REASONS = ("ignored_band", "below_support", "over_cap")
+REASON_DTYPE = np.dtype([(reason, np.int32) for reason in REASONS])
+
+# Classes whose probabilities are transposed at a time to find their thresholds.
+_BLOCK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Pseudo-labels of N images and what became of every candidate.
+
+    `targets_NC` int8: 1 positive, 0 ignored, -1 negative. `reason_counts_N`: a structured array
+    with one int32 column for each of `REASONS`. `class_thresholds_C`: the probability from
+    which each class was taken.
+    """
+
+    targets_NC: NDArray[np.int8]  # noqa: N815
+    reason_counts_N: NDArray[np.void]  # noqa: N815
+    class_thresholds_C: FloatArray  # noqa: N815
+
+    def reason_totals(self) -> dict[str, int]:
+        """Sum the dropped candidates of all images, by reason."""
+        return {name: int(self.reason_counts_N[name].sum(dtype=np.int64)) for name in REASONS}
+
+    def reasons(self) -> Iterator[dict[str, int]]:
+        """Yield each image's dropped candidates by reason, without zeros, for a map column."""
+        for row in self.reason_counts_N:
+            yield {name: int(row[name]) for name in REASONS if row[name]}
+
+    def summary(self) -> dict[str, int | float]:
+        """Tell what needs no ground truth: how much was kept, and of how many classes.
+
+        A good filter leaves few images and few classes without a positive while dropping much;
+        `positives_per_image` far from what the images show says the thresholds are off.
+        """
+        positive_NC = self.targets_NC == 1
+        images, classes = positive_NC.shape
+        positives = int(positive_NC.sum())
+        return {
+            "images": images,
+            "positives": positives,
+            "positives_per_image": positives / images if images else 0.0,
+            "images_without_positive": int((~positive_NC.any(axis=1)).sum()),
+            "classes_without_positive": int((~positive_NC.any(axis=0)).sum()),
+            "ignored_share": float((self.targets_NC == 0).mean()) if images * classes else 0.0,
+            **self.reason_totals(),
+        }
+
+
+def estimate_prior(log_likelihoods_MC: ArrayLike, minimum: float = -100.0) -> FloatArray:
+    """Estimate log P(t) (C,) in nats as the mean likelihood of each prompt over M null images.
+
+    `log_likelihoods_MC` in nats: of blank or noise images as in VisualGPTScore, or of a sample of
+    the unlabeled regions themselves, which also removes how common a class is in them.
+    `minimum` bounds the result from below, because a prior of -inf cannot be subtracted. ValueError
+    for NaN, +inf or no rows. Source: Lin et al. 2023, VisualGPTScore.
+    """
+    scores = _scores("log_likelihoods_MC", log_likelihoods_MC)
+    if not len(scores):
+        raise ValueError("log_likelihoods_MC has no rows: give at least one null image")
+    with np.errstate(under="ignore"):
+        total_C = np.logaddexp.reduce(scores.astype(np.float64), axis=0)
+    return np.asarray(np.maximum(total_C - np.log(len(scores)), minimum), dtype=scores.dtype)
+
+
+def region_probabilities(
+    log_likelihoods_RC: ArrayLike,
+    prior_C: ArrayLike | None = None,
+    alpha: float = 0.0,
+    temperature: float = 1.0,
+    *,
+    normalize: Normalize = "softmax",
+    bias_C: ArrayLike | None = None,
+    null_score: float | None = None,
+) -> FloatArray:
+    """Probability (R, C) in [0, 1] of each class in each region.
+
+    The score in nats is s = log P(t|r) - alpha * log P(t) + bias: alpha 0 trusts the captioner,
+    alpha 1 removes all of its preference for frequent phrases. Then softmax(s / T) over the
+    classes, a competition, or sigmoid(s / T), each class for itself; log-likelihoods of prompts
+    are far below 0, so a sigmoid needs a `bias_C` (C,), or similarities as input.
+    `null_score`, softmax only, adds the option "none of these" with that score, so that a
+    region that matches nothing need not sum to 1; it too is in nats, on the scale of s.
+
+    `log_likelihoods_RC` (R, C) may hold -inf (probability 0; a softmax over nothing but -inf is 0
+    throughout). The result is float32, or float64 for float64 input. Raises ValueError for NaN or
+    +inf, wrong shapes, a prior or bias that is not finite, alpha < 0, temperature <= 0.
+    Source: Lin et al. 2023, VisualGPTScore (the score).
+    """
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"normalize = {normalize!r}: give one of {', '.join(get_args(Normalize))}")
+    if not (np.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature = {temperature!r}: give a finite number above 0")
+    if not (np.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha = {alpha!r}: give a finite number of at least 0 (0 is no prior)")
+    if null_score is not None and (normalize != "softmax" or not np.isfinite(null_score)):
+        raise ValueError(
+            f"null_score = {null_score!r} with normalize = {normalize!r}:"
+            " give a finite number, with softmax, or None"
+        )
+    scores = _scores("log_likelihoods_RC", log_likelihoods_RC)
+    if alpha > 0:
+        if prior_C is None:
+            raise ValueError(f"alpha = {alpha!r} without prior_C: give log P(t), or alpha 0")
+        scores = scores - float(alpha) * _per_class("prior_C", prior_C, scores)
+    if bias_C is not None:
+        scores = scores + _per_class("bias_C", bias_C, scores)
+    with np.errstate(over="ignore", under="ignore"):
+        scaled_RC = scores / float(temperature)
+        if np.isposinf(scaled_RC).any():
+            raise ValueError(f"temperature = {temperature!r}: too small, the scores overflow")
+        if normalize == "sigmoid":
+            # exp(-log(1 + exp(-z))): neither end overflows, and small values keep their digits.
+            return np.asarray(np.exp(-np.logaddexp(0.0, -scaled_RC)), dtype=scaled_RC.dtype)
+        return _softmax(scaled_RC, None if null_score is None else null_score / temperature)
+
+
+def aggregate(
+    probabilities_RC: ArrayLike,
+    method: Aggregation = "max",
+    top_k: int = 2,
+    region_weights: ArrayLike | None = None,
+) -> FloatArray:
+    """Probability (C,) in [0, 1] of each class in the image, from its R >= 1 regions.
+
+    "max": the most certain region. "mean": all agree. "top_k_mean": the mean of the `top_k` most
+    certain (of all, if there are fewer), which one stray region cannot win alone. "noisy_or":
+    1 - prod(1 - p), that not all regions err; many weak regions add up, so it suits few regions.
+    For the same input noisy_or >= max >= top_k_mean >= mean, up to rounding.
+
+    `region_weights` (R,) in [0, 1] is the trust in each region and multiplies its probabilities
+    whatever the method; a region of weight 0 still counts in a mean, so leave it out instead.
+    Raises ValueError for no regions, values outside [0, 1], an unknown method or top_k < 1.
+    """
+    probabilities = _probabilities("probabilities_RC", probabilities_RC)
+    if not len(probabilities):
+        raise ValueError("probabilities_RC has no regions: give at least the whole image")
+    if method not in get_args(Aggregation):
+        raise ValueError(f"method = {method!r}: give one of {', '.join(get_args(Aggregation))}")
+    if top_k < 1:
+        raise ValueError(f"top_k = {top_k!r}: give at least 1")
+    if region_weights is not None:
+        weights_R = _probabilities("region_weights", region_weights, dimensions=1)
+        if weights_R.shape != probabilities.shape[:1]:
+            raise ValueError(
+                f"region_weights has {len(weights_R)} entries for {len(probabilities)} regions:"
+                " give one per region"
+            )
+        probabilities = probabilities * weights_R.astype(probabilities.dtype)[:, None]
+    if method == "max" or (method == "top_k_mean" and top_k == 1):
+        return np.asarray(probabilities.max(axis=0))
+    if method == "noisy_or":
+        with np.errstate(divide="ignore"):  # log(0) = -inf at a certain region gives 1
+            log_miss_C = np.log1p(-probabilities.astype(np.float64)).sum(axis=0)
+        return np.asarray(-np.expm1(log_miss_C), dtype=probabilities.dtype)
+    if method == "top_k_mean" and top_k < len(probabilities):
+        probabilities = np.partition(probabilities, -top_k, axis=0)[-top_k:]
+    return np.asarray(probabilities.mean(axis=0, dtype=np.float64), dtype=probabilities.dtype)
+
+
+def support(probabilities_RC: ArrayLike, threshold: float) -> NDArray[np.int32]:
+    """Count (C,) the regions that agree on a class: those with probability >= `threshold`.
+
+    ValueError for probabilities or a threshold outside [0, 1].
+    """
+    _check_unit("threshold", threshold)
+    probabilities = _probabilities("probabilities_RC", probabilities_RC)
+    return np.asarray((probabilities >= float(threshold)).sum(axis=0), dtype=np.int32)
+
+
+def select(
+    image_probabilities_NC: ArrayLike,
+    support_NC: ArrayLike | None = None,
+    *,
+    positive_threshold: float,
+    negative_threshold: float,
+    per_class_quantile: float | None = None,
+    quantile_floor: float | None = None,
+    min_positives_per_class: int = 0,
+    min_support: int = 1,
+    max_positives_per_image: int | None = None,
+) -> Selection:
+    """Positive, ignored and negative classes of N images at once.
+
+    Below `negative_threshold` a class is negative. All others are candidates, and each ends as a
+    positive or as *ignored*, never as a negative, under the first reason that applies:
+
+    - `ignored_band`: below its class's threshold (see `class_thresholds`);
+    - `below_support`: fewer than `min_support` agreeing regions;
+    - `over_cap`: not among the image's `max_positives_per_image` most probable remaining classes
+      (ties: more support first, then the lower class).
+
+    `image_probabilities_NC` (N, C) in [0, 1]; `support_NC` (N, C) integers, needed only for
+    `min_support` above 1 and to break ties. Without per-class settings, raising the positive
+    threshold can only remove positives. Raises ValueError for values out of range or unequal
+    shapes.
+    """
+    probabilities = _probabilities("image_probabilities_NC", image_probabilities_NC)
+    if max_positives_per_image is not None and max_positives_per_image < 1:
+        raise ValueError(
+            f"max_positives_per_image = {max_positives_per_image!r}:"
+            " give at least 1, or None for no limit"
+        )
+    regions_NC = _checked_support(support_NC, min_support, probabilities)
+    thresholds_C = class_thresholds(
+        probabilities,
+        positive_threshold=positive_threshold,
+        negative_threshold=negative_threshold,
+        per_class_quantile=per_class_quantile,
+        quantile_floor=quantile_floor,
+        min_positives_per_class=min_positives_per_class,
+    )
+    candidate_NC = probabilities >= probabilities.dtype.type(negative_threshold)
+    positive_NC = probabilities >= thresholds_C
+    counts_N = np.zeros(len(probabilities), dtype=REASON_DTYPE)
+    counts_N["ignored_band"] = candidate_NC.sum(axis=1) - positive_NC.sum(axis=1)
+    if regions_NC is not None:
+        unsupported_NC = positive_NC & (regions_NC < min_support)
+        counts_N["below_support"] = unsupported_NC.sum(axis=1)
+        positive_NC &= ~unsupported_NC
+    if max_positives_per_image is not None:
+        rows, columns = _over_cap(positive_NC, probabilities, regions_NC, max_positives_per_image)
+        counts_N["over_cap"] = np.bincount(rows, minlength=len(probabilities))
+        positive_NC[rows, columns] = False
+    # Candidate + positive is 0, 1 or 2: negative, ignored, positive.
+    targets_NC = candidate_NC.astype(np.int8) + positive_NC.astype(np.int8) - np.int8(1)
+    return Selection(targets_NC, counts_N, thresholds_C)
+
+
+def class_thresholds(
+    image_probabilities_NC: ArrayLike,
+    *,
+    positive_threshold: float,
+    negative_threshold: float,
+    per_class_quantile: float | None = None,
+    quantile_floor: float | None = None,
+    min_positives_per_class: int = 0,
+) -> FloatArray:
+    """Probability (C,) from which each class is taken, over N images.
+
+    One global threshold starves the tail: a captioner is less sure of rare phrases. So a class may
+    claim its k most probable images, k being the larger of the share 1 - `per_class_quantile` of
+    the N images (rounded down: 0.98 claims none of 49 images) and `min_positives_per_class`. Its
+    threshold falls from `positive_threshold` to its k-th largest probability, never rises above
+    it, and never falls below `quantile_floor`. The floor is what keeps a class that is in no image
+    from being forced on its k least unlikely ones; the default lies midway between both
+    thresholds, and whatever is given is held between them.
+
+    ValueError for thresholds outside [0, 1] or out of order, a quantile outside (0, 1), or a
+    negative count.
+    """
+    floor = _checked_floor(positive_threshold, negative_threshold, quantile_floor)
+    if per_class_quantile is not None and not 0 < per_class_quantile < 1:
+        raise ValueError(
+            f"per_class_quantile = {per_class_quantile!r}:"
+            " give a number between 0 and 1, such as 0.98, or None"
+        )
+    if min_positives_per_class < 0:
+        raise ValueError(f"min_positives_per_class = {min_positives_per_class!r}: give 0 or more")
+    probabilities = _probabilities("image_probabilities_NC", image_probabilities_NC)
+    images, classes = probabilities.shape
+    claim = min_positives_per_class
+    if per_class_quantile is not None:
+        # The small number undoes (1 - 0.98) * 50 = 1.0000000000000009 and its like below 1.
+        claim = max(claim, int((1 - per_class_quantile) * images + 1e-9))
+    thresholds_C = np.full(classes, positive_threshold, dtype=probabilities.dtype)
+    if claim == 0 or images == 0:
+        return thresholds_C
+    kth = images - min(claim, images)
+    for start in range(0, classes, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        columns = np.ascontiguousarray(probabilities[:, block].T)
+        kth_largest = np.partition(columns, kth, axis=1)[:, kth]
+        thresholds_C[block] = np.minimum(thresholds_C[block], np.maximum(kth_largest, floor))
+    return thresholds_C
+
+
+def _over_cap(
+    positive_NC: BoolArray,
+    probabilities: FloatArray,
+    regions_NC: NDArray[np.integer[Any]] | None,
+    cap: int,
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Image and class of every positive beyond the `cap` most probable of its image."""
+    crowded_N = positive_NC.sum(axis=1) > cap
+    # Positives are sparse: sorting them alone is far cheaper than sorting C classes per image.
+    rows, columns = np.nonzero(positive_NC & crowded_N[:, None])
+    found = probabilities[rows, columns]
+    agreeing = np.zeros(len(rows)) if regions_NC is None else regions_NC[rows, columns]
+    order = np.lexsort((columns, -agreeing.astype(np.float64), -found, rows))
+    rows, columns = rows[order], columns[order]
+    position_in_image = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    over = position_in_image >= cap
+    return rows[over], columns[over]
+
+
+def _softmax(scaled_RC: FloatArray, null: float | None) -> FloatArray:
+    """Softmax over the classes, and a null option if given; a row of -inf gives zeros."""
+    top_R1 = scaled_RC.max(axis=1, keepdims=True, initial=-np.inf)
+    if null is not None:
+        top_R1 = np.maximum(top_R1, scaled_RC.dtype.type(null))
+    top_R1 = np.where(np.isneginf(top_R1), 0, top_R1).astype(scaled_RC.dtype)
+    weights_RC = np.exp(scaled_RC - top_R1)
+    total_R1 = weights_RC.sum(axis=1, keepdims=True)
+    if null is not None:
+        total_R1 = total_R1 + np.exp(scaled_RC.dtype.type(null) - top_R1)
+    # The total is at least 1, the largest weight, except in a row of -inf.
+    return np.asarray(weights_RC / np.where(total_R1 > 0, total_R1, 1), dtype=scaled_RC.dtype)
+
+
+def _floats(name: str, values: ArrayLike, dimensions: int) -> FloatArray:
+    """As float32, or float64 if it was; ValueError for other dimensions."""
+    array = np.asarray(values)
+    if array.ndim != dimensions:
+        raise ValueError(f"{name} has shape {array.shape}: give {dimensions} dimension(s)")
+    return array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
+
+
+def _scores(name: str, values: ArrayLike) -> FloatArray:
+    scores = _floats(name, values, dimensions=2)
+    # A maximum is NaN if any entry is, and +inf if any is.
+    if scores.size and not scores.max() < np.inf:
+        raise ValueError(
+            f"{name} holds {scores.max()}: log-likelihoods are finite or -inf; mark"
+            " the image as failed instead"
+        )
+    return scores
+
+
+def _per_class(name: str, values: ArrayLike, scores: FloatArray) -> FloatArray:
+    array_C = _floats(name, values, dimensions=1).astype(scores.dtype, copy=False)
+    if array_C.shape != scores.shape[1:]:
+        raise ValueError(
+            f"{name} has {len(array_C)} entries for {scores.shape[1]} classes: give one per class"
+        )
+    if not np.isfinite(array_C).all():
+        raise ValueError(f"{name} holds NaN or infinity: bound it first, as estimate_prior does")
+    return array_C
+
+
+def _probabilities(name: str, values: ArrayLike, dimensions: int = 2) -> FloatArray:
+    array = _floats(name, values, dimensions)
+    # Written so that NaN, which makes both extremes NaN, fails as well.
+    if array.size and not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError(
+            f"{name} ranges from {array.min()} to {array.max()}: give probabilities in [0, 1]"
+            " (region_probabilities makes them)"
+        )
+    return array
+
+
+def _checked_support(
+    support_NC: ArrayLike | None, min_support: int, probabilities: FloatArray
+) -> NDArray[np.integer[Any]] | None:
+    if support_NC is None:
+        if min_support > 1:
+            raise ValueError(f"min_support = {min_support!r} without support_NC: give the support")
+        return None
+    regions_NC = np.asarray(support_NC)
+    if regions_NC.shape != probabilities.shape or regions_NC.dtype.kind not in "iu":
+        raise ValueError(
+            f"support_NC is {regions_NC.dtype} {regions_NC.shape}:"
+            f" give integers of shape {probabilities.shape}"
+        )
+    return regions_NC
+
+
+def _checked_floor(positive: float, negative: float, floor: float | None) -> float:
+    """Default the floor of the per-class thresholds and hold it above the negative one."""
+    _check_unit("positive_threshold", positive)
+    _check_unit("negative_threshold", negative)
+    if negative > positive:
+        raise ValueError(
+            f"negative_threshold = {negative!r}: give at most positive_threshold, {positive!r}"
+        )
+    if floor is None:
+        floor = (negative + positive) / 2
+    _check_unit("quantile_floor", floor)
+    return float(max(floor, negative))
+
+
+def _check_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} = {value!r}: give a number in [0, 1]")

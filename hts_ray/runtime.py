@@ -1,0 +1,62 @@
+"""How a driver joins or starts Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hts_ray.config import RayConfig
+from hts_ray.errors import UserError
+
+# The parquet reader starts 32 footer actors by default, however small the input; a manifest
+# is one file, so one is enough and saves the start of 31 processes.
+_DEFAULT_ENVIRONMENT = {
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def ray_cluster(config: RayConfig) -> Iterator[None]:
+    """Join the cluster of this job or address, else start a local one for the block's duration.
+
+    A cluster that was running before is left running. A local cluster listens on the loopback
+    address only, has no dashboard, and uses token authentication unless RAY_AUTH_MODE says
+    otherwise. Raises UserError when no cluster can be reached or started.
+    """
+    for name, value in _DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    joins = bool(config.address or os.environ.get("RAY_ADDRESS"))
+    if not joins:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if joins:
+            ray.init(address=config.address, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                num_gpus=config.num_gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _node_ip_address="127.0.0.1",
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
+        raise UserError(f"Ray could not reach or start {target}: {error}") from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()

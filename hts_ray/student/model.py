@@ -1,0 +1,488 @@
+"""The student: an open_clip image tower with a cosine classifier over the classes.
+
+Shapes: N images, S image size, C classes, D features. open_clip is imported inside functions,
+because that takes seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from hts_ray.assets import asset_path
+from hts_ray.classes import ClassTable
+from hts_ray.config import OptimConfig, StudentConfig
+from hts_ray.errors import ConfigError
+from hts_ray.image_pipeline import Pixels, squash
+
+Trainable = Literal["all", "head", "last"]
+_TEXT_BATCH = 256
+_CONFIG_FILE = "open_clip_config.json"
+_LOCAL, _HUB, _BUILTIN = "local-dir:", "hf-hub:", "builtin:"
+
+
+class Student(nn.Module):
+    """An image tower and one direction a class; a logit is `logit_scale` times their cosine.
+
+    `image_mean` and `image_std` are RGB in 0..1. `model_cfg` is open_clip's description of the
+    architecture, from which the tower is rebuilt without any other file.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+    logit_scale: Tensor
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        classifier_CD: Tensor,
+        *,
+        config: StudentConfig,
+        class_table: ClassTable,
+        model_cfg: dict[str, Any],
+        image_size: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.visual = visual
+        self.classifier = nn.Parameter(classifier_CD.detach().clone().float())
+        self.config = config
+        self.class_table = class_table
+        self.model_cfg = model_cfg
+        self.image_size = image_size
+        self.register_buffer("logit_scale", torch.tensor(float(config.logit_scale)))
+        self.register_buffer("image_mean", torch.tensor(list(image_mean)), persistent=False)
+        self.register_buffer("image_std", torch.tensor(list(image_std)), persistent=False)
+        # Towers with a fixed position embedding keep it fixed whatever is trained.
+        self._fixed = {name for name, value in self.named_parameters() if not value.requires_grad}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, C) float32 for normalised images (N, 3, S, S)."""
+        features_ND = self.visual(images).float()
+        # In bf16 a logit near 100 would be known to half a unit only.
+        with torch.autocast(features_ND.device.type, enabled=False):
+            cosine_NC = F.normalize(features_ND, dim=-1) @ F.normalize(self.classifier, dim=-1).T
+        return self.logit_scale * cosine_NC
+
+    def preprocess(self, images: Sequence[Pixels]) -> Tensor:
+        """Turn N uint8 images (H, W, 3) of any size into (N, 3, S, S): squashed, normalised."""
+        size = self.image_size
+        squashed = [squash(np.asarray(image), size) for image in images]
+        stacked = np.stack(squashed) if squashed else np.zeros((0, size, size, 3), np.uint8)
+        return self.normalise(torch.from_numpy(stacked.copy()))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Turn uint8 (N, S, S, 3) into what `forward` takes, on the student's device."""
+        images = pixels.to(self.image_mean.device).permute(0, 3, 1, 2).float() / 255
+        return self.standardise(images)
+
+    def standardise(self, images: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation: (N, 3, S, S) in 0..1."""
+        mean, std = self.image_mean[:, None, None], self.image_std[:, None, None]
+        return ((images - mean) / std).contiguous()
+
+    def train(self, mode: bool = True) -> Student:
+        """Set the training mode; BatchNorm and what is frozen stay in evaluation mode."""
+        super().train(mode)
+        for module in self.visual.modules():
+            parameters = list(module.parameters())
+            frozen = bool(parameters) and not any(value.requires_grad for value in parameters)
+            # A student's batches are small and full of repeats: their statistics would drift.
+            if frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def build_student(config: StudentConfig, class_table: ClassTable) -> Student:
+    """Make the zero-shot student: open_clip's tower, classes from their prompts' embeddings.
+
+    The classifier is the normalised mean of the normalised embeddings of the first
+    `prompt_templates` prompts a class; the text tower is dropped afterwards. With
+    `feature_space="backbone"` it is proj @ text and the features are those before `proj`
+    (the paper's student). Raises ConfigError for models and weights that cannot be had.
+    """
+    import open_clip
+
+    name = _resolve_name(config)
+    model_cfg = _model_cfg(name)
+    _check_pretrained(config, name)
+    if config.pretrained is not None and not name.startswith((_LOCAL, _HUB)):
+        tag = open_clip.get_pretrained_cfg(name, config.pretrained)
+        if tag.get("quick_gelu"):  # OpenAI's weights lose accuracy under the plain GELU
+            model_cfg["quick_gelu"] = True
+    clip = _create_clip(config, name, bool(model_cfg.get("quick_gelu")))
+    texts_CD = _text_embeddings(clip, name, class_table, config.prompt_templates)
+    visual, classifier_CD = _in_feature_space(clip.visual, texts_CD, config)
+    preprocess = open_clip.get_model_preprocess_cfg(clip)
+    size = _fit_tower(visual, config.image_size)
+    return Student(
+        visual,
+        classifier_CD,
+        config=config,
+        class_table=class_table,
+        model_cfg=model_cfg,
+        image_size=size,
+        image_mean=preprocess["mean"],
+        image_std=preprocess["std"],
+    )
+
+
+def rebuild_student(
+    config: StudentConfig,
+    class_table: ClassTable,
+    *,
+    model_cfg: dict[str, Any],
+    image_size: int,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+    state: dict[str, Tensor],
+) -> Student:
+    """Make a student from its description and weights alone: nothing is downloaded.
+
+    Raises KeyError, RuntimeError, TypeError or ValueError when they do not fit each other.
+    """
+    visual = _empty_tower(model_cfg)
+    if config.feature_space == "backbone":
+        visual.proj = None
+    _fit_tower(visual, image_size)
+    student = Student(
+        visual,
+        state["classifier"],
+        config=config,
+        class_table=class_table,
+        model_cfg=model_cfg,
+        image_size=image_size,
+        image_mean=image_mean,
+        image_std=image_std,
+    )
+    if len(state["classifier"]) != len(class_table):
+        raise ValueError(f"{len(state['classifier'])} classifier rows, {len(class_table)} classes")
+    student.load_state_dict(state)
+    return student.eval()
+
+
+def source_fingerprint(config: StudentConfig) -> str:
+    """Return a hash of the local files that the student starts from; of a name, the name's.
+
+    Raises ConfigError when they are not there.
+    """
+    name = _resolve_name(config)
+    digest = hashlib.sha256()
+    files: list[Path] = []
+    if name.startswith(_LOCAL):
+        files = sorted(path for path in Path(name[len(_LOCAL) :]).iterdir() if path.is_file())
+    else:
+        digest.update(f"{name} {config.pretrained}".encode())
+        if config.pretrained is not None and Path(config.pretrained).is_file():
+            files = [Path(config.pretrained)]
+    for path in files:
+        digest.update(path.name.encode())
+        with open(path, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:
+    """Choose what learns: everything, the classifier (`head`), or the `last` blocks with it.
+
+    A block is a transformer block of a ViT, one of a ResNet's four layers, or a block or stage
+    of a timm trunk; what follows the last block learns with it. Frozen parts come first, so
+    autograd records nothing for them and they cost a forward pass only. ConfigError when the
+    tower has fewer blocks.
+    """
+    student.requires_grad_(mode == "all")
+    student.classifier.requires_grad_(True)
+    if mode == "last":
+        parts, tail = _tower_parts(student.visual)
+        if blocks > len(parts):
+            raise ConfigError(
+                field="train.trainable_blocks",
+                value=blocks,
+                remedy=f"the tower has {len(parts)} blocks, or write train.trainable=all",
+            )
+        for part in [*parts[-blocks:], *tail]:
+            part.requires_grad_(True)
+    for name, value in student.named_parameters():
+        if name in student._fixed:
+            value.requires_grad_(False)
+    student.train(student.training)
+
+
+def parameter_groups(student: Student, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Return AdamW's groups: the trunk's matrices, its vectors (never decayed) and the head.
+
+    Empty groups are left out; frozen parameters are in none.
+    """
+    trunk = [value for value in student.visual.parameters() if value.requires_grad]
+    head_lr = optim.lr if optim.head_lr is None else optim.head_lr
+    groups = [
+        ([v for v in trunk if v.ndim > 1], optim.lr, optim.weight_decay),
+        ([v for v in trunk if v.ndim <= 1], optim.lr, 0.0),
+        ([student.classifier], head_lr, optim.weight_decay),
+    ]
+    return [
+        {"params": values, "lr": lr, "weight_decay": decay}
+        for values, lr, decay in groups
+        if values
+    ]
+
+
+def _resolve_name(config: StudentConfig) -> str:
+    """Return open_clip's name of the model: a known name, `hf-hub:...` or `local-dir:PATH`."""
+    import open_clip
+
+    name = config.model
+    if name.startswith(_BUILTIN):
+        try:
+            name = _LOCAL + str(asset_path(f"{name[len(_BUILTIN) :]}/{_CONFIG_FILE}").parent)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                field="student.model", value=config.model, remedy=str(error)
+            ) from error
+    if name.startswith(_LOCAL):
+        folder = Path(name[len(_LOCAL) :])
+        if not (folder / _CONFIG_FILE).is_file():
+            raise ConfigError(
+                field="student.model", value=config.model, remedy=f"{folder} has no {_CONFIG_FILE}"
+            )
+        return f"{_LOCAL}{folder.resolve()}"
+    if name.startswith(_HUB):
+        return name
+    name = name.replace("/", "-")
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+        raise ConfigError(
+            "open_clip has no such model",
+            field="student.model",
+            value=config.model,
+            remedy=f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()",
+        )
+    return name
+
+
+def _model_cfg(name: str) -> dict[str, Any]:
+    import open_clip
+
+    try:
+        model_cfg = open_clip.get_model_config(name)
+    except Exception as error:  # a hub client raises many kinds, all of them mean the same
+        raise ConfigError(
+            field="student.model", value=name, remedy=f"its {_CONFIG_FILE} cannot be read: {error}"
+        ) from error
+    if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg"} <= model_cfg.keys():
+        raise ConfigError(
+            field="student.model",
+            value=name,
+            remedy=f"its {_CONFIG_FILE} lacks embed_dim or vision_cfg",
+        )
+    return model_cfg
+
+
+def _check_pretrained(config: StudentConfig, name: str) -> None:
+    """Refuse a start from random weights, which would look like a bad student later."""
+    import open_clip
+
+    if name.startswith((_LOCAL, _HUB)):
+        if config.pretrained is not None:
+            raise ConfigError(
+                field="student.pretrained",
+                value=config.pretrained,
+                remedy=f"leave it out: {config.model} brings its own weights",
+            )
+        return
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if config.pretrained is None or not (
+        config.pretrained in tags or Path(config.pretrained).is_file()
+    ):
+        near = difflib.get_close_matches(str(config.pretrained), tags, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            "neither a tag of the model nor a weights file",
+            field="student.pretrained",
+            value=str(config.pretrained),
+            remedy=f"{hint}{name} has {', '.join(tags) or 'no tags: give a weights file'}",
+        )
+
+
+def _create_clip(config: StudentConfig, name: str, quick_gelu: bool) -> Any:
+    import open_clip
+    from safetensors import SafetensorError
+
+    try:
+        clip = open_clip.create_model(
+            name,
+            pretrained=config.pretrained,
+            force_quick_gelu=quick_gelu,
+            require_pretrained=True,
+            weights_only=True,
+        )
+    except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise _weights_error(config, error) from error
+    except SafetensorError as error:
+        raise _weights_error(config, error) from error
+    return clip.eval()
+
+
+def _weights_error(config: StudentConfig, error: Exception) -> ConfigError:
+    source = config.pretrained or config.model
+    reason = " ".join(str(error).split())[:300]
+    return ConfigError(
+        f"the weights of {config.model} cannot be loaded from {source}",
+        field="student.pretrained" if config.pretrained else "student.model",
+        value=source,
+        remedy=reason,
+    )
+
+
+@torch.no_grad()
+def _text_embeddings(clip: Any, name: str, class_table: ClassTable, templates: int) -> Tensor:
+    """Return one unit vector (C, E) a class from its first `templates` prompts."""
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(name)
+    prompts = [
+        (c, text) for c, texts in enumerate(class_table.prompts) for text in texts[:templates]
+    ]
+    pieces = []
+    for start in range(0, len(prompts), _TEXT_BATCH):
+        tokens = tokenizer([text for _, text in prompts[start : start + _TEXT_BATCH]])
+        pieces.append(F.normalize(clip.encode_text(tokens).float(), dim=-1))
+    embeddings = torch.cat(pieces)
+    owners = torch.tensor([c for c, _ in prompts])
+    means = torch.stack([embeddings[owners == c].mean(dim=0) for c in range(len(class_table))])
+    return F.normalize(means, dim=-1)
+
+
+def _in_feature_space(
+    visual: nn.Module, texts_CE: Tensor, config: StudentConfig
+) -> tuple[nn.Module, Tensor]:
+    """Return the tower that gives the features, and the classes' directions among them."""
+    if hasattr(visual, "output_tokens"):
+        visual.output_tokens = False  # CoCa's tower returns its tokens too
+    if config.feature_space == "projected":
+        return visual, texts_CE
+    projection_DE = getattr(visual, "proj", None)
+    if not isinstance(projection_DE, Tensor):
+        raise ConfigError(
+            field="student.feature_space",
+            value="backbone",
+            remedy=f"{config.model} has no projection to leave out: write projected",
+        )
+    visual.proj = None
+    # The cosine with proj @ text: (f proj) . t = f . (proj t)
+    return visual, texts_CE @ projection_DE.detach().float().T
+
+
+def _empty_tower(model_cfg: dict[str, Any]) -> nn.Module:
+    """Build the image tower alone: a text tower might ask the hub for its configuration."""
+    import open_clip  # noqa: F401 - the submodule below is not importable by itself
+    from open_clip.model import _build_vision_tower
+
+    vision_cfg = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
+    visual = _build_vision_tower(
+        model_cfg["embed_dim"], vision_cfg, bool(model_cfg.get("quick_gelu", False))
+    )
+    assert isinstance(visual, nn.Module)
+    if hasattr(visual, "output_tokens"):
+        visual.output_tokens = False
+    return visual
+
+
+def _fit_tower(visual: nn.Module, size: int | None) -> int:
+    """Make the tower take `size` x `size` images and return that size; None keeps its own."""
+    native: Any = visual.image_size
+    height, width = native if isinstance(native, tuple | list) else (native, native)
+    if size is None and height != width:
+        raise ConfigError(
+            f"the model takes {height}x{width} images",
+            field="student.image_size",
+            remedy="set the side of a square",
+        )
+    if size is None or size == height == width:
+        return int(height)
+    if hasattr(visual, "trunk"):
+        if hasattr(visual.trunk, "set_input_size"):
+            visual.trunk.set_input_size(img_size=(size, size))  # type: ignore[operator]
+        visual.image_size = (size, size)
+    elif hasattr(visual, "attnpool"):
+        _check_multiple(size, 32)
+        _resize_positions(visual.attnpool, size // 32, size // 32)  # type: ignore[arg-type]
+        visual.image_size = size
+    else:
+        patch: Any = visual.patch_size
+        _check_multiple(size, int(patch[0]))
+        grid = (size // int(patch[0]), size // int(patch[1]))
+        _resize_positions(visual, *grid)
+        visual.grid_size = grid
+        visual.image_size = (size, size)
+    return size
+
+
+def _check_multiple(size: int, step: int) -> None:
+    if size % step:
+        below = size // step * step
+        near = f"{below} or {below + step}" if below else f"{step}"
+        raise ConfigError(
+            field="student.image_size",
+            value=size,
+            remedy=f"use a multiple of the patch size {step}, such as {near}",
+        )
+
+
+def _resize_positions(owner: nn.Module, rows: int, columns: int) -> None:
+    """Interpolate a learned position embedding (1 + g * g, D) bicubically to another grid."""
+    old = owner.positional_embedding
+    assert isinstance(old, nn.Parameter)
+    token, grid = old.detach()[:1], old.detach()[1:]
+    side = round(len(grid) ** 0.5)
+    image = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(
+        image, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False
+    )
+    grid = image.permute(0, 2, 3, 1).reshape(rows * columns, -1)
+    owner.positional_embedding = nn.Parameter(
+        torch.cat([token, grid]), requires_grad=old.requires_grad
+    )
+
+
+def _tower_parts(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module | nn.Parameter]]:
+    """Return the tower's blocks in order, and what comes after the last one."""
+    if hasattr(visual, "transformer"):
+        blocks = list(visual.transformer.resblocks)  # type: ignore[union-attr, arg-type]
+        before = {"conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer"}
+        return blocks, list(_others(visual, before))
+    if hasattr(visual, "layer4"):
+        blocks = [getattr(visual, f"layer{i}") for i in range(1, 5)]
+        return blocks, [visual.attnpool]  # type: ignore[list-item]
+    trunk: nn.Module = visual.trunk if hasattr(visual, "trunk") else visual  # type: ignore[assignment]
+    for name in ("blocks", "stages", "layers"):
+        inner = getattr(trunk, name, None)
+        if isinstance(inner, nn.Sequential | nn.ModuleList):
+            children = [child for child, _ in trunk.named_children()]
+            before = set(children[: children.index(name) + 1])
+            # Parameters that belong to the trunk itself are embeddings: they come first.
+            before |= {parameter for parameter, _ in trunk.named_parameters(recurse=False)}
+            tail = [part for part in _others(trunk, before)]
+            if trunk is not visual:
+                tail += _others(visual, {"trunk"})
+            return list(inner), tail
+    raise ConfigError(
+        field="train.trainable",
+        value="last",
+        remedy=f"the blocks of a {type(trunk).__name__} are not known: write all or head",
+    )
+
+
+def _others(owner: nn.Module, names: set[str]) -> Iterator[nn.Module | nn.Parameter]:
+    yield from (child for name, child in owner.named_children() if name not in names)
+    yield from (p for name, p in owner.named_parameters(recurse=False) if name not in names)

@@ -1,0 +1,254 @@
+"""The Arrow tables that join the stages, and the run directory they lie in.
+
+Every schema is declared here once and carries its name and version in the metadata. A
+stage writes to a folder named `<table>-<settings hash>`; the folder counts as finished
+when its `stats.json` exists, which is written last and in one step. Readers refuse a
+folder without it, so nothing half-written is ever taken for a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from hts_ray import storage
+from hts_ray.errors import DataError
+
+SCHEMA_VERSION = "1"
+STATS_FILE = "stats.json"
+
+
+def _schema(name: str, fields: list[pa.Field]) -> pa.Schema:
+    return pa.schema(fields, metadata={"hts_table": name, "hts_version": SCHEMA_VERSION})
+
+
+CLASS_IDS = pa.list_(pa.int16())
+BOX = pa.list_(pa.float32(), 4)
+
+MANIFEST_SCHEMA = _schema(
+    "manifest",
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("split", pa.string(), nullable=False),
+        # Class ids by annotation; null where the image has none. What is in no list is unknown.
+        pa.field("positive_ids", CLASS_IDS),
+        pa.field("negative_ids", CLASS_IDS),
+        pa.field("ambiguous_ids", CLASS_IDS),
+    ],
+)
+ANNOTATION_COLUMNS = ("positive_ids", "negative_ids", "ambiguous_ids")
+
+REGION_SCORES_SCHEMA = _schema(
+    "region_scores",
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("boxes", pa.list_(BOX)),  # R boxes, xyxy, pixels of the upright original
+        pa.field("region_kinds", pa.list_(pa.string())),  # R kinds: whole, grid, union, given
+        pa.field("captions", pa.list_(pa.list_(pa.string()))),  # R lists, empty if not asked for
+        pa.field("scores", pa.list_(pa.float32())),  # R x C log-likelihoods, row-major
+        pa.field("status", pa.string(), nullable=False),  # ok or quarantined
+        pa.field("error_kind", pa.string()),
+        pa.field("error", pa.string()),
+    ],
+)
+
+PSEUDO_LABELS_SCHEMA = _schema(
+    "pseudo_labels",
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("positive_ids", CLASS_IDS, nullable=False),
+        pa.field("ignored_ids", CLASS_IDS, nullable=False),
+        pa.field("probability", pa.list_(pa.float32()), nullable=False),  # per positive id
+        pa.field("support", pa.list_(pa.int16()), nullable=False),  # agreeing regions, per positive
+        pa.field("dropped", pa.map_(pa.string(), pa.int32()), nullable=False),  # reason: classes
+    ],
+)
+
+QUARANTINE_SCHEMA = _schema(
+    "quarantine",
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("error_kind", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ],
+)
+
+
+def predictions_schema(num_classes: int) -> pa.Schema:
+    """Return the schema of `predictions` for C = `num_classes` scores an image."""
+    return _schema(
+        "predictions",
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("uri", pa.string()),
+            pa.field("split", pa.string()),
+            pa.field("scores", pa.list_(pa.float32(), num_classes)),  # null when quarantined
+            pa.field("status", pa.string(), nullable=False),
+            pa.field("error_kind", pa.string()),
+            pa.field("error", pa.string()),
+        ],
+    )
+
+
+def settings_hash(*parts: Any) -> str:
+    """Return 12 hexadecimal digits that change whenever any of the JSON-able parts does."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def content_hash(table: pa.Table) -> str:
+    """Return a hash of a table's rows, whatever its chunks and file layout."""
+    digest = hashlib.sha256()
+    combined = table.combine_chunks().replace_schema_metadata(None)
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, combined.schema) as writer:
+        writer.write_table(combined)
+    digest.update(sink.getvalue())
+    return digest.hexdigest()[:12]
+
+
+def with_metadata(schema: pa.Schema, extra: Mapping[str, Any]) -> pa.Schema:
+    """Return the schema with JSON values added to its metadata."""
+    metadata = dict(schema.metadata or {})
+    metadata.update({key.encode(): json.dumps(value).encode() for key, value in extra.items()})
+    return schema.with_metadata(metadata)
+
+
+def metadata_value(schema: pa.Schema, key: str) -> Any:
+    """Return a JSON value that `with_metadata` stored; KeyError when it is not there."""
+    return json.loads((schema.metadata or {})[key.encode()])
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's output folder inside a run directory: `<table>-<key>`."""
+
+    run_dir: str
+    table: str
+    key: str
+
+    @property
+    def path(self) -> str:
+        """The folder's path or URI."""
+        return storage.join(self.run_dir, f"{self.table}-{self.key}")
+
+    def file(self, *names: str) -> str:
+        """The path of a file inside the folder."""
+        return storage.join(self.path, *names)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage's last step, its `stats.json`, was written."""
+        return storage.exists(self.file(STATS_FILE))
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the finished stage counted."""
+        stats = storage.read_json(self.file(STATS_FILE))
+        assert isinstance(stats, dict)
+        return stats
+
+    def publish(self, stats: Mapping[str, Any]) -> None:
+        """Make the folder's contents a result; `stats` holds rows in, out, quarantined, seconds."""
+        storage.write_json(
+            self.file(STATS_FILE),
+            {**stats, "table": self.table, "key": self.key, "finished_at": time.time()},
+        )
+
+
+def find_stage(run_dir: str, table: str) -> StageFolder | None:
+    """Return the most recently finished folder of `table`, or None."""
+    prefix = f"{table}-"
+    folders = [
+        StageFolder(run_dir, table, name[len(prefix) :])
+        for name in storage.list_names(run_dir)
+        if name.startswith(prefix)
+    ]
+    finished = [folder for folder in folders if folder.finished]
+    return max(finished, key=lambda folder: folder.stats["finished_at"], default=None)
+
+
+def require_stage(run_dir: str, table: str, command: str) -> StageFolder:
+    """Return the latest finished folder of `table`; DataError naming the command to run first."""
+    folder = find_stage(run_dir, table)
+    if folder is None:
+        raise DataError(f"{run_dir} holds no finished {table}: run `hts {command}` first")
+    return folder
+
+
+def write_table(path: str, table: pa.Table) -> None:
+    """Write one Parquet file in one step."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    storage.write_bytes(path, sink.getvalue())
+
+
+def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or every Parquet file below a folder, with its schema's metadata.
+
+    Raises DataError when there is nothing to read or the files are not Parquet.
+    """
+    filesystem, inner = storage.resolve(path)
+    if not storage.exists(path):
+        raise DataError(f"no table at {path}: check the path, or run the stage that writes it")
+    try:
+        dataset = pads.dataset(
+            inner,
+            format="parquet",
+            filesystem=filesystem,
+            exclude_invalid_files=False,
+            ignore_prefixes=[".", "_", "checkpoint", STATS_FILE, "table.json", "quarantine"],
+        )
+        if not dataset.files:
+            raise DataError(f"{path} holds no Parquet file: the stage that writes it has no rows")
+        return dataset.to_table(columns=list(columns) if columns is not None else None)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
+    """Return `table` with exactly the columns of `schema`, in its order and types.
+
+    Raises DataError naming the first missing column or the wrong type.
+    """
+    name = (schema.metadata or {}).get(b"hts_table", b"table").decode()
+    missing = [field.name for field in schema if field.name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"{path} is not a {name} table: column {missing[0]!r} is missing"
+            f" (found {', '.join(table.column_names)})"
+        )
+    try:
+        columns = [table[field.name].cast(field.type) for field in schema]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{path} is not a {name} table: {error}") from error
+    return pa.table(columns, schema=schema.with_metadata(table.schema.metadata or schema.metadata))
+
+
+def require_unique_ids(table: pa.Table, path: str) -> None:
+    """Raise DataError when two rows share an `image_id`."""
+    ids = table["image_id"]
+    if ids.null_count or len(ids.unique()) != len(ids):
+        counts = ids.value_counts().to_pylist()
+        twice = next((c["values"] for c in counts if c["counts"] > 1), None)
+        raise DataError(f"{path}: image_id must be unique, {twice!r} stands in several rows")

@@ -1,0 +1,8 @@
+"""Entry point for `ray job submit -- python jobs/evaluate.py`: the same arguments as `hts evaluate`."""
+
+import sys
+
+from hts_ray.cli import main
+
+if __name__ == "__main__":
+    main(["evaluate", *sys.argv[1:]])

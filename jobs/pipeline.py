@@ -1,0 +1,8 @@
+"""Entry point for `ray job submit -- python jobs/pipeline.py`: the same arguments as `hts pipeline`."""
+
+import sys
+
+from hts_ray.cli import main
+
+if __name__ == "__main__":
+    main(["pipeline", *sys.argv[1:]])
