@@ -103,7 +103,7 @@ def compare(
 
 
 def machine() -> dict[str, Any]:
-    """What the timings depend on."""
+    """Describe what the timings depend on."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -284,7 +284,7 @@ def class_thresholds(
     images, classes = probabilities.shape
     claim = min_positives_per_class
     if per_class_quantile is not None:
-        # The small number undoes (1 - 0.98) * 50 = 1.0000000000000009 and its like below 1.
+        # The small number makes (1 - 0.9) * 10 = 0.9999999999999998 a whole image.
         claim = max(claim, int((1 - per_class_quantile) * images + 1e-9))
     thresholds_C = np.full(classes, positive_threshold, dtype=probabilities.dtype)
     if claim == 0 or images == 0:

@@ -14,20 +14,23 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.dataset as pads
+import yaml
 from jinja2 import Environment, StrictUndefined
-from PIL import Image, ImageOps
+from PIL import Image
 
 from hts_ray import storage, tables
 from hts_ray.assets import asset_path
 from hts_ray.classes import ClassTable, load_class_table
 from hts_ray.config import HtsConfig, parse_config
-from hts_ray.errors import UserError
+from hts_ray.data.images import ImageError, decode_image, read_image_bytes
+from hts_ray.errors import ConfigError
 
 Role = Literal["", "zero_shot", "hts", "supervised"]
 Verdict = Literal["right", "wrong", "ignored", "missed", "unjudged"]
@@ -46,6 +49,12 @@ VERDICTS: dict[Verdict, tuple[str, str]] = {
     "missed": ("○", "annotated, but not pseudo-labeled"),
     "unjudged": ("•", "pseudo-label of an image or class without a clear annotation"),
 }
+STAGE_TABLES = ("manifest", "region_scores", "pseudo_labels", "student", "predictions")
+DROP_REASONS = {
+    "ignored_band": "below the class's threshold",
+    "below_support": "too few regions agree",
+    "over_cap": "over the cap of one image",
+}
 LABEL_SOURCES: dict[str, tuple[str, Role]] = {
     "pseudo": ("HTS", "hts"),
     "annotations": ("Supervised", "supervised"),
@@ -58,7 +67,8 @@ class ComparisonRow:
     """One method's results: means of AP in [0, 1], None where not measured.
 
     `role` tells which rows the gap is measured between; when empty it is read off a name that
-    begins with "zero-shot", "HTS" or "supervised". `gap_closed` is worked out when None.
+    begins with "zero-shot", "HTS" or "supervised", the first such row counting: give it where
+    several rows do. `gap_closed` is worked out when None.
     """
 
     name: str
@@ -225,7 +235,7 @@ def gap_closed(
 
 def gap_sentence(rows: Sequence[ComparisonRow]) -> str:
     """Say in one sentence how much of the gap HTS closed; empty when that cannot be said."""
-    by_role = {_role(row): row for row in reversed(rows)}
+    by_role = _by_role(rows)
     zero, hts, supervised = (by_role.get(role) for role in ("zero_shot", "hts", "supervised"))
     if zero is None or hts is None or not (_finite(zero.mean_ap) and _finite(hts.mean_ap)):
         return ""
@@ -264,14 +274,21 @@ def _role(row: ComparisonRow) -> Role:
     return row.role or _name_role(row.name)
 
 
+def _by_role(rows: Sequence[ComparisonRow]) -> dict[Role, ComparisonRow]:
+    """Return one row a role: the first that was given it, else the first whose name says so."""
+    ordered = sorted(rows, key=lambda row: not row.role)
+    return {_role(row): row for row in reversed(ordered)}
+
+
 def _row_gap(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> float | None:
     """Return the gap a row closed; None for the two rows that span the gap."""
     if row.gap_closed is not None:
         return row.gap_closed
-    ends = {_role(other): other.mean_ap for other in reversed(rows)}
-    if _role(row) in ("zero_shot", "supervised"):
+    by_role = _by_role(rows)
+    zero, supervised = by_role.get("zero_shot"), by_role.get("supervised")
+    if zero is None or supervised is None or row is zero or row is supervised:
         return None
-    return gap_closed(ends.get("zero_shot"), row.mean_ap, ends.get("supervised"))
+    return gap_closed(zero.mean_ap, row.mean_ap, supervised.mean_ap)
 
 
 def _wins_sentence(rows: Sequence[ClassRow], methods: Sequence[str]) -> str:
@@ -639,43 +656,78 @@ def choose_images(
     return chosen
 
 
-def report_for_run(run_dir: str, max_images: int = 48) -> ReportData:
+def report_for_run(
+    run_dir: str, max_images: int = 48, *, labels_stage: tables.StageFolder | None = None
+) -> ReportData:
     """Gather what a run directory holds so far; a stage that has not run is left out.
 
-    Raises DataError when a table that is there cannot be read.
+    `labels_stage` names the pseudo_labels folder where the run has several; the latest counts
+    otherwise. Raises DataError when a table that is there cannot be read.
     """
     config_text = _read_text(storage.join(run_dir, "config.yaml"))
     classes = _run_classes(run_dir)
-    names = dict(zip(map(int, classes.ids), classes.names, strict=True)) if classes else {}
-    truth = _read_stage(run_dir, "manifest", ["image_id", *tables.ANNOTATION_COLUMNS])
-    regions = _read_stage(
-        run_dir, "region_scores", ["image_id", "boxes", "status", "error_kind", "error"]
+    stage = labels_stage or tables.find_stage(run_dir, "pseudo_labels")
+    found = _Found(
+        names=dict(zip(map(int, classes.ids), classes.names, strict=True)) if classes else {},
+        config=_run_config(config_text),
+        manifest=_read_rows(
+            tables.find_stage(run_dir, "manifest"), ["image_id", *tables.ANNOTATION_COLUMNS]
+        ),
+        regions=_read_rows(
+            tables.find_stage(run_dir, "region_scores"), ["image_id", "boxes", "status"]
+        ),
+        labels=_read_rows(
+            stage, ["image_id", "positive_ids", "ignored_ids", "probability", "dropped"]
+        ),
+        metrics=_evaluations(run_dir),
     )
-    labels = _read_stage(
-        run_dir,
-        "pseudo_labels",
-        ["image_id", "positive_ids", "ignored_ids", "probability", "dropped"],
-    )
-    annotations = {row["image_id"]: row for row in truth if row["positive_ids"] is not None}
-    metrics = _evaluations(run_dir)
     return ReportData(
         title=f"HTS report: {run_dir.rstrip('/').rsplit('/', 1)[-1]}",
-        intro=_run_intro(truth, labels, annotations, classes),
+        intro=_run_intro(found),
         settings=config_text,
         provenance=_read_json_object(storage.join(run_dir, "provenance.json")),
-        comparison=[_comparison_row(name, values) for name, values in metrics.items()],
-        funnel=_run_funnel(truth, regions, labels),
+        comparison=[_comparison_row(name, values) for name, values in found.metrics.items()],
+        funnel=_run_funnel(found),
         stages=_stage_rows(run_dir),
-        per_class=_class_rows(names, labels, annotations, metrics),
+        per_class=_class_rows(found),
         history=_histories(run_dir),
-        quarantine=_quarantine(run_dir, regions),
-        gallery=_run_gallery(
-            run_dir, _run_config(config_text), names, labels, annotations, max_images
-        ),
+        quarantine=_quarantine(run_dir),
+        gallery=_run_gallery(run_dir, found, max_images),
     )
 
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was read from a run directory; empty where a stage has not run."""
+
+    names: Mapping[int, str]
+    config: HtsConfig
+    manifest: Sequence[Row]
+    regions: Sequence[Row]
+    labels: Sequence[Row]
+    metrics: Mapping[str, Mapping[str, Any]]
+
+    @cached_property
+    def annotations(self) -> dict[str, Row]:
+        """The manifest's annotated rows by image id."""
+        return {row["image_id"]: row for row in self.manifest if row["positive_ids"] is not None}
+
+    @cached_property
+    def judged(self) -> dict[str, list[tuple[int, Verdict]]]:
+        """The verdicts on every pseudo-labeled image."""
+        result = {}
+        for row in self.labels:
+            truth = self.annotations.get(row["image_id"])
+            result[row["image_id"]] = judge(
+                row["positive_ids"],
+                row["ignored_ids"],
+                None if truth is None else truth["positive_ids"],
+                () if truth is None else truth["ambiguous_ids"] or (),
+            )
+        return result
 
 
 def _read_text(path: str) -> str:
@@ -687,8 +739,7 @@ def _read_json_object(path: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_stage(run_dir: str, table: str, columns: Sequence[str]) -> list[Row]:
-    folder = tables.find_stage(run_dir, table)
+def _read_rows(folder: tables.StageFolder | None, columns: Sequence[str]) -> list[Row]:
     if folder is None:
         return []
     rows: list[Row] = tables.read_table(folder.path, columns).to_pylist()
@@ -709,13 +760,11 @@ def _run_classes(run_dir: str) -> ClassTable | None:
 
 def _run_config(text: str) -> HtsConfig:
     """Return the run's settings; the defaults when an older version wrote them in another form."""
-    import yaml
-
     try:
         values = yaml.safe_load(text)
         return parse_config(values if isinstance(values, dict) else {})
-    except (yaml.YAMLError, UserError):
-        return HtsConfig()
+    except (yaml.YAMLError, ConfigError):
+        return parse_config({})
 
 
 def _evaluations(run_dir: str) -> dict[str, dict[str, Any]]:
@@ -753,122 +802,101 @@ def _comparison_row(name: str, values: Mapping[str, Any]) -> ComparisonRow:
     )
 
 
-def _run_intro(
-    truth: Sequence[Row],
-    labels: Sequence[Row],
-    annotations: Mapping[str, Row],
-    classes: ClassTable | None,
-) -> list[str]:
+def _run_intro(found: _Found) -> list[str]:
     lines = []
-    if truth:
-        known = f", {_count(len(annotations))} of them annotated" if annotations else ""
-        of_classes = f", {_count(len(classes))} classes" if classes else ""
-        lines.append(f"{_count(len(truth))} images{known}{of_classes}.")
-    hits, judged_labels, true_labels = 0, 0, 0
-    for row in labels:
-        if row["image_id"] in annotations:
-            counts = Counter(verdict for _, verdict in _judge_row(row, annotations))
-            hits += counts["right"]
-            judged_labels += counts["right"] + counts["wrong"]
-            true_labels += len(annotations[row["image_id"]]["positive_ids"])
-    if judged_labels and true_labels:
+    if found.manifest:
+        known = f", {_count(len(found.annotations))} of them annotated" if found.annotations else ""
+        of_classes = f", {_count(len(found.names))} classes" if found.names else ""
+        lines.append(f"{_count(len(found.manifest))} images{known}{of_classes}.")
+    counts: Counter[Verdict] = Counter()
+    true_labels = 0
+    for image_id in found.judged.keys() & found.annotations.keys():
+        counts.update(verdict for _, verdict in found.judged[image_id])
+        true_labels += len(found.annotations[image_id]["positive_ids"])
+    decided = counts["right"] + counts["wrong"]
+    if decided and true_labels:
         lines.append(
-            f"Of the pseudo-labels on annotated images {_percent(hits / judged_labels)} % are"
-            f" right (precision), and they find {_percent(hits / true_labels)} % of the annotated"
-            " labels (recall). The annotations judge here; training on pseudo-labels does not"
-            " see them."
+            f"Of the pseudo-labels on annotated images {_percent(counts['right'] / decided)} % are"
+            f" right (precision); they find {_percent(counts['right'] / true_labels)} % of the"
+            " annotated labels (recall). Annotations are used here to judge the pseudo-labels,"
+            " never to make them."
         )
     return lines
 
 
-def _judge_row(row: Row, annotations: Mapping[str, Row]) -> list[tuple[int, Verdict]]:
-    truth = annotations.get(row["image_id"])
-    return judge(
-        row["positive_ids"],
-        row["ignored_ids"],
-        None if truth is None else truth["positive_ids"],
-        () if truth is None else truth["ambiguous_ids"] or (),
-    )
-
-
-def _run_funnel(
-    truth: Sequence[Row], regions: Sequence[Row], labels: Sequence[Row]
-) -> list[FunnelStep]:
+def _run_funnel(found: _Found) -> list[FunnelStep]:
     steps = []
-    usable = [row for row in regions if row["status"] == "ok"]
-    if truth:
-        steps.append(FunnelStep("images", len(truth)))
-    if regions:
-        steps.append(FunnelStep("labeled images", len(usable), of="images"))
+    if found.manifest:
+        steps.append(FunnelStep("images", len(found.manifest)))
+    if found.regions:
+        usable = [row for row in found.regions if row["status"] == "ok"]
         count = sum(len(row["boxes"] or ()) for row in usable)
-        steps.append(FunnelStep("regions", count, of="labeled images"))
-    if labels:
-        dropped: Counter[str] = Counter()
-        for row in labels:
-            dropped.update(dict(row["dropped"] or ()))
-        positive = sum(len(row["positive_ids"]) for row in labels)
-        ignored = sum(len(row["ignored_ids"]) for row in labels)
-        total = positive + ignored + dropped.total()
-        pairs = "candidate classes"
-        steps.append(FunnelStep(pairs, total, of="labeled images", note="image-class pairs"))
-        steps.append(FunnelStep("positives kept", positive, of=pairs))
-        steps.append(FunnelStep("ignored", ignored, of=pairs, note="left out of the loss"))
-        steps += [
-            FunnelStep(f"dropped: {reason.replace('_', ' ')}", count, of=pairs)
-            for reason, count in dropped.most_common()
-        ]
-    return steps
+        steps.append(FunnelStep("images scored", len(usable), of="images"))
+        steps.append(FunnelStep("regions", count, of="images scored"))
+    if not found.labels:
+        return steps
+    dropped: Counter[str] = Counter()
+    for row in found.labels:
+        dropped.update(dict(row["dropped"] or ()))
+    positive = sum(len(row["positive_ids"]) for row in found.labels)
+    pairs, decided = "candidate classes", "images filtered"
+    steps += [
+        FunnelStep(decided, len(found.labels), of="images scored"),
+        FunnelStep(
+            pairs, positive + dropped.total(), of=decided, note="at or above the negative threshold"
+        ),
+        FunnelStep("positives kept", positive, of=pairs),
+        FunnelStep("ignored", dropped.total(), of=pairs, note="left out of the loss"),
+    ]
+    return steps + [
+        FunnelStep(f"ignored: {DROP_REASONS.get(reason, reason)}", count, of=pairs)
+        for reason, count in dropped.most_common()
+        if count
+    ]
 
 
 def _stage_rows(run_dir: str) -> list[StageRow]:
     rows = []
-    for table in ("manifest", "region_scores", "pseudo_labels", "student", "predictions"):
+    for table in STAGE_TABLES:
         folder = tables.find_stage(run_dir, table)
         if folder is not None:
             stats = folder.stats
-            counts = [_number(stats, key) for key in ("rows_in", "rows_out", "quarantined")]
-            rows.append(
-                StageRow(
-                    table.replace("_", " "),
-                    *(None if value is None else int(value) for value in counts),
-                    seconds=_number(stats, "seconds"),
-                )
-            )
+            counts = (_number(stats, key) for key in ("rows_in", "rows_out", "quarantined"))
+            rows_in, rows_out, bad = (None if value is None else int(value) for value in counts)
+            seconds = _number(stats, "seconds")
+            rows.append(StageRow(table.replace("_", " "), rows_in, rows_out, bad, seconds))
     return rows
 
 
-def _class_rows(
-    names: Mapping[int, str],
-    labels: Sequence[Row],
-    annotations: Mapping[str, Row],
-    metrics: Mapping[str, Mapping[str, Any]],
-) -> list[ClassRow]:
-    """One row a class; precision and recall count annotated images only."""
+def _class_rows(found: _Found) -> list[ClassRow]:
+    """Return one row a class; precision and recall count annotated images only."""
     pseudo: Counter[int] = Counter()
     verdicts: Counter[tuple[int, Verdict]] = Counter()
     annotated: Counter[int] = Counter()
-    for row in labels:
+    for row in found.labels:
         pseudo.update(row["positive_ids"])
-        if row["image_id"] in annotations:
-            verdicts.update(_judge_row(row, annotations))
-            annotated.update(annotations[row["image_id"]]["positive_ids"])
-    ap = {name: _class_ap(values, list(names)) for name, values in metrics.items()}
+        truth = found.annotations.get(row["image_id"])
+        if truth is not None:
+            verdicts.update(found.judged[row["image_id"]])
+            annotated.update(truth["positive_ids"])
+    ap = {name: _class_ap(values, list(found.names)) for name, values in found.metrics.items()}
+    if not found.labels and not any(ap.values()):
+        return []
     rows = []
-    for class_id, name in names.items():
+    for class_id, name in found.names.items():
         right, wrong = verdicts[class_id, "right"], verdicts[class_id, "wrong"]
-        known = bool(annotated)
         rows.append(
             ClassRow(
                 class_id=class_id,
                 name=name,
-                annotated=annotated[class_id] if known else None,
-                pseudo=pseudo[class_id] if labels else None,
+                annotated=annotated[class_id] if annotated else None,
+                pseudo=pseudo[class_id] if found.labels else None,
                 precision=right / (right + wrong) if right + wrong else None,
                 recall=right / annotated[class_id] if annotated[class_id] else None,
                 ap={method: values.get(class_id) for method, values in ap.items() if values},
             )
         )
-    return rows if labels or any(ap.values()) else []
+    return rows
 
 
 def _class_ap(values: Mapping[str, Any], class_ids: Sequence[int]) -> dict[int, float | None]:
@@ -905,78 +933,65 @@ def _epoch_loss(entry: Mapping[str, Any]) -> float:
     return math.nan if loss is None else loss
 
 
-def _quarantine(run_dir: str, regions: Sequence[Row]) -> list[QuarantineRow]:
-    """Quarantined images of every stage: its own quarantine files, and rows that say so."""
-    predictions = _read_stage(run_dir, "predictions", ["image_id", "status", "error_kind", "error"])
-    rows = []
-    for table in ("manifest", "region_scores", "pseudo_labels", "student", "predictions"):
+def _quarantine(run_dir: str) -> list[QuarantineRow]:
+    """Return every stage's quarantined images, an image once a stage."""
+    rows: dict[tuple[str, str], QuarantineRow] = {}
+    for table in STAGE_TABLES:
         folder = tables.find_stage(run_dir, table)
-        files = storage.list_names(folder.path) if folder is not None else []
-        for name in files:
-            if folder is not None and name.startswith("quarantine"):
-                read = tables.read_table(folder.file(name))
-                rows += tables.check_table(
-                    read, tables.QUARANTINE_SCHEMA, folder.file(name)
-                ).to_pylist()
-    for stage, source in (("label", regions), ("predict", predictions)):
-        rows += [{**row, "stage": stage} for row in source if row["status"] != "ok"]
-    unique = {(row["image_id"], row["stage"]): row for row in rows}
-    return [
-        QuarantineRow(
-            row["image_id"], row["stage"], row["error_kind"] or "unknown", row["error"] or ""
-        )
-        for row in unique.values()
-    ]
+        path = "" if folder is None else folder.file("quarantine")
+        if not path or not storage.exists(path):
+            continue
+        found = tables.check_table(tables.read_table(path), tables.QUARANTINE_SCHEMA, path)
+        for row in found.to_pylist():
+            rows[row["image_id"], row["stage"]] = QuarantineRow(
+                row["image_id"], row["stage"], row["error_kind"], row["error"] or ""
+            )
+    return list(rows.values())
 
 
-def _run_gallery(
-    run_dir: str,
-    config: HtsConfig,
-    names: Mapping[int, str],
-    labels: Sequence[Row],
-    annotations: Mapping[str, Row],
-    max_images: int,
-) -> list[GalleryItem]:
+def _run_gallery(run_dir: str, found: _Found, max_images: int) -> list[GalleryItem]:
     folder = tables.find_stage(run_dir, "region_scores")
-    if folder is None or not labels or max_images < 1:
+    if folder is None or not found.labels or max_images < 1:
         return []
-    sidecar = _read_json_object(folder.file("table.json"))
-    class_ids = [int(i) for i in sidecar.get("class_ids") or names]
-    prior = sidecar.get("prior_log_likelihoods")
-    judged = {row["image_id"]: _judge_row(row, annotations) for row in labels}
+    scored_ids = {row["image_id"] for row in found.regions if row["status"] == "ok"}
+    judged = {i: verdicts for i, verdicts in found.judged.items() if i in scored_ids}
     chosen = choose_images(judged, max_images)
     scored = {row["image_id"]: row for row in _rows_of(folder.path, chosen)}
-    by_id = {row["image_id"]: row for row in labels}
+    labels = {row["image_id"]: row for row in found.labels}
+    sidecar = _read_json_object(folder.file("table.json"))
     budget = min(24_000, GALLERY_BYTES // max(len(chosen), 1))
     items = []
     for image_id in chosen:
         row = scored.get(image_id)
-        if row is None or row["status"] != "ok" or not row["boxes"] or not row["scores"]:
-            continue
-        image = _stored_thumbnail(row["uri"], budget)
-        if image is None:
-            continue
-        label, truth = by_id[image_id], annotations.get(image_id)
-        items.append(
-            gallery_item(
-                image_id=image_id,
-                image=image,
-                width=row["width"],
-                height=row["height"],
-                names=names,
-                class_ids=class_ids,
-                boxes=row["boxes"],
-                probabilities=_probabilities(row, len(class_ids), prior, config),
-                positive_ids=label["positive_ids"],
-                positive_probabilities=label["probability"],
-                ignored_ids=label["ignored_ids"],
-                annotation_ids=None if truth is None else truth["positive_ids"],
-                ambiguous_ids=() if truth is None else truth["ambiguous_ids"] or (),
-                kinds=row["region_kinds"] or (),
-                captions=[" / ".join(texts or ()) for texts in row["captions"] or ()],
-            )
-        )
+        image = None if row is None else _stored_thumbnail(row["uri"], budget)
+        if row is not None and image is not None and row["boxes"]:
+            items.append(_run_item(row, image, labels[image_id], sidecar, found))
     return items
+
+
+def _run_item(
+    row: Row, image: str, label: Row, sidecar: Mapping[str, Any], found: _Found
+) -> GalleryItem:
+    class_ids = [int(i) for i in sidecar.get("class_ids") or found.names]
+    prior = sidecar.get("prior_log_likelihoods")
+    truth = found.annotations.get(row["image_id"])
+    return gallery_item(
+        image_id=row["image_id"],
+        image=image,
+        width=row["width"],
+        height=row["height"],
+        names=found.names,
+        class_ids=class_ids,
+        boxes=row["boxes"],
+        probabilities=_probabilities(row, len(class_ids), prior, found.config),
+        positive_ids=label["positive_ids"],
+        positive_probabilities=label["probability"],
+        ignored_ids=label["ignored_ids"],
+        annotation_ids=None if truth is None else truth["positive_ids"],
+        ambiguous_ids=() if truth is None else truth["ambiguous_ids"] or (),
+        kinds=row["region_kinds"] or (),
+        captions=[" / ".join(texts or ()) for texts in row["captions"] or ()],
+    )
 
 
 def _rows_of(path: str, image_ids: Sequence[str]) -> list[Row]:
@@ -1013,10 +1028,7 @@ def _probabilities(
 def _stored_thumbnail(uri: str, max_bytes: int) -> str | None:
     """Return a stored image as a data URI; None when it cannot be read any more."""
     try:
-        with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
-            image.draft("RGB", (640, 640))
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            pixels = np.asarray(upright, dtype=np.uint8)
-            return thumbnail_data_uri(pixels, max_side=400, max_bytes=max_bytes)
-    except (OSError, ValueError, SyntaxError, UserError, Image.DecompressionBombError):
+        image = decode_image(read_image_bytes(uri), max_side=400)
+    except ImageError:
         return None
+    return thumbnail_data_uri(image.pixels, max_side=400, max_bytes=max_bytes)

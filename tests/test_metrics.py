@@ -99,8 +99,8 @@ def test_recall_of_exactly_three_in_ten():
     labels = np.array([1] * 3 + [-1] * 10 + [1] * 7)
     scores = -np.arange(20.0)[:, None]
     later = 10 / 20
-    for annotations in (labels, np.where(labels == -1, -2, labels)):
-        ap = hico_average_precision(scores, annotations[:, None])
+    for column in (labels, np.where(labels == -1, -2, labels)):
+        ap = hico_average_precision(scores, column[:, None])
         np.testing.assert_allclose(ap, (3 * 1 + 8 * later) / 11, rtol=1e-15)
     # Six of ten does reach 0.6: seven thresholds at precision 1, and four behind.
     labels = np.array([1] * 6 + [-1] * 10 + [1] * 4)

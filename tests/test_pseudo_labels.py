@@ -20,7 +20,6 @@ from hts_ray.pseudo_labels import (
 )
 
 LIMITED = settings(max_examples=60, deadline=None)
-METHODS = ["max", "mean", "top_k_mean", "noisy_or"]
 
 
 @st.composite
@@ -271,14 +270,20 @@ def test_quantile_feeds_the_tail_but_not_absent_classes():
 
 
 def test_quantile_counts_images_exactly():
-    """Catches (1 - 0.98) * 50 taken for more than one image, and a share below one forced to one."""
-    for images, claimed in ((49, 0), (50, 1), (100, 2), (149, 2)):
+    """Catches (1 - 0.9) * 10 = 0.9999999999999998 cut to 0, and less than one image forced to one."""
+    for images, share, claimed in (
+        (49, 0.98, 0),
+        (50, 0.98, 1),
+        (149, 0.98, 2),
+        (9, 0.9, 0),
+        (10, 0.9, 1),
+    ):
         probabilities = np.linspace(0.2, 0.4, images)[:, None]
         got = select(
             probabilities,
             positive_threshold=0.5,
             negative_threshold=0.1,
-            per_class_quantile=0.98,
+            per_class_quantile=share,
             quantile_floor=0.1,
         )
         assert (got.targets_NC == 1).sum() == claimed

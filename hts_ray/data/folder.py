@@ -54,6 +54,7 @@ def read_folder(
             raise ConfigError(field="extensions", value=extension, remedy=f"write '.{extension}'")
     if root.startswith("file://"):
         root = unquote(urlsplit(root).path)
+    walk: _Walk
     if storage.is_remote(root):
         walk = _RemoteWalk(root, split, wanted)
     else:

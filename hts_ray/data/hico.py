@@ -60,9 +60,9 @@ def read_hico(root: str, splits: Sequence[str] = SPLITS, *, workers: int = 16) -
     an `anno.mat` without `list_action`. Raises DataError when the layout or `anno.mat` is not
     HICO's, ConfigError for other splits.
     """
-    for split in splits:
-        if split not in SPLITS:
-            raise ConfigError(field="splits", value=split, remedy="choose train, test or both")
+    for name in splits:
+        if name not in SPLITS:
+            raise ConfigError(field="splits", value=name, remedy="choose train, test or both")
     if not splits:
         raise ConfigError(field="splits", value=list(splits), remedy="name train, test or both")
     root = storage.absolute(root)

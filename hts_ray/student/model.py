@@ -188,7 +188,8 @@ def source_fingerprint(config: StudentConfig) -> str:
     for path in files:
         digest.update(path.name.encode())
         with open(path, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
     return digest.hexdigest()[:16]
 
 
@@ -364,7 +365,7 @@ def _text_embeddings(clip: Any, name: str, class_table: ClassTable, templates: i
 
 
 def _in_feature_space(
-    visual: nn.Module, texts_CE: Tensor, config: StudentConfig
+    visual: Any, texts_CE: Tensor, config: StudentConfig
 ) -> tuple[nn.Module, Tensor]:
     """Return the tower that gives the features, and the classes' directions among them."""
     if hasattr(visual, "output_tokens"):
@@ -383,7 +384,7 @@ def _in_feature_space(
     return visual, texts_CE @ projection_DE.detach().float().T
 
 
-def _empty_tower(model_cfg: dict[str, Any]) -> nn.Module:
+def _empty_tower(model_cfg: dict[str, Any]) -> Any:
     """Build the image tower alone: a text tower might ask the hub for its configuration."""
     import open_clip  # noqa: F401 - the submodule below is not importable by itself
     from open_clip.model import _build_vision_tower
@@ -392,13 +393,12 @@ def _empty_tower(model_cfg: dict[str, Any]) -> nn.Module:
     visual = _build_vision_tower(
         model_cfg["embed_dim"], vision_cfg, bool(model_cfg.get("quick_gelu", False))
     )
-    assert isinstance(visual, nn.Module)
     if hasattr(visual, "output_tokens"):
         visual.output_tokens = False
     return visual
 
 
-def _fit_tower(visual: nn.Module, size: int | None) -> int:
+def _fit_tower(visual: Any, size: int | None) -> int:
     """Make the tower take `size` x `size` images and return that size; None keeps its own."""
     native: Any = visual.image_size
     height, width = native if isinstance(native, tuple | list) else (native, native)
@@ -412,11 +412,11 @@ def _fit_tower(visual: nn.Module, size: int | None) -> int:
         return int(height)
     if hasattr(visual, "trunk"):
         if hasattr(visual.trunk, "set_input_size"):
-            visual.trunk.set_input_size(img_size=(size, size))  # type: ignore[operator]
+            visual.trunk.set_input_size(img_size=(size, size))
         visual.image_size = (size, size)
     elif hasattr(visual, "attnpool"):
         _check_multiple(size, 32)
-        _resize_positions(visual.attnpool, size // 32, size // 32)  # type: ignore[arg-type]
+        _resize_positions(visual.attnpool, size // 32, size // 32)
         visual.image_size = size
     else:
         patch: Any = visual.patch_size
@@ -455,27 +455,24 @@ def _resize_positions(owner: nn.Module, rows: int, columns: int) -> None:
     )
 
 
-def _tower_parts(visual: nn.Module) -> tuple[list[nn.Module], list[nn.Module | nn.Parameter]]:
+def _tower_parts(visual: Any) -> tuple[list[nn.Module], list[nn.Module | nn.Parameter]]:
     """Return the tower's blocks in order, and what comes after the last one."""
     if hasattr(visual, "transformer"):
-        blocks = list(visual.transformer.resblocks)  # type: ignore[union-attr, arg-type]
         before = {"conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer"}
-        return blocks, list(_others(visual, before))
-    if hasattr(visual, "layer4"):
-        blocks = [getattr(visual, f"layer{i}") for i in range(1, 5)]
-        return blocks, [visual.attnpool]  # type: ignore[list-item]
-    trunk: nn.Module = visual.trunk if hasattr(visual, "trunk") else visual  # type: ignore[assignment]
-    for name in ("blocks", "stages", "layers"):
-        inner = getattr(trunk, name, None)
-        if isinstance(inner, nn.Sequential | nn.ModuleList):
-            children = [child for child, _ in trunk.named_children()]
-            before = set(children[: children.index(name) + 1])
-            # Parameters that belong to the trunk itself are embeddings: they come first.
-            before |= {parameter for parameter, _ in trunk.named_parameters(recurse=False)}
-            tail = [part for part in _others(trunk, before)]
-            if trunk is not visual:
-                tail += _others(visual, {"trunk"})
-            return list(inner), tail
+        return list(visual.transformer.resblocks), list(_others(visual, before))
+    trunk = getattr(visual, "trunk", visual)  # a timm tower, or open_clip's own ResNet
+    children = [name for name, _ in trunk.named_children()]
+    # Parameters that a trunk holds itself are embeddings: they come first.
+    first = {name for name, _ in trunk.named_parameters(recurse=False)}
+    for names in (["blocks"], ["stages"], ["layers"], [f"layer{i}" for i in range(1, 5)]):
+        if not set(names) <= set(children):
+            continue
+        parts = [getattr(trunk, name) for name in names]
+        blocks = list(parts[0]) if len(parts) == 1 else parts
+        tail = list(_others(trunk, first | set(children[: children.index(names[-1]) + 1])))
+        if trunk is not visual:
+            tail += _others(visual, {"trunk"})
+        return blocks, tail
     raise ConfigError(
         field="train.trainable",
         value="last",

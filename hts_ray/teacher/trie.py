@@ -51,9 +51,7 @@ class PromptTrie:
     def __init__(self, sequences: Sequence[TokenIds]) -> None:
         if not sequences or any(len(sequence) == 0 for sequence in sequences):
             raise ValueError("every prompt must have at least one token")
-        children: dict[tuple[int, int], int] = {}
-        order = _breadth_first(sequences, children)
-        parent, token, depth, node_paths = order
+        parent, token, depth, node_paths = _breadth_first(sequences)
         fed = np.unique(parent[1:])
         fed_index = np.full(len(parent), -1)
         fed_index[fed] = np.arange(len(fed))
@@ -100,10 +98,11 @@ class PromptTrie:
 
 
 def _breadth_first(
-    sequences: Sequence[TokenIds], children: dict[tuple[int, int], int]
+    sequences: Sequence[TokenIds],
 ) -> tuple[npt.NDArray[np.int64], ...]:
-    """Number the nodes level by level: parent, token, depth (N,) and node paths (P, L)."""
+    """Return parent, token and depth (N,) of the nodes, level by level, and node paths (P, L)."""
     longest = max(len(sequence) for sequence in sequences)
+    children: dict[tuple[int, int], int] = {}
     parent, token, depth = [-1], [-1], [0]
     paths = np.full((len(sequences), longest), -1, dtype=np.int64)
     at = [0] * len(sequences)
@@ -144,14 +143,15 @@ def split_tries(
     """
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     groups: list[list[int]] = [[]]
-    size, previous = 0, ()
+    size = 0
+    previous: tuple[int, ...] = ()
     for index in order:
         current = tuple(sequences[index])
         shared = 0
-        while shared < min(len(previous), len(current)) and previous[shared] == current[shared]:
+        limit = min(len(previous), len(current)) - 1  # the last token of a prompt is not fed
+        while shared < limit and previous[shared] == current[shared]:
             shared += 1
-        # Upper bound of the inner nodes that this prompt adds.
-        added = max(0, len(current) - 1 - shared)
+        added = len(current) - 1 - shared
         if groups[-1] and size + added > max_nodes:
             groups.append([])
             size, added = 0, len(current) - 1
@@ -280,6 +280,7 @@ class CrossAttentionDecoder(TrieDecoder):
         model: Any,
         language_model: Any,
         features: Callable[[Tensor], Tensor],
+        *,
         start_id: int,
         end_id: int,
         first_position: int = 0,
@@ -433,14 +434,30 @@ class BatchedDecoder(Decoder):
 class BatchedCrossAttentionDecoder(BatchedDecoder):
     """VisionEncoderDecoder with a text decoder that takes no position ids, such as TrOCR's.
 
-    The prepared images are features (patches, D), computed once.
+    Images are pixels (R, 3, H, W); their features are computed once.
     """
 
     def __init__(
-        self, model: Any, language_model: Any, start_id: int, end_id: int, prompt_batch: int
+        self,
+        model: Any,
+        language_model: Any,
+        features: Callable[[Tensor], Tensor],
+        *,
+        start_id: int,
+        end_id: int,
+        prompt_batch: int,
     ) -> None:
         super().__init__(model, end_id, prompt_batch, start_id)
         self.language_model = language_model
+        self.features = features
+
+    def log_likelihoods(self, images: Tensor, sequences: Sequence[TokenIds]) -> Tensor:
+        """Return sums of token log-probabilities (R, P) float32 of images (R, 3, H, W)."""
+        return super().log_likelihoods(self.features(images), sequences)  # type: ignore[arg-type]
+
+    def reference(self, images: Tensor, sequence: TokenIds) -> Tensor:
+        """Return the sum (R,) with no other prompt in the batch, hence no padding."""
+        return super().reference(self.features(images), sequence)  # type: ignore[arg-type]
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the decoder's logits (P, 1 + L, V) behind the start token."""

@@ -1,0 +1,168 @@
+"""The student's folder: a description, weights and classes, enough to rebuild it anywhere.
+
+`student.json` (architecture, preprocessing, settings, hashes of the other two files),
+`model.safetensors` and `classes.csv`. The description is written last, so a folder holds a
+whole student or none. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from pydantic import ValidationError
+
+from hts_ray import storage
+from hts_ray.classes import ClassTable, read_class_csv
+from hts_ray.config import StudentConfig
+from hts_ray.errors import DataError
+from hts_ray.student.model import Student, rebuild_student
+from hts_ray.tables import find_stage
+
+FORMAT = "hts_ray.student"
+FORMAT_VERSION = 1
+DESCRIPTION, WEIGHTS, CLASSES = "student.json", "model.safetensors", "classes.csv"
+
+
+def save_student(student: Student, path: str, info: Mapping[str, Any] | None = None) -> None:
+    """Write the student to a folder or URI; `info` (JSON-able) is kept in its description.
+
+    The same student and info give the same bytes.
+    """
+    weights = safetensors.torch.save(_state(student))
+    classes = _class_csv(student.class_table)
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "student": student.config.model_dump(mode="json"),
+        "model_cfg": student.model_cfg,
+        "image_size": student.image_size,
+        "image_mean": [round(value, 8) for value in student.image_mean.tolist()],
+        "image_std": [round(value, 8) for value in student.image_std.tolist()],
+        "num_classes": len(student.class_table),
+        "class_fingerprint": student.class_table.fingerprint(),
+        "sha256": {WEIGHTS: _sha256(weights), CLASSES: _sha256(classes)},
+        "info": dict(info or {}),
+    }
+    target = storage.join(path, DESCRIPTION)
+    if storage.exists(target):  # an old description must not stand beside new weights
+        filesystem, inner = storage.resolve(target)
+        filesystem.delete_file(inner)
+    storage.write_bytes(storage.join(path, WEIGHTS), weights)
+    storage.write_bytes(storage.join(path, CLASSES), classes)
+    storage.write_json(target, description)
+
+
+def load_student(path: str) -> Student:
+    """Read the student of a run directory, a student stage's folder or an exported folder.
+
+    It comes in evaluation mode on the CPU. Raises DataError, naming the file, when there is no
+    student or its files are missing, damaged or not of this format.
+    """
+    folder = find_student(path)
+    description = _description(folder)
+    weights = _checked(folder, WEIGHTS, description)
+    class_table = _class_table(_checked(folder, CLASSES, description), folder)
+    if class_table.fingerprint() != description["class_fingerprint"]:
+        raise DataError(f"{storage.join(folder, CLASSES)}: other classes than the student's")
+    try:
+        return rebuild_student(
+            StudentConfig.model_validate(description["student"]),
+            class_table,
+            model_cfg=description["model_cfg"],
+            image_size=description["image_size"],
+            image_mean=description["image_mean"],
+            image_std=description["image_std"],
+            state=safetensors.torch.load(weights),
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
+        raise DataError(f"the student at {folder} does not fit its description: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{storage.join(folder, WEIGHTS)} is damaged: {error}") from error
+
+
+def find_student(path: str) -> str:
+    """Return the folder that holds the student meant by `path`; DataError when there is none."""
+    path = storage.absolute(path)
+    if storage.exists(storage.join(path, DESCRIPTION)):
+        return path
+    stage = find_stage(path, "student")
+    if stage is not None and storage.exists(stage.file(DESCRIPTION)):
+        return stage.path
+    if path.endswith((".pt", ".pth", ".bin")):
+        raise DataError(f"{path} is no student folder: `hts import-checkpoint` turns it into one")
+    if not storage.exists(path):
+        raise DataError(f"no student at {path}: nothing is there")
+    raise DataError(f"no student at {path}: it has no {DESCRIPTION}, `hts train` writes one")
+
+
+def student_fingerprint(path: str) -> str:
+    """Return 12 hexadecimal digits of what a stored student computes."""
+    folder = find_student(path)
+    description = {key: value for key, value in _description(folder).items() if key != "info"}
+    return _sha256(json.dumps(description, sort_keys=True).encode())[:12]
+
+
+def _state(student: Student) -> dict[str, Any]:
+    return {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in student.state_dict().items()
+    }
+
+
+def _description(folder: str) -> dict[str, Any]:
+    path = storage.join(folder, DESCRIPTION)
+    try:
+        description = json.loads(storage.read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise DataError(f"{path} does not describe a student of hts_ray")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {description.get('format_version')}, this hts_ray reads"
+            f" {FORMAT_VERSION}: use the version that wrote it"
+        )
+    needed = {"student", "model_cfg", "image_size", "image_mean", "image_std", "sha256"}
+    missing = sorted((needed | {"class_fingerprint"}) - description.keys())
+    if missing:
+        raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
+    return description
+
+
+def _checked(folder: str, name: str, description: Mapping[str, Any]) -> bytes:
+    path = storage.join(folder, name)
+    try:
+        data = storage.read_bytes(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if _sha256(data) != description["sha256"].get(name):
+        raise DataError(f"{path} is damaged, its hash differs: copy or train the student again")
+    return data
+
+
+def _class_csv(class_table: ClassTable) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CLASSES
+        class_table.to_csv(path)
+        return path.read_bytes()
+
+
+def _class_table(data: bytes, folder: str) -> ClassTable:
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / CLASSES
+        path.write_bytes(data)
+        try:
+            return read_class_csv(path)
+        except DataError as error:
+            raise DataError(f"{storage.join(folder, CLASSES)}: {error}") from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

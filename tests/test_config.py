@@ -1,0 +1,151 @@
+"""Settings: layers, overrides, and errors that tell the remedy."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hts_ray.config import (
+    FilterConfig,
+    HtsConfig,
+    LabelConfig,
+    load_config,
+    override,
+    parse_config,
+    preset_names,
+    walk_fields,
+)
+from hts_ray.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", ["demo", "hico-vitb16", "hico-vitb32", "own-images"])
+def test_every_preset_parses(name):
+    """Would catch a preset with a renamed or wrong setting."""
+    assert name in preset_names()
+    assert load_config(preset=name) != HtsConfig()
+
+
+def test_published_student_settings():
+    """Would catch a slip in the settings that reproduce the paper's students."""
+    for name, lr, batch in (("hico-vitb32", 1.5e-5, 128), ("hico-vitb16", 5e-6, 32)):
+        config = load_config(preset=name)
+        assert (config.train.optim.lr, config.train.batch_size) == (lr, batch)
+        assert config.student.image_size == 672
+        assert config.student.feature_space == "backbone"
+        assert config.train.min_positives_per_class == 40
+        assert config.train.augment.crop_ratio == (0.7, 1.3)
+        assert config.train.loss_temperature == 1.0
+
+
+def test_layers_apply_in_order(tmp_path):
+    """Would catch a preset that wins over the file, or a file over the overrides."""
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {epochs: 7, batch_size: 9}\n")
+    config = load_config(
+        preset="hico-vitb32",
+        file=str(path),
+        overrides=["train.batch_size=11", "train.optim.lr=1e-4"],
+    )
+    assert config.train.epochs == 7
+    assert config.train.batch_size == 11
+    assert config.train.optim.lr == 1e-4
+    assert config.student.image_size == 672
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("label.regoins.whole=true", ["label.regoins", "did you mean regions?"]),
+        ("filter.topk=3", ["filter.topk", "did you mean top_k?"]),
+        ("train.head_lr=1", ["train.head_lr", "did you mean train.optim.head_lr?"]),
+        ("train.epochs=0", ["train.epochs = 0", "greater than or equal to 1"]),
+        ("train.loss=mse", ["train.loss = 'mse'", "lse_sign"]),
+        ("filter.negative_threshold=0.9", ["filter", "must not be above positive_threshold"]),
+        ("label.pool.max_size=nine", ["label.pool.max_size = 'nine'", "integer"]),
+        ("train.optim.lr=nan", ["train.optim.lr", "finite"]),
+        ("nonsense", ["override = 'nonsense'", "section.name=value"]),
+        ("a..b=1", ["override", "section.name=value"]),
+        ("label.regions.grid_scales=[0.5]", ["label.regions", "one entry a scale"]),
+    ],
+)
+def test_mistakes_name_field_value_and_remedy(text, words):
+    """Would catch an error that leaves the user guessing which setting is meant."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=[text])
+    assert caught.value.exit_code == 2
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_preset_and_missing_file_are_told(tmp_path):
+    """Would catch a traceback for a mistyped preset or path."""
+    with pytest.raises(ConfigError, match="did you mean demo"):
+        load_config(preset="demoo")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(file=str(tmp_path / "none.yaml"))
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1, 2")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_config(file=str(bad))
+    bad.write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_config(file=str(bad))
+    bad.write_text("- just\n- a list\n")
+    with pytest.raises(ConfigError, match="must hold `section:` keys"):
+        load_config(file=str(bad))
+
+
+def test_printed_config_reads_back_equal(tmp_path):
+    """Would catch a value that does not survive --print-config > file, --config file."""
+    for name in preset_names():
+        config = load_config(preset=name)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(config.to_yaml())
+        assert load_config(file=str(path)) == config
+
+
+def test_only_settings_that_change_the_answer_are_hashed():
+    """Would catch a cache that is lost by a larger pool, or kept for other regions."""
+    base = LabelConfig()
+    pool = parse_config({"label": {"pool": {"max_size": 4}, "batch_images": 3}}).label
+    regions = parse_config({"label": {"regions": {"whole": False}}}).label
+    assert base.answer_settings() == pool.answer_settings()
+    assert base.answer_settings() != regions.answer_settings()
+    assert "max_batch_regions" not in base.answer_settings()["teacher"]
+
+
+def test_override_keeps_the_rest_and_checks_again():
+    """Would catch a variant that silently resets or skips validation."""
+    config = load_config(preset="demo")
+    changed = override(config, {"train": {"loss": "bce"}})
+    assert changed.train.loss == "bce"
+    assert changed.train.epochs == config.train.epochs
+    with pytest.raises(ConfigError):
+        override(config, {"train": {"loss": "none"}})
+
+
+def test_every_setting_can_be_named_on_the_command_line():
+    """Would catch a field that dotted overrides cannot reach."""
+    names = [name for name, _, _ in walk_fields()]
+    assert len(names) == len(set(names)) > 80
+    assert "label.teacher.model" in names
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_threshold_order_is_enforced_for_all_values(low, high):
+    """Would catch a band of ignored classes that is turned inside out."""
+    if low <= high:
+        FilterConfig(negative_threshold=low, positive_threshold=high)
+    else:
+        with pytest.raises(ValueError, match="negative_threshold"):
+            FilterConfig(negative_threshold=low, positive_threshold=high)
+
+
+@given(st.text(max_size=30))
+def test_no_override_text_escapes_as_another_error(text):
+    """Would catch a traceback from odd command-line text."""
+    try:
+        load_config(overrides=[f"train.loss={text}"])
+    except ConfigError:
+        return
+    assert yaml.safe_load(text) in ("lse_sign", "bce")

@@ -1,0 +1,120 @@
+"""The filter stage on stored region scores."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hts_ray import storage
+from hts_ray.config import FilterConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.filtering import filter_regions, image_evidence, iter_region_rows
+from hts_ray.tables import REGION_SCORES_SCHEMA, StageFolder, read_table, write_table
+
+IDS = np.array([7, 3, 11], dtype=np.int16)
+
+
+def row(image_id, scores_RC, kinds, split="train", status="ok"):
+    scored = status == "ok"
+    return {
+        "image_id": image_id,
+        "uri": f"/{image_id}.jpg",
+        "split": split,
+        "boxes": [[0, 0, 9, 9]] * len(kinds) if scored else None,
+        "region_kinds": kinds if scored else None,
+        "scores": np.asarray(scores_RC, dtype=np.float32).ravel().tolist() if scored else None,
+        "status": status,
+    }
+
+
+@pytest.fixture
+def scores(tmp_path):
+    """Two images: one clear by its grid regions only, one quarantined, one of another split."""
+    stage = StageFolder(str(tmp_path), "region_scores", "k")
+    rows = [
+        row("b", [[-9, -9.1, -9], [-1, -9, -9], [-1, -9, -9]], ["whole", "grid", "grid"]),
+        row("a", [[-9, -9, -1]], ["whole"]),
+        row("bad", [], [], status="quarantined"),
+        row("t", [[-1, -9, -9]], ["whole"], split="test"),
+    ]
+    write_table(stage.file("part.parquet"), pa.Table.from_pylist(rows, schema=REGION_SCORES_SCHEMA))
+    storage.write_json(
+        stage.file("table.json"),
+        {"class_ids": IDS.tolist(), "prior_log_likelihoods": [-1.0, -9.0, -9.0]},
+    )
+    return stage
+
+
+PLAIN = FilterConfig(
+    prior_alpha=0.0, per_class_quantile=None, negative_threshold=0.05, support_threshold=0.4
+)
+
+
+def run(scores, tmp_path, config, split="train"):
+    stage = StageFolder(str(tmp_path), "pseudo_labels", str(hash(config)))
+    stats = filter_regions(
+        config, region_scores_path=scores.path, class_ids=IDS, split=split, stage=stage
+    )
+    return {r["image_id"]: r for r in read_table(stage.path).to_pylist()}, stats
+
+
+def test_scores_come_back_as_regions_by_classes(scores):
+    """Would catch a transposed or shifted score matrix, with unscored rows in between."""
+    rows = {r["image_id"]: r["scores"] for r in iter_region_rows(scores.path)}
+    assert set(rows) == {"a", "b", "t"}
+    assert rows["b"].shape == (3, 3)
+    assert rows["b"][1].tolist() == [-1, -9, -9]
+
+
+def test_labels_carry_the_table_s_class_ids(scores, tmp_path):
+    """Would catch positions written in place of class ids."""
+    labels, stats = run(scores, tmp_path, PLAIN)
+    assert labels["b"]["positive_ids"] == [7]
+    assert labels["a"]["positive_ids"] == [11]
+    assert "t" not in labels
+    assert labels["b"]["support"] == [2]
+    assert stats["positives"] == 2
+    assert stats["positives_per_class"] == {"7": 1, "3": 0, "11": 1}
+
+
+def test_region_kinds_choose_what_counts(scores, tmp_path):
+    """Would catch a whole-image baseline that still sees the regions."""
+    config = PLAIN.model_copy(update={"region_kinds": ("whole",)})
+    labels, _ = run(scores, tmp_path, config)
+    assert labels["b"]["positive_ids"] == []
+    with pytest.raises(ConfigError, match="stored only grid, whole"):
+        image_evidence(scores.path, PLAIN.model_copy(update={"region_kinds": ("union",)}))
+
+
+def test_the_prior_is_taken_off(scores):
+    """Would catch an alpha that is read but not applied."""
+    plain = image_evidence(scores.path, PLAIN)
+    corrected = image_evidence(scores.path, PLAIN.model_copy(update={"prior_alpha": 1.0}))
+    place = plain.image_ids.index("a")
+    # Class 7 is frequent in the prior, so taking the prior off must lower its share.
+    assert corrected.probabilities_NC[place, 0] < plain.probabilities_NC[place, 0]
+
+
+def test_every_dropped_candidate_has_a_reason(scores, tmp_path):
+    """Would catch candidates that vanish from the counts."""
+    config = PLAIN.model_copy(update={"min_support": 2})
+    labels, stats = run(scores, tmp_path, config)
+    assert labels["a"]["positive_ids"] == []
+    assert labels["a"]["ignored_ids"] == [11]
+    assert dict(labels["a"]["dropped"])["below_support"] == 1
+    assert stats["below_support"] == 1
+
+
+def test_nothing_left_is_an_error_and_no_result(scores, tmp_path):
+    """Would catch a training run on empty labels reported as success."""
+    config = PLAIN.model_copy(update={"min_support": 50})
+    with pytest.raises(DataError, match="lower filter"):
+        run(scores, tmp_path, config)
+    with pytest.raises(DataError, match="split 'none'"):
+        run(scores, tmp_path, PLAIN, split="none")
+
+
+def test_a_finished_folder_is_not_computed_again(scores, tmp_path):
+    """Would catch work done twice, or a result that changes under its hash."""
+    first = run(scores, tmp_path, PLAIN)
+    storage.remove_tree(scores.path)
+    assert run(scores, tmp_path, PLAIN) == first
