@@ -237,13 +237,13 @@ def finish(
     kinds = {item["values"]: item["counts"] for item in counts}
     if len(bad) == len(rows):
         storage.remove_tree(stage.path)
-        _write_quarantine(stage, bad, name)
+        write_quarantine(stage, bad, name)
         first = bad.slice(0, 1).to_pylist()[0]
         raise DataError(
             f"none of {len(rows)} images can be used ({kinds}): the first is {first['uri']},"
             f" {first['error']}; all are listed in {stage.file('quarantine')}"
         )
-    _write_quarantine(stage, bad, name)
+    write_quarantine(stage, bad, name)
     storage.write_json(stage.file("table.json"), dict(table_info))
     stage.publish(
         {
@@ -269,7 +269,8 @@ def _require_exactly_once(found: pa.ChunkedArray, expected: pa.Array, path: str)
         )
 
 
-def _write_quarantine(stage: StageFolder, bad: pa.Table, name: str) -> None:
+def write_quarantine(stage: StageFolder, bad: pa.Table, name: str) -> None:
+    """Write `quarantine/part-0.parquet` from image_id, uri, error_kind and error of bad rows."""
     columns = {
         "image_id": bad["image_id"],
         "stage": pa.array([name] * len(bad), pa.string()),

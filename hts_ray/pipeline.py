@@ -307,14 +307,21 @@ def evaluate(
     ids, scores_NC = read_predictions(predictions, run.class_table)
     truth = read_annotations(annotations, run.class_table, split)
     result = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
-    result["class_ids"] = run.class_table.ids.tolist()
-    result["predictions"] = predictions
+    publish_metrics(run, result, predictions, annotations, split, name)
+    return result
+
+
+def publish_metrics(
+    run: Run, result: dict[str, Any], scores: str, annotations: str, split: str, name: str
+) -> None:
+    """Store metrics in the run directory, with what they were measured on."""
+    result.update(class_ids=run.class_table.ids.tolist(), predictions=scores)
     if name:
         result["name"] = name
-    stage = run.stage("evaluation", settings_hash(predictions, annotations, split))
+    stage = run.stage("evaluation", settings_hash(scores, annotations, split))
     storage.write_json(stage.file("metrics.json"), result)
-    stage.publish({"rows_in": len(ids), "rows_out": len(ids), "quarantined": 0})
-    return result
+    rows = result["num_images"]
+    stage.publish({"rows_in": rows, "rows_out": rows, "quarantined": 0})
 
 
 def run_all(

@@ -46,7 +46,8 @@ CORPUS_SPLIT = "pretraining"
 SCENE_SIZE = 96
 CLIP_IMAGE_SIZE = 80
 CAPTIONER_IMAGE_SIZE = 64
-CONTEXT_LENGTH = 24
+CAPTION_LENGTH = 24
+CLIP_CONTEXT_LENGTH = 16
 _PAD, _UNK, _CLS, _SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 
 # What alt-text calls the person (or the moment) of a class. No word of the class's prompt but its
@@ -126,6 +127,7 @@ class PretrainSettings:
     batch_size: int = 192
     clip_lr: float = 3e-3
     captioner_lr: float = 2e-3
+    text_lr: float = 1e-3
     role_rate: float = 0.55
     object_rate: float = 0.3
     literal_rate: float = 0.15
@@ -279,14 +281,19 @@ def build_tokenizer() -> Any:
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
 
 
-def encode_texts(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Token ids (N, 24) int64, padded."""
+def encode_texts(tokenizer: Any, texts: list[str], length: int) -> Tensor:
+    """Token ids (N, length) int64, padded or cut to length."""
     unique = list(dict.fromkeys(texts))
     ids = tokenizer(
-        unique, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt"
+        unique, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     ).input_ids
     row = {text: i for i, text in enumerate(unique)}
     return ids[torch.tensor([row[text] for text in texts])]
+
+
+def _trim(ids: Tensor) -> Tensor:
+    """Token ids without the columns that are padding in every row."""
+    return ids[:, : int((ids != 0).sum(1).max())]
 
 
 def _bags(ids: Tensor, vocab_size: int) -> Tensor:
@@ -323,14 +330,17 @@ def _batches(size: int, batch: int, epochs: float, rng: np.random.Generator) -> 
 
 
 def _optimizer(
-    modules: list[nn.Module], lr: float, steps: int
+    rates: list[tuple[nn.Module, float]], steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    decay, plain = [], []
-    for module in modules:
-        for parameter in module.parameters():
-            (decay if parameter.ndim > 1 else plain).append(parameter)
-    groups = [{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    """AdamW with a learning rate a module, warm-up and a cosine."""
+    groups: list[dict[str, Any]] = []
+    for module, lr in rates:
+        parameters = list(module.parameters())
+        decay = [p for p in parameters if p.ndim > 1]
+        plain = [p for p in parameters if p.ndim <= 1]
+        groups.append({"params": decay, "lr": lr, "weight_decay": 0.02})
+        groups.append({"params": plain, "lr": lr, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     warm = max(1, min(200, steps // 10))
 
     def schedule(step: int) -> float:
@@ -354,7 +364,7 @@ def clip_config(vocab_size: int, sep_id: int) -> dict[str, Any]:
                 "image_size": CLIP_IMAGE_SIZE,
             },
             "text_cfg": {
-                "context_length": CONTEXT_LENGTH,
+                "context_length": CLIP_CONTEXT_LENGTH,
                 "vocab_size": vocab_size,
                 "hf_tokenizer_name": "world_clip",
                 "width": 96,
@@ -398,18 +408,22 @@ def train_clip(
     nn.init.constant_(words.bias, -4.0)
     size = len(corpus.specs)
     total = max(1, int(size * settings.clip_epochs / settings.batch_size))
-    optimizer, scheduler = _optimizer([model, words], settings.clip_lr, total)
+    text_tower = nn.ModuleList(m for name, m in model.named_children() if name != "visual")
+    loose = nn.ParameterList([model.positional_embedding, model.text_projection, model.logit_scale])
+    rates = [(model.visual, settings.clip_lr), (words, settings.clip_lr)]
+    rates += [(text_tower, settings.text_lr), (loose, settings.text_lr)]
+    optimizer, scheduler = _optimizer(rates, total)
     model.train()
     start = time.perf_counter()
     batches = _batches(size, settings.batch_size, settings.clip_epochs, rng)
     for step, rows in enumerate(batches):
         texts = [alt_text(corpus.specs[i], rng, settings) for i in rows]
-        ids = encode_texts(tokenizer, texts)
+        ids = encode_texts(tokenizer, texts, CLIP_CONTEXT_LENGTH)
         pixels = _pixels(corpus.scenes[rows], CLIP_IMAGE_SIZE, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
             features = model.visual.trunk(pixels)
             image = F.normalize(model.visual.head(features).float(), dim=-1)
-            text = F.normalize(model.encode_text(ids).float(), dim=-1)
+        text = F.normalize(model.encode_text(ids), dim=-1)  # bfloat16 is no faster here
         guess = words(features.float())
         bags = _bags(ids, len(tokenizer))
         # the bag of words teaches the tower faster than the contrast; it is thrown away after
@@ -462,7 +476,7 @@ def build_captioner(tokenizer: Any) -> Any:
     decoder = BertLMHeadModel(
         BertConfig(
             vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=256, max_position_embeddings=CONTEXT_LENGTH, is_decoder=True,
+            intermediate_size=256, max_position_embeddings=CAPTION_LENGTH, is_decoder=True,
             add_cross_attention=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -473,7 +487,7 @@ def build_captioner(tokenizer: Any) -> Any:
         part.bos_token_id = tokenizer.cls_token_id
         part.eos_token_id = tokenizer.sep_token_id
         part.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.max_length = CONTEXT_LENGTH
+    model.generation_config.max_length = CAPTION_LENGTH
     return model
 
 
@@ -488,25 +502,25 @@ def train_captioner(
     words = nn.Linear(model.encoder.config.hidden_size, len(tokenizer))
     nn.init.constant_(words.bias, -4.0)
     size = len(corpus.captions)
-    all_ids = encode_texts(tokenizer, corpus.captions)
+    all_ids = encode_texts(tokenizer, corpus.captions, CAPTION_LENGTH)
     total = max(1, int(size * settings.captioner_epochs / settings.batch_size))
-    optimizer, scheduler = _optimizer([model, words], settings.captioner_lr, total)
+    rates = [(model.encoder, settings.captioner_lr), (words, settings.captioner_lr)]
+    optimizer, scheduler = _optimizer([*rates, (model.decoder, settings.text_lr)], total)
     model.train()
     start = time.perf_counter()
     batches = _batches(size, settings.batch_size, settings.captioner_epochs, rng)
     for step, rows in enumerate(batches):
-        ids = all_ids[torch.from_numpy(rows)]
-        ids = ids[:, : int((ids != 0).sum(1).max())]
+        ids = _trim(all_ids[torch.from_numpy(rows)])
         pixels = _pixels(corpus.crops[rows], CAPTIONER_IMAGE_SIZE, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
-            seen = model.encoder(pixel_values=pixels).last_hidden_state
-            logits = model.decoder(
-                input_ids=ids[:, :-1], encoder_hidden_states=seen, use_cache=False
-            ).logits
+            seen = model.encoder(pixel_values=pixels).last_hidden_state.float()
+        logits = model.decoder(
+            input_ids=ids[:, :-1], encoder_hidden_states=seen, use_cache=False
+        ).logits
         target = ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)
-        text_loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+        text_loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
         bags = _bags(ids, len(tokenizer))
-        guess = words(seen.float().amax(1))
+        guess = words(seen.amax(1))
         bag_loss = F.binary_cross_entropy_with_logits(guess, bags, reduction="none").sum(1).mean()
         optimizer.zero_grad(set_to_none=True)
         (text_loss + 0.2 * bag_loss).backward()

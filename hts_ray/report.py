@@ -195,13 +195,15 @@ def render_report(data: ReportData) -> str:
     )
     template = environment.from_string(asset_path("report.html.j2").read_text(encoding="utf-8"))
     methods = list(dict.fromkeys(name for row in data.per_class for name in row.ap))
+    zero, hts = (_method_of(role, methods, data.comparison) for role in ("zero_shot", "hts"))
+    main = _by_role(data.comparison).get("hts")
     return template.render(
         data=data,
-        comparison=[(row, _role(row), _row_gap(row, data.comparison)) for row in data.comparison],
+        comparison=[(row, row is main, _row_gap(row, data.comparison)) for row in data.comparison],
         gap_sentence=gap_sentence(data.comparison),
-        wins_sentence=_wins_sentence(data.per_class, methods),
+        wins_sentence=_wins_sentence(data.per_class, zero, hts),
         funnel=_funnel_view(data.funnel),
-        methods=[(name, _name_role(name)) for name in methods],
+        methods=[(name, name == hts) for name in methods],
         chart=_loss_chart(data.history),
         kinds=Counter(row.error_kind for row in data.quarantine).most_common(),
         max_quarantine=MAX_QUARANTINE_ROWS,
@@ -291,10 +293,18 @@ def _row_gap(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> float | None:
     return gap_closed(zero.mean_ap, row.mean_ap, supervised.mean_ap)
 
 
-def _wins_sentence(rows: Sequence[ClassRow], methods: Sequence[str]) -> str:
+def _method_of(
+    role: str, methods: Sequence[str], comparison: Sequence[ComparisonRow]
+) -> str | None:
+    """Return the per-class method that plays a role: as the comparison says, else by its name."""
+    row = {str(key): row for key, row in _by_role(comparison).items()}.get(role)
+    if row is not None and row.name in methods:
+        return row.name
+    return next((name for name in methods if _name_role(name) == role), None)
+
+
+def _wins_sentence(rows: Sequence[ClassRow], zero: str | None, hts: str | None) -> str:
     """Count the classes where HTS is above zero-shot, so that a mean is not all there is."""
-    roles = {_name_role(name): name for name in reversed(methods)}
-    zero, hts = roles.get("zero_shot"), roles.get("hts")
     if zero is None or hts is None:
         return ""
     pairs = [(row.ap.get(zero), row.ap.get(hts)) for row in rows]
@@ -320,7 +330,7 @@ def _funnel_view(steps: Sequence[FunnelStep]) -> list[tuple[FunnelStep, float | 
             share = step.count / whole
             view.append((step, share, f"{_share(share)} of {step.of}"))
         else:
-            view.append((step, None, f"{step.count / whole:,.1f} for each of {step.of}"))
+            view.append((step, None, f"{step.count / whole:,.1f} \u00d7 {step.of}"))
     return view
 
 
@@ -368,7 +378,6 @@ def _loss_chart(history: Mapping[str, Sequence[float]]) -> dict[str, Any] | None
         "series": [
             {
                 "name": name,
-                "role": _name_role(name),
                 "dots": [(f"{x_of(epoch):.1f}", f"{y_of(loss):.1f}") for epoch, loss in points],
                 "last": f"{points[-1][1]:.3g}",
                 "epochs": points[-1][0],
@@ -454,7 +463,7 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 
 def _count(value: int | None) -> str:
-    return NOTHING if value is None else f"{value:,}".replace(",", "\u202f")
+    return NOTHING if value is None else f"{value:,}"
 
 
 def _raw(value: float | None) -> str:

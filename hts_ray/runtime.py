@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from hts_ray.config import RayConfig
 from hts_ray.errors import UserError
@@ -24,8 +26,8 @@ _DEFAULT_ENVIRONMENT = {
 def ray_cluster(config: RayConfig) -> Iterator[None]:
     """Join the cluster of this job or address, else start a local one for the block's duration.
 
-    A cluster that was running before is left running. A local cluster listens on the loopback
-    address only, has no dashboard, and uses token authentication unless RAY_AUTH_MODE says
+    A cluster that was running before is left running. A local cluster has no dashboard and, since
+    Ray's own ports listen on every interface, asks for a token unless RAY_AUTH_MODE says
     otherwise. Raises UserError when no cluster can be reached or started.
     """
     for name, value in _DEFAULT_ENVIRONMENT.items():
@@ -49,14 +51,21 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                _node_ip_address="127.0.0.1",
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
         raise UserError(f"Ray could not reach or start {target}: {error}") from error
+    _protect_token()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _protect_token() -> None:
+    """Take the token that Ray wrote for local clusters away from other users of the machine."""
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):
+        token.chmod(0o600)

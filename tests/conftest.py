@@ -98,7 +98,7 @@ def byte_pieces(special: list[str]) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_blip_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BLIP of 2 + 2 layers, stored as float16 like the packaged one."""
+    """Save a BLIP of 2 + 2 layers, stored as float16 like the packaged one."""
     import torch
     from transformers import (
         BlipConfig,
@@ -134,7 +134,7 @@ def tiny_blip_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_git_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GIT of 2 + 2 layers."""
+    """Save a GIT of 2 + 2 layers."""
     from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
     folder = tmp_path_factory.mktemp("tiny") / "git"
@@ -186,7 +186,7 @@ def save_encoder_decoder(folder: Path, decoder_config: Any, tokenizer: Any) -> P
 
 @pytest.fixture(scope="session")
 def tiny_vit_bert_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VisionEncoderDecoder of ViT and BERT."""
+    """Save a VisionEncoderDecoder of ViT and BERT."""
     from transformers import BertConfig
 
     tokenizer = word_pieces()

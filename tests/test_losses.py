@@ -137,6 +137,7 @@ def test_reductions(loss_type):
     assert loss_N.shape == (5,)
     torch.testing.assert_close(loss_type(reduction="sum")(logits, targets), loss_N.sum())
     torch.testing.assert_close(loss_type(reduction="mean")(logits, targets), loss_N.sum() / 5)
+    torch.testing.assert_close(loss_type()(logits[1:2], targets[1:2]), loss_N[1])
     assert loss_type()(logits[:0], targets[:0]) == 0
 
 

@@ -270,7 +270,7 @@ def test_quantile_feeds_the_tail_but_not_absent_classes():
 
 
 def test_quantile_counts_images_exactly():
-    """Catches (1 - 0.9) * 10 = 0.9999999999999998 cut to 0, and less than one image forced to one."""
+    """Catches (1 - 0.9) * 10 = 0.9999999999999998 cut to 0, and half an image forced to 1."""
     for images, share, claimed in (
         (49, 0.98, 0),
         (50, 0.98, 1),

@@ -74,7 +74,8 @@ def read_hico(root: str, splits: Sequence[str] = SPLITS, *, workers: int = 16) -
         )
     variables = _load(path)
     chosen = list(dict.fromkeys(splits))
-    unlisted, found = 0, []
+    unlisted = 0
+    found: list[Candidate] = []
     for split in _read_splits(variables, chosen, path):
         folder = storage.join(root, "images", f"{split.name}2015")
         if not storage.exists(folder):

@@ -6,6 +6,7 @@ over millions of web images meets each of these, and one of them must cost one r
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import stat
@@ -352,6 +353,20 @@ def _excerpt(data: bytes) -> str:
     return f"it begins with the bytes {start[:8].hex(' ')}"
 
 
+def _silence_libtiff() -> None:
+    """Stop libtiff from printing to stderr what it reports to Pillow as an error as well.
+
+    Only Linux tells where the library was loaded from; elsewhere its lines stay.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        for path in {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libtiff" in line}:
+            ctypes.CDLL(path).TIFFSetErrorHandler(None)
+    except (OSError, AttributeError):
+        return
+
+
+_silence_libtiff()
 _quiet_lock = threading.Lock()
 _quiet_users = 0
 _quiet_filters: warnings.catch_warnings[None] | None = None

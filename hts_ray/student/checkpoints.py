@@ -43,9 +43,9 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
         "student": student.config.model_dump(mode="json"),
         "model_cfg": student.model_cfg,
         "image_size": student.image_size,
-        "image_mean": [round(value, 8) for value in student.image_mean.tolist()],
-        "image_std": [round(value, 8) for value in student.image_std.tolist()],
-        "num_classes": len(student.class_table),
+        "image_mean": student.image_mean.tolist(),
+        "image_std": student.image_std.tolist(),
+        "class_ids": student.class_table.ids.tolist(),
         "class_fingerprint": student.class_table.fingerprint(),
         "sha256": {WEIGHTS: _sha256(weights), CLASSES: _sha256(classes)},
         "info": dict(info or {}),
@@ -66,7 +66,7 @@ def load_student(path: str) -> Student:
     student or its files are missing, damaged or not of this format.
     """
     folder = find_student(path)
-    description = _description(folder)
+    description = description_of(folder)
     weights = _checked(folder, WEIGHTS, description)
     class_table = _class_table(_checked(folder, CLASSES, description), folder)
     if class_table.fingerprint() != description["class_fingerprint"]:
@@ -105,7 +105,7 @@ def find_student(path: str) -> str:
 def student_fingerprint(path: str) -> str:
     """Return 12 hexadecimal digits of what a stored student computes."""
     folder = find_student(path)
-    description = {key: value for key, value in _description(folder).items() if key != "info"}
+    description = {key: value for key, value in description_of(folder).items() if key != "info"}
     return _sha256(json.dumps(description, sort_keys=True).encode())[:12]
 
 
@@ -116,7 +116,8 @@ def _state(student: Student) -> dict[str, Any]:
     }
 
 
-def _description(folder: str) -> dict[str, Any]:
+def description_of(folder: str) -> dict[str, Any]:
+    """Return a student folder's `student.json`; DataError when it cannot be used."""
     path = storage.join(folder, DESCRIPTION)
     try:
         description = json.loads(storage.read_bytes(path))
@@ -130,7 +131,7 @@ def _description(folder: str) -> dict[str, Any]:
             f" {FORMAT_VERSION}: use the version that wrote it"
         )
     needed = {"student", "model_cfg", "image_size", "image_mean", "image_std", "sha256"}
-    missing = sorted((needed | {"class_fingerprint"}) - description.keys())
+    missing = sorted((needed | {"class_ids", "class_fingerprint"}) - description.keys())
     if missing:
         raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
     return description

@@ -104,7 +104,7 @@ class DummyCaptioner:
 
 
 def _pixel_hash(image: Pixels) -> int:
-    return zlib.crc32(np.ascontiguousarray(image))
+    return zlib.crc32(image.tobytes())
 
 
 def _mix(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -162,15 +162,16 @@ def class_scores(
     class at most log(templates), where a mean of log-likelihoods would let it decide.
     With `length_normalize` every prompt's sum is divided by its token count first.
     """
-    values = scores.log_likelihoods
+    values = scores.log_likelihoods.astype(np.float64)
     if length_normalize:
-        values = values / scores.token_counts[None, :].astype(np.float32)
+        values = values / scores.token_counts[None, :]
     counts = np.asarray(prompts.counts)
     if values.shape[1] != counts.sum():
         raise ValueError(f"{values.shape[1]} scores for {counts.sum()} prompts")
     starts = np.cumsum(counts) - counts
-    sums = np.logaddexp.reduceat(values.astype(np.float64), starts, axis=1)
-    return (sums - np.log(counts)).astype(np.float32)
+    sums: npt.NDArray[np.float64] = np.logaddexp.reduceat(values, starts, axis=1)
+    averages: FloatArray = (sums - np.log(counts)).astype(np.float32)
+    return averages
 
 
 def score_classes(
@@ -214,7 +215,7 @@ def prior_log_likelihoods(
         prompts = ClassPrompts.of([(prompt,) for prompt in prompts], 1)
     images = plain_images(null_images)
     scores = score_classes(captioner, images, prompts, length_normalize=length_normalize)
-    total = np.logaddexp.reduce(scores.astype(np.float64), axis=0)
+    total: npt.NDArray[np.float64] = np.logaddexp.reduce(scores.astype(np.float64), axis=0)
     return (total - math.log(len(images))).astype(np.float32)
 
 

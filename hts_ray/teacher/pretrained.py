@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hts_ray.config import TeacherConfig
+from hts_ray.errors import DataError
 from hts_ray.teacher.captioner import (
     Caption,
     Pixels,
@@ -80,7 +81,7 @@ class TransformersCaptioner:
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the scored tokens of P prompts, the end token included if asked for.
 
-        Raises ValueError for a prompt that has no token or too many.
+        Raises DataError for a prompt that has no token or too many.
         """
         if tuple(prompts) == self._prompts:
             return self._sequences
@@ -90,7 +91,7 @@ class TransformersCaptioner:
         sequences = [[*sequence, *end] for sequence in sequences]
         for prompt, sequence in zip(prompts, sequences, strict=True):
             if not sequence or len(sequence) > (self.max_tokens or len(sequence)):
-                raise ValueError(
+                raise DataError(
                     f"prompt {prompt!r} has {len(sequence)} tokens,"
                     f" the teacher takes 1 to {self.max_tokens or 'many'}"
                 )
@@ -236,7 +237,7 @@ def image_preparation(
     Raises ConfigError when they are missing or do not lead to images of one size.
     """
     settings = _processor_settings(config, folder)
-    size = settings.get("size")
+    size: Any = settings.get("size")
     short_side = "CLIP" in str(settings.get("image_processor_type", ""))
     if isinstance(size, dict):
         size = size.get("shortest_edge") or (size.get("height"), size.get("width"))

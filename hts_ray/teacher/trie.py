@@ -134,7 +134,7 @@ def _ancestors(
 
 
 def split_tries(
-    sequences: Sequence[TokenIds], max_nodes: int = MAX_NODES
+    sequences: Sequence[TokenIds], max_nodes: int
 ) -> list[tuple[PromptTrie, list[int]]]:
     """Return tries of about `max_nodes` fed nodes, each with the indices of its prompts.
 
@@ -254,7 +254,7 @@ class TrieDecoder(Decoder):
         """Return sums of token log-probabilities (R, P) float32 of images (R, 3, H, W)."""
         key = tuple(tuple(sequence) for sequence in sequences)
         if key != self._key:  # the prompts of a run are always the same
-            self._tries, self._key = split_tries(sequences), key
+            self._tries, self._key = split_tries(sequences, MAX_NODES), key
         state = self.encode(images)
         scores = torch.empty(len(images), len(sequences), device=images.device)
         for trie, prompts in self._tries:
@@ -402,7 +402,7 @@ class BatchedDecoder(Decoder):
             )
         return self.model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
-    def log_likelihoods(self, images: Sequence[Any], sequences: Sequence[TokenIds]) -> Tensor:
+    def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
         """Return sums of token log-probabilities (R, P) float32, R = len(images)."""
         rows = []
         for image in images:
@@ -426,7 +426,7 @@ class BatchedDecoder(Decoder):
         scores = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
         return (scores * mask).sum(1)
 
-    def reference(self, images: Sequence[Any], sequence: TokenIds) -> Tensor:
+    def reference(self, images: Any, sequence: TokenIds) -> Tensor:
         """Return the sum (R,) with no other prompt in the batch, hence no padding."""
         return torch.cat([self._batch(image, [sequence]) for image in images])
 
@@ -453,11 +453,11 @@ class BatchedCrossAttentionDecoder(BatchedDecoder):
 
     def log_likelihoods(self, images: Tensor, sequences: Sequence[TokenIds]) -> Tensor:
         """Return sums of token log-probabilities (R, P) float32 of images (R, 3, H, W)."""
-        return super().log_likelihoods(self.features(images), sequences)  # type: ignore[arg-type]
+        return super().log_likelihoods(self.features(images), sequences)
 
     def reference(self, images: Tensor, sequence: TokenIds) -> Tensor:
         """Return the sum (R,) with no other prompt in the batch, hence no padding."""
-        return super().reference(self.features(images), sequence)  # type: ignore[arg-type]
+        return super().reference(self.features(images), sequence)
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the decoder's logits (P, 1 + L, V) behind the start token."""

@@ -1,3 +1,5 @@
+"""Tests of the regions' geometry."""
+
 from __future__ import annotations
 
 import pytest

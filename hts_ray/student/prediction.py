@@ -1,0 +1,197 @@
+"""Scoring images with a student, on Ray Data: manifest in, one row of logits an image out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from hts_ray.config import PoolConfig, PredictConfig
+from hts_ray.image_pipeline import (
+    OK,
+    QUARANTINED,
+    Pixels,
+    data_context,
+    decode_batch,
+    finish,
+    manifest_ids,
+    read_manifest,
+    row_progress,
+    rows_per_block,
+    stack_pixels,
+)
+from hts_ray.student.checkpoints import (
+    description_of,
+    find_student,
+    load_student,
+    student_fingerprint,
+)
+from hts_ray.tables import StageFolder, predictions_schema
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from hts_ray.student.model import Student
+
+
+def predict_images(
+    *,
+    config: PredictConfig,
+    student_path: str,
+    manifest_path: str,
+    stage: StageFolder,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score the manifest's images of `config.split` and publish them in `stage`.
+
+    Writes one row of `predictions_schema(C)` an image, the scores being logits; images that
+    cannot be read have null scores and stand in the quarantine. A run that was cut off goes on
+    after the last block that was written; a finished stage is returned as it is.
+    `progress(done, total, quarantined)` is called every few seconds. Raises DataError when there
+    is no student, no image, or no image that can be read.
+    """
+    if stage.finished:
+        return stage.stats
+    started = time.monotonic()
+    splits = None if config.split is None else (config.split,)
+    expected = manifest_ids(manifest_path, splits)
+    folder = find_student(student_path)
+    description = description_of(folder)
+    with (
+        data_context(stage.file("checkpoint")),
+        row_progress(stage, len(expected), progress),
+    ):
+        blocks = read_manifest(manifest_path, splits).repartition(
+            target_num_rows_per_block=rows_per_block(len(expected), config.batch_images)
+        )
+        # Appending, because overwriting would delete what a resumed run counts as done.
+        _scored(blocks, config, folder, description).write_parquet(stage.path)
+    return finish(
+        stage,
+        expected,
+        name="predict",
+        seconds=time.monotonic() - started,
+        table_info={
+            "class_ids": description["class_ids"],
+            "student": folder,
+            "student_fingerprint": student_fingerprint(folder),
+        },
+    )
+
+
+def _scored(
+    dataset: ray.data.Dataset, config: PredictConfig, folder: str, description: dict[str, Any]
+) -> ray.data.Dataset:
+    """Add decoding on CPU tasks and scoring on an actor pool, or on CPU tasks without GPUs."""
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    pool, size = config.pool, int(description["image_size"])
+    memory = None if pool.memory_gib is None else pool.memory_gib * 2**30
+    decoded = dataset.map_batches(
+        partial(decode_batch, images=config.images, square=size),
+        batch_format="pyarrow",
+        batch_size=config.batch_images,
+    )
+    scorer: dict[str, Any] = {"folder": folder, "fingerprint": student_fingerprint(folder), "pool": pool}
+    options: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": config.batch_images, "memory": memory}
+    if pool.num_gpus > 0:
+        return decoded.map_batches(
+            StudentScorer,
+            fn_constructor_kwargs=scorer,
+            num_gpus=pool.num_gpus,
+            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+            **options,
+        )
+    # Tasks reuse worker processes and these keep the student, so that the seconds which
+    # importing open_clip takes are not paid again by every pipeline of a session.
+    return decoded.map_batches(
+        partial(_score_task, **scorer),
+        num_cpus=pool.num_cpus,
+        compute=TaskPoolStrategy(size=pool.max_size),
+        **options,
+    )
+
+
+class StudentScorer:
+    """Scores decoded batches; an actor pool makes one a process."""
+
+    def __init__(self, folder: str, fingerprint: str, pool: PoolConfig) -> None:
+        import torch
+
+        del fingerprint  # tells cached scorers apart, see `_cached_scorer`
+        self._gpu = pool.num_gpus > 0 and torch.cuda.is_available()
+        if pool.num_gpus > 0 and not self._gpu:
+            logging.getLogger(__name__).warning("no GPU is visible: the student runs on the CPU")
+        if not self._gpu:
+            torch.set_num_threads(pool.threads)
+        self.student: Student = load_student(folder)
+        self.student.to("cuda" if self._gpu else "cpu")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Turn rows with `pixels` into rows of `predictions`."""
+        good = np.asarray(table["error_kind"].is_null())
+        logits_NC = self._logits(stack_pixels(table.filter(pa.array(good)), self._size))
+        return prediction_rows(table, good, logits_NC)
+
+    @property
+    def _size(self) -> int:
+        return self.student.image_size
+
+    def _logits(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """Return logits (N, C) of uint8 images (N, S, S, 3)."""
+        import torch
+
+        if len(pixels) == 0:
+            return np.zeros((0, len(self.student.class_table)), np.float32)
+        # The precision that the student was trained in; CPUs gain nothing from it.
+        dtype = torch.bfloat16 if self.student.config.precision == "bf16" else torch.float16
+        half = self._gpu and self.student.config.precision != "no"
+        with torch.inference_mode(), torch.autocast("cuda", dtype=dtype, enabled=half):
+            logits_NC = self.student(self.student.normalise(torch.from_numpy(pixels)))
+        result: npt.NDArray[np.float32] = logits_NC.float().cpu().numpy()
+        return result
+
+
+def _score_task(table: pa.Table, *, folder: str, fingerprint: str, pool: PoolConfig) -> pa.Table:
+    return _cached_scorer(folder, fingerprint, pool.threads)(table)
+
+
+@lru_cache(maxsize=1)
+def _cached_scorer(folder: str, fingerprint: str, threads: int) -> StudentScorer:
+    """Return this process's scorer; the fingerprint sees a folder that was written anew."""
+    return StudentScorer(folder, fingerprint, PoolConfig.model_validate({"threads": threads}))
+
+
+def prediction_rows(
+    table: pa.Table, good: npt.NDArray[np.bool_], logits_GC: npt.NDArray[np.float32]
+) -> pa.Table:
+    """Return rows of `predictions` for N decoded rows, of which `good` (N,) have G logit rows.
+
+    A row whose logits are not finite is quarantined as well: no ranking could hold it.
+    """
+    num_classes = logits_GC.shape[1]
+    scores_NC = np.zeros((len(table), num_classes), np.float32)
+    scores_NC[good] = logits_GC
+    broken = ~np.isfinite(scores_NC).all(axis=1)
+    null = ~good | broken
+    kinds, errors = table["error_kind"].to_pylist(), table["error"].to_pylist()
+    for row in np.flatnonzero(broken):
+        kinds[row], errors[row] = "not_finite", "the student's logits are not finite"
+    flat = pa.array(scores_NC.ravel(), pa.float32())
+    scores = pa.FixedSizeListArray.from_arrays(flat, num_classes, mask=pa.array(null))
+    status = [QUARANTINED if bad else OK for bad in null]
+    columns = [table["image_id"], table["uri"], table["split"], scores, status, kinds, errors]
+    schema = predictions_schema(num_classes)
+    arrays = [
+        column.cast(field.type)
+        if isinstance(column, pa.Array | pa.ChunkedArray)
+        else pa.array(column, field.type)
+        for column, field in zip(columns, schema, strict=True)
+    ]
+    return pa.table(arrays, schema=schema)

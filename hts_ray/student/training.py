@@ -1,0 +1,784 @@
+"""Fine-tuning the student: Ray Data feeds it, Ray Train runs and restarts it.
+
+The driver writes the zero-shot student, turns labels into a dataset of decoded images and starts
+the workers; each worker runs `_train_loop`. Every epoch is seeded by its number alone, so a run
+that goes on from a checkpoint after a crash equals one that was never interrupted, and on CPUs
+two runs with the same labels and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray import storage
+from hts_ray.classes import ClassTable
+from hts_ray.config import ImagesConfig, OptimConfig, StudentConfig, TrainConfig
+from hts_ray.errors import ConfigError, DataError, UserError
+from hts_ray.image_pipeline import (
+    ProgressPoller,
+    data_context,
+    decode_batch,
+    stack_pixels,
+    user_error,
+    write_quarantine,
+)
+from hts_ray.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
+
+if TYPE_CHECKING:
+    import ray.data
+    import torch
+    from accelerate import Accelerator
+
+    from hts_ray.student.model import Student
+
+Progress = Callable[[dict[str, Any]], None]
+
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
+_KEPT_CHECKPOINTS = 2
+_DECODE_ROWS = 32
+_BLOCK_BYTES = 32 << 20
+_RESTART_CYCLES = 4
+_SHUFFLE_BYTES = 1 << 30  # of decoded images that a worker holds to draw its batches from
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What the labels come to: the rows to train on and what was left out.
+
+    `table` has row, image_id, uri, and `positive` and `ignored` as positions in the class
+    table, in training order, repeats included.
+    """
+
+    table: pa.Table
+    images: int
+    classes_with_positives: int
+    dropped_ids: int
+
+
+def train_student(
+    *,
+    config: TrainConfig,
+    student_config: StudentConfig,
+    class_table: ClassTable,
+    labels: pa.Table | None,
+    stage: StageFolder,
+    seed: int,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fine-tune a student on labels and publish it in `stage`; returns the stage's stats.
+
+    `labels` has image_id, uri, positive_ids and ignored_ids (class ids); every other class is
+    negative. None publishes the zero-shot student. A run that was cut off goes on from its last
+    checkpoint; a finished stage is returned as it is. `progress` gets one record an epoch. Raises
+    DataError when no label or image can be used or the loss stops being finite, ConfigError for
+    settings that do not fit together, UserError when the workers kept failing.
+    """
+    if stage.finished:
+        return stage.stats
+    started = time.monotonic()
+    _check_config(config, student_config)
+    data = None if labels is None else training_set(labels, class_table, config, seed)
+    initial = _write_initial(student_config, class_table, config, stage)
+    if data is None:
+        outcome: dict[str, Any] = {"history": [], "rows": 0}
+        counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
+    else:
+        with data_context(keep_order=True):
+            outcome = _fit(
+                config=config,
+                student_config=student_config,
+                initial=initial,
+                data=data,
+                stage=stage,
+                seed=seed,
+                progress=progress,
+            )
+        bad = _gather_quarantine(stage)
+        counts = {
+            "rows_in": data.images,
+            "rows_out": data.images - bad,
+            "quarantined": bad,
+            "rows_trained": outcome["rows"],
+            "classes_with_positives": data.classes_with_positives,
+            "dropped_class_ids": data.dropped_ids,
+        }
+    _publish(config, initial, stage, seed, outcome)
+    history = outcome["history"]
+    seconds = time.monotonic() - started
+    stage.publish(
+        {
+            **counts,
+            "epochs": len(history),
+            "final_loss": history[-1]["loss"] if history else None,
+            "seconds": seconds,
+            "rows_per_second": history[-1]["images_per_second"] if history else 0.0,
+        }
+    )
+    storage.remove_tree(_work(stage))  # optimizer states are as large as the model, twice
+    return stage.stats
+
+
+def training_set(
+    labels: pa.Table, class_table: ClassTable, config: TrainConfig, seed: int
+) -> TrainingSet:
+    """Map class ids to positions, repeat images for rare classes and fix the order by `seed`.
+
+    Raises DataError when no image has a positive label.
+    """
+    labels = labels.filter(labels["image_id"].is_valid())
+    positive, unknown_positive = _positions(labels["positive_ids"], class_table)
+    ignored, unknown_ignored = _positions(labels["ignored_ids"], class_table)
+    found = pc.list_flatten(positive)
+    if not len(found):
+        dropped = f" ({unknown_positive} are of other classes)" if unknown_positive else ""
+        raise DataError(
+            f"no image of {len(labels)} has a positive label{dropped}: lower"
+            " filter.positive_threshold or filter.min_support, or check classes.source"
+        )
+    order = np.arange(len(labels))
+    if config.min_positives_per_class:
+        targets_NC = dense_targets(positive, ignored, len(class_table))
+        order = repeat_indices(targets_NC, config.min_positives_per_class)
+    order = np.random.default_rng(seed).permutation(order)
+    table = pa.table(
+        {
+            "image_id": labels["image_id"],
+            "uri": labels["uri"],
+            "positive": positive,
+            "ignored": ignored,
+        }
+    ).take(pa.array(order))
+    table = table.append_column("row", pa.array(np.arange(len(order))))
+    return TrainingSet(
+        table.combine_chunks(),
+        images=len(labels),
+        classes_with_positives=len(pc.unique(found)),
+        dropped_ids=unknown_positive + unknown_ignored,
+    )
+
+
+def repeat_indices(targets_NC: npt.NDArray[np.int8], least: int) -> npt.NDArray[np.int64]:
+    """Return image indices in which every class with a positive has at least `least` of them.
+
+    `targets_NC` (N, C) is 1 where positive. Each image occurs at least once, in ascending order;
+    the images of a rare class are repeated in turn, rarest class first, and each repeat counts
+    for all of its classes. Source: DEFR's training, with least = 40.
+    """
+    positive_NC = targets_NC == 1
+    copies_N = np.ones(len(targets_NC), dtype=np.int64)
+    counts_C = positive_NC.sum(axis=0).astype(np.int64)
+    for c in np.argsort(counts_C, kind="stable"):
+        owners = np.flatnonzero(positive_NC[:, c])
+        lacking = least - int(counts_C[c])
+        if len(owners) == 0 or lacking <= 0:
+            continue
+        extra = np.full(len(owners), lacking // len(owners), dtype=np.int64)
+        extra[: lacking % len(owners)] += 1
+        copies_N[owners] += extra
+        counts_C += extra @ positive_NC[owners]
+    return np.repeat(np.arange(len(targets_NC)), copies_N)
+
+
+def dense_targets(
+    positive: pa.Array | pa.ChunkedArray, ignored: pa.Array | pa.ChunkedArray, num_classes: int
+) -> npt.NDArray[np.int8]:
+    """Return targets (N, C) int8 of position lists: 1 positive, 0 ignored, -1 the others.
+
+    A class that is in both lists is positive.
+    """
+    targets_NC = np.full((len(positive), num_classes), -1, dtype=np.int8)
+    for lists, value in ((ignored, 0), (positive, 1)):
+        rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
+        targets_NC[rows, pc.list_flatten(lists).to_numpy(zero_copy_only=False)] = value
+    return targets_NC
+
+
+def learning_rate_factor(step: int, total: int, optim: OptimConfig) -> float:
+    """Return the share of the learning rate at `step` of `total`, in 0..1.
+
+    Warm-up is linear over `warmup_steps`. `cosine` falls to 0 once; `warm_restarts` does so in
+    cycles that double in length and end with the run (SGDR, T_mult 2, first cycle at least
+    1/15 of the run).
+    """
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
+    if optim.schedule == "warm_restarts":
+        place = done * (2**_RESTART_CYCLES - 1)  # in units of the first cycle
+        cycle = min(_RESTART_CYCLES - 1, int(math.log2(place + 1)))
+        done = (place - (2**cycle - 1)) / 2**cycle
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _check_config(config: TrainConfig, student: StudentConfig) -> None:
+    workers = max(1, config.num_workers)
+    if config.batch_size % workers:
+        raise ConfigError(
+            "every worker needs an equal share",
+            field="train.batch_size",
+            value=config.batch_size,
+            remedy=f"use a multiple of train.num_workers = {workers}",
+        )
+    if student.precision == "fp16" and not config.use_gpu:
+        raise ConfigError(
+            field="student.precision",
+            value="fp16",
+            remedy="a CPU trains in no or bf16, or set train.use_gpu=true",
+        )
+
+
+def _positions(column: pa.ChunkedArray, class_table: ClassTable) -> tuple[pa.Array, int]:
+    """Turn lists of class ids into lists of positions; returns the number of unknown ids too."""
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], column.type)
+    ids = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+    parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+    lookup = np.full(1 << 16, -1, dtype=np.int32)
+    lookup[class_table.ids.astype(np.int64)] = np.arange(len(class_table))
+    places = lookup[ids & 0xFFFF]
+    known = places >= 0
+    lengths = np.bincount(parents[known], minlength=len(lists))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(places[known])), int((~known).sum())
+
+
+def _work(stage: StageFolder) -> str:
+    """Return the folder of checkpoints and other things that only an unfinished run needs."""
+    return stage.file("ray_train")
+
+
+def _write_initial(
+    student_config: StudentConfig, class_table: ClassTable, config: TrainConfig, stage: StageFolder
+) -> str:
+    """Write the zero-shot student for the workers to start from; returns its folder."""
+    from hts_ray.student.checkpoints import DESCRIPTION, save_student
+    from hts_ray.student.model import build_student, set_trainable
+
+    folder = storage.join(_work(stage), "initial")
+    if not storage.exists(storage.join(folder, DESCRIPTION)):
+        student = build_student(student_config, class_table)
+        set_trainable(student, config.trainable, config.trainable_blocks)  # refuses early
+        save_student(student, folder)
+    return folder
+
+
+def _fit(
+    *,
+    config: TrainConfig,
+    student_config: StudentConfig,
+    initial: str,
+    data: TrainingSet,
+    stage: StageFolder,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Run the training; returns the history, the rows trained on and the weights' bytes."""
+    from hts_ray.student.augment import stored_size
+    from hts_ray.student.checkpoints import description_of
+
+    size = stored_size(int(description_of(initial)["image_size"]), config.augment)
+    dataset, rows = _image_dataset(data.table, size, stage)
+    workers = max(1, config.num_workers)
+    if rows < workers:
+        _gather_quarantine(stage)
+        raise DataError(
+            f"{rows} of {data.images} images can be read, {workers} workers need one each:"
+            f" the reasons are in {stage.file('quarantine')}"
+        )
+    job: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "precision": student_config.precision,
+        "initial": initial,
+        "seed": seed,
+        "rows": rows,
+        "stored_size": size,
+        "history": stage.file("history.json"),
+        "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,
+    }
+    with _epoch_progress(job["history"], progress):
+        weights, error = _run_trainer(config, job, dataset, stage)
+    if error is not None:
+        names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()
+        raise DataError(
+            f"{error['message']}; images {', '.join(names)}: lower train.optim.lr, raise"
+            " train.loss_temperature or set train.optim.grad_clip"
+        )
+    return {"history": weights["history"], "rows": rows, "weights": weights["model"]}
+
+
+def _image_dataset(table: pa.Table, size: int, stage: StageFolder) -> tuple[ray.data.Dataset, int]:
+    """Return decoded images with their labels as a dataset, and its number of rows.
+
+    It is computed once when it fits into a third of the object store, which a shuffle and its
+    neighbours have to live in as well; otherwise again every epoch.
+    """
+    import ray
+    import ray.data
+
+    image_bytes = size * size * 3
+    block = max(1, min(_BLOCK_BYTES // image_bytes, -(-len(table) // 8)))
+    slices = [table.slice(start, block) for start in range(0, len(table), block)]
+    dataset = ray.data.from_arrow(slices).map_batches(
+        partial(_decode_rows, size=size, bad_folder=storage.join(_work(stage), "bad")),
+        batch_format="pyarrow",
+        batch_size=_DECODE_ROWS,
+    )
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    if len(table) * image_bytes > store / 3:
+        return dataset, len(table)
+    dataset = dataset.materialize()
+    return dataset, int(dataset.count())
+
+
+def _decode_rows(table: pa.Table, *, size: int, bad_folder: str) -> pa.Table:
+    """Decode a batch; bad rows leave it and are written to a file named by their ids."""
+    decoded = decode_batch(table, ImagesConfig.model_validate({}), square=size)
+    good = decoded["error_kind"].is_null()
+    bad = decoded.filter(pc.invert(good))
+    if len(bad):
+        name = hashlib.sha256("\n".join(bad["image_id"].to_pylist()).encode()).hexdigest()[:24]
+        columns = ["image_id", "uri", "error_kind", "error"]
+        write_table(storage.join(bad_folder, f"{name}.parquet"), bad.select(columns))
+    return decoded.filter(good).select(["row", "positive", "ignored", "pixels"])
+
+
+def _gather_quarantine(stage: StageFolder) -> int:
+    """Write the bad images of all workers to the stage's quarantine; returns how many there are."""
+    folder = storage.join(_work(stage), "bad")
+    rows: dict[str, dict[str, Any]] = {}
+    if storage.list_names(folder):
+        rows = {row["image_id"]: row for row in read_table(folder).to_pylist()}
+    schema = pa.schema(
+        [QUARANTINE_SCHEMA.field(n) for n in ("image_id", "uri", "error_kind", "error")]
+    )
+    table = pa.Table.from_pylist([rows[key] for key in sorted(rows)], schema)
+    write_quarantine(stage, table, "train")
+    return len(table)
+
+
+@contextmanager
+def _epoch_progress(history_path: str, progress: Progress | None) -> Iterator[None]:
+    """Hand each new record of the history file to `progress` while the block runs."""
+    if progress is None:
+        yield
+        return
+    told = len(_read_history(history_path))
+
+    def look() -> None:
+        nonlocal told
+        for record in _read_history(history_path)[told:]:
+            told += 1
+            progress(record)
+
+    with ProgressPoller(look, interval=1.0):
+        yield
+
+
+def _read_history(path: str) -> list[dict[str, Any]]:
+    history = storage.read_json(path) if storage.exists(path) else []
+    return history if isinstance(history, list) else []
+
+
+def _run_trainer(
+    config: TrainConfig, job: dict[str, Any], dataset: ray.data.Dataset, stage: StageFolder
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Run Ray Train; returns the last checkpoint's history and weights, and the loop's error."""
+    from ray.data import ExecutionOptions
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources if config.num_workers else None,
+        ),
+        run_config=RunConfig(
+            # The same name after a crash is what makes Ray Train go on from its checkpoint.
+            name=f"train-{stage.key}",
+            storage_path=storage.absolute(_work(stage)),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
+        ),
+        datasets={"train": dataset},
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+    )
+    result = _fit_or_explain(trainer, config)
+    error = (result.return_value or {}).get("error")
+    if error is not None:
+        return {}, error
+    if config.num_workers == 0:
+        files = _read_local(job["local"])
+    else:
+        with result.checkpoint.as_directory() as folder:
+            files = {name: (Path(folder) / name).read_bytes() for name in (_MODEL, _STATE)}
+    if files is None:
+        raise UserError("training ended without a checkpoint: remove its folder and run it again")
+    return {"history": json.loads(files[_STATE])["history"], "model": files[_MODEL]}, None
+
+
+def _fit_or_explain(trainer: Any, config: TrainConfig) -> Any:
+    from ray.train import ControllerError, WorkerGroupError
+
+    try:
+        return trainer.fit()
+    except WorkerGroupError as error:
+        failures = error.worker_failures
+        for failure in failures.values():
+            mistake = user_error(failure)
+            if mistake is not None:
+                raise mistake from error
+        rank, failure = min(failures.items())
+        raise UserError(
+            f"training failed {config.max_failures + 1} times, lastly in worker {rank}:"
+            f" {failure}; the same command goes on from the last checkpoint"
+        ) from error
+    except ControllerError as error:
+        raise UserError(f"training could not be run: {error.controller_failure}") from error
+
+
+def _publish(
+    config: TrainConfig, initial: str, stage: StageFolder, seed: int, outcome: Mapping[str, Any]
+) -> None:
+    """Write the trained student and its history into the stage's folder."""
+    import safetensors.torch
+
+    from hts_ray.student.checkpoints import load_student, save_student
+
+    student = load_student(initial)
+    if "weights" in outcome:
+        student.load_state_dict(safetensors.torch.load(outcome["weights"]))
+    info = {"train": config.answer_settings(), "seed": seed, "epochs": len(outcome["history"])}
+    save_student(student, stage.path, info)
+    storage.write_json(stage.file("history.json"), outcome["history"])
+
+
+@dataclass
+class _Worker:
+    """What a worker's epochs share."""
+
+    job: dict[str, Any]
+    config: TrainConfig
+    accelerator: Accelerator
+    student: Student
+    model: Any  # the student as Accelerate wrapped it
+    optimizer: Any
+    base_lrs: list[float]
+    loss: Any
+    rank: int
+    world: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.batch_size // self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        rows: int = self.job["rows"] // self.world
+        return max(1, -(-rows // self.batch_size))
+
+
+@dataclass
+class _Record:
+    """One epoch, over all workers."""
+
+    epoch: int
+    loss: float
+    lr: float
+    images: int
+    images_per_second: float
+    seconds: float
+
+
+class _BadLossError(Exception):
+    """The loss of some worker is not finite; `rows` are rows of the training table."""
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message, rows)
+        self.error = {"message": message, "rows": rows}
+
+
+def _train_loop(job: dict[str, Any]) -> dict[str, Any]:
+    """Train from the last checkpoint to the last epoch; what every Ray Train worker runs.
+
+    A loss that is not finite is returned, not raised: Ray Train would try it again.
+    """
+    import ray.train
+    import torch
+
+    with torch.random.fork_rng():
+        worker = _start(job)
+        history = _resume(worker)
+        shard = ray.train.get_dataset_shard("train")
+        try:
+            for epoch in range(len(history), worker.config.epochs):
+                record = _run_epoch(worker, shard, epoch)
+                history = [*history, asdict(record)]
+                _report(worker, history)
+        except _BadLossError as error:
+            return {"error": error.error}
+    return {"error": None}
+
+
+def _start(job: dict[str, Any]) -> _Worker:
+    """Load the zero-shot student and hand it to Accelerate, which joins Ray's process group."""
+    import ray.train
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from hts_ray.losses import make_loss
+    from hts_ray.student.checkpoints import load_student
+    from hts_ray.student.model import parameter_groups, set_trainable
+
+    config = TrainConfig.model_validate(job["config"])
+    if job["local"] is not None:  # the driver's process may have trained with other settings
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.use_gpu)
+    student = load_student(job["initial"])
+    set_trainable(student, config.trainable, config.trainable_blocks)
+    student.train()
+    groups = parameter_groups(student, config.optim)
+    base_lrs = [group["lr"] for group in groups]
+    model, optimizer = accelerator.prepare(student, torch.optim.AdamW(groups))
+    context = ray.train.get_context()
+    return _Worker(
+        job,
+        config,
+        accelerator,
+        student,
+        model,
+        optimizer,
+        base_lrs,
+        make_loss(config.loss, config.loss_temperature, reduction="sum"),
+        context.get_world_rank(),
+        context.get_world_size(),
+    )
+
+
+def _run_epoch(worker: _Worker, shard: Any, epoch: int) -> _Record:
+    """Pass over the images once; everything random in it follows from the seed and the epoch."""
+    import torch
+
+    started = time.monotonic()
+    device = worker.accelerator.device
+    seed = _epoch_seed(worker.job["seed"], epoch, worker.rank)
+    torch.manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images
+    worker.model.train()
+    step = epoch * worker.steps_per_epoch
+    lr = 0.0
+    for batch in _batches(worker, shard, seed):
+        lr = _set_learning_rate(worker, step)
+        totals += _train_step(worker, batch, draws, epoch)
+        step += 1
+    totals = worker.accelerator.reduce(totals, "sum")
+    loss, images = float(totals[0]), int(totals[1])
+    if not images:
+        raise DataError("no image could be read in a whole epoch: see the quarantine")
+    seconds = time.monotonic() - started
+    return _Record(epoch, loss / images, lr, images, images / seconds, seconds)
+
+
+def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+
+
+def _batches(worker: _Worker, shard: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches of pixels uint8 (N, P, P, 3), targets int8 (N, C) and row numbers (N,)."""
+    size = worker.job["stored_size"]
+    rows = min(worker.job["rows"], max(worker.batch_size, _SHUFFLE_BYTES // (size * size * 3)))
+    yield from shard.iter_torch_batches(
+        batch_size=worker.batch_size,
+        collate_fn=_collate(size, len(worker.student.class_table)),
+        device=worker.accelerator.device,
+        local_shuffle_buffer_size=rows,
+        local_shuffle_seed=seed,
+        prefetch_batches=2,
+        drop_last=False,
+    )
+
+
+def _collate(size: int, num_classes: int) -> Any:
+    """Make the object that turns Arrow batches into tensors."""
+    import torch
+    from ray.data.collate_fn import ArrowBatchCollateFn
+
+    class Collate(ArrowBatchCollateFn):  # type: ignore[misc]
+        def __call__(self, batch: pa.Table) -> dict[str, torch.Tensor]:
+            targets_NC = dense_targets(
+                batch["positive"].combine_chunks(), batch["ignored"].combine_chunks(), num_classes
+            )
+            return {
+                "pixels": torch.from_numpy(stack_pixels(batch, size)),
+                "targets": torch.from_numpy(targets_NC),
+                "rows": torch.from_numpy(batch["row"].to_numpy().copy()),
+            }
+
+    return Collate()
+
+
+def _set_learning_rate(worker: _Worker, step: int) -> float:
+    """Set the rate of every group for this step; returns the trunk's, or the head's alone."""
+    total = worker.config.epochs * worker.steps_per_epoch
+    factor = learning_rate_factor(step, total, worker.config.optim)
+    for group, base in zip(worker.optimizer.param_groups, worker.base_lrs, strict=True):
+        group["lr"] = base * factor
+    return worker.base_lrs[0] * factor
+
+
+def _train_step(
+    worker: _Worker, batch: dict[str, torch.Tensor], draws: torch.Generator, epoch: int
+) -> torch.Tensor:
+    """Take one optimizer step; returns (loss summed over this worker's images, images).
+
+    Raises _BadLossError on every worker, before the step, when one worker's loss is not finite.
+    """
+    import torch
+
+    from hts_ray.student.augment import augment
+
+    images = augment(batch["pixels"], worker.student.image_size, worker.config.augment, draws)
+    logits = worker.model(worker.student.standardise(images))
+    loss_sum = worker.loss(logits, batch["targets"])
+    finite = torch.isfinite(loss_sum.detach())
+    counts = torch.stack([finite.new_tensor(len(images)).double(), (~finite).double()])
+    if worker.world > 1:
+        counts = worker.accelerator.reduce(counts, "sum")
+    if counts[1]:
+        _refuse(worker, batch["rows"], bool(finite), epoch)
+    # DDP averages gradients over workers; their sum over the global batch is what is meant.
+    loss = loss_sum * worker.world / counts[0]
+    worker.accelerator.backward(loss)
+    if worker.config.optim.grad_clip is not None:
+        worker.accelerator.clip_grad_norm_(worker.model.parameters(), worker.config.optim.grad_clip)
+    worker.optimizer.step()
+    worker.optimizer.zero_grad()
+    return torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(len(images)).double()])
+
+
+def _refuse(worker: _Worker, rows: torch.Tensor, finite: bool, epoch: int) -> None:
+    from accelerate.utils import gather_object
+
+    mine = [] if finite else rows.tolist()[:8]
+    found = gather_object(mine) if worker.world > 1 else mine
+    raise _BadLossError(f"the loss is not finite in epoch {epoch}", list(found)[:16])
+
+
+def _report(worker: _Worker, history: list[dict[str, Any]]) -> None:
+    """Tell Ray Train about the epoch, on every worker, with a checkpoint when one is due."""
+    import ray.train
+
+    epoch = len(history)
+    due = epoch % worker.config.checkpoint_every == 0 or epoch == worker.config.epochs
+    metrics = history[-1]
+    if worker.rank != 0 or not due:
+        if worker.rank == 0:
+            storage.write_json(worker.job["history"], history)
+        ray.train.report(metrics)
+        return
+    files = _checkpoint_files(worker, history)
+    storage.write_json(worker.job["history"], history)
+    if worker.job["local"] is not None:  # Ray Train's local mode keeps no checkpoints
+        _write_local(worker.job["local"], epoch, files)
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _checkpoint_files(worker: _Worker, history: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Return the checkpoint's files, the one that makes it valid last."""
+    import safetensors.torch
+    import torch
+
+    state = worker.student.state_dict()
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    scaler = worker.accelerator.scaler
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "optimizer": worker.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        },
+        buffer,
+    )
+    return {
+        _MODEL: safetensors.torch.save(weights),
+        _OPTIMIZER: buffer.getvalue(),
+        _STATE: json.dumps({"history": history}).encode(),
+    }
+
+
+def _resume(worker: _Worker) -> list[dict[str, Any]]:
+    """Load the last checkpoint, where there is one, and return the history up to it."""
+    import ray.train
+    import safetensors.torch
+    import torch
+
+    if worker.job["local"] is not None:
+        files = _read_local(worker.job["local"])
+    else:
+        checkpoint = ray.train.get_checkpoint()
+        files = None
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                names = (_MODEL, _OPTIMIZER, _STATE)
+                files = {name: (Path(folder) / name).read_bytes() for name in names}
+    if files is None:
+        return []
+    worker.student.load_state_dict(safetensors.torch.load(files[_MODEL]))
+    # weights_only: a checkpoint that someone else wrote cannot run code
+    saved = torch.load(io.BytesIO(files[_OPTIMIZER]), map_location="cpu", weights_only=True)
+    worker.optimizer.load_state_dict(saved["optimizer"])
+    if worker.accelerator.scaler is not None and saved["scaler"]:
+        worker.accelerator.scaler.load_state_dict(saved["scaler"])
+    history = json.loads(files[_STATE])["history"]
+    assert isinstance(history, list)
+    return history
+
+
+def _write_local(folder: str, epoch: int, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        storage.write_bytes(storage.join(folder, f"epoch-{epoch:06d}", name), data)
+    for old in _local_checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
+        storage.remove_tree(storage.join(folder, old))
+
+
+def _read_local(folder: str) -> dict[str, bytes] | None:
+    names = _local_checkpoints(folder)
+    if not names:
+        return None
+    files = (_MODEL, _OPTIMIZER, _STATE)
+    return {name: storage.read_bytes(storage.join(folder, names[-1], name)) for name in files}
+
+
+def _local_checkpoints(folder: str) -> Sequence[str]:
+    """Return the complete checkpoints' names, oldest first."""
+    names = storage.list_names(folder)
+    return [name for name in names if storage.exists(storage.join(folder, name, _STATE))]

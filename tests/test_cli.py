@@ -1,0 +1,134 @@
+"""The command line, run as a user would run it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hts_ray import cli
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STAGES = ["prepare", "label", "filter", "train", "predict", "evaluate", "pipeline", "demo"]
+
+
+def hts(*arguments, capsys):
+    """Run the command in this process; return exit code, standard output and error."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+        raise SystemExit(0)
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_every_stage_prints_a_config_that_reads_back(tmp_path, capsys):
+    """Would catch a command whose --print-config starts work or prints what cannot be read."""
+    for stage in STAGES:
+        needed = {"prepare": ["folder", "--root", str(tmp_path)]}.get(stage, [])
+        code, out, err = hts(stage, *needed, "--print-config", "train.epochs=3", capsys=capsys)
+        assert (code, err) == (0, ""), stage
+        path = tmp_path / f"{stage}.yaml"
+        path.write_text(out)
+        code, again, _ = hts(
+            stage, *needed, "--config", str(path), "--print-config", capsys=capsys
+        )
+        assert (code, again) == (0, out)
+        assert "epochs: 3" in again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["label", "label.regoins.whole=1"], "did you mean regions?"),
+        (["train", "--preset", "hico-vitb23"], "did you mean hico-vitb"),
+        (["filter", "--config", "/none.yaml"], "no such file"),
+        (["evaluate", "--nonsense"], "No such option"),
+        (["unknown"], "No such command"),
+        (["prepare", "folder"], "Missing option '--root'"),
+        (["train", "train.epochs=many"], "train.epochs = 'many'"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_without_traceback(arguments, words, capsys):
+    """Would catch a mistake that is found late, told badly or returned as success."""
+    code, out, err = hts(*arguments, capsys=capsys)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("label", "hts prepare"),
+        ("filter", "hts label"),
+        ("train", "hts filter"),
+        ("predict", "hts train"),
+        ("evaluate", "hts predict"),
+    ],
+)
+def test_a_stage_without_its_input_names_the_command_before(stage, words, tmp_path, capsys):
+    """Would catch a stage that starts Ray, or fails deep inside, when there is nothing to do."""
+    code, _, err = hts(stage, "--run-dir", str(tmp_path), capsys=capsys)
+    assert code == 1
+    assert words in err
+
+
+def test_dry_run_touches_nothing(tmp_path, capsys):
+    """Would catch a plan that leaves folders behind."""
+    images = tmp_path / "images"
+    images.mkdir()
+    run = tmp_path / "run"
+    code, out, _ = hts(
+        "prepare", "folder", "--root", str(images), "--run-dir", str(run), "--dry-run", capsys=capsys
+    )
+    assert code == 0
+    assert "plan" in out
+    assert not run.exists()
+    code, _, err = hts(
+        "prepare", "folder", "--root", str(tmp_path / "no"), "--dry-run", capsys=capsys
+    )
+    assert code == 2
+    assert "no such folder" in err
+
+
+def test_empty_folder_is_a_failure_with_a_reason(tmp_path, capsys):
+    """Would catch success reported for a run without images."""
+    code, _, err = hts(
+        "prepare", "folder", "--root", str(tmp_path), "--run-dir", str(tmp_path / "r"), capsys=capsys
+    )
+    assert code == 1
+    assert "no usable image" in err or "no image" in err
+
+
+def test_unexpected_faults_keep_their_traceback_for_debugging_only(monkeypatch, capsys):
+    """Would catch a traceback shown to users, or one that developers cannot get."""
+
+    def fail(*_):
+        raise RuntimeError("boom [bold]")
+
+    monkeypatch.setattr(cli.pipeline, "open_run", fail)
+    code, _, err = hts("label", capsys=capsys)
+    assert code == 1
+    assert "RuntimeError: boom [bold]" in err
+    monkeypatch.setenv("HTS_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="boom"):
+        cli.main(["label"])
+
+
+def test_without_a_command_the_run_s_state_is_shown(tmp_path, capsys):
+    """Would catch an overview that fails on a run that has not begun."""
+    code, out, _ = hts("--run-dir", str(tmp_path), capsys=capsys)
+    assert code == 0
+    assert "hts prepare" in out
+    assert out.count("not yet") == 6
+
+
+def test_jobs_take_the_arguments_of_their_commands():
+    """Would catch an entry point that names another command."""
+    for script in sorted((REPOSITORY / "jobs").glob("*.py")):
+        done = subprocess.run(
+            [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert "--run-dir" in done.stdout
+        assert f" {script.stem} " in done.stdout.splitlines()[0] or script.stem in done.stdout

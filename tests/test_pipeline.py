@@ -1,0 +1,153 @@
+"""The stages together, on a small built-in world, with the shipped models and on real Ray."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+
+from hts_ray import pipeline, storage
+from hts_ray.config import load_config, override
+from hts_ray.data.synthetic import world_class_ids, write_world
+from hts_ray.errors import DataError
+from hts_ray.tables import ANNOTATION_COLUMNS, read_table, write_table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A HICO folder of 40 training and 24 test scenes."""
+    root = tmp_path_factory.mktemp("world") / "hico"
+    write_world(str(root), 555, 40, 24)
+    return root
+
+
+def small_run(run_dir, **settings):
+    config = load_config(
+        preset="demo",
+        overrides=["train.epochs=1", "train.num_workers=0", "label.pool.min_size=1"],
+        extra={"run_dir": str(run_dir), "classes": {"ids": list(world_class_ids())}},
+    )
+    return pipeline.open_run(override(config, settings))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory, ray_session):
+    """A run that went through every stage."""
+    run = small_run(tmp_path_factory.mktemp("run"))
+    manifest = pipeline.prepare(run, "hico", str(world)).file("manifest.parquet")
+    told = []
+    metrics = pipeline.run_all(run, manifest, on_stage=lambda name, stage: told.append(name))
+    return run, manifest, metrics, told
+
+
+def test_every_stage_publishes_and_the_metrics_are_measured(finished):
+    """Would catch a stage that is skipped, or a metric over nothing."""
+    run, _, metrics, told = finished
+    assert told == ["label", "filter", "train", "predict"]
+    assert all(stage is not None for _, stage in pipeline.stage_overview(run.run_dir))
+    assert metrics["num_images"] == 24
+    assert metrics["num_classes"] > 5
+    assert 0 < metrics["mAP"] < 1
+
+
+def test_every_image_is_labeled_once(finished):
+    """Would catch lost or doubled images between manifest and labels."""
+    run, manifest, _, _ = finished
+    rows = pipeline.read_manifest(manifest)
+    scored = read_table(pipeline.region_scores_stage(run).path, columns=["image_id"])
+    assert sorted(scored["image_id"].to_pylist()) == sorted(rows["image_id"].to_pylist())
+    labels = read_table(dict(pipeline.stage_overview(run.run_dir))["pseudo_labels"].path)
+    assert len(labels) == 40
+
+
+def test_a_second_run_reuses_everything(finished):
+    """Would catch a teacher pass that is paid for twice."""
+    run, manifest, metrics, _ = finished
+    before = {name: stage.stats["finished_at"] for name, stage in
+              pipeline.stage_overview(run.run_dir) if name != "evaluation"}  # fmt: skip
+    again = pipeline.run_all(run, manifest)
+    after = {name: stage.stats["finished_at"] for name, stage in
+             pipeline.stage_overview(run.run_dir) if name != "evaluation"}  # fmt: skip
+    assert again == metrics
+    assert before == after
+
+
+def test_changed_settings_get_folders_of_their_own(finished):
+    """Would catch an old answer served for new settings."""
+    run, manifest, _, _ = finished
+    changed = pipeline.Run(
+        override(run.config, {"label": {"regions": {"grid_scales": [], "grid_steps": []}}}),
+        run.class_table,
+    )
+    scores = pipeline.region_scores_stage(run)
+    assert pipeline.label_stage(changed, manifest) != scores
+    stricter = pipeline.Run(override(run.config, {"filter": {"top_k": 3}}), run.class_table)
+    assert pipeline.filter_stage(stricter, scores) != pipeline.filter_stage(run, scores)
+    fewer = pipeline.Run(run.config, run.class_table.subset(run.class_table.ids[:5]))
+    assert pipeline.label_stage(fewer, manifest) != scores
+
+
+def test_training_on_pseudo_labels_never_sees_annotations(finished, tmp_path):
+    """Would catch a leak of ground truth into the student: the bytes would differ without it."""
+    run, manifest, _, _ = finished
+    table = read_table(manifest)
+    for name in ANNOTATION_COLUMNS:
+        place = table.column_names.index(name)
+        empty = pc.if_else(pc.is_valid(table["image_id"]), None, table[name])
+        table = table.set_column(place, table.schema.field(name), empty)
+    assert table["positive_ids"].null_count == len(table)
+    bare = str(tmp_path / "manifest.parquet")
+    write_table(bare, table)
+    other = small_run(tmp_path / "run")
+    assert pipeline.run_all(other, bare) == {}
+    for name in ("region_scores", "pseudo_labels", "student"):
+        with_truth = dict(pipeline.stage_overview(run.run_dir))[name]
+        without = dict(pipeline.stage_overview(other.run_dir))[name]
+        assert with_truth.key == without.key, name
+    weights = [
+        storage.read_bytes(storage.join(pipeline.student_path(r), "model.safetensors"))
+        for r in (run, other)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_supervised_and_zero_shot_come_from_the_same_command(finished):
+    """Would catch baselines that train on pseudo-labels, or an upper bound without annotations."""
+    run, manifest, _, _ = finished
+    supervised = pipeline.Run(override(run.config, {"train": {"labels": "annotations"}}), run.class_table)
+    labels = pipeline.training_labels(supervised, None, manifest)
+    truth = pipeline.read_manifest(manifest)
+    train = truth.filter(pc.equal(truth["split"], "train"))
+    assert labels["positive_ids"].to_pylist() == train["positive_ids"].to_pylist()
+    assert labels["ignored_ids"].to_pylist() == train["ambiguous_ids"].to_pylist()
+    zero = pipeline.Run(override(run.config, {"train": {"labels": "none"}}), run.class_table)
+    assert pipeline.training_labels(zero, None, manifest) is None
+
+
+def test_a_folder_of_another_table_is_refused(finished, tmp_path):
+    """Would catch predictions read as region scores."""
+    run, _, _, _ = finished
+    wrong = dict(pipeline.stage_overview(run.run_dir))["predictions"].path
+    with pytest.raises(DataError, match="must start with region_scores-"):
+        pipeline.region_scores_stage(run, wrong)
+    with pytest.raises(DataError, match="not finished"):
+        pipeline.region_scores_stage(run, str(tmp_path / "region_scores-k"))
+
+
+def test_jobs_pipeline_runs_the_same(finished, world, monkeypatch, capsys):
+    """Would catch a job entry point that ignores its arguments or the finished work."""
+    run, _, metrics, _ = finished
+    monkeypatch.setattr(
+        sys, "argv",
+        ["pipeline.py", "--run-dir", run.run_dir, "--preset", "demo", "train.epochs=1",
+         "train.num_workers=0", f"classes.ids={list(world_class_ids())}", "label.pool.min_size=1"],
+    )  # fmt: skip
+    try:
+        runpy.run_path(str(REPOSITORY / "jobs" / "pipeline.py"), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code
+    out = capsys.readouterr().out
+    assert f"{100 * metrics['mAP']:.1f}" in out

@@ -1,0 +1,67 @@
+"""Joining and starting Ray."""
+
+import os
+
+import pytest
+
+from hts_ray.config import RayConfig
+from hts_ray.errors import UserError
+from hts_ray.runtime import _protect_token, ray_cluster
+
+
+def test_a_running_cluster_is_joined_and_left_running(ray_session):
+    """Would catch a stage that shuts down the cluster of its caller."""
+    import ray
+
+    with ray_cluster(RayConfig()):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+
+
+def test_unreachable_address_is_a_clear_error(monkeypatch):
+    """Would catch a Ray traceback for a mistyped address."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def refuse(**_):
+        raise ConnectionError("nothing listens there")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(UserError, match="10.0.0.9:6379: nothing listens"),
+        ray_cluster(RayConfig(address="10.0.0.9:6379")),
+    ):
+        pass
+
+
+def test_local_clusters_ask_for_a_token(monkeypatch):
+    """Would catch an open local cluster, whose ports listen on every interface."""
+    import ray
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    seen = {}
+
+    def start(**options):
+        seen.update(options, mode=os.environ.get("RAY_AUTH_MODE"))
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with ray_cluster(RayConfig(num_cpus=3)):
+        pass
+    assert seen["mode"] == "token"
+    assert seen["include_dashboard"] is False
+    assert seen["num_cpus"] == 3
+
+
+def test_the_token_file_is_for_its_owner_only(monkeypatch, tmp_path):
+    """Would catch a token that other users of the machine can read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("secret")
+    token.chmod(0o644)
+    _protect_token()
+    assert token.stat().st_mode & 0o777 == 0o600
