@@ -43,6 +43,7 @@ from hts_ray.data.synthetic import (
 logger = logging.getLogger(__name__)
 
 CORPUS_SPLIT = "pretraining"
+DEFAULT_SEED = 100
 SCENE_SIZE = 96
 CLIP_IMAGE_SIZE = 80
 CAPTIONER_IMAGE_SIZE = 64
@@ -254,8 +255,7 @@ def render_corpus(seed: int, settings: PretrainSettings) -> Corpus:
     ]
     work = partial(_render_part, seed=seed, crops_per_scene=settings.crops_per_scene)
     if settings.workers > 1:
-        context = get_context("spawn")
-        with ProcessPoolExecutor(settings.workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
             done = list(pool.map(work, parts))
     else:
         done = [work(part) for part in parts]
@@ -542,3 +542,37 @@ def _captioner_processor(tokenizer: Any) -> Any:
     side = {"height": CAPTIONER_IMAGE_SIZE, "width": CAPTIONER_IMAGE_SIZE}
     images = ViTImageProcessor(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2)
     return TrOCRProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def pretrain(
+    output_dir: str | Path, seed: int = DEFAULT_SEED, settings: PretrainSettings | None = None
+) -> dict[str, float]:
+    """Renders the corpus, trains both models and writes world_captioner and world_clip.
+
+    Returns the seconds of each step. Equal seeds and settings give equal files on one machine
+    (torch computes with one thread meanwhile); a model folder that exists is replaced.
+    """
+    settings = settings or PretrainSettings()
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds: dict[str, float] = {}
+    try:
+        start = time.perf_counter()
+        corpus = render_corpus(seed, settings)
+        seconds["render"] = time.perf_counter() - start
+        tokenizer = build_tokenizer()
+        for name, train in (("world_captioner", train_captioner), ("world_clip", train_clip)):
+            start = time.perf_counter()
+            draft, target = output / f".{name}.draft", output / name
+            shutil.rmtree(draft, ignore_errors=True)
+            train(corpus, tokenizer, draft, seed, settings)
+            for file in draft.iterdir():
+                file.chmod(0o644)  # safetensors writes 0600
+            shutil.rmtree(target, ignore_errors=True)
+            draft.rename(target)
+            seconds[name] = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(threads)
+    return seconds

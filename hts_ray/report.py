@@ -55,11 +55,7 @@ DROP_REASONS = {
     "below_support": "too few regions agree",
     "over_cap": "over the cap of one image",
 }
-LABEL_SOURCES: dict[str, tuple[str, Role]] = {
-    "pseudo": ("HTS", "hts"),
-    "annotations": ("Supervised", "supervised"),
-    "none": ("Zero-shot", "zero_shot"),
-}
+LABEL_SOURCES = {"pseudo": "HTS", "annotations": "Supervised", "none": "Zero-shot"}
 
 
 @dataclass(frozen=True)
@@ -346,10 +342,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
+        elif value is None or value in ("", [], ()):
+            yield f"{prefix}{key}", NOTHING
         elif isinstance(value, (list, tuple)):
             yield f"{prefix}{key}", ", ".join(str(entry) for entry in value)
         else:
-            yield f"{prefix}{key}", NOTHING if value is None else str(value)
+            yield f"{prefix}{key}", str(value)
 
 
 def _loss_chart(history: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
@@ -548,16 +546,13 @@ def gallery_item(
     p_RC = np.asarray(probabilities, dtype=np.float64).reshape(len(boxes_r4), -1)
     if len(boxes_r4) and p_RC.shape[1] != len(class_ids):
         raise ValueError(f"probabilities have {p_RC.shape[1]} columns, {len(class_ids)} class ids")
+    truth = None if annotation_ids is None else set(map(int, annotation_ids))
     columns = {int(class_id): column for column, class_id in enumerate(class_ids)}
-    verdicts = judge(positive_ids, ignored_ids, annotation_ids, ambiguous_ids)
     given = dict(zip(map(int, positive_ids), map(float, positive_probabilities), strict=False))
     labels = []
-    for class_id, verdict in verdicts:
-        column = columns.get(class_id)
-        seen = column is not None and len(p_RC) > 0
-        region = int(np.argmax(p_RC[:, column])) if seen else None
-        best = float(p_RC[region, column]) if seen else None
-        annotated = None if annotation_ids is None else class_id in set(annotation_ids)
+    for class_id, verdict in judge(positive_ids, ignored_ids, truth, ambiguous_ids):
+        region, best = _best_region(p_RC, columns.get(class_id))
+        known = truth is not None and class_id not in set(ambiguous_ids)
         labels.append(
             GalleryLabel(
                 class_id=class_id,
@@ -565,28 +560,23 @@ def gallery_item(
                 verdict=verdict,
                 probability=given.get(class_id, best),
                 region=region,
-                annotated=None if class_id in set(ambiguous_ids) else annotated,
+                annotated=class_id in truth if known and truth is not None else None,
             )
         )
     shown, more_ignored = _limit_ignored(labels)
-    regions = _gallery_regions(boxes_r4, p_RC, [names.get(int(i), str(i)) for i in class_ids])
+    column_names = [names.get(int(i), f"class {i}") for i in class_ids]
+    regions = _gallery_regions(boxes_r4, p_RC, column_names, kinds, captions)
     return GalleryItem(
-        image_id=image_id,
-        image=image,
-        width=int(width),
-        height=int(height),
-        regions=tuple(
-            GalleryRegion(
-                region.box,
-                region.best,
-                kinds[r] if r < len(kinds) else "",
-                captions[r] if r < len(captions) else "",
-            )
-            for r, region in enumerate(regions)
-        ),
-        labels=tuple(shown),
-        more_ignored=more_ignored,
+        image_id, image, int(width), int(height), tuple(regions), tuple(shown), more_ignored
     )
+
+
+def _best_region(p_RC: FloatArray, column: int | None) -> tuple[int | None, float | None]:
+    """Return the region where a class is most probable, and that probability."""
+    if column is None or not len(p_RC):
+        return None, None
+    region = int(np.argmax(p_RC[:, column]))
+    return region, float(p_RC[region, column])
 
 
 def judge(
@@ -628,14 +618,20 @@ def _limit_ignored(labels: Sequence[GalleryLabel]) -> tuple[list[GalleryLabel], 
 
 
 def _gallery_regions(
-    boxes_r4: FloatArray, p_RC: FloatArray, column_names: Sequence[str]
+    boxes_r4: FloatArray,
+    p_RC: FloatArray,
+    column_names: Sequence[str],
+    kinds: Sequence[str],
+    captions: Sequence[str],
 ) -> list[GalleryRegion]:
     regions = []
-    for box, p_C in zip(boxes_r4, p_RC, strict=True):
+    for r, (box, p_C) in enumerate(zip(boxes_r4, p_RC, strict=True)):
         order = np.argsort(-p_C, kind="stable")[:BEST_CLASSES]
         best = tuple((column_names[column], float(p_C[column])) for column in order)
         x1, y1, x2, y2 = (float(value) for value in box)
-        regions.append(GalleryRegion((x1, y1, x2, y2), best))
+        kind = kinds[r] if r < len(kinds) else ""
+        caption = captions[r] if r < len(captions) else ""
+        regions.append(GalleryRegion((x1, y1, x2, y2), best, kind, caption))
     return regions
 
 
@@ -691,7 +687,7 @@ def report_for_run(
         metrics=_evaluations(run_dir),
     )
     return ReportData(
-        title=f"HTS report: {run_dir.rstrip('/').rsplit('/', 1)[-1]}",
+        title=f"HTS report: {_last_part(run_dir)}",
         intro=_run_intro(found),
         settings=config_text,
         provenance=_read_json_object(storage.join(run_dir, "provenance.json")),
@@ -699,7 +695,7 @@ def report_for_run(
         funnel=_run_funnel(found),
         stages=_stage_rows(run_dir),
         per_class=_class_rows(found),
-        history=_histories(run_dir),
+        history=_histories(run_dir, found.metrics),
         quarantine=_quarantine(run_dir),
         gallery=_run_gallery(run_dir, found, max_images),
     )
@@ -783,13 +779,31 @@ def _evaluations(run_dir: str) -> dict[str, dict[str, Any]]:
         if not folder.startswith("evaluation-"):
             continue
         values = _read_json_object(storage.join(run_dir, folder, "metrics.json"))
-        if not values:
-            continue
-        suffix = folder.removeprefix("evaluation-")
-        name = values.get("name") or values.get("method") or values.get("labels") or suffix
-        name = LABEL_SOURCES.get(str(name), (str(name), ""))[0]
-        found[f"{name} ({suffix})" if name in found else name] = values
+        if values:
+            key = folder.removeprefix("evaluation-")
+            values["student"] = _evaluated_student(run_dir, values)
+            name = str(values.get("name") or _student_name(values["student"]) or key)
+            found[f"{name} ({key})" if name in found else name] = values
     return dict(sorted(found.items(), key=lambda entry: _number(entry[1], "mAP") or 0.0))
+
+
+def _evaluated_student(run_dir: str, metrics: Mapping[str, Any]) -> str:
+    """Return the folder of the student whose predictions were evaluated; empty if not told.
+
+    Only names are taken from the stored paths: the run directory may have been moved.
+    """
+    predictions = _last_part(str(metrics.get("predictions") or ""))
+    info = _read_json_object(storage.join(run_dir, predictions, "table.json"))
+    student = _last_part(str(info.get("student") or ""))
+    return storage.join(run_dir, student) if student else ""
+
+
+def _student_name(folder: str) -> str:
+    """Name a student by the labels it was trained on; empty if that is not told."""
+    if not folder:
+        return ""
+    info = _read_json_object(storage.join(folder, "student.json")).get("info") or {}
+    return LABEL_SOURCES.get((info.get("train") or {}).get("labels", ""), "")
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:
@@ -917,28 +931,29 @@ def _class_ap(values: Mapping[str, Any], class_ids: Sequence[int]) -> dict[int, 
     return dict(zip(ids, ap, strict=True))
 
 
-def _histories(run_dir: str) -> dict[str, list[float]]:
-    """Loss by epoch of every finished student, from its `history.json` or its stats."""
+def _histories(run_dir: str, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the loss by epoch of every finished student, named as its evaluation is."""
+    names = {_last_part(str(values["student"])): name for name, values in metrics.items()}
     result: dict[str, list[float]] = {}
-    for folder_name in storage.list_names(run_dir):
-        if not folder_name.startswith("student-"):
+    for entry in storage.list_names(run_dir):
+        folder = tables.StageFolder(run_dir, "student", entry.removeprefix("student-"))
+        path = folder.file("history.json")
+        if not (entry.startswith("student-") and folder.finished and storage.exists(path)):
             continue
-        folder = tables.StageFolder(run_dir, "student", folder_name.removeprefix("student-"))
-        if not folder.finished:
-            continue
-        stats, path = folder.stats, folder.file("history.json")
-        history = storage.read_json(path) if storage.exists(path) else stats.get("history")
-        epochs = history if isinstance(history, list) else []
-        losses = [_epoch_loss(entry) for entry in epochs if isinstance(entry, dict)]
-        name = LABEL_SOURCES.get(str(stats.get("labels")), (folder.key, ""))[0]
+        history = storage.read_json(path)
+        losses = [_epoch_loss(epoch) for epoch in history if isinstance(epoch, dict)]
+        name = names.get(entry) or _student_name(folder.path) or folder.key
         if losses:
             result[f"{name} ({folder.key})" if name in result else name] = losses
     return result
 
 
-def _epoch_loss(entry: Mapping[str, Any]) -> float:
-    loss = _number(entry, "loss")
-    loss = _number(entry, "train_loss") if loss is None else loss
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _epoch_loss(epoch: Mapping[str, Any]) -> float:
+    loss = _number(epoch, "loss")
     return math.nan if loss is None else loss
 
 

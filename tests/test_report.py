@@ -286,7 +286,7 @@ def test_thumbnail_refuses_other_arrays():
 
 def test_two_hundred_images_stay_under_three_megabytes():
     """Catches a gallery that makes the page too heavy to open, and images that do not decode."""
-    gallery = [make_item(seed) for seed in range(200)]
+    gallery = [make_item(seed) for seed in range(25)] * 8
     names = {row.class_id: row.name for row in hico_classes()}
     rows = [report.ClassRow(i, name, 3, 4, 0.5, 0.5, {"HTS": 0.5}) for i, name in names.items()]
     text = report.render_report(replace(make_data(images=0), gallery=gallery, per_class=rows))
@@ -434,7 +434,15 @@ def run_dir(tmp_path):
     for key, name, value in (("a", "zero-shot", 0.2), ("b", "HTS", 0.5)):
         metrics = {"mAP": value, "mAP_known_object": None, "few@1": 0.1, "name": name}
         metrics |= {"ap": [value, None, 0.1], "class_ids": ids}
+        metrics["predictions"] = f"/where/it/was/predictions-{key}"
+        storage.write_json(
+            f"{run}/predictions-{key}/table.json", {"student": f"/old/student-{key}"}
+        )
         storage.write_json(f"{run}/evaluation-{key}/metrics.json", metrics)
+        student = tables.StageFolder(run, "student", key)
+        history = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}] if key == "b" else []
+        storage.write_json(student.file("history.json"), history)
+        student.publish({"seconds": 3})
     return run
 
 
@@ -449,6 +457,7 @@ def test_report_for_run_reads_every_stage(run_dir):
     assert rows[9].ap == {"zero-shot": None, "HTS": None}
     assert rows[400].ap["HTS"] == pytest.approx(0.1)
     counts = {step.name: step.count for step in data.funnel}
+    assert data.history == {"HTS": [2.0, 1.0]}
     assert counts["images"] == 6
     assert counts["regions"] == 10
     assert counts["candidate classes"] == 7 + 5

@@ -6,7 +6,6 @@ height, placed on a canvas and drawn with Pillow, and the sketch itself yields t
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import math
@@ -16,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from hts_ray.classes import hico_classes, verb_phrase
+from hts_ray.errors import ConfigError, DataError
+
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 Color = tuple[int, int, int]
@@ -32,7 +33,10 @@ Color = tuple[int, int, int]
 CANVAS_SIZES: tuple[tuple[int, int], ...] = ((112, 112), (112, 112), (128, 96), (96, 128))
 SUPERSAMPLING = 2
 JPEG_QUALITY = 90
-NUM_HICO_CLASSES = 600
+TRAIN_EXPONENT = 1.4
+TEST_EXPONENT = 0.5  # milder, so that every class has test images to be measured on
+AMBIGUOUS_RATE = 0.04
+SPLITS = ("train", "test")
 
 _SKIN: tuple[Color, ...] = ((241, 194, 152), (224, 172, 125), (178, 120, 80), (122, 78, 52))
 _SHIRT: tuple[Color, ...] = (
@@ -266,9 +270,9 @@ _POSES: dict[int, Pose] = {
 
 
 @functools.cache
-def _hico_rows() -> tuple[tuple[str, str], ...]:
-    text = resources.files("hts_ray").joinpath("assets/hico_classes.csv").read_text("utf-8")
-    return tuple((row["object"], row["verb"]) for row in csv.DictReader(text.splitlines()))
+def _hico_objects() -> tuple[str, ...]:
+    """The object of each of the 600 classes."""
+    return tuple(item.object or "" for item in hico_classes())
 
 
 def world_class_ids() -> tuple[int, ...]:
@@ -704,7 +708,7 @@ class _Planner:
         return True
 
 
-def sample_scene(seed: int, split: str, index: int, exponent: float = 1.2) -> SceneSpec:
+def sample_scene(seed: int, split: str, index: int, exponent: float = TRAIN_EXPONENT) -> SceneSpec:
     """The scene at an index of a split: one or two pairs, rarely three, and lone objects.
 
     exponent is that of the class frequencies (0 is uniform); equal arguments give equal scenes.
@@ -718,7 +722,7 @@ def sample_scene(seed: int, split: str, index: int, exponent: float = 1.2) -> Sc
     num_pairs = 1 + int(rng.random() < 0.45) + int(rng.random() < 0.05)
     for number in range(num_pairs):
         class_id = int(ids[rng.choice(len(ids), p=weights)])
-        name = _hico_rows()[class_id][0]
+        name = _hico_objects()[class_id]
         if any(f.object_name == name for f in planner.figures):
             continue  # a second instance would blur what "object present, verb not" means
         scale = float(rng.uniform(44, 60)) if num_pairs == 1 else float(rng.uniform(38, 52))
@@ -766,3 +770,111 @@ def render_scene(spec: SceneSpec) -> NDArray[np.uint8]:
     pixels = np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float32)
     gain, noise = rng.uniform(0.88, 1.1), rng.normal(0.0, 4.0, (spec.height, spec.width, 1))
     return np.clip(pixels * gain + noise, 0, 255).astype(np.uint8)
+
+
+def annotate(spec: SceneSpec, ambiguous_rate: float = AMBIGUOUS_RATE) -> NDArray[np.float64]:
+    """HICO's annotation of a scene: (600,) with 1, -1 (object there, verb not), 0 or NaN.
+
+    0 (ambiguous) falls on that share of the negatives, NaN (unknown) on absent objects' classes.
+    """
+    rng = np.random.default_rng(derive_seed("labels", spec.seed))
+    present = set(spec.objects)
+    there = np.array([name in present for name in _hico_objects()])
+    labels = np.where(there, -1.0, np.nan)
+    labels[there & (rng.random(len(labels)) < ambiguous_rate)] = 0.0
+    labels[list(spec.class_ids)] = 1.0
+    return labels
+
+
+def image_name(split: str, index: int) -> str:
+    """HICO's file name of the image at a 0-based index of a split."""
+    return f"HICO_{split}2015_{index + 1:08d}.jpg"
+
+
+def _write_images(
+    indices: range, folder: Path, seed: int, split: str, exponent: float
+) -> NDArray[np.float64]:
+    """Renders scenes to JPEG files; returns their annotations, (600, len(indices))."""
+    labels = np.empty((len(_hico_objects()), len(indices)))
+    for column, index in enumerate(indices):
+        spec = sample_scene(seed, split, index, exponent)
+        labels[:, column] = annotate(spec)
+        image = Image.fromarray(render_scene(spec))
+        image.save(folder / image_name(split, index), quality=JPEG_QUALITY)
+    return labels
+
+
+def _write_split(
+    folder: Path, seed: int, split: str, size: int, exponent: float, workers: int
+) -> NDArray[np.float64]:
+    folder.mkdir(parents=True)
+    parts = [range(start, min(start + 250, size)) for start in range(0, size, 250)]
+    work = functools.partial(
+        _write_images, folder=folder, seed=seed, split=split, exponent=exponent
+    )
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            done = list(pool.map(work, parts))
+    else:
+        done = [work(part) for part in parts]
+    return np.concatenate(done, axis=1)
+
+
+def _list_action() -> NDArray[Any]:
+    """HICO's class table: a (600, 1) struct array."""
+    names = ("nname", "vname", "vname_ing", "syn", "def")
+    actions = np.empty((len(_hico_objects()), 1), dtype=[(name, object) for name in names])
+    for row, item in enumerate(hico_classes()):
+        verb = item.verb or ""
+        actions[row, 0] = (item.object or "", verb, verb_phrase(verb).replace(" ", "_"), "", "")
+    return actions
+
+
+def _cells(names: Sequence[str]) -> NDArray[Any]:
+    cells = np.empty((len(names), 1), dtype=object)
+    cells[:, 0] = names
+    return cells
+
+
+def write_world(
+    root: str | os.PathLike[str],
+    seed: int,
+    num_train: int,
+    num_test: int,
+    *,
+    train_exponent: float = TRAIN_EXPONENT,
+    test_exponent: float = TEST_EXPONENT,
+    workers: int = 1,
+) -> Path:
+    """Writes a world in HICO's layout and returns its folder.
+
+    `root` gets anno.mat and images/{train,test}2015; it appears complete or not at all. The
+    exponents are those of the class frequencies. Raises DataError where root holds files already
+    and ConfigError for an empty split.
+    """
+    import scipy.io
+
+    target = Path(root)
+    for name, size in (("num_train", num_train), ("num_test", num_test)):
+        if size < 1:
+            raise ConfigError(field=name, value=size, remedy="use at least 1")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target} is not empty: write the world to a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        anno: dict[str, Any] = {"list_action": _list_action()}
+        sizes, exponents = (num_train, num_test), (train_exponent, test_exponent)
+        for split, size, exponent in zip(SPLITS, sizes, exponents, strict=True):
+            folder = draft / "images" / f"{split}2015"
+            anno[f"anno_{split}"] = _write_split(folder, seed, split, size, exponent, workers)
+            anno[f"list_{split}"] = _cells([image_name(split, i) for i in range(size)])
+        scipy.io.savemat(draft / "anno.mat", anno, do_compression=True)
+        draft.chmod(0o755)  # mkdtemp gives 0700
+        if target.exists():
+            target.rmdir()
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return target

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 import warnings
@@ -523,7 +522,7 @@ def _remove_uncommitted(stage: StageFolder) -> None:
     """Remove data whose write was not committed: a worker may outlive a killed driver."""
     committed = committed_names(stage)
     for path in data_files(stage):
-        if _write_of(os.path.basename(path)) not in committed:
+        if _write_of(path.rpartition("/")[2]) not in committed:
             _remove_file(path)
 
 

@@ -1,0 +1,391 @@
+"""Tests of the teacher pass: what a run leaves behind, also when it is killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from hts_ray import storage
+from hts_ray.classes import ClassTable, hico_classes
+from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig
+from hts_ray.data.images import DecodedImage
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.tables import (
+    MANIFEST_SCHEMA,
+    QUARANTINE_SCHEMA,
+    REGION_SCORES_SCHEMA,
+    StageFolder,
+    check_table,
+    read_table,
+    write_table,
+)
+from hts_ray.teacher import labeling
+from hts_ray.teacher.captioner import ClassPrompts, DummyCaptioner, PromptScores
+from hts_ray.teacher.labeling import (
+    committed_names,
+    data_files,
+    decode_batch,
+    estimate,
+    label_images,
+    read_table_info,
+    select_images,
+)
+from hts_ray.teacher.regions import Region
+from hts_ray.teacher.scoring import ImageFailure, RegionScorer, ScoredImage, crop_region
+
+BAD_FILES = {
+    "empty.jpg": b"",
+    "text.jpg": b"this is not an image",
+    "cut.png": None,  # filled in by the fixture: half of a good file
+}
+
+
+def png(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def make_manifest(folder: Path, good: int, bad: Sequence[str] = (), split: str = "train") -> str:
+    """Write images and a manifest that lists them, good ones first."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    names = [f"good-{i:04d}.png" for i in range(good)]
+    for i, name in enumerate(names):
+        (images / name).write_bytes(png(i))
+    for name in bad:
+        if name != "missing.jpg":
+            (images / name).write_bytes(BAD_FILES[name] or png(0)[:300])
+    rows = [
+        {
+            "image_id": name,
+            "uri": str(images / name),
+            "width": 64,
+            "height": 48,
+            "split": split,
+            "positive_ids": [1, 2],
+        }
+        for name in [*names, *bad]
+    ]
+    path = str(folder / "manifest.parquet")
+    write_table(path, pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    return path
+
+
+def classes(count: int = 6) -> ClassTable:
+    return hico_classes().subset(range(count))
+
+
+def dummy_config(**changes: Any) -> LabelConfig:
+    return LabelConfig(
+        teacher=TeacherConfig(model="builtin:dummy"),
+        **{"block_rows": 4, "batch_images": 4} | changes,
+    )
+
+
+def test_run_with_bad_images(ray_session: None, tmp_path: Path) -> None:
+    """Catches lost, doubled or misplaced rows, and a bad image that costs its neighbours."""
+    bad = [*BAD_FILES, "missing.jpg"]
+    manifest = make_manifest(tmp_path, 10, bad)
+    stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
+    before = labeling_context()
+    seen: list[tuple[int, int, int]] = []
+    stats = label_images(
+        dummy_config(),
+        manifest_path=manifest,
+        class_table=classes(),
+        stage=stage,
+        progress=lambda *counts: seen.append(counts),
+    )
+    assert labeling_context() == before  # other datasets of the driver must not checkpoint here
+    assert stage.finished
+    assert stats == stage.stats
+    assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (14, 10, 4)
+    assert stats["quarantined_by_kind"] == {
+        "empty": 1,
+        "not_an_image": 1,
+        "truncated": 1,
+        "missing": 1,
+    }
+    assert seen[-1] == (14, 14, 4)
+    table = check_table(read_table(stage.path), REGION_SCORES_SCHEMA, stage.path)
+    assert table.schema.metadata[b"hts_table"] == b"region_scores"
+    rows = {row["image_id"]: row for row in table.to_pylist()}
+    assert len(rows) == table.num_rows == 14
+    for name in bad:
+        assert rows[name]["status"] == "quarantined"
+        assert rows[name]["scores"] is None
+    info = read_table_info(stage.path)
+    assert info["class_ids"] == list(range(6))
+    assert [len(counts) for counts in info["token_counts"]] == [1] * 6
+    assert len(info["prior_log_likelihoods"]) == 6
+    check_scores_in_process(rows)
+    quarantine = read_table(stage.file("quarantine"))
+    assert quarantine.schema.names == QUARANTINE_SCHEMA.names
+    assert sorted(quarantine["image_id"].to_pylist()) == sorted(bad)
+    assert stats["regions"] == sum(len(row["region_kinds"] or []) for row in rows.values())
+    again = label_images(
+        dummy_config(), manifest_path="/nowhere", class_table=classes(), stage=stage
+    )
+    assert again == stats
+
+
+def labeling_context() -> tuple[Any, ...]:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    return id(context), context.checkpoint_config, context.enable_progress_bars
+
+
+def check_scores_in_process(rows: dict[str, Any]) -> None:
+    """Compare with the same crops scored without Ray."""
+    prompts = classes().primary_prompts
+    for i in (0, 9):
+        row = rows[f"good-{i:04d}.png"]
+        pixels = np.asarray(Image.open(io.BytesIO(png(i))))
+        crops = [
+            pixels[int(top) : int(bottom), int(left) : int(right)]
+            for left, top, right, bottom in row["boxes"]
+        ]
+        assert len(crops) == 14
+        expected = DummyCaptioner().score(crops, prompts).log_likelihoods
+        scores = np.array(row["scores"], np.float32).reshape(14, 6)
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+        assert row["captions"] == [[]] * 14
+        assert (row["width"], row["height"]) == (64, 48)
+
+
+def test_all_bad_is_an_error(ray_session: None, tmp_path: Path) -> None:
+    """Catches a run that ends well with nothing in it, and one that can never be repeated."""
+    manifest = make_manifest(tmp_path, 0, list(BAD_FILES))
+    stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
+    with pytest.raises(DataError, match=r"all 3 images were quarantined \(.*empty 1"):
+        label_images(dummy_config(), manifest_path=manifest, class_table=classes(), stage=stage)
+    assert not stage.finished
+    assert read_table(stage.file("quarantine")).num_rows == 3
+    assert not data_files(stage)
+    assert not committed_names(stage)
+
+
+def test_bad_teacher_is_the_user_s_mistake(ray_session: None, tmp_path: Path) -> None:
+    """Catches a wrong model name ending in a Ray traceback with exit code 1."""
+    manifest = make_manifest(tmp_path, 2)
+    stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
+    config = dummy_config().model_copy(update={"teacher": TeacherConfig(model="/no/such/model")})
+    with pytest.raises(ConfigError, match=r"label\.teacher\.model = '/no/such/model'") as caught:
+        label_images(config, manifest_path=manifest, class_table=classes(), stage=stage)
+    assert "Traceback" not in str(caught.value)
+
+
+KILLED_RUN = """
+import json, sys
+import ray
+from hts_ray.classes import hico_classes
+from hts_ray.config import LabelConfig
+from hts_ray.tables import StageFolder
+from hts_ray.teacher.labeling import label_images
+
+arguments = json.loads(sys.argv[1])
+ray.init(address="local", num_cpus=4, include_dashboard=False,
+         object_store_memory=200_000_000, log_to_driver=False)
+stats = label_images(
+    LabelConfig.model_validate(arguments["config"]),
+    manifest_path=arguments["manifest"],
+    class_table=hico_classes(),
+    stage=StageFolder(arguments["run_dir"], "region_scores", "k"),
+)
+print(json.dumps(stats))
+"""
+
+
+def test_kill_and_rerun(tiny_blip_path: Path, tmp_path: Path, ray_session: None) -> None:
+    """Catches rows lost or doubled by kill -9, and a rerun that starts from the beginning."""
+    total, block = 60, 4
+    manifest = make_manifest(tmp_path, total)
+    config = LabelConfig(
+        teacher=TeacherConfig(model=str(tiny_blip_path), null_images=0),
+        block_rows=block,
+        batch_images=block,
+    )
+    stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "manifest": manifest,
+        "run_dir": stage.run_dir,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_RUN, json.dumps(arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(committed_names(stage)) < 2:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for_quiet(stage)
+    first = committed_names(stage)
+    kept = {p: Path(p).stat().st_mtime_ns for name in first for p in data_files(stage, name)}
+    done = sum(read_table(path, ["image_id"]).num_rows for path in kept)
+    assert 2 * block <= done < total
+    assert not stage.finished
+    # A write that never committed must not survive beside the rows that replace it.
+    Path(stage.file("stray_000000-0.parquet")).write_bytes(Path(next(iter(kept))).read_bytes())
+    stats = label_images(config, manifest_path=manifest, class_table=hico_classes(), stage=stage)
+    assert stats["rows_resumed"] == done
+    assert stats["rows_out"] == total
+    ids = Counter(read_table(stage.path, ["image_id"])["image_id"].to_pylist())
+    assert len(ids) == total
+    assert set(ids.values()) == {1}
+    # Finished rows were neither redone nor rewritten: the second run wrote the others only.
+    assert {p: Path(p).stat().st_mtime_ns for p in kept} == kept
+    second = [p for name in committed_names(stage) - first for p in data_files(stage, name)]
+    assert sum(read_table(path, ["image_id"]).num_rows for path in second) == total - done
+
+
+def wait_for_quiet(stage: StageFolder) -> None:
+    """Wait until the killed driver's workers are gone: they may commit for a moment more."""
+    names, since = committed_names(stage), time.monotonic()
+    while time.monotonic() - since < 1.5:
+        time.sleep(0.1)
+        if (now := committed_names(stage)) != names:
+            names, since = now, time.monotonic()
+
+
+def test_selection(tmp_path: Path) -> None:
+    """Catches annotations or other splits entering, and a limit that a resumed run shifts."""
+    manifest = make_manifest(tmp_path, 5)
+    chosen = select_images(dummy_config(limit=3), manifest)
+    assert chosen.column_names == ["image_id", "uri", "split"]
+    assert chosen["image_id"].to_pylist() == [f"good-{i:04d}.png" for i in range(3)]
+    with pytest.raises(DataError, match=r"split in \['test'\] \(it has train\)"):
+        select_images(dummy_config(splits=("test",)), manifest)
+
+
+def test_decode_keeps_rows_and_sizes(tmp_path: Path) -> None:
+    """Catches rows that shift against their pixels, and boxes in downscaled coordinates."""
+    make_manifest(tmp_path, 1, ["empty.jpg"])
+    (tmp_path / "images" / "large.png").write_bytes(png(7, (200, 100)))
+    names = ["good-0000.png", "empty.jpg", "large.png"]
+    batch = pa.table(
+        {
+            "image_id": names,
+            "uri": [str(tmp_path / "images" / name) for name in names],
+            "split": ["train"] * 3,
+        }
+    )
+    decoded = decode_batch(batch, ImagesConfig(max_side=100))
+    assert decoded["image_id"].to_pylist() == names
+    assert decoded["error_kind"].to_pylist() == [None, "empty", None]
+    assert decoded["width"].to_pylist() == [64, None, 200]
+    assert decoded["pixel_width"].to_pylist() == [64, None, 100]
+    assert decoded["pixels"].type == pa.large_binary()
+    image = labeling._decoded_image(decoded, 2)
+    assert crop_region(image, Region((100, 50, 200, 100), "grid")).shape == (25, 50, 3)
+    assert crop_region(image, Region((199, 0, 200, 1), "grid")).shape == (1, 1, 3)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names it."""
+
+
+class FragileCaptioner(DummyCaptioner):
+    """Fails on images by their first pixel: 1 raises, 2 gives NaN; memory for `fits` regions."""
+
+    def __init__(self, fits: int = 1000) -> None:
+        self.fits = fits
+        self.sizes: list[int] = []
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> PromptScores:
+        """Fail where the images say so."""
+        self.sizes.append(len(images))
+        if len(images) > self.fits:
+            raise OutOfMemoryError("CUDA out of memory")
+        marks = [int(image.max()) for image in images]
+        if 1 in marks:
+            raise RuntimeError("odd image")
+        if 3 in marks:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        scores = super().score(images, prompts)
+        scores.log_likelihoods[[mark == 2 for mark in marks]] = np.nan
+        return scores
+
+
+def scorer(captioner: DummyCaptioner) -> RegionScorer:
+    prompts = ClassPrompts.of([["a b"], ["c", "d"]], 2)
+    regions = RegionsConfig(grid_scales=(), grid_steps=())
+    return RegionScorer(captioner, prompts, TeacherConfig(max_batch_regions=8), regions)
+
+
+def marked(*marks: int) -> list[DecodedImage]:
+    return [DecodedImage(np.full((20, 20, 3), mark, np.uint8), 20, 20) for mark in marks]
+
+
+def test_failures_are_pinned_to_their_image() -> None:
+    """Catches one odd image taking its batch along, or NaN entering the table."""
+    results = scorer(FragileCaptioner())(marked(9, 1, 9, 9, 2, 9, 1))
+    kinds = [r.kind if isinstance(r, ImageFailure) else "ok" for r in results]
+    assert kinds == ["ok", "teacher_error", "ok", "ok", "not_finite", "ok", "teacher_error"]
+    assert isinstance(results[0], ScoredImage)
+    assert results[0].scores.shape == (1, 2)
+
+
+def test_out_of_memory_halves_the_chunk() -> None:
+    """Catches images given up although fewer at a time would fit."""
+    captioner = FragileCaptioner(fits=3)
+    results = scorer(captioner)(marked(*range(10, 20)))
+    assert all(isinstance(result, ScoredImage) for result in results)
+    assert captioner.sizes == [8, 4, 2, 2, 2, 2, 2]
+    alone = scorer(FragileCaptioner(fits=0))(marked(9))
+    assert isinstance(alone[0], ImageFailure)
+    assert alone[0].kind == "out_of_memory"
+
+
+def test_broken_device_stops_the_run() -> None:
+    """Catches a dead GPU quarantining every image that comes after it."""
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        scorer(FragileCaptioner())(marked(9, 3))
+
+
+@pytest.mark.parametrize(("output", "told"), [(["a", "a"], "twice"), (["a"], "missing")])
+def test_output_is_checked(output: list[str], told: str) -> None:
+    """Catches a published table that lacks an image or holds one twice."""
+    with pytest.raises(DataError, match=told):
+        labeling._check_ids(pa.chunked_array([output]), pa.chunked_array([["a", "b"]]), "p")
+
+
+def test_estimate(tmp_path: Path) -> None:
+    """Catches a dry run that writes, or that divides by an empty sample."""
+    manifest = make_manifest(tmp_path, 8, ["empty.jpg"])
+    before = sorted(tmp_path.rglob("*"))
+    result = estimate(dummy_config(), manifest, classes(), sample=3)
+    assert (result["images"], result["sample"], result["sample_quarantined"]) == (9, 2, 1)
+    assert result["seconds"] > 0
+    assert result["gpu_hours"] == 0
+    assert result["regions_per_image"] == 14
+    assert sorted(tmp_path.rglob("*")) == before
+    only_bad = make_manifest(tmp_path / "bad", 0, ["empty.jpg"])
+    assert estimate(dummy_config(), only_bad, classes())["seconds"] is None
+
+
+def test_missing_table_info(tmp_path: Path) -> None:
+    """Catches a bare FileNotFoundError where a command should be named."""
+    with pytest.raises(DataError, match="hts label"):
+        read_table_info(storage.absolute(str(tmp_path)))
