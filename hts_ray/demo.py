@@ -7,6 +7,7 @@ process, which is the same loop without the start of worker processes.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,14 +96,15 @@ def run_demo(config: HtsConfig) -> list[Row]:
     return rows
 
 
-def make_world(run: pipeline.Run, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> str:
+def make_world(run: pipeline.Run) -> str:
     """Render the seed's world in HICO's layout, read it as HICO is read; return its manifest."""
     from hts_ray.provenance import write_provenance
 
+    num_train, num_test = NUM_TRAIN, NUM_TEST
     root = storage.join(run.run_dir, f"world-{num_train}-{num_test}")
     if not storage.exists(root):
         started = time.perf_counter()
-        write_world(root, run.config.seed, num_train, num_test)
+        write_world(root, run.config.seed, num_train, num_test, workers=os.cpu_count() or 1)
         seconds = time.perf_counter() - started
         console.print(
             f"[bold]world[/bold]: {num_train} train and {num_test} test scenes of"

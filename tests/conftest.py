@@ -8,6 +8,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # both are read when ray is 
 os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose by threads that wait for cores
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -16,12 +16,11 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from pydantic import ValidationError
 
 from hts_ray import storage
 from hts_ray.classes import ClassTable, read_class_csv
 from hts_ray.config import StudentConfig
-from hts_ray.errors import DataError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.student.model import Student, rebuild_student
 from hts_ray.tables import find_stage
 
@@ -81,7 +80,7 @@ def load_student(path: str) -> Student:
             image_std=description["image_std"],
             state=safetensors.torch.load(weights),
         )
-    except (KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
         raise DataError(f"the student at {folder} does not fit its description: {error}") from error
     except safetensors.SafetensorError as error:
         raise DataError(f"{storage.join(folder, WEIGHTS)} is damaged: {error}") from error
@@ -92,11 +91,11 @@ def find_student(path: str) -> str:
     path = storage.absolute(path)
     if storage.exists(storage.join(path, DESCRIPTION)):
         return path
+    if path.endswith((".pt", ".pth", ".bin")):
+        raise DataError(f"{path} is no student folder: `hts import-checkpoint` turns it into one")
     stage = find_stage(path, "student")
     if stage is not None and storage.exists(stage.file(DESCRIPTION)):
         return stage.path
-    if path.endswith((".pt", ".pth", ".bin")):
-        raise DataError(f"{path} is no student folder: `hts import-checkpoint` turns it into one")
     if not storage.exists(path):
         raise DataError(f"no student at {path}: nothing is there")
     raise DataError(f"no student at {path}: it has no {DESCRIPTION}, `hts train` writes one")

@@ -98,8 +98,16 @@ def _scored(
         batch_format="pyarrow",
         batch_size=config.batch_images,
     )
-    scorer: dict[str, Any] = {"folder": folder, "fingerprint": student_fingerprint(folder), "pool": pool}
-    options: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": config.batch_images, "memory": memory}
+    scorer: dict[str, Any] = {
+        "folder": folder,
+        "fingerprint": student_fingerprint(folder),
+        "pool": pool,
+    }
+    options: dict[str, Any] = {
+        "batch_format": "pyarrow",
+        "batch_size": config.batch_images,
+        "memory": memory,
+    }
     if pool.num_gpus > 0:
         return decoded.map_batches(
             StudentScorer,

@@ -21,10 +21,8 @@ def save_tokenizer(folder: Path) -> int:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = "a person photo picture close-up image of showing an object car someone man woman".split()
-    vocabulary = {
-        word: i for i, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *words, *COLORS])
-    }
+    words = ["a", "an", "the", "of", "photo", "picture", "image", "showing", "close-up", "object"]
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *words, *COLORS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -109,7 +107,9 @@ def color_world(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
         path = folder / f"{i:03d}.png"
         Image.fromarray(pixels).save(path)
         ids = sorted(CLASS_IDS[names[c]] for c in chosen)
-        rows.append({"image_id": f"i{i:03d}", "uri": str(path), "positive_ids": ids, "ignored_ids": []})
+        rows.append(
+            {"image_id": f"i{i:03d}", "uri": str(path), "positive_ids": ids, "ignored_ids": []}
+        )
     schema = pa.schema(
         [
             ("image_id", pa.string()),
