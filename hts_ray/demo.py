@@ -64,7 +64,9 @@ VARIANTS = (
         uses_teacher=True,
     ),
     HTS,
-    Variant("HTS with BCE", "same labels, another loss", {}, uses_teacher=True),
+    Variant(
+        "HTS with BCE", "same labels, another loss", {"train": {"loss": "bce"}}, uses_teacher=True
+    ),
     SUPERVISED,
 )
 TEACHER_NAME = "teacher alone"

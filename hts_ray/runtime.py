@@ -35,7 +35,10 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     joins = bool(config.address or os.environ.get("RAY_ADDRESS"))
     if not joins:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Ray's C++ side reports every actor pool as an error on the terminal, harmless as it is.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
+    import ray.data  # sets its own log level when imported, so before the levels below
 
     if ray.is_initialized():
         yield
@@ -56,8 +59,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
         raise UserError(f"Ray could not reach or start {target}: {error}") from error
     _protect_token()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:

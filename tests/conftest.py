@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # both are read when ray is imported
 os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+# On a crowded machine Ray's node agent starts slowly, and the node then aborts.
+os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose by threads that wait for cores
@@ -43,14 +45,21 @@ def ray_session() -> Iterator[None]:
     """One local Ray cluster of 4 logical CPUs and 2 logical GPUs."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=2,
-        include_dashboard=False,
-        object_store_memory=200_000_000,
-        log_to_driver=False,
-    )
+    for attempt in range(3):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=4,
+                num_gpus=2,
+                include_dashboard=False,
+                object_store_memory=200_000_000,
+                log_to_driver=False,
+            )
+            break
+        except Exception:  # Ray gives a node 30 s to start, too little on a crowded machine
+            ray.shutdown()
+            if attempt == 2:
+                raise
     yield
     ray.shutdown()
 

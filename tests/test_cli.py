@@ -29,9 +29,7 @@ def test_every_stage_prints_a_config_that_reads_back(tmp_path, capsys):
         assert (code, err) == (0, ""), stage
         path = tmp_path / f"{stage}.yaml"
         path.write_text(out)
-        code, again, _ = hts(
-            stage, *needed, "--config", str(path), "--print-config", capsys=capsys
-        )
+        code, again, _ = hts(stage, *needed, "--config", str(path), "--print-config", capsys=capsys)
         assert (code, again) == (0, out)
         assert "epochs: 3" in again
 
@@ -79,7 +77,14 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
     images.mkdir()
     run = tmp_path / "run"
     code, out, _ = hts(
-        "prepare", "folder", "--root", str(images), "--run-dir", str(run), "--dry-run", capsys=capsys
+        "prepare",
+        "folder",
+        "--root",
+        str(images),
+        "--run-dir",
+        str(run),
+        "--dry-run",
+        capsys=capsys,
     )
     assert code == 0
     assert "plan" in out
@@ -94,7 +99,13 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
 def test_empty_folder_is_a_failure_with_a_reason(tmp_path, capsys):
     """Would catch success reported for a run without images."""
     code, _, err = hts(
-        "prepare", "folder", "--root", str(tmp_path), "--run-dir", str(tmp_path / "r"), capsys=capsys
+        "prepare",
+        "folder",
+        "--root",
+        str(tmp_path),
+        "--run-dir",
+        str(tmp_path / "r"),
+        capsys=capsys,
     )
     assert code == 1
     assert "no usable image" in err or "no image" in err

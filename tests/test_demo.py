@@ -57,7 +57,9 @@ def test_table_and_page_tell_the_measured_numbers(shown):
     rows, run_dir, printed = shown
     page = open(f"{run_dir}/report.html", encoding="utf-8").read()
     for row in rows:
-        line = next(line for line in printed.splitlines() if line.strip().startswith(row.name + " "))
+        line = next(
+            line for line in printed.splitlines() if line.strip().startswith(row.name + " ")
+        )
         assert f"{100 * row.metrics['mAP']:.1f}" in line
         assert row.name in page
     assert "gap closed" in printed

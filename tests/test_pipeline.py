@@ -117,7 +117,9 @@ def test_training_on_pseudo_labels_never_sees_annotations(finished, tmp_path):
 def test_supervised_and_zero_shot_come_from_the_same_command(finished):
     """Would catch baselines that train on pseudo-labels, or an upper bound without annotations."""
     run, manifest, _, _ = finished
-    supervised = pipeline.Run(override(run.config, {"train": {"labels": "annotations"}}), run.class_table)
+    supervised = pipeline.Run(
+        override(run.config, {"train": {"labels": "annotations"}}), run.class_table
+    )
     labels = pipeline.training_labels(supervised, None, manifest)
     truth = pipeline.read_manifest(manifest)
     train = truth.filter(pc.equal(truth["split"], "train"))

@@ -40,8 +40,13 @@ SPLITS = ("train", "test")
 
 _SKIN: tuple[Color, ...] = ((241, 194, 152), (224, 172, 125), (178, 120, 80), (122, 78, 52))
 _SHIRT: tuple[Color, ...] = (
-    (214, 48, 49), (225, 112, 30), (250, 211, 60), (70, 160, 70), (140, 60, 160), (245, 245, 245),
-)  # fmt: skip
+    (214, 48, 49),
+    (225, 112, 30),
+    (250, 211, 60),
+    (70, 160, 70),
+    (140, 60, 160),
+    (245, 245, 245),
+)
 _TROUSERS: tuple[Color, ...] = ((40, 50, 90), (60, 60, 60), (90, 70, 50), (20, 20, 30))
 _WATER: Color = (60, 190, 255)
 _FOOD: Color = (255, 140, 0)
@@ -123,7 +128,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """Everything that a scene is drawn from: a canvas in pixels, figures back to front, one seed."""
+    """What a scene is drawn from: the canvas in pixels, figures back to front and a seed."""
 
     width: int
     height: int
@@ -161,18 +166,22 @@ def _stand(x: float) -> dict[str, Any]:
 
 def _push(x: float, hand: Point) -> Pose:
     return Pose(
-        hip=(x, -0.47), lean=38, hands=(hand, (hand[0], hand[1] + 0.06)),
+        hip=(x, -0.47),
+        lean=38,
+        hands=(hand, (hand[0], hand[1] + 0.06)),
         feet=((x - 0.02, 0.0), (x - 0.34, 0.0)),
         props=(Prop("speed", (x - 0.3, -0.45), (x - 0.5, -0.45)),),
-    )  # fmt: skip
+    )
 
 
 def _wash(x: float, hand: Point, spread: float) -> Pose:
     return Pose(
-        hip=(x, -0.48), lean=22, hands=(hand, (hand[0] - 0.05, hand[1] + 0.1)),
+        hip=(x, -0.48),
+        lean=22,
+        hands=(hand, (hand[0] - 0.05, hand[1] + 0.1)),
         feet=((x + 0.04, 0.0), (x - 0.14, 0.0)),
         props=(Prop("drops", (0.05, hand[1]), (spread, 0.3)), Prop("sponge", hand)),
-    )  # fmt: skip
+    )
 
 
 def _jump(pose: Pose, lift: float, tilt: float, *props: Prop) -> Pose:
@@ -181,92 +190,220 @@ def _jump(pose: Pose, lift: float, tilt: float, *props: Prop) -> Pose:
 
 
 _RIDE_BICYCLE = Pose(
-    hip=(-0.1, -0.54), lean=28, hands=((0.2, -0.52), (0.2, -0.5)), feet=((0.06, -0.08), (-0.05, -0.24)),
+    hip=(-0.1, -0.54),
+    lean=28,
+    hands=((0.2, -0.52), (0.2, -0.5)),
+    feet=((0.06, -0.08), (-0.05, -0.24)),
     props=(Prop("speed", (-0.55, -0.4), (-0.8, -0.4)),),
-)  # fmt: skip
+)
 _RIDE_HORSE = Pose(
-    hip=(-0.02, -0.72), lean=8, hands=((0.22, -0.82), (0.24, -0.8)), feet=((0.1, -0.34), (0.06, -0.36)),
+    hip=(-0.02, -0.72),
+    lean=8,
+    hands=((0.22, -0.82), (0.24, -0.8)),
+    feet=((0.1, -0.34), (0.06, -0.36)),
     props=(Prop("line", (0.22, -0.82), (0.47, -0.84)),),
-)  # fmt: skip
+)
 _RIDE_SKATEBOARD = Pose(
-    hip=(-0.02, -0.5), lean=18, hands=((0.36, -0.72), (-0.34, -0.78)), feet=((-0.15, -0.1), (0.15, -0.1)),
+    hip=(-0.02, -0.5),
+    lean=18,
+    hands=((0.36, -0.72), (-0.34, -0.78)),
+    feet=((-0.15, -0.1), (0.15, -0.1)),
     props=(Prop("speed", (-0.4, -0.2), (-0.65, -0.2)),),
-)  # fmt: skip
+)
 
 # The order is the order of frequency in a long-tailed split: head first.
 _POSES: dict[int, Pose] = {
     18: _RIDE_BICYCLE,
     139: _RIDE_HORSE,
-    125: Pose((0.3, 0), (-0.4, -0.5), 6, ((-0.2, -0.5), (-0.52, -0.42)), ((-0.24, 0), (-0.56, 0)),
-              props=(Prop("line", (-0.2, -0.5), (0.44, -0.3)),)),
+    125: Pose(
+        (0.3, 0),
+        (-0.4, -0.5),
+        6,
+        ((-0.2, -0.5), (-0.52, -0.42)),
+        ((-0.24, 0), (-0.56, 0)),
+        props=(Prop("line", (-0.2, -0.5), (0.44, -0.3)),),
+    ),
     89: Pose((0, 0), (-0.03, -0.34), 0, ((0.17, -0.36), (0.15, -0.38)), ((0.22, 0), (0.28, 0))),
     493: Pose((0.22, -0.55), (0, -0.5), 0, ((0.2, -0.58), (0.2, -0.7))),
     577: Pose((0.16, -0.62), (0, -0.5), 0, ((0.16, -0.66), (-0.09, -0.42))),
-    153: Pose((0, 0), (-0.12, -0.5), 35, ((0.2, -0.54), (0.2, -0.52)), ((0.1, -0.14), (0.06, -0.16)),
-              props=(Prop("speed", (-0.55, -0.35), (-0.85, -0.35)),)),
+    153: Pose(
+        (0, 0),
+        (-0.12, -0.5),
+        35,
+        ((0.2, -0.54), (0.2, -0.52)),
+        ((0.1, -0.14), (0.06, -0.16)),
+        props=(Prop("speed", (-0.55, -0.35), (-0.85, -0.35)),),
+    ),
     459: _RIDE_SKATEBOARD,
-    523: Pose((0, -0.14), (-0.02, -0.62), 22, ((0.36, -0.82), (-0.36, -0.84)),
-              ((-0.17, -0.26), (0.17, -0.26)), props=(Prop("wave", (0, 0), (0.62, 0.2)),)),
-    67: Pose(hip=(0.1, -0.42), bust=True, hands=((0.3, -0.5), (0.28, -0.48)),
-             props=(Prop("speed", (-0.8, -0.3), (-1.0, -0.3)),)),
+    523: Pose(
+        (0, -0.14),
+        (-0.02, -0.62),
+        22,
+        ((0.36, -0.82), (-0.36, -0.84)),
+        ((-0.17, -0.26), (0.17, -0.26)),
+        props=(Prop("wave", (0, 0), (0.62, 0.2)),),
+    ),
+    67: Pose(
+        hip=(0.1, -0.42),
+        bust=True,
+        hands=((0.3, -0.5), (0.28, -0.48)),
+        props=(Prop("speed", (-0.8, -0.3), (-1.0, -0.3)),),
+    ),
     245: Pose((0, 0), (-0.12, -0.32), 0, ((0.06, -0.34), (0.02, -0.36)), ((0.06, 0), (0.13, 0))),
-    495: Pose((0.47, 0), (0, -0.5), -12, ((0.22, -0.66), (-0.36, -0.62)), ((0.37, -0.16), (-0.08, 0))),
-    370: Pose((0.62, -1.05), (-0.1, -0.5), -8, ((0.14, -0.95), (0.1, -0.85)),
-              props=(Prop("line", (0.14, -0.95), (0.62, -1.15)),)),
+    495: Pose(
+        (0.47, 0), (0, -0.5), -12, ((0.22, -0.66), (-0.36, -0.62)), ((0.37, -0.16), (-0.08, 0))
+    ),
+    370: Pose(
+        (0.62, -1.05),
+        (-0.1, -0.5),
+        -8,
+        ((0.14, -0.95), (0.1, -0.85)),
+        props=(Prop("line", (0.14, -0.95), (0.62, -1.15)),),
+    ),
     115: Pose((0.16, -0.42), (0, -0.5), -4, ((0.08, -0.58), (0.24, -0.56))),
     516: Pose((0, -1.08), (0, -0.5), 0, ((-0.16, -1.08), (0.16, -1.08))),
-    129: Pose((-0.3, 0), **{**_stand(0.62), "hands": ((0.33, -0.78), (0.68, -0.42))}, facing=-1,
-              props=(Prop("food", (0.3, -0.78)),)),
+    129: Pose(
+        (-0.3, 0),
+        **{**_stand(0.62), "hands": ((0.33, -0.78), (0.68, -0.42))},
+        facing=-1,
+        props=(Prop("food", (0.3, -0.78)),),
+    ),
     16: _push(-0.6, (-0.12, -0.47)),
-    120: Pose((0.22, 0), (-0.26, -0.26), 28, ((0.2, -0.36), (-0.12, -0.2)), ((-0.12, 0), (-0.42, 0))),
+    120: Pose(
+        (0.22, 0), (-0.26, -0.26), 28, ((0.2, -0.36), (-0.12, -0.2)), ((-0.12, 0), (-0.42, 0))
+    ),
     75: Pose((0.25, 0), **_stand(-0.72)),
-    500: Pose((0.5, -1.02), (-0.05, -0.5), 16, ((0.3, -1.02), (-0.3, -0.72)), ((0.14, 0), (-0.3, 0)),
-              props=(Prop("speed", (0.38, -1.12), (0.2, -1.16)),)),
-    143: Pose((-0.4, 0), (0.55, -0.5), 6, ((0.36, -0.6), (0.66, -0.42)), ((0.72, 0), (0.38, 0)),
-              props=(Prop("line", (0.36, -0.6), (0.1, -0.82)),)),
-    244: Pose((0, 0), (-0.02, -0.34), 90, ((0.08, -0.3), (0.1, -0.42)), ((-0.46, -0.31), (-0.44, -0.37))),
+    500: Pose(
+        (0.5, -1.02),
+        (-0.05, -0.5),
+        16,
+        ((0.3, -1.02), (-0.3, -0.72)),
+        ((0.14, 0), (-0.3, 0)),
+        props=(Prop("speed", (0.38, -1.12), (0.2, -1.16)),),
+    ),
+    143: Pose(
+        (-0.4, 0),
+        (0.55, -0.5),
+        6,
+        ((0.36, -0.6), (0.66, -0.42)),
+        ((0.72, 0), (0.38, 0)),
+        props=(Prop("line", (0.36, -0.6), (0.1, -0.82)),),
+    ),
+    244: Pose(
+        (0, 0), (-0.02, -0.34), 90, ((0.08, -0.3), (0.1, -0.42)), ((-0.46, -0.31), (-0.44, -0.37))
+    ),
     456: Pose((0.3, -0.4), (0, -0.5), 0, ((0.24, -0.5), (-0.09, -0.42)), angle=-82),
     74: _wash(-0.78, (-0.42, -0.5), 0.6),
     457: _jump(_RIDE_SKATEBOARD, 0.38, -14, Prop("shadow", (0, 0), (0.3, 0.04))),
     23: Pose((0.3, 0), **_stand(-0.34)),
     371: Pose((0.2, -0.55), (-0.04, -0.5), 0, ((0.12, -0.62), (0.16, -0.76))),
     86: Pose((0, -1.04), (0, -0.5), 0, ((-0.13, -1.1), (0.13, -1.1)), zoom=0.9),
-    17: Pose((0.2, 0), (-0.38, -0.26), 30, ((-0.02, -0.24), (-0.1, -0.3)), ((-0.3, 0), (-0.58, 0)),
-             props=(Prop("tool", (-0.02, -0.24), (0.12, -0.36)),)),
+    17: Pose(
+        (0.2, 0),
+        (-0.38, -0.26),
+        30,
+        ((-0.02, -0.24), (-0.1, -0.3)),
+        ((-0.3, 0), (-0.58, 0)),
+        props=(Prop("tool", (-0.02, -0.24), (0.12, -0.36)),),
+    ),
     137: Pose((-0.25, 0), **{**_stand(0.5), "hands": ((0.2, -0.92), (0.57, -0.42))}, facing=-1),
     154: Pose((0, 0), (-0.08, -0.44), -6, ((0.02, -0.46), (-0.02, -0.44)), ((0.02, 0), (0.1, 0))),
-    126: Pose((0.25, 0), (-0.24, -0.28), 26, ((0.14, -0.34), (0.04, -0.3)), ((-0.12, 0), (-0.4, 0)),
-              props=(Prop("drops", (0.28, -0.32), (0.3, 0.25)), Prop("tub", (0.25, 0), (0.34, 0.17)),
-                     Prop("sponge", (0.14, -0.34)))),
-    521: Pose((0, -0.12), (-0.08, -0.25), 86, ((0.46, -0.16), (0.3, -0.14)),
-              ((-0.5, -0.22), (-0.5, -0.27)), props=(Prop("wave", (0, 0), (0.62, 0.16)),)),
+    126: Pose(
+        (0.25, 0),
+        (-0.24, -0.28),
+        26,
+        ((0.14, -0.34), (0.04, -0.3)),
+        ((-0.12, 0), (-0.4, 0)),
+        props=(
+            Prop("drops", (0.28, -0.32), (0.3, 0.25)),
+            Prop("tub", (0.25, 0), (0.34, 0.17)),
+            Prop("sponge", (0.14, -0.34)),
+        ),
+    ),
+    521: Pose(
+        (0, -0.12),
+        (-0.08, -0.25),
+        86,
+        ((0.46, -0.16), (0.3, -0.14)),
+        ((-0.5, -0.22), (-0.5, -0.27)),
+        props=(Prop("wave", (0, 0), (0.62, 0.16)),),
+    ),
     128: Pose((0.3, 0), **_stand(-0.24), facing=-1),
     151: _push(-0.64, (-0.2, -0.46)),
     10: Pose((0, -1.04), (0, -0.5), 0, ((-0.15, -1.1), (0.15, -1.1)), zoom=0.85),
     582: Pose((0.26, 0), **_stand(-0.14), zoom=2.2, behind=False),
-    113: Pose((-0.25, 0), (0.48, -0.46), -36, ((0.2, -0.42), (0.25, -0.36)), ((0.42, 0), (0.58, 0)),
-              facing=-1, props=(Prop("food", (0.13, -0.36)),)),
+    113: Pose(
+        (-0.25, 0),
+        (0.48, -0.46),
+        -36,
+        ((0.2, -0.42), (0.25, -0.36)),
+        ((0.42, 0), (0.58, 0)),
+        facing=-1,
+        props=(Prop("food", (0.13, -0.36)),),
+    ),
     133: _jump(_RIDE_HORSE, 0.4, -16, Prop("fence", (0, 0), (0.3, 0.36))),
-    491: Pose((0.32, -0.12), (-0.04, -0.46), 24, ((0.3, -0.42), (-0.22, -0.52)), ((0.08, 0), (-0.22, 0)),
-              props=(Prop("bounce", (0.32, 0), (0.32, -0.12)),)),
+    491: Pose(
+        (0.32, -0.12),
+        (-0.04, -0.46),
+        24,
+        ((0.3, -0.42), (-0.22, -0.52)),
+        ((0.08, 0), (-0.22, 0)),
+        props=(Prop("bounce", (0.32, 0), (0.32, -0.12)),),
+    ),
     144: _wash(-0.56, (-0.26, -0.66), 0.34),
     246: Pose((0.32, 0), **_stand(-0.4), facing=-1),
     90: Pose((0, 0), (0, -0.77), 0, ((0.2, -1.36), (-0.12, -0.7)), ((-0.07, -0.28), (0.07, -0.28))),
-    69: Pose((0.3, 0), (-0.74, -0.47), 36, ((-0.3, -0.5), (-0.62, -0.4)), ((-0.7, 0), (-0.86, 0)),
-             props=(Prop("lens", (-0.26, -0.54)),)),
+    69: Pose(
+        (0.3, 0),
+        (-0.74, -0.47),
+        36,
+        ((-0.3, -0.5), (-0.62, -0.4)),
+        ((-0.7, 0), (-0.86, 0)),
+        props=(Prop("lens", (-0.26, -0.54)),),
+    ),
     158: _wash(-0.62, (-0.26, -0.46), 0.36),
-    576: Pose((0.17, -0.08), (0, -0.5), 0, ((0.17, -0.5), (-0.1, -0.42)), ((0.12, 0), (-0.12, 0)), closed=True),
-    127: Pose((0.48, 0), (-0.3, -0.52), 28, ((0.1, -0.74), (-0.42, -0.62)), ((-0.04, -0.06), (-0.66, -0.2)),
-              props=(Prop("speed", (-0.6, -0.6), (-0.85, -0.6)), Prop("speed", (0.22, -0.2), (0.05, -0.2)))),
+    576: Pose(
+        (0.17, -0.08),
+        (0, -0.5),
+        0,
+        ((0.17, -0.5), (-0.1, -0.42)),
+        ((0.12, 0), (-0.12, 0)),
+        closed=True,
+    ),
+    127: Pose(
+        (0.48, 0),
+        (-0.3, -0.52),
+        28,
+        ((0.1, -0.74), (-0.42, -0.62)),
+        ((-0.04, -0.06), (-0.66, -0.2)),
+        props=(
+            Prop("speed", (-0.6, -0.6), (-0.85, -0.6)),
+            Prop("speed", (0.22, -0.2), (0.05, -0.2)),
+        ),
+    ),
     13: _jump(_RIDE_BICYCLE, 0.4, -20, Prop("shadow", (0, 0), (0.35, 0.04))),
     22: _wash(-0.54, (-0.18, -0.44), 0.34),
     145: Pose((0.3, 0), **_stand(-0.5), facing=-1),
     460: Pose((0, 0), (-0.06, -0.17), -14, ((-0.26, -0.06), (0.12, -0.24)), ((0.38, 0), (0.34, 0))),
-    517: Pose((-0.5, -0.05), (0.16, -0.5), 18, ((-0.08, -0.36), (0.3, -0.5)), ((0.3, 0), (-0.02, 0)), angle=-24),
+    517: Pose(
+        (-0.5, -0.05),
+        (0.16, -0.5),
+        18,
+        ((-0.08, -0.36), (0.3, -0.5)),
+        ((0.3, 0), (-0.02, 0)),
+        angle=-24,
+    ),
     159: Pose((0.32, 0), **_stand(-0.38), facing=-1),
     91: Pose((0.26, 0), **_stand(-0.26), facing=-1),
-    132: Pose((-0.28, 0), (0.34, -0.5), -18, ((0.0, -0.72), (0.06, -0.62)), ((0.3, 0), (0.42, 0)), facing=-1),
-}  # fmt: skip
+    132: Pose(
+        (-0.28, 0),
+        (0.34, -0.5),
+        -18,
+        ((0.0, -0.72), (0.06, -0.62)),
+        ((0.3, 0), (0.42, 0)),
+        facing=-1,
+    ),
+}
 
 
 @functools.cache
@@ -356,7 +493,7 @@ class _Sketch:
         for kind, points, size, color in self.shapes:
             scaled = [(x * k, y * k) for x, y in points]
             if kind == "line":
-                width = max(int(round(size * k)), 1)
+                width = max(round(size * k), 1)
                 canvas.line(scaled, fill=color, width=width, joint="curve")
                 if width > 3:
                     for x, y in (scaled[0], scaled[-1]):
@@ -510,10 +647,19 @@ def _kite(s: _Sketch, color: Color, closed: bool) -> None:
 
 
 _OBJECTS: dict[str, Callable[[_Sketch, Color, bool], None]] = {
-    "bicycle": _bicycle, "motorcycle": _motorcycle, "horse": _horse, "dog": _dog, "chair": _chair,
-    "bench": _bench, "sports_ball": _sports_ball, "umbrella": _umbrella, "skateboard": _skateboard,
-    "surfboard": _surfboard, "car": _car, "kite": _kite,
-}  # fmt: skip
+    "bicycle": _bicycle,
+    "motorcycle": _motorcycle,
+    "horse": _horse,
+    "dog": _dog,
+    "chair": _chair,
+    "bench": _bench,
+    "sports_ball": _sports_ball,
+    "umbrella": _umbrella,
+    "skateboard": _skateboard,
+    "surfboard": _surfboard,
+    "car": _car,
+    "kite": _kite,
+}
 
 
 def _limb(
@@ -568,50 +714,85 @@ def _person(s: _Sketch, pose: Pose) -> None:
     s.disc(hair[0], hair[1], 0.065, _TROUSERS[rng.integers(2, 4)])
 
 
-def _prop(s: _Sketch, prop: Prop) -> None:
-    (x, y), (u, v) = prop.start, prop.end
-    rng = s.rng
-    if prop.kind == "line":
-        s.line([(x, y), (u, v)], 0.02, _DARK)
-    elif prop.kind == "speed":
-        for dy in (-0.08, 0.0, 0.08):
-            s.line([(x, y + dy), (u, v + dy)], 0.022, _WHITE)
-    elif prop.kind == "bounce":
-        for dx in (-0.07, 0.07):
-            s.line([(x + dx, y - 0.02), (u + dx, v)], 0.022, _WHITE)
-    elif prop.kind == "drops":
-        for dx, dy in rng.uniform(-1.0, 1.0, (11, 2)).tolist():
-            s.disc(x + dx * u, y + dy * v - 0.05, 0.03, _WATER)
-    elif prop.kind == "sponge":
-        s.disc(x, y, 0.06, (255, 230, 60))
-    elif prop.kind == "food":
-        s.disc(x, y, 0.06, _FOOD)
-        s.line([(x - 0.05, y), (x - 0.02, y - 0.1)], 0.03, (60, 170, 60))
-    elif prop.kind == "tool":
-        s.line([(x, y), (u, v)], 0.045, _STEEL)
-        s.disc(u, v, 0.05, (255, 60, 30))
-    elif prop.kind == "lens":
-        s.disc(x, y, 0.085, _DARK)
-        s.disc(x, y, 0.055, (190, 240, 255))
-    elif prop.kind == "tub":
-        s.polygon(
-            [(x - u, y - v), (x + u, y - v), (x + u * 0.8, y), (x - u * 0.8, y)], (120, 140, 210)
-        )
-    elif prop.kind == "shadow":
-        s.ellipse(x, y, u, v, (70, 70, 70))
-    elif prop.kind == "fence":
-        for dy in (0.3, 0.7):
-            s.line([(x - u, y - v * dy), (x + u, y - v * dy)], 0.045, _WHITE)
-        for dx in (-u, u):
-            s.line([(x + dx, y), (x + dx, y - v)], 0.045, _WHITE)
-    else:
-        _wave(s, x, y, u, v)
+def _prop_line(s: _Sketch, start: Point, end: Point) -> None:
+    s.line([start, end], 0.02, _DARK)
 
 
-def _wave(s: _Sketch, x: float, y: float, width: float, height: float) -> None:
+def _prop_speed(s: _Sketch, start: Point, end: Point) -> None:
+    for dy in (-0.08, 0.0, 0.08):
+        s.line([(start[0], start[1] + dy), (end[0], end[1] + dy)], 0.022, _WHITE)
+
+
+def _prop_bounce(s: _Sketch, start: Point, end: Point) -> None:
+    for dx in (-0.07, 0.07):
+        s.line([(start[0] + dx, start[1] - 0.02), (end[0] + dx, end[1])], 0.022, _WHITE)
+
+
+def _prop_drops(s: _Sketch, start: Point, end: Point) -> None:
+    for dx, dy in s.rng.uniform(-1.0, 1.0, (11, 2)).tolist():
+        s.disc(start[0] + dx * end[0], start[1] + dy * end[1] - 0.05, 0.03, _WATER)
+
+
+def _prop_sponge(s: _Sketch, start: Point, end: Point) -> None:
+    s.disc(*start, 0.06, (255, 230, 60))
+
+
+def _prop_food(s: _Sketch, start: Point, end: Point) -> None:
+    x, y = start
+    s.disc(x, y, 0.06, _FOOD)
+    s.line([(x - 0.05, y), (x - 0.02, y - 0.1)], 0.03, (60, 170, 60))
+
+
+def _prop_tool(s: _Sketch, start: Point, end: Point) -> None:
+    s.line([start, end], 0.045, _STEEL)
+    s.disc(*end, 0.05, (255, 60, 30))
+
+
+def _prop_lens(s: _Sketch, start: Point, end: Point) -> None:
+    s.disc(*start, 0.085, _DARK)
+    s.disc(*start, 0.055, (190, 240, 255))
+
+
+def _prop_tub(s: _Sketch, start: Point, end: Point) -> None:
+    (x, y), (u, v) = start, end
+    rim, floor = [(x - u, y - v), (x + u, y - v)], [(x + u * 0.8, y), (x - u * 0.8, y)]
+    s.polygon([*rim, *floor], (120, 140, 210))
+
+
+def _prop_shadow(s: _Sketch, start: Point, end: Point) -> None:
+    s.ellipse(*start, *end, (70, 70, 70))
+
+
+def _prop_fence(s: _Sketch, start: Point, end: Point) -> None:
+    (x, y), (u, v) = start, end
+    for dy in (0.3, 0.7):
+        s.line([(x - u, y - v * dy), (x + u, y - v * dy)], 0.045, _WHITE)
+    for dx in (-u, u):
+        s.line([(x + dx, y), (x + dx, y - v)], 0.045, _WHITE)
+
+
+def _prop_wave(s: _Sketch, start: Point, end: Point) -> None:
+    (x, y), (width, height) = start, end
     crest = [(x - width + k * width / 6, y - height - 0.03 * (k % 2)) for k in range(13)]
     s.polygon([*crest, (x + width, y), (x - width, y)], (50, 130, 200))
     s.line(crest, 0.03, _WHITE)
+
+
+_PROPS: dict[str, Callable[[_Sketch, Point, Point], None]] = {
+    "line": _prop_line,
+    "speed": _prop_speed,
+    "bounce": _prop_bounce,
+    "drops": _prop_drops,
+    "sponge": _prop_sponge,
+    "food": _prop_food,
+    "tool": _prop_tool,
+    "lens": _prop_lens,
+    "tub": _prop_tub,
+    "shadow": _prop_shadow,
+    "fence": _prop_fence,
+    "wave": _prop_wave,
+}
+_BEHIND = ("wave", "shadow", "fence", "speed")  # props that the figures stand in front of
 
 
 def _sketch(figure: Figure) -> _Sketch:
@@ -628,9 +809,9 @@ def _sketch(figure: Figure) -> _Sketch:
         return s
     pose = _POSES[figure.class_id]
     for prop in pose.props:
-        if prop.kind in ("wave", "shadow", "fence", "speed"):
+        if prop.kind in _BEHIND:
             s.part = "prop"
-            _prop(s, prop)
+            _PROPS[prop.kind](s, prop.start, prop.end)
     if pose.lift or pose.tilt:
         s.move(0.0, -pose.lift, pose.tilt)
     if pose.behind:
@@ -644,8 +825,8 @@ def _sketch(figure: Figure) -> _Sketch:
         _person(s, pose)
     s.part = "prop"
     for prop in pose.props:
-        if prop.kind not in ("wave", "shadow", "fence", "speed"):
-            _prop(s, prop)
+        if prop.kind not in _BEHIND:
+            _PROPS[prop.kind](s, prop.start, prop.end)
     return s
 
 
@@ -656,10 +837,11 @@ def derive_seed(*parts: object) -> int:
 
 
 def class_weights(exponent: float) -> NDArray[np.float64]:
-    """The probability of each class of `class_ids_by_frequency` (sums to 1); exponent 0 is uniform."""
+    """The probabilities of `class_ids_by_frequency`, in its order; exponent 0 is uniform."""
     ranks = np.arange(len(_POSES), dtype=np.float64) + 2.0
-    weights = ranks**-exponent
-    return weights / weights.sum()
+    weights: NDArray[np.float64] = ranks**-exponent
+    weights /= weights.sum()
+    return weights
 
 
 def _overlap(a: Box, b: Box) -> float:

@@ -169,7 +169,8 @@ def class_scores(
     if values.shape[1] != counts.sum():
         raise ValueError(f"{values.shape[1]} scores for {counts.sum()} prompts")
     starts = np.cumsum(counts) - counts
-    sums: npt.NDArray[np.float64] = np.logaddexp.reduceat(values, starts, axis=1)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN; whoever reads the scores checks them
+        sums: npt.NDArray[np.float64] = np.logaddexp.reduceat(values, starts, axis=1)
     averages: FloatArray = (sums - np.log(counts)).astype(np.float32)
     return averages
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 import warnings
@@ -61,6 +62,11 @@ QUARANTINE = ("quarantine", "part-0.parquet")
 POLL_SECONDS = 1.0
 # Waiting for GPUs of an autoscaling cluster counts as no progress; Ray's own limit is 30 min.
 NO_PROGRESS_SECONDS = 6 * 3600
+
+_MISTAKE = re.compile(
+    r"hts_ray\.errors\.(?P<kind>ConfigError|DataError): (?P<message>(?:(?!hts_ray\.errors\.).)*)\Z",
+    re.DOTALL,
+)
 
 # What the decoding tasks hand to the actors. Pixels are plain bytes: no extension types.
 _DECODED = pa.schema(
@@ -330,7 +336,9 @@ def _run(
     }
     try:
         with DataContext.current(context):
-            # Every stage maps rows one for one: Ray's checkpoints count on it.
+            # Every stage maps rows one for one: Ray's checkpoints count on it. Where an actor
+            # takes one CPU and no GPU, Ray fuses decoding into it, which saves copying pixels;
+            # otherwise decoding runs in tasks of its own, beside the GPUs.
             dataset = (
                 ray.data.read_parquet(stage.file(*SELECTION))
                 .repartition(target_num_rows_per_block=config.block_rows)
@@ -377,18 +385,16 @@ def _warn_of_waiting(config: LabelConfig, resources: Mapping[str, float]) -> Non
         )
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-    """Find the user's mistake among the causes that Ray wraps around it."""
-    for _ in range(10):
-        if error is None or isinstance(error, UserError):
-            break
-        error = getattr(error, "cause", None) or error.__cause__
-    if not isinstance(error, UserError):
+def _user_error(error: BaseException) -> UserError | None:
+    """Find the user's mistake at the end of the text that Ray makes of a worker's exception.
+
+    By text, because an actor that dies while it starts leaves nothing else behind.
+    """
+    found = _MISTAKE.search(str(error).strip())
+    if found is None:
         return None
-    kind: type[UserError] = ConfigError if isinstance(error, ConfigError) else DataError
-    # Ray's own subclass of the mistake prints a worker's traceback; the message is the last of it.
-    message = str(getattr(error, "cause", None) or error)
-    return kind(message)
+    kind: type[UserError] = ConfigError if found["kind"] == "ConfigError" else DataError
+    return kind(found["message"].strip())
 
 
 class _Committed:

@@ -128,6 +128,7 @@ class TransformersCaptioner:
     def _generate(self, inputs: dict[str, Any], max_tokens: int) -> list[Caption]:
         output = self.decoder.model.generate(
             **inputs,
+            **self.decoder.generation,
             max_new_tokens=max_tokens,
             do_sample=False,
             num_beams=1,
@@ -301,12 +302,18 @@ def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> Transfo
     }
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **options
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         model = model.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise model_error(config, f"does not load: {error}") from error
+    # The library fills in random numbers; no captioner reads the poolers.
+    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise model_error(
+            config, f"its files lack {len(missing)} weights, e.g. {missing[0]}", "save it again"
+        )
     captioner = _captioner_of(config, folder, model, tokenizer, device)
     difference = captioner.self_check()
     if not difference <= TOLERANCE[dtype]:
@@ -369,22 +376,27 @@ def _encoder_decoder(config: TeacherConfig, model: Any, tokenizer: Any) -> Decod
         project = getattr(model, "enc_to_dec_proj", None)
         return hidden if project is None else project(hidden)
 
+    ends = {"start_id": start, "end_id": end}
     family = model.config.decoder.model_type
-    if family not in _POSITIONED:
-        return BatchedCrossAttentionDecoder(
-            model,
-            model.decoder,
-            features,
-            start_id=start,
-            end_id=end,
-            prompt_batch=config.prompt_batch,
+    decoder: Decoder
+    if family in _POSITIONED:
+        first = _POSITIONED[family]
+        if first is None:  # RoBERTa counts from behind its padding token's id
+            first = model.config.decoder.pad_token_id + 1
+        decoder = CrossAttentionDecoder(
+            model, model.decoder, features, first_position=first, **ends
         )
-    first = _POSITIONED[family]
-    if first is None:  # RoBERTa counts from behind its padding token's id
-        first = model.config.decoder.pad_token_id + 1
-    return CrossAttentionDecoder(
-        model, model.decoder, features, start_id=start, end_id=end, first_position=first
-    )
+    else:
+        decoder = BatchedCrossAttentionDecoder(
+            model, model.decoder, features, prompt_batch=config.prompt_batch, **ends
+        )
+    # Older checkpoints keep these in places where `generate` does not look.
+    decoder.generation = {
+        "decoder_start_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+    return decoder
 
 
 def _first_set(model: Any, tokenizer: Any, *names: str) -> int | None:

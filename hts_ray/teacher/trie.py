@@ -16,7 +16,8 @@ of the longest prompt, V vocabulary, D hidden width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -213,6 +214,8 @@ class Decoder(ABC):
     start_id: int | None
     end_id: int
     method: str
+    # What `model.generate` must be told besides the images.
+    generation: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:

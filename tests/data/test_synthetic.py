@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from pathlib import Path
 
@@ -14,19 +13,6 @@ from hts_ray.classes import hico_classes
 from hts_ray.data import synthetic
 from hts_ray.data.hico import read_hico
 from hts_ray.errors import ConfigError, DataError
-
-
-def _pixels(index: int) -> bytes:
-    return synthetic.render_scene(synthetic.sample_scene(7, "train", index)).tobytes()
-
-
-def test_a_scene_is_a_function_of_its_arguments_in_any_process() -> None:
-    """Catches global random state or salted hashes, which differ between worker processes."""
-    here = [_pixels(index) for index in range(4)]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        there = pool.map(_pixels, range(4))
-    assert here == there
-    assert len(set(here)) == 4
 
 
 def test_seed_and_split_change_the_scene() -> None:
@@ -43,7 +29,7 @@ def test_seed_and_split_change_the_scene() -> None:
 def test_every_class_is_drawn_inside_the_canvas_with_its_boxes() -> None:
     """Catches a class whose figure leaves the picture or whose object is not the class's."""
     seen: Counter[int] = Counter()
-    for index in range(1200):
+    for index in range(500):
         spec = synthetic.sample_scene(3, "train", index, exponent=0.0)
         for pair in spec.pairs():
             seen[pair.class_id] += 1
@@ -80,7 +66,7 @@ def test_annotations_agree_with_the_scene() -> None:
         labels = synthetic.annotate(spec)
         assert labels.shape == (600,)
         assert set(np.flatnonzero(labels == 1)) == set(spec.class_ids)
-        known = {hico_classes()[c].object for c in np.flatnonzero(~np.isnan(labels))}
+        known = {hico_classes()[int(c)].object for c in np.flatnonzero(~np.isnan(labels))}
         assert known == set(spec.objects)
         ambiguous += int((labels == 0).sum())
         present += int((~np.isnan(labels)).sum())
@@ -90,11 +76,11 @@ def test_annotations_agree_with_the_scene() -> None:
 def test_the_training_split_is_long_tailed() -> None:
     """Catches a flat world, which has no few-shot classes to report on."""
     counts: Counter[int] = Counter()
-    for index in range(2000):
+    for index in range(1000):
         counts.update(synthetic.sample_scene(1, "train", index).class_ids)
-    few = [c for c in synthetic.world_class_ids() if counts[c] <= 10]
+    few = [c for c in synthetic.world_class_ids() if counts[c] <= 5]
     assert len(few) >= 12
-    assert max(counts.values()) > 400
+    assert max(counts.values()) > 200
 
 
 def test_the_world_reads_back_as_hico(tmp_path: Path) -> None:
@@ -116,7 +102,7 @@ def test_the_world_reads_back_as_hico(tmp_path: Path) -> None:
 
 
 def test_the_files_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    """Catches parts that are joined in order of completion."""
+    """Catches global random state, salted hashes and parts joined in order of completion."""
     one = synthetic.write_world(tmp_path / "one", 4, 260, 2, workers=1)
     two = synthetic.write_world(tmp_path / "two", 4, 260, 2, workers=2)
     names = sorted(p.relative_to(one) for p in one.rglob("*.jpg"))

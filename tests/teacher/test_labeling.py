@@ -69,7 +69,8 @@ def make_manifest(folder: Path, good: int, bad: Sequence[str] = (), split: str =
         (images / name).write_bytes(png(i))
     for name in bad:
         if name != "missing.jpg":
-            (images / name).write_bytes(BAD_FILES[name] or png(0)[:300])
+            content = BAD_FILES[name]
+            (images / name).write_bytes(png(0)[:300] if content is None else content)
     rows = [
         {
             "image_id": name,
@@ -200,20 +201,20 @@ from hts_ray.tables import StageFolder
 from hts_ray.teacher.labeling import label_images
 
 arguments = json.loads(sys.argv[1])
-ray.init(address="local", num_cpus=4, include_dashboard=False,
-         object_store_memory=200_000_000, log_to_driver=False)
-stats = label_images(
+ray.init(address=arguments["address"], log_to_driver=False)
+label_images(
     LabelConfig.model_validate(arguments["config"]),
     manifest_path=arguments["manifest"],
-    class_table=hico_classes(),
+    class_table=hico_classes().subset(range(150)),
     stage=StageFolder(arguments["run_dir"], "region_scores", "k"),
 )
-print(json.dumps(stats))
 """
 
 
 def test_kill_and_rerun(tiny_blip_path: Path, tmp_path: Path, ray_session: None) -> None:
     """Catches rows lost or doubled by kill -9, and a rerun that starts from the beginning."""
+    import ray
+
     total, block = 60, 4
     manifest = make_manifest(tmp_path, total)
     config = LabelConfig(
@@ -226,16 +227,18 @@ def test_kill_and_rerun(tiny_blip_path: Path, tmp_path: Path, ray_session: None)
         "config": config.model_dump(mode="json"),
         "manifest": manifest,
         "run_dir": stage.run_dir,
+        "address": ray.get_runtime_context().gcs_address,
     }
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_RUN, json.dumps(arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    log = tmp_path / "killed.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_RUN, json.dumps(arguments)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     deadline = time.monotonic() + 120
     while len(committed_names(stage)) < 2:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -248,7 +251,7 @@ def test_kill_and_rerun(tiny_blip_path: Path, tmp_path: Path, ray_session: None)
     assert not stage.finished
     # A write that never committed must not survive beside the rows that replace it.
     Path(stage.file("stray_000000-0.parquet")).write_bytes(Path(next(iter(kept))).read_bytes())
-    stats = label_images(config, manifest_path=manifest, class_table=hico_classes(), stage=stage)
+    stats = label_images(config, manifest_path=manifest, class_table=classes(150), stage=stage)
     assert stats["rows_resumed"] == done
     assert stats["rows_out"] == total
     ids = Counter(read_table(stage.path, ["image_id"])["image_id"].to_pylist())

@@ -1,0 +1,270 @@
+"""Training: the label set, the schedule, determinism, resumption, failures, two workers."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.student import load_student, training
+from hts_ray.student.training import (
+    dense_targets,
+    learning_rate_factor,
+    repeat_indices,
+    train_student,
+    training_set,
+)
+from hts_ray.tables import StageFolder, read_table
+
+CONFIG = TrainConfig(epochs=4, batch_size=8, num_workers=0, optim=OptimConfig(lr=3e-3))
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return StageFolder(str(tmp_path), "student", "k")
+
+
+@pytest.fixture
+def train(student_config, color_table, color_world):
+    def run(stage, config=CONFIG, labels=color_world, **changes):
+        return train_student(
+            config=config,
+            student_config=student_config.model_copy(update=changes),
+            class_table=color_table,
+            labels=labels,
+            stage=stage,
+            seed=5,
+        )
+
+    return run
+
+
+def weights(stage):
+    return training.storage.read_bytes(stage.file("model.safetensors"))
+
+
+def with_uris(labels, uris):
+    place = labels.column_names.index("uri")
+    changed = [uris.get(i, uri) for i, uri in enumerate(labels["uri"].to_pylist())]
+    return labels.set_column(place, "uri", pa.array(changed, pa.string()))
+
+
+def test_repeats_reach_the_minimum_and_keep_every_image():
+    """Catches a rare class that stays rare, a lost image, and repeats of the wrong image."""
+    targets = -np.ones((6, 4), np.int8)
+    targets[:, 0] = 1
+    targets[1, 1] = targets[2, 1] = targets[2, 2] = 1
+    targets[3, 2] = 0  # ignored is not positive
+    chosen = repeat_indices(targets, 5)
+    assert set(chosen) == set(range(6))
+    counts = (targets[chosen] == 1).sum(axis=0)
+    assert list(counts[1:]) == [6, 5, 0]  # image 2 counts for both of its rare classes
+    assert (np.bincount(chosen)[[0, 3, 4, 5]] == 1).all()
+    assert np.array_equal(repeat_indices(targets, 0), np.arange(6))
+    assert np.array_equal(repeat_indices(targets, 1), np.arange(6))
+
+
+def test_repeats_hold_for_random_labels():
+    """Catches counts that are not updated for the other classes of a repeated image."""
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        targets = random.choice([-1, 0, 1], p=[0.9, 0.05, 0.05], size=(30, 8)).astype(np.int8)
+        counts = (targets[repeat_indices(targets, 7)] == 1).sum(axis=0)
+        present = (targets == 1).any(axis=0)
+        assert (counts[present] >= 7).all()
+        assert (counts[~present] == 0).all()
+
+
+def test_targets_are_positive_ignored_negative():
+    """Catches ignored classes that count as negative, and rows that slip by one."""
+    lists = pa.list_(pa.int32())
+    targets = dense_targets(
+        pa.array([[], [2], [0, 1]], lists), pa.array([[0], [2, 1], []], lists), 3
+    )
+    assert targets.tolist() == [[0, -1, -1], [-1, 0, 1], [1, 1, -1]]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "warm_restarts"])
+def test_learning_rate_warms_up_and_ends(schedule):
+    """Catches a first step at rate 0, a rate above 1, and a run that ends at a high rate."""
+    optim = OptimConfig(schedule=schedule, warmup_steps=10)
+    rates = [learning_rate_factor(step, 160, optim) for step in range(160)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert max(rates) <= 1.0
+    rises = sum(b > a for a, b in itertools.pairwise(rates[10:]))
+    assert rises == {"constant": 0, "cosine": 0, "warm_restarts": 3}[schedule]
+    assert (rates[-1] < 0.01) == (schedule != "constant")
+    assert learning_rate_factor(200, 160, optim) == (1.0 if schedule == "constant" else 0.0)
+
+
+def test_label_set_maps_ids_counts_unknown_ones_and_is_seeded(color_table):
+    """Catches class ids used as positions, unknown ids that wrap around, and unseeded order."""
+    lists = pa.list_(pa.int16())
+    labels = pa.table(
+        {
+            "image_id": ["a", "b", "c"],
+            "uri": ["a", "b", "c"],
+            "positive_ids": pa.array([[11, 99], [7], []], lists),
+            "ignored_ids": pa.array([[3], None, [-1]], lists),
+        }
+    )
+    data = training_set(labels, color_table, CONFIG, 0)
+    rows = {row["image_id"]: row for row in data.table.to_pylist()}
+    assert (rows["a"]["positive"], rows["a"]["ignored"]) == ([2], [1])
+    assert (rows["b"]["positive"], rows["b"]["ignored"]) == ([0], [])
+    assert (data.dropped_ids, data.classes_with_positives, data.images) == (2, 2, 3)
+    assert data.table["row"].to_pylist() == [0, 1, 2]
+    orders = {
+        tuple(training_set(labels, color_table, CONFIG, s).table["uri"].to_pylist())
+        for s in range(9)
+    }
+    assert len(orders) > 2
+    empty = labels.set_column(2, "positive_ids", pa.array([[], [99], []], lists))
+    with pytest.raises(DataError, match=r"no image of 3 .*1 are of other classes.*lower"):
+        training_set(empty, color_table, CONFIG, 0)
+
+
+def test_settings_that_do_not_fit_are_refused(train, stage):
+    """Catches workers with unequal batches, and fp16 that fails minutes later inside a worker."""
+    with pytest.raises(ConfigError, match="equal share"):
+        train(stage, CONFIG.model_copy(update={"num_workers": 3}))
+    with pytest.raises(ConfigError, match="fp16"):
+        train(stage, precision="fp16")
+
+
+def test_no_labels_store_the_zero_shot_student(train, stage, student_config, color_table):
+    """Catches a baseline that was trained by accident."""
+    from hts_ray.student.model import build_student
+
+    stats = train(stage, labels=None)
+    assert stats["epochs"] == 0
+    student, expected = load_student(stage.path), build_student(student_config, color_table)
+    assert torch.equal(student.classifier, expected.classifier)
+    assert torch.equal(student.visual.conv1.weight, expected.visual.conv1.weight)
+
+
+@pytest.fixture(scope="module")
+def unbroken(ray_session, tmp_path_factory, student_config, color_table, color_world):
+    """One undisturbed run and what its progress told."""
+    stage = StageFolder(str(tmp_path_factory.mktemp("run")), "student", "k")
+    told = []
+    stats = train_student(
+        config=CONFIG,
+        student_config=student_config,
+        class_table=color_table,
+        labels=color_world,
+        stage=stage,
+        seed=5,
+        progress=told.append,
+    )
+    return stage, stats, told
+
+
+def test_training_learns_and_tells(unbroken, color_world, color_table):
+    """Catches labels shuffled against images, a frozen model, and a lost or doubled epoch."""
+    stage, stats, told = unbroken
+    assert [record["epoch"] for record in told] == [0, 1, 2, 3]
+    assert told[-1]["loss"] < 0.75 * told[0]["loss"]
+    assert all(record["images"] == 48 for record in told)
+    assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (48, 48, 0)
+    assert not any("ray_train" in name for name in training.storage.list_names(stage.path))
+    from PIL import Image
+
+    student = load_student(stage.path)
+    pixels = [np.asarray(Image.open(uri)) for uri in color_world["uri"].to_pylist()]
+    with torch.no_grad():
+        logits = student(student.preprocess(pixels)).numpy()
+    truth = np.array(
+        [[i in ids for i in color_table.ids] for ids in color_world["positive_ids"].to_pylist()]
+    )
+    assert logits[truth].mean() > logits[~truth].mean() + 1
+
+
+def test_the_same_labels_and_seed_give_the_same_bytes(unbroken, train, stage):
+    """Catches any randomness beyond the seed: the proof without annotations compares bytes."""
+    train(stage)
+    assert weights(stage) == weights(unbroken[0])
+
+
+def test_a_run_killed_between_epochs_ends_like_an_unbroken_one(unbroken, train, stage, monkeypatch):
+    """Catches a lost optimizer state, schedule position or random state on resumption."""
+    run_epoch = training._run_epoch
+    epochs = []
+
+    def dying(worker, shard, epoch):
+        epochs.append(epoch)
+        if epochs == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return run_epoch(worker, shard, epoch)
+
+    monkeypatch.setattr(training, "_run_epoch", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage)
+    assert not stage.finished
+    train(stage)
+    assert epochs == [0, 1, 2, 2, 3]
+    assert weights(stage) == weights(unbroken[0])
+    assert len(training.storage.read_json(stage.file("history.json"))) == 4
+
+
+def test_decoding_again_every_epoch_gives_the_same_student(unbroken, train, stage, monkeypatch):
+    """Catches an order that depends on timing once the images no longer fit into memory."""
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 1.0})
+    train(stage)
+    assert weights(stage) == weights(unbroken[0])
+
+
+def test_bad_images_are_left_out_and_listed(ray_session, train, stage, color_world, tmp_path):
+    """Catches one broken file that ends the run, or that is dropped without a trace."""
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    labels = with_uris(color_world, {3: str(tmp_path / "broken.png"), 9: "/nowhere.png", 12: None})
+    config = CONFIG.model_copy(
+        update={"epochs": 1, "min_positives_per_class": 40, "trainable": "last"}
+    )
+    stats = train(stage, config, labels)
+    assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (48, 45, 3)
+    bad = read_table(stage.file("quarantine", "part-0.parquet")).to_pylist()
+    kinds = {row["image_id"]: row["error_kind"] for row in bad}
+    assert kinds == {"i003": "not_an_image", "i009": "missing", "i012": "missing"}
+    assert {row["stage"] for row in bad} == {"train"}
+
+
+def test_unreadable_images_and_infinite_losses_are_told(ray_session, train, stage, color_world):
+    """Catches a NaN that spoils the weights silently, and a run without any image."""
+    nowhere = with_uris(color_world, dict.fromkeys(range(48), "/nowhere.png"))
+    with pytest.raises(DataError, match="0 of 48 images can be read"):
+        train(stage, labels=nowhere)
+    wild = StageFolder(stage.run_dir, "student", "wild")
+    optim = OptimConfig(lr=1e30, grad_clip=None)
+    with pytest.raises(
+        DataError, match=r"not finite in epoch 0; images i\d+.*lower train.optim.lr"
+    ):
+        train(wild, CONFIG.model_copy(update={"optim": optim}))
+    assert not wild.finished
+
+
+@pytest.mark.timeout(600)
+def test_two_workers_take_the_same_steps_as_one(ray_session, train, tmp_path):
+    """Catches a loss that is a mean per worker, doubled gradients, and a lost last checkpoint."""
+    plain = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
+    config = CONFIG.model_copy(update={"epochs": 3, "batch_size": 48, "augment": plain})
+    losses, states = [], []
+    for workers in (0, 2):
+        stage = StageFolder(str(tmp_path), "student", str(workers))
+        train(stage, config.model_copy(update={"num_workers": workers, "cpus_per_worker": 0.5}))
+        losses.append(
+            [record["loss"] for record in training._read_history(stage.file("history.json"))]
+        )
+        states.append(load_file(stage.file("model.safetensors")))
+    assert np.allclose(losses[0], losses[1], rtol=1e-3)
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], atol=2e-3), name
