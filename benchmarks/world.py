@@ -70,7 +70,8 @@ def summarize(by_seed: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
             values = [row.metrics[metric] for row in rows if row.metrics.get(metric) is not None]
             entry[metric] = _spread(values)
         entry["seconds"] = _spread([row.seconds for row in rows])
-        entry["gap_closed"] = _spread([gap_closed(seed, rows[0].name) for seed in by_seed])
+        closed = [gap_closed(seed, rows[0].name) for seed in by_seed]
+        entry["gap_closed"] = _spread([share for share in closed if share is not None])
         summary.append(entry)
     return summary
 
@@ -110,7 +111,7 @@ def main() -> None:
             _cell(entry["mAP_known_object"]),
             _cell(entry[f"few@{FEW}"]),
             _cell(entry["few@5"]),
-            f"{entry['gap_closed']['mean']:.2f}",
+            _cell(entry["gap_closed"], 1),
             _cell(entry["seconds"], 1),
         ]
         for entry in summary

@@ -384,9 +384,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise ConfigError(
-            field="override", value=override, remedy="write it as section.name=value"
-        )
+        raise ConfigError(field="override", value=override, remedy="write it as section.name=value")
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:

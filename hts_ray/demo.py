@@ -1,8 +1,8 @@
 """The demo: every stage on the built-in world, and an honest table of what each part gains.
 
 The rows share one world and one teacher pass. The main row, HTS with regions, trains on a Ray
-Train worker; the rows it is compared with train in Ray Train's local mode inside this
-process, which is the same loop without the start of worker processes.
+Train worker and predicts with Ray Data; the rows it is compared with run the same loop and the
+same scorer inside this process, without the start of worker processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.compute as pc
 
 from hts_ray import pipeline, report, storage
 from hts_ray.config import HtsConfig, override
@@ -75,10 +75,8 @@ TEACHER_NAME = "teacher alone"
 def demo_config(config: HtsConfig, seed: int) -> HtsConfig:
     """Return the settings of one demo world: its classes, seed and run directory."""
     ids = config.classes.ids or tuple(world_class_ids())
-    return override(
-        config,
-        {"classes": {"ids": ids}, "seed": seed, "run_dir": f"{config.run_dir.rstrip('/')}/seed-{seed}"},
-    )
+    run_dir = storage.join(config.run_dir, f"seed-{seed}")
+    return override(config, {"classes": {"ids": ids}, "seed": seed, "run_dir": run_dir})
 
 
 def run_demo(config: HtsConfig) -> list[Row]:
@@ -118,9 +116,7 @@ def make_world(run: pipeline.Run) -> str:
     return stage.file("manifest.parquet")
 
 
-def run_variants(
-    run: pipeline.Run, manifest: str, variants: Sequence[Variant]
-) -> list[Row]:
+def run_variants(run: pipeline.Run, manifest: str, variants: Sequence[Variant]) -> list[Row]:
     """Label once, then filter, train, predict and evaluate every variant."""
     with image_progress("label") as progress:
         scores = pipeline.label(run, manifest, progress)
@@ -137,25 +133,39 @@ def run_variants(
     return rows
 
 
-def _run_variant(
-    run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant
-) -> Row:
-    settings = dict(variant.settings)
+def _run_variant(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant) -> Row:
+    """Filter, train and evaluate one variant; the main one on Ray, the others in this process."""
     main = variant is HTS
     own = pipeline.Run(
-        override(override(run.config, settings), {} if main else {"train": {"num_workers": 0}}),
+        override(
+            override(run.config, variant.settings), {} if main else {"train": {"num_workers": 0}}
+        ),
         run.class_table,
     )
     started = time.perf_counter()
-    labels_stage: StageFolder | None = None
-    if variant.uses_teacher:
-        labels_stage = pipeline.filter_labels(own, scores)
-    labels: pa.Table | None = pipeline.training_labels(own, labels_stage, manifest)
-    student = pipeline.train(own, labels)
-    predictions = pipeline.predict(own, student.path, manifest)
-    metrics = pipeline.evaluate(own, predictions.path, manifest, name=variant.name)
-    seconds = time.perf_counter() - started
-    return Row(variant.name, variant.note, metrics, seconds, student, labels_stage)
+    source = pipeline.filter_labels(own, scores) if variant.uses_teacher else None
+    student = pipeline.train(own, pipeline.training_labels(own, source, manifest))
+    if main:
+        predictions = pipeline.predict(own, student.path, manifest)
+        metrics = pipeline.evaluate(own, predictions.path, manifest, name=variant.name)
+    else:
+        metrics = _evaluate_here(own, student, manifest, variant.name)
+    return Row(variant.name, variant.note, metrics, time.perf_counter() - started, student, source)
+
+
+def _evaluate_here(
+    run: pipeline.Run, student: StageFolder, manifest: str, name: str
+) -> dict[str, Any]:
+    """Predict and evaluate without the start of Ray Data's processes."""
+    from hts_ray.student.prediction import score_images
+
+    table = pipeline.read_manifest(manifest)
+    images = table.filter(pc.equal(table["split"], "test"))
+    ids, scores_NC = score_images(student.path, images, run.config.predict)
+    truth = read_annotations(manifest, run.class_table)
+    metrics = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
+    pipeline.publish_metrics(run, metrics, student.path, manifest, "test", name)
+    return metrics
 
 
 def teacher_row(run: pipeline.Run, manifest: str, scores: StageFolder) -> Row:
@@ -234,8 +244,7 @@ def write_demo_report(run: pipeline.Run, rows: Sequence[Row]) -> str:
         history={
             row.name: [float(epoch["loss"]) for epoch in storage.read_json(path)]
             for row in rows
-            if row.student is not None
-            and storage.exists(path := row.student.file("history.json"))
+            if row.student is not None and storage.exists(path := row.student.file("history.json"))
         },
     )
     path = storage.join(run.run_dir, "report.html")

@@ -116,7 +116,7 @@ def prior_of(path: str, config: FilterConfig) -> np.ndarray | None:
         raise ConfigError(
             field="filter.prior_alpha",
             value=config.prior_alpha,
-            remedy="the teacher stored no prior: set it to 0, or label with teacher.null_images > 0",
+            remedy="the teacher stored no prior: set it to 0, or label.teacher.null_images above 0",
         )
     return np.asarray(prior, dtype=np.float32)
 
@@ -153,7 +153,7 @@ def filter_regions(
     started = time.perf_counter()
     evidence = image_evidence(region_scores_path, config).of_split(split)
     if not evidence.image_ids:
-        raise DataError(f"no scored image is in split {split!r}: check train.split and label.splits")
+        raise DataError(f"no scored image of split {split!r}: check train.split and label.splits")
     selection = pseudo_labels.select(
         evidence.probabilities_NC,
         evidence.support_NC,

@@ -281,9 +281,7 @@ def predict_stage(run: Run, student: str, manifest: str) -> StageFolder:
     return run.stage("predictions", key)
 
 
-def predict(
-    run: Run, student: str, manifest: str, progress: Progress | None = None
-) -> StageFolder:
+def predict(run: Run, student: str, manifest: str, progress: Progress | None = None) -> StageFolder:
     """Score images with a student."""
     from hts_ray.student.prediction import predict_images
 

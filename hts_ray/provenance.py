@@ -38,14 +38,14 @@ def hardware() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "memory_gib": round(memory / 2**30, 1),
         "gpus": _gpus(),
     }
 
 
 def git_commit() -> str | None:
-    """Return the commit of the source tree, with `+changes` if it is not clean; None outside git."""
+    """Return the source tree's commit, with `+changes` if it is not clean; None outside git."""
     root = Path(hts_ray.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -82,6 +82,12 @@ def write_provenance(config: HtsConfig, class_table: ClassTable, **more: Any) ->
             **more,
         },
     )
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _processor() -> str:

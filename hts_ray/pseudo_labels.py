@@ -37,9 +37,9 @@ class Selection:
     which each class was taken.
     """
 
-    targets_NC: NDArray[np.int8]  # noqa: N815
-    reason_counts_N: NDArray[np.void]  # noqa: N815
-    class_thresholds_C: FloatArray  # noqa: N815
+    targets_NC: NDArray[np.int8]
+    reason_counts_N: NDArray[np.void]
+    class_thresholds_C: FloatArray
 
     def reason_totals(self) -> dict[str, int]:
         """Sum the dropped candidates of all images, by reason."""

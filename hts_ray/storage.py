@@ -27,9 +27,10 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in path:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
     try:
-        return pafs.FileSystem.from_uri(path)
+        filesystem, inner = pafs.FileSystem.from_uri(path)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot open the storage of {path!r}: {error}") from error
+    return filesystem, str(inner)
 
 
 def absolute(path: str) -> str:
@@ -79,8 +80,10 @@ def write_json(path: str, value: Any) -> None:
 
 
 def list_names(path: str) -> list[str]:
-    """Return the sorted names inside a folder; none when the folder is not there."""
+    """Return the sorted names inside a folder; none when it is not there or is a file."""
     filesystem, inner = resolve(path)
+    if filesystem.get_file_info(inner).type == pafs.FileType.File:
+        return []
     selector = pafs.FileSelector(inner, allow_not_found=True)
     return sorted(info.base_name for info in filesystem.get_file_info(selector))
 

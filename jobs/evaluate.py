@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python jobs/evaluate.py`: the same arguments as `hts evaluate`."""
+"""`hts evaluate` as an entry point for `ray job submit -- python jobs/evaluate.py`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python jobs/label.py`: the same arguments as `hts label`."""
+"""`hts label` as an entry point for `ray job submit -- python jobs/label.py`."""
 
 import sys
 

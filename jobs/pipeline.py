@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python jobs/pipeline.py`: the same arguments as `hts pipeline`."""
+"""`hts pipeline` as an entry point for `ray job submit -- python jobs/pipeline.py`."""
 
 import sys
 

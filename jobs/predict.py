@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python jobs/predict.py`: the same arguments as `hts predict`."""
+"""`hts predict` as an entry point for `ray job submit -- python jobs/predict.py`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit -- python jobs/train.py`: the same arguments as `hts train`."""
+"""`hts train` as an entry point for `ray job submit -- python jobs/train.py`."""
 
 import sys
 

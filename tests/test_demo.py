@@ -1,5 +1,7 @@
 """The demo on a small world: every row is measured, and the page tells the same."""
 
+from pathlib import Path
+
 import pytest
 
 from hts_ray import demo
@@ -55,7 +57,7 @@ def test_rows_differ_in_what_they_claim_to_differ_in(shown):
 def test_table_and_page_tell_the_measured_numbers(shown):
     """Would catch a table that rounds, swaps or invents a figure."""
     rows, run_dir, printed = shown
-    page = open(f"{run_dir}/report.html", encoding="utf-8").read()
+    page = Path(run_dir, "report.html").read_text(encoding="utf-8")
     for row in rows:
         line = next(
             line for line in printed.splitlines() if line.strip().startswith(row.name + " ")

@@ -29,7 +29,7 @@ def test_unreachable_address_is_a_clear_error(monkeypatch):
 
     monkeypatch.setattr(ray, "init", refuse)
     with (
-        pytest.raises(UserError, match="10.0.0.9:6379: nothing listens"),
+        pytest.raises(UserError, match=r"10\.0\.0\.9:6379: nothing listens"),
         ray_cluster(RayConfig(address="10.0.0.9:6379")),
     ):
         pass

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hts_ray.config import PoolConfig, PredictConfig
+from hts_ray.errors import DataError
 from hts_ray.image_pipeline import (
     OK,
     QUARANTINED,
@@ -124,6 +126,30 @@ def _scored(
         compute=TaskPoolStrategy(size=pool.max_size),
         **options,
     )
+
+
+def score_images(
+    student_path: str, images: pa.Table, config: PredictConfig
+) -> tuple[list[str], npt.NDArray[np.float32]]:
+    """Score a few images in this process, without Ray: ids and logits (N, C) of what decodes.
+
+    `images` has image_id, uri and split. The scores are those of `predict_images`. Raises
+    DataError when there is no student, or no image that can be read.
+    """
+    folder = find_student(student_path)
+    scorer = StudentScorer(folder, student_fingerprint(folder), config.pool)
+    size = scorer.student.image_size
+    parts = [
+        scorer(decode_batch(images.slice(start, config.batch_images), config.images, square=size))
+        for start in range(0, len(images), config.batch_images)
+    ]
+    rows = pa.concat_tables(parts) if parts else images.slice(0, 0)
+    good = rows.filter(pc.equal(rows["status"], OK)) if parts else rows
+    if not len(good):
+        raise DataError(f"none of {len(images)} images can be used")
+    scores = good["scores"].combine_chunks()
+    flat: npt.NDArray[np.float32] = scores.flatten().to_numpy(zero_copy_only=False)
+    return good["image_id"].to_pylist(), flat.reshape(len(good), -1)
 
 
 class StudentScorer:

@@ -53,7 +53,6 @@ _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
 _KEPT_CHECKPOINTS = 2
 _DECODE_ROWS = 32
 _BLOCK_BYTES = 32 << 20
-_RESTART_CYCLES = 4
 _SHUFFLE_BYTES = 1 << 30  # of decoded images that a worker holds to draw its batches from
 
 
@@ -134,6 +133,72 @@ def train_student(
     return stage.stats
 
 
+def estimate(
+    config: TrainConfig,
+    student_config: StudentConfig,
+    class_table: ClassTable,
+    labels: pa.Table | None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a few training steps on noise in this process and extrapolate; writes nothing.
+
+    Returns images, images_per_epoch (repeats included), epochs, steps, device,
+    seconds_per_step, seconds (without start-up and decoding) and gpu_hours; only images for
+    the zero-shot student. Raises what training would raise for the same settings and labels.
+    """
+    if labels is None:
+        return {"images": 0, "note": "the zero-shot student is stored without training"}
+    _check_config(config, student_config)
+    data = training_set(labels, class_table, config, seed)
+    workers = max(1, config.num_workers)
+    share = max(1, config.batch_size // workers)
+    steps = config.epochs * max(1, -(-(len(data.table) // workers) // share))
+    device, per_step = _time_steps(config, student_config, class_table, share)
+    seconds = steps * per_step
+    return {
+        "images": data.images,
+        "images_per_epoch": len(data.table),
+        "classes_with_positives": data.classes_with_positives,
+        "epochs": config.epochs,
+        "steps": steps,
+        "device": device,
+        "seconds_per_step": round(per_step, 4),
+        "seconds": seconds,
+        "gpu_hours": seconds * workers / 3600 if config.use_gpu else 0.0,
+    }
+
+
+def _time_steps(
+    config: TrainConfig, student_config: StudentConfig, class_table: ClassTable, batch: int
+) -> tuple[str, float]:
+    """Return the device and the seconds of the second of two steps on a worker's batch."""
+    import torch
+
+    from hts_ray.losses import make_loss
+    from hts_ray.student.model import build_student, parameter_groups, set_trainable
+
+    device = "cuda" if config.use_gpu and torch.cuda.is_available() else "cpu"
+    student = build_student(student_config, class_table).to(device)
+    set_trainable(student, config.trainable, config.trainable_blocks)
+    student.train()
+    optimizer = torch.optim.AdamW(parameter_groups(student, config.optim))
+    loss = make_loss(config.loss, config.loss_temperature)
+    size = student.image_size
+    images = torch.randn(batch, 3, size, size, device=device)
+    targets = torch.full((batch, len(class_table)), -1, dtype=torch.int8, device=device)
+    targets[:, 0] = 1
+    seconds = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        loss(student(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - started
+    return device, seconds
+
+
 def training_set(
     labels: pa.Table, class_table: ClassTable, config: TrainConfig, seed: int
 ) -> TrainingSet:
@@ -209,22 +274,23 @@ def dense_targets(
     return targets_NC
 
 
-def learning_rate_factor(step: int, total: int, optim: OptimConfig) -> float:
+def learning_rate_factor(
+    step: int, total: int, optim: OptimConfig, steps_per_epoch: int = 1
+) -> float:
     """Return the share of the learning rate at `step` of `total`, in 0..1.
 
     Warm-up is linear over `warmup_steps`. `cosine` falls to 0 once; `warm_restarts` does so in
-    cycles that double in length and end with the run (SGDR, T_mult 2, first cycle at least
-    1/15 of the run).
+    every `restart_epochs` epochs anew (SGDR, T_mult 1; DEFR restarts after 5 epochs).
     """
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return 1.0
-    done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
     if optim.schedule == "warm_restarts":
-        place = done * (2**_RESTART_CYCLES - 1)  # in units of the first cycle
-        cycle = min(_RESTART_CYCLES - 1, int(math.log2(place + 1)))
-        done = (place - (2**cycle - 1)) / 2**cycle
+        period = optim.restart_epochs * steps_per_epoch
+        done = step % period / period
+    else:
+        done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -554,8 +620,11 @@ def _start(job: dict[str, Any]) -> _Worker:
     from hts_ray.student.model import parameter_groups, set_trainable
 
     config = TrainConfig.model_validate(job["config"])
-    if job["local"] is not None:  # the driver's process may have trained with other settings
+    if job["local"] is not None:
+        # The driver's process may have trained with other settings, and its threads would fight
+        # with the processes that decode; Ray limits a worker's own threads likewise.
         AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.use_gpu)
     student = load_student(job["initial"])
     set_trainable(student, config.trainable, config.trainable_blocks)
@@ -644,7 +713,7 @@ def _collate(size: int, num_classes: int) -> Any:
 def _set_learning_rate(worker: _Worker, step: int) -> float:
     """Set the rate of every group for this step; returns the trunk's, or the head's alone."""
     total = worker.config.epochs * worker.steps_per_epoch
-    factor = learning_rate_factor(step, total, worker.config.optim)
+    factor = learning_rate_factor(step, total, worker.config.optim, worker.steps_per_epoch)
     for group, base in zip(worker.optimizer.param_groups, worker.base_lrs, strict=True):
         group["lr"] = base * factor
     return worker.base_lrs[0] * factor

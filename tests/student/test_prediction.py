@@ -13,7 +13,12 @@ from hts_ray.errors import DataError
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student
 from hts_ray.student.model import build_student
-from hts_ray.student.prediction import StudentScorer, predict_images, prediction_rows
+from hts_ray.student.prediction import (
+    StudentScorer,
+    predict_images,
+    prediction_rows,
+    score_images,
+)
 from hts_ray.tables import StageFolder, predictions_schema, read_table, write_table
 
 
@@ -149,3 +154,18 @@ def test_infinite_logits_are_quarantined():
     rows = prediction_rows(table, np.array([True, True, False]), logits).to_pylist()
     assert [row["scores"] for row in rows] == [[1.0, 2.0], None, None]
     assert [row["error_kind"] for row in rows] == [None, "not_finite", "missing"]
+
+
+def test_scoring_in_process_equals_the_dataset(student_path, color_world, tmp_path):
+    """Catches the demo's comparison rows scored otherwise than by `hts predict`."""
+    images = color_world.select(["image_id", "uri"]).append_column(
+        "split", pa.array(["test"] * len(color_world))
+    )
+    missing = pa.table({"image_id": ["no"], "uri": [str(tmp_path / "no.png")], "split": ["test"]})
+    images = pa.concat_tables([images.cast(missing.schema), missing])
+    ids, logits = score_images(str(student_path), images, PredictConfig(batch_images=5))
+    assert ids == color_world["image_id"].to_pylist()
+    expected = expected_logits(student_path, color_world["uri"].to_pylist())
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match="none of 1 images"):
+        score_images(str(student_path), missing, PredictConfig())
