@@ -1,7 +1,7 @@
 """Fine-tuning the student: Ray Data feeds it, Ray Train runs and restarts it.
 
 The driver writes the zero-shot student, turns labels into a dataset of decoded images and starts
-the workers; each worker runs `_train_loop`. Every epoch is seeded by its number alone, so a run
+the workers; each worker runs `train_loop`. Every epoch is seeded by its number alone, so a run
 that goes on from a checkpoint after a crash equals one that was never interrupted, and on CPUs
 two runs with the same labels and seed give the same bytes.
 """
@@ -9,14 +9,11 @@ two runs with the same labels and seed give the same bytes.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,32 +25,33 @@ import pyarrow.compute as pc
 
 from hts_ray import storage
 from hts_ray.classes import ClassTable
-from hts_ray.config import ImagesConfig, OptimConfig, StudentConfig, TrainConfig
+from hts_ray.config import ImagesConfig, StudentConfig, TrainConfig
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.image_pipeline import (
     ProgressPoller,
     data_context,
     decode_batch,
-    stack_pixels,
     user_error,
     write_quarantine,
+)
+from hts_ray.student.loop import (
+    KEPT_CHECKPOINTS,
+    MODEL,
+    STATE,
+    dense_targets,
+    read_local,
+    train_loop,
 )
 from hts_ray.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
 
 if TYPE_CHECKING:
     import ray.data
-    import torch
-    from accelerate import Accelerator
 
-    from hts_ray.student.model import Student
 
 Progress = Callable[[dict[str, Any]], None]
 
-_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
-_KEPT_CHECKPOINTS = 2
 _DECODE_ROWS = 32
 _BLOCK_BYTES = 32 << 20
-_SHUFFLE_BYTES = 1 << 30  # of decoded images that a worker holds to draw its batches from
 
 
 @dataclass(frozen=True)
@@ -260,40 +258,6 @@ def repeat_indices(targets_NC: npt.NDArray[np.int8], least: int) -> npt.NDArray[
     return np.repeat(np.arange(len(targets_NC)), copies_N)
 
 
-def dense_targets(
-    positive: pa.Array | pa.ChunkedArray, ignored: pa.Array | pa.ChunkedArray, num_classes: int
-) -> npt.NDArray[np.int8]:
-    """Return targets (N, C) int8 of position lists: 1 positive, 0 ignored, -1 the others.
-
-    A class that is in both lists is positive.
-    """
-    targets_NC = np.full((len(positive), num_classes), -1, dtype=np.int8)
-    for lists, value in ((ignored, 0), (positive, 1)):
-        rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
-        targets_NC[rows, pc.list_flatten(lists).to_numpy(zero_copy_only=False)] = value
-    return targets_NC
-
-
-def learning_rate_factor(
-    step: int, total: int, optim: OptimConfig, steps_per_epoch: int = 1
-) -> float:
-    """Return the share of the learning rate at `step` of `total`, in 0..1.
-
-    Warm-up is linear over `warmup_steps`. `cosine` falls to 0 once; `warm_restarts` does so in
-    every `restart_epochs` epochs anew (SGDR, T_mult 1; DEFR restarts after 5 epochs).
-    """
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return 1.0
-    if optim.schedule == "warm_restarts":
-        period = optim.restart_epochs * steps_per_epoch
-        done = step % period / period
-    else:
-        done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
 def _check_config(config: TrainConfig, student: StudentConfig) -> None:
     workers = max(1, config.num_workers)
     if config.batch_size % workers:
@@ -474,7 +438,7 @@ def _run_trainer(
 
     resources = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
     trainer = TorchTrainer(
-        _train_loop,
+        train_loop,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
@@ -486,7 +450,7 @@ def _run_trainer(
             name=f"train-{stage.key}",
             storage_path=storage.absolute(_work(stage)),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
         datasets={"train": dataset},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
@@ -496,13 +460,13 @@ def _run_trainer(
     if error is not None:
         return {}, error
     if config.num_workers == 0:
-        files = _read_local(job["local"])
+        files = read_local(job["local"])
     else:
         with result.checkpoint.as_directory() as folder:
-            files = {name: (Path(folder) / name).read_bytes() for name in (_MODEL, _STATE)}
+            files = {name: (Path(folder) / name).read_bytes() for name in (MODEL, STATE)}
     if files is None:
         raise UserError("training ended without a checkpoint: remove its folder and run it again")
-    return {"history": json.loads(files[_STATE])["history"], "model": files[_MODEL]}, None
+    return {"history": json.loads(files[STATE])["history"], "model": files[MODEL]}, None
 
 
 def _fit_or_explain(trainer: Any, config: TrainConfig) -> Any:
@@ -539,315 +503,3 @@ def _publish(
     info = {"train": config.answer_settings(), "seed": seed, "epochs": len(outcome["history"])}
     save_student(student, stage.path, info)
     storage.write_json(stage.file("history.json"), outcome["history"])
-
-
-@dataclass
-class _Worker:
-    """What a worker's epochs share."""
-
-    job: dict[str, Any]
-    config: TrainConfig
-    accelerator: Accelerator
-    student: Student
-    model: Any  # the student as Accelerate wrapped it
-    optimizer: Any
-    base_lrs: list[float]
-    loss: Any
-    rank: int
-    world: int
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.batch_size // self.world
-
-    @property
-    def steps_per_epoch(self) -> int:
-        rows: int = self.job["rows"] // self.world
-        return max(1, -(-rows // self.batch_size))
-
-
-@dataclass
-class _Record:
-    """One epoch, over all workers."""
-
-    epoch: int
-    loss: float
-    lr: float
-    images: int
-    images_per_second: float
-    seconds: float
-
-
-class _BadLossError(Exception):
-    """The loss of some worker is not finite; `rows` are rows of the training table."""
-
-    def __init__(self, message: str, rows: list[int]) -> None:
-        super().__init__(message, rows)
-        self.error = {"message": message, "rows": rows}
-
-
-def _train_loop(job: dict[str, Any]) -> dict[str, Any]:
-    """Train from the last checkpoint to the last epoch; what every Ray Train worker runs.
-
-    A loss that is not finite is returned, not raised: Ray Train would try it again.
-    """
-    import ray.train
-    import torch
-
-    with torch.random.fork_rng():
-        worker = _start(job)
-        history = _resume(worker)
-        shard = ray.train.get_dataset_shard("train")
-        try:
-            for epoch in range(len(history), worker.config.epochs):
-                record = _run_epoch(worker, shard, epoch)
-                history = [*history, asdict(record)]
-                _report(worker, history)
-        except _BadLossError as error:
-            return {"error": error.error}
-    return {"error": None}
-
-
-def _start(job: dict[str, Any]) -> _Worker:
-    """Load the zero-shot student and hand it to Accelerate, which joins Ray's process group."""
-    import ray.train
-    import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    from hts_ray.losses import make_loss
-    from hts_ray.student.checkpoints import load_student
-    from hts_ray.student.model import parameter_groups, set_trainable
-
-    config = TrainConfig.model_validate(job["config"])
-    if job["local"] is not None:
-        # The driver's process may have trained with other settings, and its threads would fight
-        # with the processes that decode; Ray limits a worker's own threads likewise.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.use_gpu)
-    student = load_student(job["initial"])
-    set_trainable(student, config.trainable, config.trainable_blocks)
-    student.train()
-    groups = parameter_groups(student, config.optim)
-    base_lrs = [group["lr"] for group in groups]
-    model, optimizer = accelerator.prepare(student, torch.optim.AdamW(groups))
-    context = ray.train.get_context()
-    return _Worker(
-        job,
-        config,
-        accelerator,
-        student,
-        model,
-        optimizer,
-        base_lrs,
-        make_loss(config.loss, config.loss_temperature, reduction="sum"),
-        context.get_world_rank(),
-        context.get_world_size(),
-    )
-
-
-def _run_epoch(worker: _Worker, shard: Any, epoch: int) -> _Record:
-    """Pass over the images once; everything random in it follows from the seed and the epoch."""
-    import torch
-
-    started = time.monotonic()
-    device = worker.accelerator.device
-    seed = _epoch_seed(worker.job["seed"], epoch, worker.rank)
-    torch.manual_seed(seed)
-    draws = torch.Generator().manual_seed(seed)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images
-    worker.model.train()
-    step = epoch * worker.steps_per_epoch
-    lr = 0.0
-    for batch in _batches(worker, shard, seed):
-        lr = _set_learning_rate(worker, step)
-        totals += _train_step(worker, batch, draws, epoch)
-        step += 1
-    totals = worker.accelerator.reduce(totals, "sum")
-    loss, images = float(totals[0]), int(totals[1])
-    if not images:
-        raise DataError("no image could be read in a whole epoch: see the quarantine")
-    seconds = time.monotonic() - started
-    return _Record(epoch, loss / images, lr, images, images / seconds, seconds)
-
-
-def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
-
-
-def _batches(worker: _Worker, shard: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of pixels uint8 (N, P, P, 3), targets int8 (N, C) and row numbers (N,)."""
-    size = worker.job["stored_size"]
-    rows = min(worker.job["rows"], max(worker.batch_size, _SHUFFLE_BYTES // (size * size * 3)))
-    yield from shard.iter_torch_batches(
-        batch_size=worker.batch_size,
-        collate_fn=_collate(size, len(worker.student.class_table)),
-        device=worker.accelerator.device,
-        local_shuffle_buffer_size=rows,
-        local_shuffle_seed=seed,
-        prefetch_batches=2,
-        drop_last=False,
-    )
-
-
-def _collate(size: int, num_classes: int) -> Any:
-    """Make the object that turns Arrow batches into tensors."""
-    import torch
-    from ray.data.collate_fn import ArrowBatchCollateFn
-
-    class Collate(ArrowBatchCollateFn):  # type: ignore[misc]
-        def __call__(self, batch: pa.Table) -> dict[str, torch.Tensor]:
-            targets_NC = dense_targets(
-                batch["positive"].combine_chunks(), batch["ignored"].combine_chunks(), num_classes
-            )
-            return {
-                "pixels": torch.from_numpy(stack_pixels(batch, size)),
-                "targets": torch.from_numpy(targets_NC),
-                "rows": torch.from_numpy(batch["row"].to_numpy().copy()),
-            }
-
-    return Collate()
-
-
-def _set_learning_rate(worker: _Worker, step: int) -> float:
-    """Set the rate of every group for this step; returns the trunk's, or the head's alone."""
-    total = worker.config.epochs * worker.steps_per_epoch
-    factor = learning_rate_factor(step, total, worker.config.optim, worker.steps_per_epoch)
-    for group, base in zip(worker.optimizer.param_groups, worker.base_lrs, strict=True):
-        group["lr"] = base * factor
-    return worker.base_lrs[0] * factor
-
-
-def _train_step(
-    worker: _Worker, batch: dict[str, torch.Tensor], draws: torch.Generator, epoch: int
-) -> torch.Tensor:
-    """Take one optimizer step; returns (loss summed over this worker's images, images).
-
-    Raises _BadLossError on every worker, before the step, when one worker's loss is not finite.
-    """
-    import torch
-
-    from hts_ray.student.augment import augment
-
-    images = augment(batch["pixels"], worker.student.image_size, worker.config.augment, draws)
-    logits = worker.model(worker.student.standardise(images))
-    loss_sum = worker.loss(logits, batch["targets"])
-    finite = torch.isfinite(loss_sum.detach())
-    counts = torch.stack([finite.new_tensor(len(images)).double(), (~finite).double()])
-    if worker.world > 1:
-        counts = worker.accelerator.reduce(counts, "sum")
-    if counts[1]:
-        _refuse(worker, batch["rows"], bool(finite), epoch)
-    # DDP averages gradients over workers; their sum over the global batch is what is meant.
-    loss = loss_sum * worker.world / counts[0]
-    worker.accelerator.backward(loss)
-    if worker.config.optim.grad_clip is not None:
-        worker.accelerator.clip_grad_norm_(worker.model.parameters(), worker.config.optim.grad_clip)
-    worker.optimizer.step()
-    worker.optimizer.zero_grad()
-    return torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(len(images)).double()])
-
-
-def _refuse(worker: _Worker, rows: torch.Tensor, finite: bool, epoch: int) -> None:
-    from accelerate.utils import gather_object
-
-    mine = [] if finite else rows.tolist()[:8]
-    found = gather_object(mine) if worker.world > 1 else mine
-    raise _BadLossError(f"the loss is not finite in epoch {epoch}", list(found)[:16])
-
-
-def _report(worker: _Worker, history: list[dict[str, Any]]) -> None:
-    """Tell Ray Train about the epoch, on every worker, with a checkpoint when one is due."""
-    import ray.train
-
-    epoch = len(history)
-    due = epoch % worker.config.checkpoint_every == 0 or epoch == worker.config.epochs
-    metrics = history[-1]
-    if worker.rank != 0 or not due:
-        if worker.rank == 0:
-            storage.write_json(worker.job["history"], history)
-        ray.train.report(metrics)
-        return
-    files = _checkpoint_files(worker, history)
-    storage.write_json(worker.job["history"], history)
-    if worker.job["local"] is not None:  # Ray Train's local mode keeps no checkpoints
-        _write_local(worker.job["local"], epoch, files)
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _checkpoint_files(worker: _Worker, history: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Return the checkpoint's files, the one that makes it valid last."""
-    import safetensors.torch
-    import torch
-
-    state = worker.student.state_dict()
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    scaler = worker.accelerator.scaler
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "optimizer": worker.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        },
-        buffer,
-    )
-    return {
-        _MODEL: safetensors.torch.save(weights),
-        _OPTIMIZER: buffer.getvalue(),
-        _STATE: json.dumps({"history": history}).encode(),
-    }
-
-
-def _resume(worker: _Worker) -> list[dict[str, Any]]:
-    """Load the last checkpoint, where there is one, and return the history up to it."""
-    import ray.train
-    import safetensors.torch
-    import torch
-
-    if worker.job["local"] is not None:
-        files = _read_local(worker.job["local"])
-    else:
-        checkpoint = ray.train.get_checkpoint()
-        files = None
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                names = (_MODEL, _OPTIMIZER, _STATE)
-                files = {name: (Path(folder) / name).read_bytes() for name in names}
-    if files is None:
-        return []
-    worker.student.load_state_dict(safetensors.torch.load(files[_MODEL]))
-    # weights_only: a checkpoint that someone else wrote cannot run code
-    saved = torch.load(io.BytesIO(files[_OPTIMIZER]), map_location="cpu", weights_only=True)
-    worker.optimizer.load_state_dict(saved["optimizer"])
-    if worker.accelerator.scaler is not None and saved["scaler"]:
-        worker.accelerator.scaler.load_state_dict(saved["scaler"])
-    history = json.loads(files[_STATE])["history"]
-    assert isinstance(history, list)
-    return history
-
-
-def _write_local(folder: str, epoch: int, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        storage.write_bytes(storage.join(folder, f"epoch-{epoch:06d}", name), data)
-    for old in _local_checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
-        storage.remove_tree(storage.join(folder, old))
-
-
-def _read_local(folder: str) -> dict[str, bytes] | None:
-    names = _local_checkpoints(folder)
-    if not names:
-        return None
-    files = (_MODEL, _OPTIMIZER, _STATE)
-    return {name: storage.read_bytes(storage.join(folder, names[-1], name)) for name in files}
-
-
-def _local_checkpoints(folder: str) -> Sequence[str]:
-    """Return the complete checkpoints' names, oldest first."""
-    names = storage.list_names(folder)
-    return [name for name in names if storage.exists(storage.join(folder, name, _STATE))]

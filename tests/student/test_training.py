@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.student import load_student, training
+from hts_ray.student import load_student, loop, training
 from hts_ray.student.training import (
     dense_targets,
     estimate,
@@ -215,7 +215,7 @@ def test_the_same_labels_and_seed_give_the_same_bytes(unbroken, train, stage):
 
 def test_a_run_killed_between_epochs_ends_like_an_unbroken_one(unbroken, train, stage, monkeypatch):
     """Catches a lost optimizer state, schedule position or random state on resumption."""
-    run_epoch = training._run_epoch
+    run_epoch = loop._run_epoch
     epochs = []
 
     def dying(worker, shard, epoch):
@@ -224,7 +224,7 @@ def test_a_run_killed_between_epochs_ends_like_an_unbroken_one(unbroken, train, 
             raise KeyboardInterrupt
         return run_epoch(worker, shard, epoch)
 
-    monkeypatch.setattr(training, "_run_epoch", dying)
+    monkeypatch.setattr(loop, "_run_epoch", dying)
     with pytest.raises(KeyboardInterrupt):
         train(stage)
     assert not stage.finished
