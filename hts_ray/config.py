@@ -165,6 +165,9 @@ class FilterConfig(Section):
         0.5, ge=0.0, le=2.0, description="alpha in log P(t|r) - alpha log P(t)"
     )
     temperature: float = Field(1.0, gt=0.0, description="of the softmax over classes")
+    null_score: float | None = Field(
+        None, description="log-likelihood of `none of these`, an option of the softmax"
+    )
     aggregation: Literal["max", "mean", "top_k_mean", "noisy_or"] = "top_k_mean"
     top_k: int = Field(2, ge=1, description="regions averaged by top_k_mean")
     positive_threshold: float = Field(0.5, ge=0.0, le=1.0)

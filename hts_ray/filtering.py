@@ -130,7 +130,11 @@ def region_probabilities(
         keep = [kind in config.region_kinds for kind in row["region_kinds"]]
         scores_RC = scores_RC[np.asarray(keep, dtype=bool)]
     return pseudo_labels.region_probabilities(
-        scores_RC, prior_C, config.prior_alpha, config.temperature
+        scores_RC,
+        prior_C,
+        config.prior_alpha,
+        config.temperature,
+        null_score=config.null_score,
     )
 
 

@@ -9,6 +9,7 @@ and `finish` can prove that every image came out once.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,13 +25,20 @@ import pyarrow.parquet as pq
 from hts_ray import storage
 from hts_ray.config import ImagesConfig
 from hts_ray.errors import DataError, UserError
-from hts_ray.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
+from hts_ray.tables import (
+    QUARANTINE_SCHEMA,
+    StageFolder,
+    read_table,
+    require_unique_ids,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import ray.data
 
 OK = "ok"
 QUARANTINED = "quarantined"
+CHECKPOINT = "checkpoint"  # the folder in a stage where Ray keeps the ids of written rows
 MANIFEST_COLUMNS = ("image_id", "uri", "split")
 DECODED_FIELDS = (
     pa.field("pixels", pa.large_binary()),
@@ -41,29 +49,37 @@ DECODED_FIELDS = (
     pa.field("error_kind", pa.string()),
     pa.field("error", pa.string()),
 )
+# Waiting for GPUs of an autoscaling cluster counts as no progress; Ray's own limit is 30 min.
+_NO_PROGRESS_SECONDS = 6 * 3600
 _READ_THREADS = 4  # a task's reads overlap; storage is mostly waited for
 
 Pixels = npt.NDArray[np.uint8]
 
 
-def manifest_ids(
+def manifest_rows(
     manifest_path: str, splits: Sequence[str] | None = None, limit: int | None = None
-) -> pa.Array:
-    """Return the image ids that a stage has to answer, in the manifest's order.
+) -> pa.Table:
+    """Return image_id, uri and split of the images that a stage has to answer, in order.
 
-    `splits` None takes all; `limit` keeps the first so many. Raises DataError when none is
-    left, naming the splits that exist, or when an id occurs twice.
+    `splits` None takes all; `limit` keeps the first so many. Annotations are not read. Raises
+    DataError when no image is left, naming the splits that exist, or when an id occurs twice.
     """
-    table = read_table(manifest_path, columns=["image_id", "split"])
+    table = read_table(manifest_path, columns=list(MANIFEST_COLUMNS))
     chosen = table if splits is None else table.filter(pc.is_in(table["split"], pa.array(splits)))
     if not len(chosen):
         found = ", ".join(sorted(str(name) for name in table["split"].unique().to_pylist()))
         asked = "" if splits is None else f" in split {', '.join(splits)}"
         raise DataError(f"{manifest_path} holds no image{asked}: it has {found or 'no rows'}")
-    ids = chosen["image_id"].slice(0, limit).combine_chunks()
-    if len(ids.unique()) != len(ids):
-        raise DataError(f"{manifest_path}: image_id must be unique, it is not")
-    return ids
+    chosen = chosen.slice(0, limit).combine_chunks()
+    require_unique_ids(chosen, manifest_path)
+    return chosen
+
+
+def manifest_ids(
+    manifest_path: str, splits: Sequence[str] | None = None, limit: int | None = None
+) -> pa.Array:
+    """Return the image ids of `manifest_rows`."""
+    return pa.concat_arrays(manifest_rows(manifest_path, splits, limit)["image_id"].chunks)
 
 
 def read_manifest(
@@ -93,13 +109,13 @@ def data_context(checkpoint_path: str | None = None, *, keep_order: bool = False
     """
     from ray.data import DataContext
     from ray.data.checkpoint import CheckpointConfig
-    from ray.exceptions import RayError
 
     context = DataContext.get_current()
     before = (
         context.checkpoint_config,
         context.enable_progress_bars,
         context.execution_options.preserve_order,
+        context.execution_no_progress_timeout_s,
     )
     context.checkpoint_config = None
     if checkpoint_path is not None:
@@ -112,17 +128,22 @@ def data_context(checkpoint_path: str | None = None, *, keep_order: bool = False
         )
     context.enable_progress_bars = False
     context.execution_options.preserve_order = keep_order
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
     try:
         yield
-    except RayError as error:
-        mistake = user_error(error)
-        if mistake is not None:
-            raise mistake from error
+    except UserError:
         raise
+    except Exception as error:
+        mistake = user_error(error)
+        if mistake is None:
+            raise
+        # Without the cause: Ray's wrappers print the worker's traceback.
+        raise mistake from None
     finally:
         context.checkpoint_config = before[0]
         context.enable_progress_bars = before[1]
         context.execution_options.preserve_order = before[2]
+        context.execution_no_progress_timeout_s = before[3]
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -170,6 +191,8 @@ def _decode_row(uri: str | None, images: ImagesConfig, square: int | None) -> di
         )
     except ImageError as error:
         return {"error_kind": error.kind, "error": str(error)[:500]}
+    except Exception as error:  # one image must not cost a block, whatever a decoder throws
+        return {"error_kind": "decode_error", "error": f"{type(error).__name__}: {error}"[:500]}
     pixels = image.pixels if square is None else squash(image.pixels, square)
     return {
         "pixels": pixels.tobytes(),
@@ -214,45 +237,89 @@ def rows_per_block(rows: int, batch: int, largest: int = 1024) -> int:
     return batch * max(1, min(-(-share // batch), largest // batch))
 
 
+def committed_names(stage: StageFolder) -> set[str]:
+    """Return the names, without suffix, under which Ray's checkpoint has committed writes."""
+    return {
+        name.removesuffix(".parquet")
+        for name in storage.list_names(stage.file(CHECKPOINT))
+        if name.endswith(".parquet") and not name.endswith(".pending.parquet")
+    }
+
+
+def data_files(stage: StageFolder, name: str | None = None) -> list[str]:
+    """Return the stage's data files: those of one committed write, or all."""
+    return [
+        stage.file(file)
+        for file in storage.list_names(stage.path)
+        if file.endswith(".parquet") and name in {None, _write_of(file)}
+    ]
+
+
+def _write_of(file: str) -> str:
+    """Return the write that made a data file: NAME of `NAME-0.parquet`."""
+    return file.rpartition("-")[0]
+
+
+def committed_rows(stage: StageFolder) -> int:
+    """Return how many rows an earlier run committed, which a rerun leaves as they are."""
+    files = [path for name in committed_names(stage) for path in data_files(stage, name)]
+    return sum(len(read_table(path, ["image_id"])) for path in files)
+
+
+def remove_uncommitted(stage: StageFolder) -> None:
+    """Remove data whose write was not committed: a worker may outlive a killed driver."""
+    committed = committed_names(stage)
+    for path in data_files(stage):
+        if _write_of(path.rpartition("/")[2]) not in committed:
+            filesystem, inner = storage.resolve(path)
+            filesystem.delete_file(inner)
+
+
 def finish(
     stage: StageFolder,
     expected_ids: pa.Array,
     *,
     name: str,
     seconds: float,
-    table_info: Mapping[str, Any],
+    table_info: Mapping[str, Any] | None = None,
+    more_stats: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Check that every expected image came out exactly once, then publish the stage.
 
-    Writes the bad rows to `quarantine/part-0.parquet` and `table_info` to `table.json`; `name`
-    is the stage's name in the quarantine. Returns what was published: rows_in, rows_out,
-    quarantined, error_kinds, seconds, rows_per_second. Raises DataError when no image could be
-    used; the folder is emptied then, so that a rerun tries the images anew.
+    Writes the bad rows to `quarantine/part-0.parquet` and `table_info`, if given, to
+    `table.json`; `name` is the stage's name in the quarantine. Returns what was published:
+    rows_in, rows_out, quarantined, quarantined_by_kind, seconds, rows_per_second and
+    `more_stats`. Raises DataError when no image could be used; the folder is emptied then, so
+    that a rerun tries the images anew.
     """
+    if storage.exists(stage.file(CHECKPOINT)):
+        remove_uncommitted(stage)
     columns = ["image_id", "uri", "status", "error_kind", "error"]
     rows = read_table(stage.path, columns=columns)
     _require_exactly_once(rows["image_id"], expected_ids, stage.path)
     bad = rows.filter(pc.not_equal(rows["status"], OK))
-    counts = bad["error_kind"].value_counts().to_pylist()
-    kinds = {item["values"]: item["counts"] for item in counts}
+    kinds = Counter(bad["error_kind"].to_pylist())
     if len(bad) == len(rows):
         storage.remove_tree(stage.path)
         write_quarantine(stage, bad, name)
         first = bad.slice(0, 1).to_pylist()[0]
+        counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
         raise DataError(
-            f"none of {len(rows)} images can be used ({kinds}): the first is {first['uri']},"
+            f"none of {len(rows)} images can be used ({counts}): the first is {first['uri']},"
             f" {first['error']}; all are listed in {stage.file('quarantine')}"
         )
     write_quarantine(stage, bad, name)
-    storage.write_json(stage.file("table.json"), dict(table_info))
+    if table_info is not None:
+        storage.write_json(stage.file("table.json"), dict(table_info))
     stage.publish(
         {
             "rows_in": len(expected_ids),
             "rows_out": len(rows) - len(bad),
             "quarantined": len(bad),
-            "error_kinds": kinds,
+            "quarantined_by_kind": dict(kinds),
             "seconds": seconds,
             "rows_per_second": len(rows) / max(seconds, 1e-9),
+            **(more_stats or {}),
         }
     )
     return stage.stats

@@ -513,10 +513,10 @@ def build_captioner(tokenizer: Any) -> Any:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     with torch.random.fork_rng():
         # unused, but the generic loader builds one and would report its weights as missing
-        encoder.pooler = DPTViTPooler(encoder.config)
-    model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+        model.encoder.pooler = DPTViTPooler(model.encoder.config)
     for part in (model.config, model.generation_config):
         part.decoder_start_token_id = tokenizer.cls_token_id
         part.bos_token_id = tokenizer.cls_token_id

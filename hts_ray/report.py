@@ -1045,6 +1045,7 @@ def _probabilities(
         prior_C=None if prior is None else np.asarray(prior, dtype=np.float32),
         alpha=config.filter.prior_alpha if prior is not None else 0.0,
         temperature=config.filter.temperature,
+        null_score=config.filter.null_score,
     )
     return probabilities_RC
 

@@ -15,6 +15,8 @@ from hts_ray.errors import UserError
 # The parquet reader starts 32 footer actors by default, however small the input; a manifest
 # is one file, so one is enough and saves the start of 31 processes.
 _DEFAULT_ENVIRONMENT = {
+    # On busy cores a node's agent takes longer than Ray's 30 s to report, and Ray gives up.
+    "RAY_agent_register_timeout_ms": "120000",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

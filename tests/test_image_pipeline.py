@@ -19,6 +19,7 @@ from hts_ray.image_pipeline import (
     decode_batch,
     finish,
     manifest_ids,
+    manifest_rows,
     read_manifest,
     squash,
     stack_pixels,
@@ -54,6 +55,7 @@ def test_ids_follow_split_and_limit(tmp_path):
     twice = write_manifest(tmp_path / "twice.parquet", ["a", "a"], ["x", "x"])
     with pytest.raises(DataError, match="unique"):
         manifest_ids(twice)
+    assert manifest_rows(path, ["x"], 2).column_names == ["image_id", "uri", "split"]
 
 
 def test_decoding_keeps_bad_rows_with_their_reason(tmp_path):
@@ -89,7 +91,7 @@ def test_finish_publishes_and_lists_the_bad(stage):
     expected = pa.array(["c", "b", "a"])
     stats = finish(stage, expected, name="label", seconds=2.0, table_info={"class_ids": [1]})
     assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (3, 2, 1)
-    assert stats["error_kinds"] == {"missing": 1}
+    assert stats["quarantined_by_kind"] == {"missing": 1}
     assert stats["rows_per_second"] == pytest.approx(1.5)
     assert storage.read_json(stage.file("table.json")) == {"class_ids": [1]}
     quarantine = read_table(stage.file("quarantine", "part-0.parquet"))

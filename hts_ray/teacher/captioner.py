@@ -44,7 +44,6 @@ FAMILIES = {
     "git": "GIT (trie)",
     "vision-encoder-decoder": "VisionEncoderDecoder (trie with BERT, RoBERTa or GPT-2 text)",
     "blip-2": "BLIP-2 with a decoder-only language model such as OPT (batched prompts)",
-    "qwen2_5_vl": "Qwen2.5-VL (batched prompts)",
 }
 
 

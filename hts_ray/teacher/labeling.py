@@ -11,31 +11,34 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-import threading
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from hts_ray import storage
 from hts_ray.classes import ClassTable
-from hts_ray.config import ImagesConfig, LabelConfig
-from hts_ray.data.images import DecodedImage, ImageError, decode_image, read_image_bytes
-from hts_ray.errors import ConfigError, DataError, UserError
-from hts_ray.tables import (
-    QUARANTINE_SCHEMA,
-    REGION_SCORES_SCHEMA,
-    StageFolder,
-    read_table,
-    write_table,
+from hts_ray.config import LabelConfig
+from hts_ray.data.images import DecodedImage
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.image_pipeline import (
+    CHECKPOINT,
+    OK,
+    QUARANTINED,
+    committed_rows,
+    data_context,
+    decode_batch,
+    finish,
+    manifest_ids,
+    manifest_rows,
+    read_manifest,
+    remove_uncommitted,
+    row_progress,
 )
+from hts_ray.tables import REGION_SCORES_SCHEMA, StageFolder, read_table
 from hts_ray.teacher.captioner import (
     DUMMY,
     Captioner,
@@ -47,42 +50,15 @@ from hts_ray.teacher.captioner import (
 )
 from hts_ray.teacher.scoring import ImageFailure, RegionScorer, ScoredImage
 
+if TYPE_CHECKING:
+    import ray.data
+
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, int], None]
 
 STAGE = "label"
-OK = "ok"
-QUARANTINED = "quarantined"
 TABLE_INFO = "table.json"
-CHECKPOINT = "checkpoint"
-# Both names start with a prefix that `read_table` passes over.
-SELECTION = ("checkpoint-selection", "part-0.parquet")
-QUARANTINE = ("quarantine", "part-0.parquet")
-POLL_SECONDS = 1.0
-# Waiting for GPUs of an autoscaling cluster counts as no progress; Ray's own limit is 30 min.
-NO_PROGRESS_SECONDS = 6 * 3600
-
-_MISTAKE = re.compile(
-    r"hts_ray\.errors\.(?P<kind>ConfigError|DataError): (?P<message>(?:(?!hts_ray\.errors\.).)*)\Z",
-    re.DOTALL,
-)
-
-# What the decoding tasks hand to the actors. Pixels are plain bytes: no extension types.
-_DECODED = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string()),
-        pa.field("split", pa.string()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("pixel_width", pa.int32()),
-        pa.field("pixel_height", pa.int32()),
-        pa.field("pixels", pa.large_binary()),
-        pa.field("error_kind", pa.string()),
-        pa.field("error", pa.string()),
-    ]
-)
 
 
 def label_images(
@@ -110,45 +86,29 @@ def label_images(
         return stage.stats
     stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
     started = time.monotonic()
-    selection = select_images(config, manifest_path)
-    committed = _Committed(stage)
-    committed.update()
-    resumed = committed.rows
-    if resumed < selection.num_rows:
-        write_table(stage.file(*SELECTION), selection)
-        prompts = class_prompts(config, class_table)
-        with _Reporter(committed, selection.num_rows, progress):
-            _run(config, prompts, class_table, stage)
-    stats = _finish(stage, selection)
+    expected = manifest_ids(manifest_path, config.splits, config.limit)
+    resumed = committed_rows(stage)
+    if resumed < len(expected):
+        with data_context(stage.file(CHECKPOINT)), row_progress(stage, len(expected), progress):
+            images = read_manifest(manifest_path, config.splits, config.limit)
+            _scored(images, config, class_table, stage).write_parquet(stage.path)
+    remove_uncommitted(stage)
+    regions = read_table(stage.path, ["region_kinds"])["region_kinds"]
     seconds = time.monotonic() - started
-    stats |= {
-        "rows_resumed": resumed,
-        "seconds": seconds,
-        "rows_per_second": (selection.num_rows - resumed) / seconds,
-    }
+    stats = finish(
+        stage,
+        expected,
+        name=STAGE,
+        seconds=seconds,
+        more_stats={
+            "rows_resumed": resumed,
+            "rows_per_second": (len(expected) - resumed) / seconds,
+            "regions": pc.sum(pc.list_value_length(regions)).as_py() or 0,
+        },
+    )
     if progress is not None:
         progress(stats["rows_in"], stats["rows_in"], stats["quarantined"])
-    stage.publish(stats)
-    return stage.stats
-
-
-def select_images(config: LabelConfig, manifest: str | pa.Table) -> pa.Table:
-    """Return image_id, uri and split of the images to label, in the manifest's order.
-
-    `manifest` is a path or the table itself. Raises DataError when no row is of
-    `config.splits`.
-    """
-    columns = ["image_id", "uri", "split"]
-    table = read_table(manifest, columns) if isinstance(manifest, str) else manifest
-    table = table.select(columns).replace_schema_metadata(None)
-    chosen = table.filter(pc.is_in(table["split"], pa.array(config.splits, pa.string())))
-    if chosen.num_rows == 0:
-        there = ", ".join(sorted(str(name) for name in pc.unique(table["split"]).to_pylist()))
-        raise DataError(
-            f"no image to label: the manifest has no row with split in {list(config.splits)}"
-            f" (it has {there or 'no row at all'}); set label.splits"
-        )
-    return chosen.slice(0, config.limit)
+    return stats
 
 
 def class_prompts(config: LabelConfig, class_table: ClassTable) -> ClassPrompts:
@@ -198,40 +158,6 @@ def table_info(
         "append_eos": teacher.append_eos,
         "regions": config.regions.model_dump(mode="json"),
     }
-
-
-def decode_batch(batch: pa.Table, images: ImagesConfig) -> pa.Table:
-    """Read and decode a batch of manifest rows; what fails carries error_kind and error."""
-    rows = [_decode_row(row, images) for row in batch.to_pylist()]
-    return pa.Table.from_pylist(rows, schema=_DECODED)
-
-
-def _decode_row(row: dict[str, Any], images: ImagesConfig) -> dict[str, Any]:
-    row = {name: row[name] for name in ("image_id", "uri", "split")}
-    try:
-        image = _load(row["uri"], images)
-    except ImageError as error:
-        return {**row, "error_kind": error.kind, "error": error.message}
-    except Exception as error:  # one image must not cost a block, whatever a decoder throws
-        return {**row, "error_kind": "decode_error", "error": f"{type(error).__name__}: {error}"}
-    height, width = image.pixels.shape[:2]
-    return {
-        **row,
-        "width": image.width,
-        "height": image.height,
-        "pixel_width": width,
-        "pixel_height": height,
-        "pixels": image.pixels.tobytes(),
-    }
-
-
-def _load(uri: str, images: ImagesConfig) -> DecodedImage:
-    return decode_image(
-        read_image_bytes(uri),
-        max_pixels=images.max_pixels,
-        min_side=images.min_side,
-        max_side=images.max_side,
-    )
 
 
 class TeacherActor:
@@ -304,26 +230,17 @@ def _output_row(
     }
 
 
-def _run(
-    config: LabelConfig, prompts: ClassPrompts, class_table: ClassTable, stage: StageFolder
-) -> None:
-    """Execute the pipeline; a user's mistake that surfaces in a worker is raised as itself."""
+def _scored(
+    images: ray.data.Dataset, config: LabelConfig, class_table: ClassTable, stage: StageFolder
+) -> ray.data.Dataset:
+    """Add decoding on CPU tasks and scoring on the actor pool.
+
+    Every step maps rows one for one: Ray's checkpoints count on it.
+    """
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
-    from ray.data.checkpoint import CheckpointConfig
+    from ray.data import ActorPoolStrategy
 
     pool = config.pool
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of copying the context
-        context = DataContext.get_current().copy()
-    context.checkpoint_config = CheckpointConfig(
-        id_column="image_id",
-        checkpoint_path=stage.file(CHECKPOINT),
-        # Without its checkpoint a finished folder would be appended to once more.
-        delete_checkpoint_on_success=False,
-    )
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     resources: dict[str, Any] = (
         {"num_gpus": pool.num_gpus} if pool.num_gpus else {"num_cpus": pool.num_cpus}
     )
@@ -334,35 +251,28 @@ def _run(
         "class_ids": class_table.ids.tolist(),
         "class_fingerprint": class_table.fingerprint(),
     }
-    try:
-        with DataContext.current(context):
-            # Every stage maps rows one for one: Ray's checkpoints count on it. Where an actor
-            # takes one CPU and no GPU, Ray fuses decoding into it, which saves copying pixels;
-            # otherwise decoding runs in tasks of its own, beside the GPUs.
-            dataset = (
-                ray.data.read_parquet(stage.file(*SELECTION))
-                .repartition(target_num_rows_per_block=config.block_rows)
-                .map_batches(
-                    decode_batch,
-                    fn_kwargs={"images": config.images},
-                    batch_size=config.batch_images,
-                    batch_format="pyarrow",
-                )
-                .map_batches(
-                    TeacherActor,
-                    fn_constructor_args=(config, prompts, classes, stage.file(TABLE_INFO)),
-                    batch_size=config.batch_images,
-                    batch_format="pyarrow",
-                    compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-                    **resources,
-                )
-            )
-            dataset.write_parquet(stage.path)  # appends; overwriting would empty a resumed run
-    except Exception as error:
-        mistake = _user_error(error)
-        if mistake is None:
-            raise
-        raise mistake from None
+    return (
+        images.repartition(target_num_rows_per_block=config.block_rows)
+        .map_batches(
+            decode_batch,
+            fn_kwargs={"images": config.images},
+            batch_size=config.batch_images,
+            batch_format="pyarrow",
+        )
+        .map_batches(
+            TeacherActor,
+            fn_constructor_args=(
+                config,
+                class_prompts(config, class_table),
+                classes,
+                stage.file(TABLE_INFO),
+            ),
+            batch_size=config.batch_images,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+            **resources,
+        )
+    )
 
 
 def _warn_of_waiting(config: LabelConfig, resources: Mapping[str, float]) -> None:
@@ -385,167 +295,8 @@ def _warn_of_waiting(config: LabelConfig, resources: Mapping[str, float]) -> Non
         )
 
 
-def _user_error(error: BaseException) -> UserError | None:
-    """Find the user's mistake at the end of the text that Ray makes of a worker's exception.
-
-    By text, because an actor that dies while it starts leaves nothing else behind.
-    """
-    found = _MISTAKE.search(str(error).strip())
-    if found is None:
-        return None
-    kind: type[UserError] = ConfigError if found["kind"] == "ConfigError" else DataError
-    return kind(found["message"].strip())
-
-
-class _Committed:
-    """Counts the rows of a stage folder whose write was committed, new files only."""
-
-    def __init__(self, stage: StageFolder) -> None:
-        self.stage = stage
-        self.rows = 0
-        self.quarantined = 0
-        self._seen: set[str] = set()
-
-    def update(self) -> None:
-        """Look at the files that were committed since the last call."""
-        for name in committed_names(self.stage) - self._seen:
-            for path in data_files(self.stage, name):
-                status = _read_column(path, "status")
-                self.rows += len(status)
-                self.quarantined += pc.sum(pc.equal(status, QUARANTINED)).as_py() or 0
-            self._seen.add(name)
-
-
-def _read_column(path: str, name: str) -> pa.ChunkedArray:
-    filesystem, inner = storage.resolve(path)
-    with filesystem.open_input_file(inner) as file:
-        return pq.ParquetFile(file).read(columns=[name])[name]
-
-
-def committed_names(stage: StageFolder) -> set[str]:
-    """Return the names, without suffix, under which Ray's checkpoint has committed writes."""
-    return {
-        name.removesuffix(".parquet")
-        for name in storage.list_names(stage.file(CHECKPOINT))
-        if name.endswith(".parquet") and not name.endswith(".pending.parquet")
-    }
-
-
-def data_files(stage: StageFolder, name: str | None = None) -> list[str]:
-    """Return the stage's data files: those of one committed write, or all."""
-    return [
-        stage.file(file)
-        for file in storage.list_names(stage.path)
-        if file.endswith(".parquet") and name in {None, _write_of(file)}
-    ]
-
-
-def _write_of(file: str) -> str:
-    """Return the write that made a data file: NAME of `NAME-0.parquet`."""
-    return file.rpartition("-")[0]
-
-
-class _Reporter:
-    """A thread that calls `progress` while the pipeline runs."""
-
-    def __init__(self, committed: _Committed, total: int, progress: Progress | None) -> None:
-        self.committed = committed
-        self.total = total
-        self.progress = progress
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="label-progress", daemon=True)
-
-    def __enter__(self) -> _Reporter:
-        if self.progress is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _poll(self) -> None:
-        assert self.progress is not None
-        while not self._stop.wait(POLL_SECONDS):
-            try:
-                self.committed.update()
-                self.progress(self.committed.rows, self.total, self.committed.quarantined)
-            except Exception:  # a storage that hiccups must not end the run it watches
-                logger.debug("progress could not be read", exc_info=True)
-
-
-def _finish(stage: StageFolder, selection: pa.Table) -> dict[str, Any]:
-    """Check that every image stands in the output once, write the quarantine table, count."""
-    _remove_uncommitted(stage)
-    columns = ["image_id", "uri", "region_kinds", "status", "error_kind", "error"]
-    output = read_table(stage.path, columns)
-    _check_ids(output["image_id"], selection["image_id"], stage.path)
-    bad = output.filter(pc.equal(output["status"], QUARANTINED))
-    kinds = Counter(bad["error_kind"].to_pylist())
-    stages = pa.array([STAGE] * bad.num_rows, pa.string())
-    quarantine = bad.select(["image_id", "uri", "error_kind", "error"]).append_column(
-        "stage", stages
-    )
-    names = QUARANTINE_SCHEMA.names
-    write_table(
-        stage.file(*QUARANTINE), quarantine.select(names).cast(QUARANTINE_SCHEMA.remove_metadata())
-    )
-    if bad.num_rows == output.num_rows:
-        path = stage.file(*QUARANTINE)
-        _forget(stage)
-        counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
-        first = f"{bad['uri'][0]}: {bad['error'][0]}"
-        raise DataError(
-            f"all {bad.num_rows} images were quarantined ({counts}), e.g. {first}; see {path}"
-        )
-    return {
-        "rows_in": selection.num_rows,
-        "rows_out": output.num_rows - bad.num_rows,
-        "quarantined": bad.num_rows,
-        "quarantined_by_kind": dict(kinds),
-        "regions": pc.sum(pc.list_value_length(output["region_kinds"])).as_py() or 0,
-    }
-
-
-def _check_ids(output: pa.ChunkedArray, expected: pa.ChunkedArray, path: str) -> None:
-    remedy = f"remove {path} and run again"
-    distinct = output.unique()
-    if len(distinct) != len(output):
-        raise DataError(
-            f"{path}: {len(output) - len(distinct)} images stand twice, as when two runs write"
-            f" at a time; {remedy}"
-        )
-    missing = expected.filter(pc.invert(pc.is_in(expected, distinct)))
-    if len(missing) or len(output) != len(expected):
-        raise DataError(
-            f"{path}: {len(output)} rows for {len(expected)} images, {len(missing)} are missing"
-            f" (e.g. {missing[0].as_py() if len(missing) else None!r}); {remedy}"
-        )
-
-
-def _remove_uncommitted(stage: StageFolder) -> None:
-    """Remove data whose write was not committed: a worker may outlive a killed driver."""
-    committed = committed_names(stage)
-    for path in data_files(stage):
-        if _write_of(path.rpartition("/")[2]) not in committed:
-            _remove_file(path)
-
-
-def _forget(stage: StageFolder) -> None:
-    """Remove the rows and their checkpoints, so that a rerun starts anew."""
-    storage.remove_tree(stage.file(CHECKPOINT))
-    for path in data_files(stage):
-        _remove_file(path)
-
-
-def _remove_file(path: str) -> None:
-    filesystem, inner = storage.resolve(path)
-    filesystem.delete_file(inner)
-
-
 def estimate(
-    config: LabelConfig, manifest: str | pa.Table, class_table: ClassTable, sample: int = 4
+    config: LabelConfig, manifest_path: str, class_table: ClassTable, sample: int = 4
 ) -> dict[str, Any]:
     """Measure the teacher on a few images in this process and extrapolate; writes nothing.
 
@@ -553,7 +304,7 @@ def estimate(
     regions_per_image, seconds (of the run with pool.max_size actors) and gpu_hours. Times
     are None when no sampled image could be read. The first scored image only warms up.
     """
-    selection = select_images(config, manifest)
+    selection = manifest_rows(manifest_path, config.splits, config.limit)
     started = time.monotonic()
     captioner, device = _load_for_estimate(config)
     scorer = RegionScorer(
@@ -597,16 +348,16 @@ def _time_images(
     times, regions, failures = [], 0, 0
     warm = False
     for row in rows:
-        try:
-            started = time.monotonic()
-            image = _load(selection["uri"][row].as_py(), config.images)
-            if not warm:
-                scorer([image])
-                warm, started = True, time.monotonic()
-            result = scorer([image])[0]
-        except ImageError:
+        started = time.monotonic()
+        decoded = decode_batch(selection.slice(row, 1), config.images)
+        if decoded["error_kind"][0].is_valid:
             failures += 1
             continue
+        image = _decoded_image(decoded, 0)
+        if not warm:
+            scorer([image])
+            warm, started = True, time.monotonic()
+        result = scorer([image])[0]
         if isinstance(result, ImageFailure):
             failures += 1
             continue

@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.student import load_student, loop, training
+from hts_ray.student.loop import dense_targets, learning_rate_factor
 from hts_ray.student.training import (
-    dense_targets,
     estimate,
-    learning_rate_factor,
     repeat_indices,
     train_student,
     training_set,
