@@ -101,34 +101,53 @@ def _keep_ids(table: pa.Table, ids: pa.Array) -> pa.Table:
     return table.filter(pc.is_in(table["image_id"], ids))
 
 
+_context_lock = threading.RLock()
+
+
 @contextmanager
 def data_context(checkpoint_path: str | None = None, *, keep_order: bool = False) -> Iterator[None]:
     """Set Ray Data up for one pipeline: resume from `checkpoint_path`, no progress bars.
 
     A user's mistake that a worker finds is raised here as it was there, without Ray's wrapping.
+    Ray's context belongs to the process, so blocks in several threads wait for each other; a
+    dataset keeps the context that it was made under.
     """
     from ray.data import DataContext
     from ray.data.checkpoint import CheckpointConfig
 
-    context = DataContext.get_current()
-    before = (
-        context.checkpoint_config,
-        context.enable_progress_bars,
-        context.execution_options.preserve_order,
-        context.execution_no_progress_timeout_s,
-    )
-    context.checkpoint_config = None
-    if checkpoint_path is not None:
-        context.checkpoint_config = CheckpointConfig(
-            id_column="image_id",
-            checkpoint_path=checkpoint_path,
-            override_filesystem=storage.resolve(checkpoint_path)[0],
-            # Deleting would make a rerun of a finished pipeline append every row again.
-            delete_checkpoint_on_success=False,
+    with _context_lock, users_mistakes_unwrapped():
+        context = DataContext.get_current()
+        options = context.execution_options
+        before = (
+            context.checkpoint_config,
+            context.enable_progress_bars,
+            context.execution_no_progress_timeout_s,
+            options.preserve_order,
         )
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = keep_order
-    context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
+        context.checkpoint_config = None
+        if checkpoint_path is not None:
+            context.checkpoint_config = CheckpointConfig(
+                id_column="image_id",
+                checkpoint_path=checkpoint_path,
+                override_filesystem=storage.resolve(checkpoint_path)[0],
+                # Deleting would make a rerun of a finished pipeline append every row again.
+                delete_checkpoint_on_success=False,
+            )
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = _NO_PROGRESS_SECONDS
+        options.preserve_order = keep_order
+        try:
+            yield
+        finally:
+            context.checkpoint_config = before[0]
+            context.enable_progress_bars = before[1]
+            context.execution_no_progress_timeout_s = before[2]
+            options.preserve_order = before[3]
+
+
+@contextmanager
+def users_mistakes_unwrapped() -> Iterator[None]:
+    """Raise a UserError that Ray wrapped as itself; other errors pass."""
     try:
         yield
     except UserError:
@@ -139,11 +158,6 @@ def data_context(checkpoint_path: str | None = None, *, keep_order: bool = False
             raise
         # Without the cause: Ray's wrappers print the worker's traceback.
         raise mistake from None
-    finally:
-        context.checkpoint_config = before[0]
-        context.enable_progress_bars = before[1]
-        context.execution_options.preserve_order = before[2]
-        context.execution_no_progress_timeout_s = before[3]
 
 
 def user_error(error: BaseException | None) -> UserError | None:

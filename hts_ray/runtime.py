@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,26 +39,31 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     joins = bool(config.address or os.environ.get("RAY_ADDRESS"))
     if not joins:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # Ray's C++ side reports every actor pool as an error on the terminal, harmless as it is.
+        # Ray's C++ side calls every actor pool an error on the terminal, harmless as it is.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Ray runs workers at nice 15; here the driver computes too and would starve them.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        # One machine is not preempted; the watcher would be one more process to start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
     import ray.data  # sets its own log level when imported, so before the levels below
 
     if ray.is_initialized():
         yield
         return
+    where = (
+        {"address": config.address}
+        if joins
+        else {
+            "address": "local",
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "include_dashboard": False,
+        }
+    )
     try:
-        if joins:
-            ray.init(address=config.address, log_to_driver=False, logging_level=logging.WARNING)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus,
-                num_gpus=config.num_gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+        with _without_log_level_notice():
+            ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
         raise UserError(f"Ray could not reach or start {target}: {error}") from error
@@ -67,6 +74,27 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_log_level_notice() -> Iterator[None]:
+    """Hold standard error back, and give it out without Ray's notice of the log level set above.
+
+    The notice comes from C++, so only the file descriptor can be held back.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            lines = [line for line in held if b"Set ray log level from environment" not in line]
+            os.write(2, b"".join(lines))
 
 
 def _protect_token() -> None:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from hts_ray.config import PoolConfig, PredictConfig
 from hts_ray.errors import DataError
 from hts_ray.image_pipeline import (
+    CHECKPOINT,
     OK,
     QUARANTINED,
     Pixels,
@@ -27,6 +28,7 @@ from hts_ray.image_pipeline import (
     row_progress,
     rows_per_block,
     stack_pixels,
+    users_mistakes_unwrapped,
 )
 from hts_ray.student.checkpoints import (
     description_of,
@@ -65,15 +67,14 @@ def predict_images(
     expected = manifest_ids(manifest_path, splits)
     folder = find_student(student_path)
     description = description_of(folder)
-    with (
-        data_context(stage.file("checkpoint")),
-        row_progress(stage, len(expected), progress),
-    ):
+    with data_context(stage.file(CHECKPOINT)):
         blocks = read_manifest(manifest_path, splits).repartition(
             target_num_rows_per_block=rows_per_block(len(expected), config.batch_images)
         )
+        dataset = _scored(blocks, config, folder, description)
+    with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
         # Appending, because overwriting would delete what a resumed run counts as done.
-        _scored(blocks, config, folder, description).write_parquet(stage.path)
+        dataset.write_parquet(stage.path)
     return finish(
         stage,
         expected,

@@ -32,6 +32,7 @@ from hts_ray.image_pipeline import (
     data_context,
     decode_batch,
     user_error,
+    users_mistakes_unwrapped,
     write_quarantine,
 )
 from hts_ray.student.loop import (
@@ -96,16 +97,15 @@ def train_student(
         outcome: dict[str, Any] = {"history": [], "rows": 0}
         counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
     else:
-        with data_context(keep_order=True):
-            outcome = _fit(
-                config=config,
-                student_config=student_config,
-                initial=initial,
-                data=data,
-                stage=stage,
-                seed=seed,
-                progress=progress,
-            )
+        outcome = _fit(
+            config=config,
+            student_config=student_config,
+            initial=initial,
+            data=data,
+            stage=stage,
+            seed=seed,
+            progress=progress,
+        )
         bad = _gather_quarantine(stage)
         counts = {
             "rows_in": data.images,
@@ -326,7 +326,8 @@ def _fit(
     from hts_ray.student.checkpoints import description_of
 
     size = stored_size(int(description_of(initial)["image_size"]), config.augment)
-    dataset, rows = _image_dataset(data.table, size, stage)
+    with data_context(keep_order=True):
+        dataset, rows = _image_dataset(data.table, size, stage)
     workers = max(1, config.num_workers)
     if rows < workers:
         _gather_quarantine(stage)
@@ -344,7 +345,7 @@ def _fit(
         "history": stage.file("history.json"),
         "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,
     }
-    with _epoch_progress(job["history"], progress):
+    with _epoch_progress(job["history"], progress), users_mistakes_unwrapped():
         weights, error = _run_trainer(config, job, dataset, stage)
     if error is not None:
         names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()

@@ -37,6 +37,7 @@ from hts_ray.image_pipeline import (
     read_manifest,
     remove_uncommitted,
     row_progress,
+    users_mistakes_unwrapped,
 )
 from hts_ray.tables import REGION_SCORES_SCHEMA, StageFolder, read_table
 from hts_ray.teacher.captioner import (
@@ -89,9 +90,11 @@ def label_images(
     expected = manifest_ids(manifest_path, config.splits, config.limit)
     resumed = committed_rows(stage)
     if resumed < len(expected):
-        with data_context(stage.file(CHECKPOINT)), row_progress(stage, len(expected), progress):
+        with data_context(stage.file(CHECKPOINT)):
             images = read_manifest(manifest_path, config.splits, config.limit)
-            _scored(images, config, class_table, stage).write_parquet(stage.path)
+            dataset = _scored(images, config, class_table, stage)
+        with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
+            dataset.write_parquet(stage.path)
     remove_uncommitted(stage)
     regions = read_table(stage.path, ["region_kinds"])["region_kinds"]
     seconds = time.monotonic() - started
