@@ -1,8 +1,8 @@
 """The demo: every stage on the built-in world, and an honest table of what each part gains.
 
-The rows share one world and one teacher pass. The main row, HTS with regions, trains on a Ray
-Train worker and predicts with Ray Data; the rows it is compared with run the same loop and the
-same scorer inside this process, without the start of worker processes.
+The rows share one world and one teacher pass by Ray Data. The main row, HTS with regions, trains
+on a Ray Train worker; the rows it is compared with run the same loop in Ray Train's local mode,
+inside this process. All are scored here by what `hts predict` maps over images.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ VARIANTS = (
     Variant(
         "HTS whole image only",
         "no regional evidence",
-        {"filter": {"region_kinds": ["whole"], "min_support": 1, "top_k": 1}},
+        {"filter": {"region_kinds": ["whole"], "top_k": 1, "null_score": None}},
         uses_teacher=True,
     ),
     HTS,
@@ -157,30 +157,36 @@ def _train(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Varia
 
 
 def _run_here(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant) -> Row:
-    """Train, predict and evaluate a variant in this process."""
+    """Train a variant in this process and evaluate it."""
     local = override(run.config, {"train": {"num_workers": 0}})
-    trained = _train(pipeline.Run(local, run.class_table), manifest, scores, variant)
-    started = time.perf_counter()
-    metrics = _evaluate_here(trained.run, trained.student, manifest, variant.name)
-    return _row(trained, metrics, time.perf_counter() - started)
+    return _evaluated(
+        _train(pipeline.Run(local, run.class_table), manifest, scores, variant), manifest
+    )
 
 
 def _run_on_ray(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant) -> Row:
-    """Train a variant on Ray Train's workers, predict with Ray Data, and evaluate."""
-    trained = _train(run, manifest, scores, variant)
+    """Train a variant on Ray Train's workers and evaluate it."""
+    return _evaluated(_train(run, manifest, scores, variant), manifest)
+
+
+def _evaluated(trained: _Trained, manifest: str) -> Row:
+    """Score the test images as `hts predict` does, but in this process, and evaluate."""
+    from hts_ray.student.prediction import score_images
+
     started = time.perf_counter()
-    predictions = pipeline.predict(trained.run, trained.student.path, manifest)
-    metrics = pipeline.evaluate(trained.run, predictions.path, manifest, name=trained.variant.name)
-    return _row(trained, metrics, time.perf_counter() - started)
-
-
-def _row(trained: _Trained, metrics: dict[str, Any], seconds: float) -> Row:
-    variant = trained.variant
+    run, variant = trained.run, trained.variant
+    table = pipeline.read_manifest(manifest)
+    images = table.filter(pc.equal(table["split"], "test"))
+    ids, scores_NC = score_images(trained.student.path, images, run.config.predict)
+    truth = read_annotations(manifest, run.class_table)
+    metrics = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
+    path = trained.student.path
+    pipeline.publish_metrics(run, metrics, path, manifest, "test", variant.name)
     row = Row(
         variant.name,
         variant.note,
         metrics,
-        trained.seconds + seconds,
+        trained.seconds + time.perf_counter() - started,
         trained.student,
         trained.labels,
     )
@@ -191,21 +197,6 @@ def _row(trained: _Trained, metrics: dict[str, Any], seconds: float) -> Row:
 def _tell(row: Row) -> None:
     mean_ap = percent(row.metrics["mAP"])
     console.print(f"[bold]{row.name}[/bold]: mAP {mean_ap}, {row.seconds:.0f} s")
-
-
-def _evaluate_here(
-    run: pipeline.Run, student: StageFolder, manifest: str, name: str
-) -> dict[str, Any]:
-    """Predict and evaluate without the start of Ray Data's processes."""
-    from hts_ray.student.prediction import score_images
-
-    table = pipeline.read_manifest(manifest)
-    images = table.filter(pc.equal(table["split"], "test"))
-    ids, scores_NC = score_images(student.path, images, run.config.predict)
-    truth = read_annotations(manifest, run.class_table)
-    metrics = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
-    pipeline.publish_metrics(run, metrics, student.path, manifest, "test", name)
-    return metrics
 
 
 def teacher_row(run: pipeline.Run, manifest: str, scores: StageFolder) -> Row:
