@@ -23,8 +23,8 @@ from hts_ray.evaluation import evaluate_scores, read_annotations
 from hts_ray.filtering import image_evidence
 from hts_ray.tables import StageFolder
 
-NUM_TRAIN = 1500
-NUM_TEST = 600
+NUM_TRAIN = 1200
+NUM_TEST = 500
 FEW = 10  # the few-shot column: classes with at most so many training positives
 
 

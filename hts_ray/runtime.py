@@ -14,9 +14,11 @@ from pathlib import Path
 from hts_ray.config import RayConfig
 from hts_ray.errors import UserError
 
-# The parquet reader starts 32 footer actors by default, however small the input; a manifest
-# is one file, so one is enough and saves the start of 31 processes.
+# The newer Parquet reader starts 32 actors that read footers, however small the input. A
+# manifest is one file: the older reader saves these processes, and where the newer one is asked
+# for, one of them is enough.
 _DEFAULT_ENVIRONMENT = {
+    "RAY_DATA_USE_DATASOURCE_V2": "0",
     # On busy cores a node's agent takes longer than Ray's 30 s to report, and Ray gives up.
     "RAY_agent_register_timeout_ms": "120000",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
