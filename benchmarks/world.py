@@ -82,11 +82,11 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "sd": deviation, "values": list(values)}
 
 
-def _cell(spread: dict[str, Any], factor: float = 100) -> str:
+def _cell(spread: dict[str, Any], factor: float = 100, digits: int = 1) -> str:
     if spread["mean"] is None:
         return "-"
-    deviation = f" ± {factor * spread['sd']:.1f}" if spread["sd"] is not None else ""
-    return f"{factor * spread['mean']:.1f}{deviation}"
+    deviation = f" ± {factor * spread['sd']:.{digits}f}" if spread["sd"] is not None else ""
+    return f"{factor * spread['mean']:.{digits}f}{deviation}"
 
 
 def main() -> None:
@@ -111,8 +111,8 @@ def main() -> None:
             _cell(entry["mAP_known_object"]),
             _cell(entry[f"few@{FEW}"]),
             _cell(entry["few@5"]),
-            _cell(entry["gap_closed"], 1),
-            _cell(entry["seconds"], 1),
+            _cell(entry["gap_closed"], 1, 2),
+            _cell(entry["seconds"], 1, 0),
         ]
         for entry in summary
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ from rich.table import Table
 
 from hts_ray.tables import StageFolder
 
-console = Console(highlight=False, soft_wrap=True)
+# In a file or a pipe there is no width to keep to.
+_WIDTH = None if sys.stdout.isatty() else 160
+
+console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 _PLAIN_INTERVAL_S = 15.0
@@ -117,7 +121,7 @@ def print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
     """Print a table; the first column is text, the others are numbers."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place == 0 else "right")
+        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)
