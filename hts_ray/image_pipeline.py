@@ -8,6 +8,7 @@ and `finish` can prove that every image came out once.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hts_ray import storage
+from hts_ray import errors, storage
 from hts_ray.config import ImagesConfig
 from hts_ray.errors import DataError, UserError
 from hts_ray.tables import (
@@ -160,8 +161,16 @@ def users_mistakes_unwrapped() -> Iterator[None]:
         raise mistake from None
 
 
+_NAMED_IN_TEXT = re.compile(r"^hts_ray\.errors\.(ConfigError|DataError|UserError): (.+)", re.M)
+
+
 def user_error(error: BaseException | None) -> UserError | None:
-    """Return the UserError inside a chain of Ray's wrappers, or None."""
+    """Return the UserError inside a chain of Ray's wrappers, or None.
+
+    Of an actor that died while it was made Ray keeps the traceback's text alone, whose last
+    line names the error.
+    """
+    named = _NAMED_IN_TEXT.findall(str(error)) if error is not None else []
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -170,6 +179,9 @@ def user_error(error: BaseException | None) -> UserError | None:
         if isinstance(error, UserError) and not isinstance(inner, BaseException):
             return error
         error = inner if isinstance(inner, BaseException) else error.__cause__
+    if named:
+        kind, message = named[-1]
+        return getattr(errors, kind)(message)  # type: ignore[no-any-return]
     return None
 
 

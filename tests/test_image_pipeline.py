@@ -167,3 +167,12 @@ def test_limit_does_not_move_on_resumption(ray_session, tmp_path, stage):
     from ray.data import DataContext
 
     assert DataContext.get_current().checkpoint_config is None
+
+
+def test_a_mistake_that_ray_keeps_as_text_is_found():
+    """Catches a teacher refused in its actor's start that reaches the user as a traceback."""
+    text = "The actor died\n  File x\nhts_ray.errors.ConfigError: label.x = 1: do y\n"
+    found = user_error(RuntimeError(text))
+    assert isinstance(found, ConfigError)
+    assert str(found) == "label.x = 1: do y"
+    assert user_error(RuntimeError("hts_ray.errors.Other: z")) is None

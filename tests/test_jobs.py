@@ -1,10 +1,12 @@
 """`ray job submit` of the pipeline against a head started as users start one."""
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -20,12 +22,16 @@ def free_ports(count):
     """Return ports outside the range that Ray's workers take."""
     found = []
     for port in range(21000, 60000, 7):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                found.append(port)
+        if not listens(port):
+            found.append(port)
         if len(found) == count:
             return found
     raise RuntimeError("no free port")
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
@@ -52,14 +58,16 @@ def head(tmp_path_factory):
         env=environment, stdout=log, stderr=log,
     )  # fmt: skip
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 120
+    while not listens(dashboard):
+        assert process.poll() is None, (folder / "head.log").read_text()
+        assert time.monotonic() < deadline, (folder / "head.log").read_text()
+        time.sleep(0.5)
     yield environment
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    for child in children:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+    # Not terminated: `ray start --block` would drain the node for half a minute.
+    for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started.kill()
     process.wait(60)
 
 

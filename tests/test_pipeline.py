@@ -85,7 +85,7 @@ def test_changed_settings_get_folders_of_their_own(finished):
     )
     scores = pipeline.region_scores_stage(run)
     assert pipeline.label_stage(changed, manifest) != scores
-    stricter = pipeline.Run(override(run.config, {"filter": {"top_k": 3}}), run.class_table)
+    stricter = pipeline.Run(override(run.config, {"filter": {"top_k": 4}}), run.class_table)
     assert pipeline.filter_stage(stricter, scores) != pipeline.filter_stage(run, scores)
     fewer = pipeline.Run(run.config, run.class_table.subset(run.class_table.ids[:5]))
     assert pipeline.label_stage(fewer, manifest) != scores

@@ -263,6 +263,15 @@ def local_model_folder(config: TeacherConfig) -> Path | None:
     return None
 
 
+def check_teacher(config: TeacherConfig) -> None:
+    """Look at a local or built-in teacher's files without loading it; a hub id passes unread.
+
+    Raises ConfigError as loading would, so that a driver can refuse before any worker starts.
+    """
+    if config.model != DUMMY and local_model_folder(config) is not None:
+        model_folder(config)
+
+
 def model_folder(config: TeacherConfig) -> Path:
     """Return the folder of a model that has passed a look at its files, downloading a hub id.
 

@@ -44,6 +44,7 @@ from hts_ray.teacher.captioner import (
     DUMMY,
     Captioner,
     ClassPrompts,
+    check_teacher,
     load_captioner,
     model_fingerprint,
     plain_images,
@@ -87,6 +88,7 @@ def label_images(
         return stage.stats
     stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
     started = time.monotonic()
+    check_teacher(config.teacher)
     expected = manifest_ids(manifest_path, config.splits, config.limit)
     resumed = committed_rows(stage)
     if resumed < len(expected):
