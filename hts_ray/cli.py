@@ -121,7 +121,7 @@ def cli(context: click.Context, run_dir: str) -> None:
         command = _COMMAND_OF[table]
         state = f"{stage.stats.get('rows_out', 0)} rows in {stage.path}" if stage else "not yet"
         rows.append([f"hts {command}", table, state])
-    print_rows(f"run {run_dir}", ["stage", "table", "state"], rows)
+    print_rows(f"run {run_dir}", ["stage", "table", "state"], rows, text_columns=3)
     click.echo("`hts COMMAND --help` tells a command's options; `hts demo` needs no data.")
 
 
@@ -362,7 +362,7 @@ def _print_epoch(record: Any) -> None:
     rate = record.get("images_per_second")
     speed = f", {rate:.0f} images/s" if rate else ""
     if loss is not None:
-        console.print(f"train: epoch {epoch}, loss {loss:.4f}{speed}")
+        console.print(f"train: epoch {epoch + 1}, loss {loss:.4f}{speed}")
 
 
 def _print_metrics(result: dict[str, Any]) -> None:

@@ -117,11 +117,13 @@ def print_mapping(title: str, values: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column is text, the others are numbers."""
+def print_rows(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1
+) -> None:
+    """Print a table; the first `text_columns` columns are text, the others are numbers."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if place < text_columns else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -6,6 +6,7 @@ import pytest
 
 from hts_ray import demo
 from hts_ray.config import load_config
+from hts_ray.tables import find_stage
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,14 @@ def test_table_and_page_tell_the_measured_numbers(shown):
         assert row.name in page
     assert "gap closed" in printed
     assert "synthetic" in page
+
+
+def test_the_run_goes_on_with_the_main_student(shown):
+    """Would catch `hts predict` on the demo's run taking the supervised student."""
+    rows, run_dir, _ = shown
+    main = next(row for row in rows if row.name == "HTS with regions")
+    assert find_stage(run_dir, "student").key == main.student.key
+    assert find_stage(run_dir, "pseudo_labels").key == main.labels.key
 
 
 def test_gap_closed_is_the_share_of_the_way(shown):

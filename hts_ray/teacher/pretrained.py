@@ -294,7 +294,9 @@ def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> Transfo
     Weights are converted to `config.dtype` whatever precision they are stored in.
     """
     from transformers import AutoModelForImageTextToText, AutoTokenizer
+    from transformers.utils import logging as library_logging
 
+    library_logging.disable_progress_bar()
     dtype: torch.dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {
         "local_files_only": True,
