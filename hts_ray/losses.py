@@ -6,6 +6,7 @@ Shapes: N images, C classes. Targets are 1 (positive), 0 (ignored) and -1 (negat
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 Reduction = Literal["mean", "sum", "none"]
 
 
-class _SignedLoss(nn.Module):
+class _SignedLoss(nn.Module, ABC):
     """What both losses share: checks, temperature, float32 arithmetic and the reduction."""
 
     def __init__(self, temperature: float = 1.0, reduction: Reduction = "mean") -> None:
@@ -45,9 +46,9 @@ class _SignedLoss(nn.Module):
         # An empty batch (a worker's last shard) is worth 0, not the NaN of 0 / 0.
         return loss_N.sum() if self.reduction == "sum" else loss_N.sum() / max(len(loss_N), 1)
 
+    @abstractmethod
     def _rows(self, margins_NC: Tensor, signs_NC: Tensor) -> Tensor:
         """Loss (N,) of each image, from y * s / T and y."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Show the settings in `print(loss)`."""

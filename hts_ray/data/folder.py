@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
@@ -66,7 +67,7 @@ def read_folder(
     return Prepared(prepared.manifest, prepared.quarantine, {**prepared.counts, **walk.skipped})
 
 
-class _Walk:
+class _Walk(ABC):
     def __init__(self, split: str, extensions: frozenset[str]) -> None:
         self.split = split
         self.extensions = extensions
@@ -74,8 +75,9 @@ class _Walk:
         self.rejected: list[Rejected] = []
         self.skipped = Counter({"hidden": 0, "other_files": 0})
 
+    @abstractmethod
     def run(self) -> None:
-        raise NotImplementedError
+        """Fill `found`, `rejected` and `skipped`."""
 
     def is_image(self, name: str) -> bool:
         return PurePosixPath(name).suffix.lower() in self.extensions
