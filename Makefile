@@ -40,6 +40,7 @@ constraints: install
 
 benchmarks: install
 	$(BIN)/python benchmarks/metrics_speed.py
+	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/world.py
 
 clean:

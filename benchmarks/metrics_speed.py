@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hts_ray.metrics import RECALL_THRESHOLDS, evaluate, hico_average_precision
+from hts_ray.provenance import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "metrics_speed.json"
 Sort = Literal["stable", "quicksort"]
@@ -104,18 +104,10 @@ def compare(
 
 def machine() -> dict[str, Any]:
     """Describe what the timings depend on."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
+        **hardware(),
         "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "system": platform.platform(),
+        "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

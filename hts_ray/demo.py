@@ -136,12 +136,12 @@ def run_variants(run: pipeline.Run, manifest: str, variants: Sequence[Variant]) 
     rows = {TEACHER_NAME: teacher_row(run, manifest, scores)}
     _tell(rows[TEACHER_NAME])
     first, *others = variants
-    rows[first.name] = _run_here(run, manifest, scores, first)
+    rows[first.name] = train_here(run, manifest, scores, first)
     with ThreadPoolExecutor(1) as pool:
         main = pool.submit(_run_on_ray, run, manifest, scores, HTS)
         for variant in others:
             if variant is not HTS:
-                rows[variant.name] = _run_here(run, manifest, scores, variant)
+                rows[variant.name] = train_here(run, manifest, scores, variant)
         rows[HTS.name] = main.result()
     names = [first.name, TEACHER_NAME, *(variant.name for variant in others)]
     return [rows[name] for name in names]
@@ -165,7 +165,7 @@ def _train(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Varia
     return _Trained(own, variant, labels, student, time.perf_counter() - started)
 
 
-def _run_here(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant) -> Row:
+def train_here(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant) -> Row:
     """Train a variant in this process and evaluate it."""
     local = override(run.config, {"train": {"num_workers": 0}})
     return _evaluated(
