@@ -206,7 +206,7 @@ def filter_command(settings: Settings, region_scores: str | None) -> None:
 def train(settings: Settings, pseudo_labels: str | None, manifest: str | None) -> None:
     """Fine-tune the student (train.labels: pseudo, annotations or none)."""
     run = settings.open()
-    source = pipeline._given_stage(pseudo_labels, "pseudo_labels") if pseudo_labels else None
+    source = pipeline.given_stage(pseudo_labels, "pseudo_labels") if pseudo_labels else None
     labels = pipeline.training_labels(run, source, manifest)
     stage = pipeline.train_stage(run, labels)
     if settings.dry_run:
@@ -240,8 +240,10 @@ def predict(
     path = pipeline.manifest_path(run, manifest)
     stage = pipeline.predict_stage(run, source, path)
     if settings.dry_run:
-        rows = len(pipeline.read_manifest(path))
-        print_mapping("plan", {"student": source, "images": rows, "write": stage.path})
+        from hts_ray.student.prediction import estimate
+
+        figures = estimate(run.config.predict, source, path)
+        print_mapping("plan", {"student": source, "write": stage.path, **_readable(figures)})
         return
     with _ray(settings.config), image_progress("predict") as progress:
         pipeline.predict(run, source, path, progress)
@@ -379,10 +381,15 @@ def _print_metrics(result: dict[str, Any]) -> None:
 
 
 def _readable(figures: dict[str, Any]) -> dict[str, str]:
-    return {
-        name: duration(float(value)) if name.endswith("seconds") else str(value)
-        for name, value in figures.items()
-    }
+    return {name: _figure(name, value) for name, value in figures.items()}
+
+
+def _figure(name: str, value: Any) -> str:
+    if value is None:
+        return "not measured"
+    if name.endswith("seconds"):
+        return duration(float(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _next(command: str, run: pipeline.Run) -> None:

@@ -157,7 +157,7 @@ def region_scores_stage(run: Run, given: str | None = None) -> StageFolder:
     """Return a given region_scores folder, or the run's latest."""
     if given is None:
         return require_stage(run.run_dir, "region_scores", "label")
-    return _given_stage(given, "region_scores")
+    return given_stage(given, "region_scores")
 
 
 def filter_stage(run: Run, region_scores: StageFolder) -> StageFolder:
@@ -357,7 +357,8 @@ def stage_overview(run_dir: str) -> list[tuple[str, StageFolder | None]]:
     return [(table, find_stage(run_dir, table)) for table in tables]
 
 
-def _given_stage(path: str, table: str) -> StageFolder:
+def given_stage(path: str, table: str) -> StageFolder:
+    """Return the finished stage folder at `path`; DataError when it is another table's."""
     folder, _, name = storage.absolute(path).rstrip("/").rpartition("/")
     if not name.startswith(f"{table}-"):
         raise DataError(f"{path} is not a {table} folder: its name must start with {table}-")

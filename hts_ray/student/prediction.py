@@ -24,6 +24,7 @@ from hts_ray.image_pipeline import (
     decode_batch,
     finish,
     manifest_ids,
+    manifest_rows,
     read_manifest,
     row_progress,
     rows_per_block,
@@ -151,6 +152,38 @@ def score_images(
     scores = good["scores"].combine_chunks()
     flat: npt.NDArray[np.float32] = scores.flatten().to_numpy(zero_copy_only=False)
     return good["image_id"].to_pylist(), flat.reshape(len(good), -1)
+
+
+def estimate(
+    config: PredictConfig, student_path: str, manifest_path: str, sample: int = 8
+) -> dict[str, Any]:
+    """Measure the student on a few images in this process and extrapolate; writes nothing.
+
+    Returns images, sample, seconds_per_image, seconds (of the run with pool.max_size workers)
+    and gpu_hours; times are None when no sampled image could be read. Raises DataError when
+    there is no student or no image.
+    """
+    images = manifest_rows(manifest_path, None if config.split is None else (config.split,))
+    folder = find_student(student_path)
+    scorer = StudentScorer(folder, student_fingerprint(folder), config.pool)
+    rows = np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)
+    chosen = images.take(pa.array(rows))
+    seconds = 0.0
+    for _ in range(2):  # the first pass warms up
+        started = time.monotonic()
+        decoded = decode_batch(chosen, config.images, square=scorer.student.image_size)
+        good = pc.sum(pc.equal(scorer(decoded)["status"], OK)).as_py() or 0
+        seconds = time.monotonic() - started
+    per_image = seconds / len(chosen) if good else None
+    total = None if per_image is None else per_image * len(images) / config.pool.max_size
+    gpu_hours = None if total is None else total * config.pool.num_gpus / 3600
+    return {
+        "images": len(images),
+        "sample": good,
+        "seconds_per_image": per_image,
+        "seconds": total,
+        "gpu_hours": gpu_hours,
+    }
 
 
 class StudentScorer:

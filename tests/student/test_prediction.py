@@ -15,6 +15,7 @@ from hts_ray.student.checkpoints import save_student
 from hts_ray.student.model import build_student
 from hts_ray.student.prediction import (
     StudentScorer,
+    estimate,
     predict_images,
     prediction_rows,
     score_images,
@@ -170,3 +171,13 @@ def test_scoring_in_process_equals_the_dataset(student_path, color_world, tmp_pa
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(DataError, match="none of 1 images"):
         score_images(str(student_path), missing, PredictConfig())
+
+
+def test_estimate_measures_without_writing(student_path, manifest, tmp_path):
+    """Catches a dry run that leaves files, counts another split, or fails on a bad image."""
+    before = sorted(tmp_path.rglob("*"))
+    figures = estimate(PredictConfig(), str(student_path), manifest, sample=40)
+    assert (figures["images"], figures["sample"]) == (40, 39)
+    assert figures["seconds"] == pytest.approx(40 * figures["seconds_per_image"])
+    assert figures["gpu_hours"] == 0
+    assert sorted(tmp_path.rglob("*")) == before
