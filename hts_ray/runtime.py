@@ -58,7 +58,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         if joins
         else {
             "address": "local",
-            "num_cpus": config.num_cpus,
+            # Logical: on few cores a resumed run, whose filter takes CPUs too, would wait forever.
+            "num_cpus": config.num_cpus or max(6, os.cpu_count() or 1),
             "num_gpus": config.num_gpus,
             "include_dashboard": False,
         }
