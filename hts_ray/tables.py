@@ -127,18 +127,6 @@ def content_hash(table: pa.Table) -> str:
     return digest.hexdigest()[:12]
 
 
-def with_metadata(schema: pa.Schema, extra: Mapping[str, Any]) -> pa.Schema:
-    """Return the schema with JSON values added to its metadata."""
-    metadata = dict(schema.metadata or {})
-    metadata.update({key.encode(): json.dumps(value).encode() for key, value in extra.items()})
-    return schema.with_metadata(metadata)
-
-
-def metadata_value(schema: pa.Schema, key: str) -> Any:
-    """Return a JSON value that `with_metadata` stored; KeyError when it is not there."""
-    return json.loads((schema.metadata or {})[key.encode()])
-
-
 @dataclass(frozen=True)
 class StageFolder:
     """One stage's output folder inside a run directory: `<table>-<key>`."""

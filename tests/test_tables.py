@@ -96,11 +96,3 @@ def test_doubled_ids_are_refused():
     tables.require_unique_ids(manifest(), "x")
     with pytest.raises(DataError, match="'a' stands in several rows"):
         tables.require_unique_ids(manifest([ROWS[0], ROWS[0]]), "x")
-
-
-def test_metadata_values_round_trip():
-    """Would catch class ids that are lost between stages."""
-    schema = tables.with_metadata(tables.predictions_schema(3), {"class_ids": [1, 2, 5]})
-    assert tables.metadata_value(schema, "class_ids") == [1, 2, 5]
-    with pytest.raises(KeyError):
-        tables.metadata_value(schema, "none")
