@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from hts_ray import pipeline
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.console import percent, print_rows
 from hts_ray.demo import FEW, Variant, demo_config, make_world, train_here
-from hts_ray.provenance import git_commit, hardware, versions
+from hts_ray.provenance import measured_on
 from hts_ray.runtime import ray_cluster
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
@@ -78,10 +77,7 @@ def main() -> None:
     cells = [[n, *(percent(statistics.fmean(values[n][key])) for key in keys)] for n in names]
     print_rows(f"test mAP in %, mean over seeds {options.seeds}", ["", *keys], cells)
     report = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": git_commit(),
+        **measured_on(),
         "seeds": options.seeds,
         "settings": config.model_dump(mode="json"),
         "values": values,

@@ -17,7 +17,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hts_ray.metrics import RECALL_THRESHOLDS, evaluate, hico_average_precision
-from hts_ray.provenance import hardware, versions
+from hts_ray.provenance import measured_on
 
 RESULTS = Path(__file__).parent / "results" / "metrics_speed.json"
 Sort = Literal["stable", "quicksort"]
@@ -102,16 +101,6 @@ def compare(
     }
 
 
-def machine() -> dict[str, Any]:
-    """Describe what the timings depend on."""
-    return {
-        **hardware(),
-        "load_average": os.getloadavg()[0],
-        "versions": versions(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def main() -> None:
     """Run every pair, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -137,7 +126,12 @@ def main() -> None:
             )
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(), "settings": settings, "rows": rows}
+    report = {
+        **measured_on(),
+        "load_average": os.getloadavg()[0],
+        "settings": settings,
+        "rows": rows,
+    }
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from hts_ray.demo import (
     make_world,
     run_variants,
 )
-from hts_ray.provenance import git_commit, hardware, versions
+from hts_ray.provenance import measured_on
 from hts_ray.runtime import ray_cluster
 
 RESULTS = Path(__file__).parent / "results" / "world.json"
@@ -120,10 +119,7 @@ def main() -> None:
     gap = next(entry for entry in summary if entry["name"] == HTS.name)["gap_closed"]
     print(f"gap closed by {HTS.name}: {gap['mean']:.2f} ({', '.join(map(str, gap['values']))})")
     report = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": git_commit(),
+        **measured_on(),
         "seeds": options.seeds,
         "settings": config.model_dump(mode="json"),
         "rows": summary,

@@ -56,6 +56,16 @@ def git_commit() -> str | None:
     return commit + ("+changes" if dirty else "")
 
 
+def measured_on() -> dict[str, Any]:
+    """Return what a measurement depends on: date, hardware, versions and commit."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
 def write_provenance(config: HtsConfig, class_table: ClassTable, **more: Any) -> None:
     """Write `config.yaml`, `classes.csv` and `provenance.json` into the run directory."""
     import tempfile
