@@ -84,8 +84,37 @@ class RegionsConfig(Section):
     grid_steps: tuple[int, ...] = Field(
         (2, 3), description="crops along each side, one number a scale"
     )
+    boxes: str | None = Field(
+        None, description="given boxes: HICO-DET json, COCO json or Parquet (path or URI)"
+    )
+    detector: str | None = Field(
+        None, description="object detector of transformers, also a zero-shot one: hub id or path"
+    )
+    detector_revision: str | None = Field(None, description="pinned revision of the detector")
+    detector_threshold: float = Field(0.3, ge=0.0, le=1.0, description="least score of a box")
+    detector_labels: tuple[str, ...] | None = Field(
+        None, description="what a zero-shot detector looks for; person and the classes' objects"
+    )
+    person_labels: tuple[str, ...] = Field(
+        ("person", "man", "woman", "boy", "girl", "child"),
+        description="labels that count as a person; the others are objects",
+    )
+    unions: bool = Field(True, description="boxes around a person and an object together")
+    persons: bool = Field(True, description="boxes around a person, with context")
+    margins: tuple[float, ...] = Field(
+        (0.2,),
+        description="context around person and union boxes, as a share of their sides; each"
+        " margin is a region of its own",
+    )
+    nms_iou: float = Field(
+        0.7, gt=0.0, le=1.0, description="boxes of a label that overlap more are one box"
+    )
+    max_pairs: int = Field(12, ge=1, description="at most so many person-object pairs an image")
     min_side: int = Field(16, ge=1, description="smaller crops are left out, pixels")
     max_regions: int = Field(64, ge=1, description="at most so many regions an image")
+    budget: int | None = Field(
+        None, ge=1, description="at most so many regions in the whole run, shared out evenly"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RegionsConfig:
@@ -95,32 +124,92 @@ class RegionsConfig(Section):
             raise ValueError("grid_scales must lie in (0, 1]")
         if any(steps < 1 for steps in self.grid_steps):
             raise ValueError("grid_steps must be at least 1")
-        if not self.whole and not self.grid_scales:
+        if not self.margins or any(not 0 <= margin <= 4 for margin in self.margins):
+            raise ValueError("margins needs at least one number, each in [0, 4]")
+        if len(set(self.margins)) != len(self.margins):
+            raise ValueError("margins must not repeat")
+        if not (self.whole or self.grid_scales or self.boxes or self.detector):
             raise ValueError("no region is left: set whole=true or name a grid scale")
+        return self
+
+
+class CaptionConfig(Section):
+    """How captions are written."""
+
+    decoding: Literal["greedy", "beam", "sample"] = "greedy"
+    count: int = Field(1, ge=1, le=64, description="captions a region (beam and sample)")
+    num_beams: int = Field(4, ge=1, le=64, description="beams of beam search")
+    temperature: float = Field(1.0, gt=0.0, description="of sampling")
+    top_p: float = Field(0.9, gt=0.0, le=1.0, description="nucleus of sampling")
+    max_tokens: int = Field(30, ge=1)
+    seed: int = Field(0, ge=0, description="of sampling; the image and region are mixed in")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CaptionConfig:
+        if self.decoding == "greedy" and self.count != 1:
+            raise ValueError(f"count={self.count} needs decoding=beam or decoding=sample")
+        if self.decoding == "beam" and self.count > self.num_beams:
+            raise ValueError(f"count={self.count} is more than num_beams={self.num_beams}")
         return self
 
 
 class TeacherConfig(Section):
     """The captioner that scores class prompts on regions."""
 
-    model: str = Field("builtin:world_captioner", description="hub id, local path or builtin:NAME")
+    model: str = Field(
+        "builtin:world_captioner",
+        description="hub id, local path, builtin:NAME or import:MODULE:CLASS",
+    )
     revision: str | None = Field(None, description="pinned revision of a hub model")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    instruction: str | None = Field(
+        None,
+        description="what a chat or instruction model is asked, or how the sentence begins; the"
+        " family's own words if not set",
+    )
+    mode: Literal["prompts", "captions"] = Field(
+        "prompts",
+        description="score the class prompts, or write captions and find the classes in them",
+    )
     prompt_templates: int = Field(
-        1, ge=1, description="how many templates a class are scored and averaged"
+        1, ge=1, description="how many templates a class are scored and combined"
+    )
+    template_reduction: Literal["log_mean_exp", "mean", "max"] = Field(
+        "log_mean_exp", description="how a class's templates become one score"
     )
     append_eos: bool = Field(False, description="score the end of the sentence too")
     length_normalize: bool = Field(
         False, description="divide log-likelihoods by their token counts"
     )
-    null_images: int = Field(
-        3, ge=0, description="plain images that estimate the prior log P(prompt); 0 for none"
+    search: Literal["all", "top_k", "objects"] = Field(
+        "all",
+        description="which classes are scored: all; the best top_k of a region, exactly, by"
+        " leaving hopeless branches of the prompt tree; approximately, those of the objects that"
+        " score best alone",
     )
-    captions: bool = Field(False, description="also write one greedy caption a region")
-    max_caption_tokens: int = Field(30, ge=1)
+    top_k: int = Field(30, ge=1, description="classes a region that search=top_k scores")
+    top_objects: int = Field(10, ge=1, description="objects a region that search=objects keeps")
+    prior: Literal["plain", "sample", "none"] = Field(
+        "plain", description="images that log P(prompt) is estimated on: plain ones or a sample"
+    )
+    null_images: int = Field(3, ge=1, description="plain images of the prior")
+    prior_sample: int = Field(64, ge=1, description="images of the run that prior=sample takes")
+    captions: bool = Field(False, description="also write captions of every region")
+    caption: CaptionConfig = Field(default_factory=CaptionConfig)
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     max_batch_regions: int = execution(64, ge=1, description="regions in one forward")
     prompt_batch: int = execution(64, ge=1, description="prompts in one forward without a trie")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherConfig:
+        if self.search != "all" and self.length_normalize:
+            raise ValueError(
+                "length_normalize=true needs search=all: a branch of the prompt tree can be left"
+                " early only while sums of log-probabilities can but fall"
+            )
+        if self.search != "all" and self.mode == "captions":
+            raise ValueError("mode=captions scores no prompts: use search=all")
+        return self
 
 
 class PoolConfig(Section):
@@ -132,6 +221,9 @@ class PoolConfig(Section):
     num_cpus: float = Field(1.0, ge=0.0, description="CPUs an actor where it has no GPU")
     memory_gib: float | None = Field(None, gt=0, description="memory an actor reserves")
     threads: int = Field(1, ge=1, description="torch threads an actor")
+    tasks_in_flight: int = Field(
+        3, ge=1, description="batches an actor has at hand, so that it never waits for the next"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> PoolConfig:
@@ -147,11 +239,18 @@ class LabelConfig(Section):
     images: ImagesConfig = Field(default_factory=ImagesConfig)
     regions: RegionsConfig = Field(default_factory=RegionsConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
-    limit: int | None = Field(None, ge=1, description="label only the first N images")
+    limit: int | None = Field(None, ge=1, description="label only a seeded sample of N images")
+    limit_seed: int = Field(0, ge=0, description="of the sample that limit draws")
     pool: PoolConfig = execution(PoolConfig())
     batch_images: int = execution(16, ge=1, description="images handed to an actor at a time")
     block_rows: int = execution(
         64, ge=1, description="images between two commits: what a crash can cost"
+    )
+    max_attempts: int = execution(
+        2, ge=1, description="workers that an image may take down before it is quarantined"
+    )
+    transient_retries: int = execution(
+        3, ge=0, description="retries of storage errors that may pass, with growing pauses"
     )
 
 
@@ -160,6 +259,9 @@ class FilterConfig(Section):
 
     region_kinds: tuple[str, ...] | None = Field(
         None, description="stored region kinds that count; all when not set"
+    )
+    margins: tuple[float, ...] | None = Field(
+        None, description="stored context margins that count; all when not set"
     )
     prior_alpha: float = Field(
         0.5, ge=0.0, le=2.0, description="alpha in log P(t|r) - alpha log P(t)"

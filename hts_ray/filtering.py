@@ -116,7 +116,7 @@ def prior_of(path: str, config: FilterConfig) -> np.ndarray | None:
         raise ConfigError(
             field="filter.prior_alpha",
             value=config.prior_alpha,
-            remedy="the teacher stored no prior: set it to 0, or label.teacher.null_images above 0",
+            remedy="the teacher stored no prior: set it to 0, or label.teacher.prior=plain",
         )
     return np.asarray(prior, dtype=np.float32)
 

@@ -144,7 +144,7 @@ def table_info(
     """Return the contents of `table.json`; the prior costs a few forwards."""
     teacher = config.teacher
     prior = None
-    if teacher.null_images:
+    if teacher.prior != "none":
         prior = prior_log_likelihoods(
             captioner, prompts, teacher.null_images, length_normalize=teacher.length_normalize
         )

@@ -129,7 +129,7 @@ class RegionScorer:
     def _captions(self, crops: Sequence[Pixels]) -> list[list[str]]:
         if not self.teacher.captions:
             return [[] for _ in crops]
-        captions = self.captioner.caption(crops, self.teacher.max_caption_tokens)
+        captions = self.captioner.caption(crops, self.teacher.caption.max_tokens)
         return [[caption.text] for caption in captions]
 
 
