@@ -28,7 +28,7 @@ from hts_ray.teacher.captioner import (
     model_error,
     supported_families,
 )
-from hts_ray.teacher.trie import (
+from hts_ray.teacher.decoders import (
     BatchedCrossAttentionDecoder,
     BatchedDecoder,
     CrossAttentionDecoder,

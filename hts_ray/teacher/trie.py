@@ -6,8 +6,7 @@ one sequence in which every node sees its ancestors only, and what it predicts a
 is scored against that node's children. The sums along the paths are exactly the sums
 that one forward a prompt would give, for a fraction of the tokens.
 
-How a model is fed differs by family; a family implements `Decoder`. Families whose
-attention takes a tree mask score by trie, the others by batches of padded prompts.
+How a model is fed differs by family: see `hts_ray.teacher.decoders`.
 
 Shape legend: R regions, P prompts, T fed nodes, E edges (= nodes but the root), L tokens
 of the longest prompt, V vocabulary, D hidden width.
@@ -15,10 +14,7 @@ of the longest prompt, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -74,20 +70,6 @@ class PromptTrie:
         """E, the number of scored tokens after sharing."""
         return len(self.edge_target)
 
-    def mask(self, past: int, dtype: torch.dtype, device: torch.device, start: int = 0) -> Tensor:
-        """Return the additive attention mask (1, 1, T - start, past + T - start).
-
-        0 where a node may look (all of the `past` cached positions and its ancestors), the
-        dtype's minimum elsewhere. Additive because eager attention adds whatever it gets: a
-        boolean mask would be added too, silently. `start` = 1 leaves out the root, for
-        decoders that hold it in the cache.
-        """
-        size = len(self) - start
-        mask = torch.zeros(1, 1, size, past + size, dtype=dtype, device=device)
-        hidden = ~self.ancestors[start:, start:].to(device)
-        mask[..., past:].masked_fill_(hidden, torch.finfo(dtype).min)
-        return mask
-
     def sum_paths(self, edge_scores: Tensor) -> Tensor:
         """Sum edge scores (R, E) along every prompt's path, depth by depth, to (R, P)."""
         padded = torch.nn.functional.pad(edge_scores, (0, 1))
@@ -135,13 +117,14 @@ def _ancestors(
 
 
 def split_tries(
-    sequences: Sequence[TokenIds], max_nodes: int
+    sequences: Sequence[TokenIds], max_nodes: int | None = None
 ) -> list[tuple[PromptTrie, list[int]]]:
-    """Return tries of about `max_nodes` fed nodes, each with the indices of its prompts.
+    """Return tries of about `max_nodes` (MAX_NODES) fed nodes, with the indices of their prompts.
 
     Prompts are sorted by their tokens first, so that the ones that share a prefix meet. A
     prompt longer than `max_nodes` gets a trie of its own.
     """
+    max_nodes = MAX_NODES if max_nodes is None else max_nodes
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     groups: list[list[int]] = [[]]
     size = 0
@@ -160,25 +143,6 @@ def split_tries(
         size += added
         previous = current
     return [(PromptTrie([sequences[i] for i in group]), group) for group in groups]
-
-
-def capture_hidden(head: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, Any]:
-    """Run `call` and return what entered `head`, (R, N, D), along with the call's result.
-
-    The head itself then sees one position only: logits of R x N x V are never made.
-    """
-    captured: list[Tensor] = []
-
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        captured.append(inputs[0])
-        return (inputs[0][:, :1], *inputs[1:])
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        result = call()
-    finally:
-        handle.remove()
-    return captured[0], result
 
 
 def edge_log_probs(head: nn.Module, hidden: Tensor, trie: PromptTrie) -> Tensor:
@@ -200,281 +164,3 @@ def edge_log_probs(head: nn.Module, hidden: Tensor, trie: PromptTrie) -> Tensor:
         local = source[edges] - first
         scores[:, edges] = logits[:, local, target[edges]] - normalizer[:, local]
     return scores
-
-
-class Decoder(ABC):
-    """One family of captioners: how images and prompts are fed to it.
-
-    `start_id` is the token in front of every caption (None where the image prefix itself
-    plays that part), `end_id` the token that ends one. `method` names how prompts are
-    scored, for the run's provenance.
-    """
-
-    model: Any
-    start_id: int | None
-    end_id: int
-    method: str
-    # What `model.generate` must be told besides the images.
-    generation: Mapping[str, Any] = MappingProxyType({})
-
-    @abstractmethod
-    def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities: (R, P) float32.
-
-        `images` is what the family's preprocessing made of R regions.
-        """
-
-    @abstractmethod
-    def reference(self, images: Any, sequence: TokenIds) -> Tensor:
-        """Return the same sum for one prompt and R regions by one full forward: (R,) float32.
-
-        No tree, no cache, no padding: slow, and what `log_likelihoods` is checked against.
-        """
-
-
-class TrieDecoder(Decoder):
-    """A family whose attention takes a tree mask."""
-
-    method = "trie"
-
-    def __init__(self, model: Any, head: nn.Module, start_id: int, end_id: int) -> None:
-        self.model = model
-        self.head = head
-        self.start_id: int = start_id
-        self.end_id = end_id
-        self._key: tuple[tuple[int, ...], ...] = ()
-        self._tries: list[tuple[PromptTrie, list[int]]] = []
-
-    @abstractmethod
-    def encode(self, pixels: Tensor) -> Any:
-        """Return what the decoder needs to know of the images (R, 3, H, W), computed once."""
-
-    @abstractmethod
-    def hidden_states(self, state: Any, trie: PromptTrie) -> Tensor:
-        """Return the hidden states (R, T, D) in front of the vocabulary projection."""
-
-    def log_likelihoods(self, images: Tensor, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities (R, P) float32 of images (R, 3, H, W)."""
-        key = tuple(tuple(sequence) for sequence in sequences)
-        if key != self._key:  # the prompts of a run are always the same
-            self._tries, self._key = split_tries(sequences, MAX_NODES), key
-        state = self.encode(images)
-        scores = torch.empty(len(images), len(sequences), device=images.device)
-        for trie, prompts in self._tries:
-            edges = edge_log_probs(self.head, self.hidden_states(state, trie), trie)
-            scores[:, prompts] = trie.sum_paths(edges)
-        return scores
-
-    def _token_ids(self, trie: PromptTrie, device: torch.device) -> Tensor:
-        ids = trie.tokens.to(device, copy=True)
-        ids[0] = self.start_id
-        return ids
-
-
-class CrossAttentionDecoder(TrieDecoder):
-    """Captioners whose text decoder attends to the image's features: BLIP, VisionEncoderDecoder.
-
-    `features` turns pixels (R, 3, H, W) into the decoder's encoder_hidden_states;
-    `first_position` is the position id of the start token.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        language_model: Any,
-        features: Callable[[Tensor], Tensor],
-        *,
-        start_id: int,
-        end_id: int,
-        first_position: int = 0,
-    ) -> None:
-        super().__init__(model, language_model.get_output_embeddings(), start_id, end_id)
-        self.language_model = language_model
-        self.features = features
-        self.first_position = first_position
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Return the image features (R, patches, D)."""
-        return self.features(pixels)
-
-    def hidden_states(self, state: Tensor, trie: PromptTrie) -> Tensor:
-        """Feed the whole tree, root included; there is no prefix to cache."""
-        regions, device = len(state), state.device
-        mask = trie.mask(0, state.dtype, device)
-        positions = trie.depths.to(device) + self.first_position
-        hidden, _ = capture_hidden(
-            self.head,
-            lambda: self.language_model(
-                input_ids=self._token_ids(trie, device).expand(regions, -1),
-                position_ids=positions.expand(regions, -1),
-                attention_mask=mask.expand(regions, -1, -1, -1),
-                encoder_hidden_states=state,
-                use_cache=False,
-            ),
-        )
-        return hidden
-
-    def reference(self, images: Tensor, sequence: TokenIds) -> Tensor:
-        """Return the sum (R,) by the decoder's own causal mask and positions."""
-        ids = torch.tensor([[self.start_id, *sequence]], device=images.device)
-        logits = self.language_model(
-            input_ids=ids.expand(len(images), -1),
-            encoder_hidden_states=self.features(images),
-            use_cache=False,
-        ).logits
-        return sequence_log_likelihood(logits[:, :-1], sequence)
-
-
-class GitDecoder(TrieDecoder):
-    """GIT: the image is a prefix of the text, held with the start token in the cache."""
-
-    def __init__(self, model: Any, start_id: int, end_id: int) -> None:
-        super().__init__(model, model.get_output_embeddings(), start_id, end_id)
-
-    def encode(self, pixels: Tensor) -> tuple[Any, Tensor]:
-        """Return the cache of image and start token, and the start's hidden state (R, 1, D)."""
-        start = torch.full((len(pixels), 1), self.start_id, device=pixels.device)
-        hidden, output = capture_hidden(
-            self.head, lambda: self.model(pixel_values=pixels, input_ids=start, use_cache=True)
-        )
-        return output.past_key_values, hidden[:, -1:]
-
-    def hidden_states(self, state: tuple[Any, Tensor], trie: PromptTrie) -> Tensor:
-        """Feed all nodes but the root after the cached prefix, then cut the cache back."""
-        cache, root = state
-        added = len(trie) - 1
-        if added == 0:
-            return root
-        regions, device = len(root), root.device
-        mask = trie.mask(cache.get_seq_length(), root.dtype, device, start=1)
-        # GIT counts text positions from its own start; left to itself with a cache it would
-        # count the image's tokens too.
-        hidden, _ = capture_hidden(
-            self.head,
-            lambda: self.model(
-                input_ids=self._token_ids(trie, device)[1:].expand(regions, -1),
-                position_ids=trie.depths[1:].to(device).expand(regions, -1),
-                past_key_values=cache,
-                attention_mask=mask.expand(regions, -1, -1, -1),
-            ),
-        )
-        cache.crop(-added)
-        return torch.cat([root, hidden], dim=1)
-
-    def reference(self, images: Tensor, sequence: TokenIds) -> Tensor:
-        """Return the sum (R,) of one full forward, image included."""
-        ids = torch.tensor([[self.start_id, *sequence]], device=images.device)
-        logits = self.model(
-            pixel_values=images, input_ids=ids.expand(len(images), -1), use_cache=False
-        ).logits
-        return sequence_log_likelihood(logits[:, -len(sequence) - 1 : -1], sequence)
-
-
-class BatchedDecoder(Decoder):
-    """Any causal model: prompts padded on the right, `prompt_batch` of them in one forward.
-
-    Padding needs no mask of its own, since no prompt token looks to its right; one is
-    passed all the same because some models count positions with it. The image is encoded
-    again for every batch of prompts.
-    """
-
-    method = "batched"
-
-    def __init__(
-        self, model: Any, end_id: int, prompt_batch: int, start_id: int | None = None
-    ) -> None:
-        self.model = model
-        self.start_id = start_id
-        self.end_id = end_id
-        self.prompt_batch = prompt_batch
-
-    def forward(self, image: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return logits whose last L + 1 positions start at the token before the prompts.
-
-        `image` is one entry of the prepared images, ids and mask are (P, L).
-        """
-        count = len(ids)
-        inputs = {
-            name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in image.items()
-        }
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
-        if "mm_token_type_ids" in inputs:  # 0 means text
-            inputs["mm_token_type_ids"] = torch.cat(
-                [inputs["mm_token_type_ids"], torch.zeros_like(ids)], dim=1
-            )
-        return self.model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
-
-    def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities (R, P) float32, R = len(images)."""
-        rows = []
-        for image in images:
-            batches = [
-                self._batch(image, sequences[first : first + self.prompt_batch])
-                for first in range(0, len(sequences), self.prompt_batch)
-            ]
-            rows.append(torch.cat(batches))
-        return torch.stack(rows)
-
-    def _batch(self, image: Any, sequences: Sequence[TokenIds]) -> Tensor:
-        device = self.model.device
-        longest = max(len(sequence) for sequence in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        logits = self.forward(image, ids, mask)[:, -longest - 1 : -1]
-        scores = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
-        return (scores * mask).sum(1)
-
-    def reference(self, images: Any, sequence: TokenIds) -> Tensor:
-        """Return the sum (R,) with no other prompt in the batch, hence no padding."""
-        return torch.cat([self._batch(image, [sequence]) for image in images])
-
-
-class BatchedCrossAttentionDecoder(BatchedDecoder):
-    """VisionEncoderDecoder with a text decoder that takes no position ids, such as TrOCR's.
-
-    Images are pixels (R, 3, H, W); their features are computed once.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        language_model: Any,
-        features: Callable[[Tensor], Tensor],
-        *,
-        start_id: int,
-        end_id: int,
-        prompt_batch: int,
-    ) -> None:
-        super().__init__(model, end_id, prompt_batch, start_id)
-        self.language_model = language_model
-        self.features = features
-
-    def log_likelihoods(self, images: Tensor, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities (R, P) float32 of images (R, 3, H, W)."""
-        return super().log_likelihoods(self.features(images), sequences)
-
-    def reference(self, images: Tensor, sequence: TokenIds) -> Tensor:
-        """Return the sum (R,) with no other prompt in the batch, hence no padding."""
-        return super().reference(self.features(images), sequence)
-
-    def forward(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the decoder's logits (P, 1 + L, V) behind the start token."""
-        start = torch.full_like(ids[:, :1], self.start_id or 0)
-        return self.language_model(  # type: ignore[no-any-return]
-            input_ids=torch.cat([start, ids], dim=1),
-            attention_mask=torch.cat([torch.ones_like(start), mask], dim=1),
-            encoder_hidden_states=image.expand(len(ids), -1, -1),
-            use_cache=False,
-        ).logits
-
-
-def sequence_log_likelihood(logits: Tensor, sequence: TokenIds) -> Tensor:
-    """Sum log P(token) over a sequence: logits (R, L, V) that predict its L tokens, to (R,)."""
-    target = torch.tensor(sequence, device=logits.device)
-    positions = torch.arange(len(sequence), device=logits.device)
-    return logits.float().log_softmax(-1)[:, positions, target].sum(1)

@@ -29,8 +29,9 @@ from hts_ray.teacher.captioner import (
     prior_log_likelihoods,
     score_classes,
 )
+from hts_ray.teacher import decoders
+from hts_ray.teacher.decoders import CrossAttentionDecoder, GitDecoder
 from hts_ray.teacher.pretrained import image_preparation
-from hts_ray.teacher.trie import CrossAttentionDecoder, GitDecoder, PromptTrie
 
 PROMPTS = ["a person riding a horse", "a person washing a dog", "a hot dog"]
 
@@ -152,8 +153,8 @@ def test_self_check_refuses_a_mask_that_is_added(
     tiny_git_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a boolean mask, which eager attention adds without a word."""
-    build = PromptTrie.mask
-    monkeypatch.setattr(PromptTrie, "mask", lambda *a, **k: build(*a, **k) == 0)
+    build = decoders.additive_mask
+    monkeypatch.setattr(decoders, "additive_mask", lambda *a: build(*a) == 0)
     with pytest.raises(ConfigError, match="differ from plain forwards"):
         load_captioner(TeacherConfig(model=str(tiny_git_path)))
     assert isinstance(loaded(tiny_git_path).decoder, GitDecoder)
