@@ -188,6 +188,9 @@ class TeacherConfig(Section):
         " score best alone",
     )
     top_k: int = Field(30, ge=1, description="classes a region that search=top_k scores")
+    search_alpha: float = Field(
+        0.0, ge=0.0, le=2.0, description="alpha of the prior when search=top_k ranks the classes"
+    )
     top_objects: int = Field(10, ge=1, description="objects a region that search=objects keeps")
     prior: Literal["plain", "sample", "none"] = Field(
         "plain", description="images that log P(prompt) is estimated on: plain ones or a sample"
@@ -207,6 +210,8 @@ class TeacherConfig(Section):
                 "length_normalize=true needs search=all: a branch of the prompt tree can be left"
                 " early only while sums of log-probabilities can but fall"
             )
+        if self.search_alpha and self.prior == "none":
+            raise ValueError(f"search_alpha={self.search_alpha} needs a prior: prior=plain")
         if self.search != "all" and self.mode == "captions":
             raise ValueError("mode=captions scores no prompts: use search=all")
         return self

@@ -125,7 +125,7 @@ def label_stage(run: Run, manifest: str) -> StageFolder:
 
     Annotations are left out of its key: the teacher must not see them.
     """
-    from hts_ray.teacher.captioner import model_fingerprint
+    from hts_ray.teacher.loading import model_fingerprint
 
     images = read_manifest(manifest).drop_columns(list(ANNOTATION_COLUMNS))
     label = run.config.label

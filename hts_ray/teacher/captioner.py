@@ -1,7 +1,7 @@
-"""What a teacher is: something that gives log P(sentence | region), and how one is found.
+"""What a teacher is: something that gives log P(sentence | region) and writes captions.
 
-This module needs neither torch nor Ray, so that a driver can name, hash and plan a teacher
-without loading it; models live in `hts_ray.teacher.pretrained`.
+This module needs neither torch nor Ray, so that a teacher of your own needs neither; how the
+packaged ones are found and loaded is told in `hts_ray.teacher.loading`.
 
 Shape legend: R regions, P prompts, C classes, H x W pixels.
 """
@@ -11,40 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from hts_ray.assets import asset_path
-from hts_ray.config import TeacherConfig
-from hts_ray.errors import ConfigError
+from hts_ray.config import CaptionConfig
 
 Pixels = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
+Reduction = Literal["log_mean_exp", "mean", "max"]
 
-BUILTIN = "builtin:"
-DUMMY = "builtin:dummy"
-FIELD = "label.teacher.model"
-# Larger weights are told apart by name and size: hashing them would cost more than it tells.
-HASHED_BYTES = 64 << 20
 NULL_IMAGE_SIDE = 64
-# What a model needs on disk, and what its fingerprint covers.
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-# model_type in config.json: what is supported of it, and how its prompts are scored.
-FAMILIES = {
-    "blip": "BLIP captioning (trie)",
-    "git": "GIT (trie)",
-    "vision-encoder-decoder": "VisionEncoderDecoder (trie with BERT, RoBERTa or GPT-2 text)",
-    "blip-2": "BLIP-2 with a decoder-only language model such as OPT (batched prompts)",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,28 +43,58 @@ class PromptScores:
 
 @dataclass(frozen=True)
 class Caption:
-    """A greedy caption and its log-probability in nats, the end token included."""
+    """A caption and its log-probability in nats, the end token included."""
 
     text: str
     log_probability: float
 
 
 class Captioner(Protocol):
-    """A teacher. Images are sequences of R uint8 arrays (H, W, 3), RGB, of any sizes."""
+    """A teacher. Images are sequences of R uint8 arrays (H, W, 3), RGB, of any sizes.
+
+    These two methods are all that a teacher of your own needs; `label.teacher.model =
+    import:MODULE:CLASS` calls `CLASS(config, device)` with the TeacherConfig and "cpu" or
+    "cuda".
+    """
 
     def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> PromptScores:
         """Return log P(prompt | image) for every pair."""
 
-    def caption(self, images: Sequence[Pixels], max_tokens: int) -> list[Caption]:
-        """Return one greedy caption of at most `max_tokens` tokens an image."""
+    def caption(self, images: Sequence[Pixels], settings: CaptionConfig) -> list[list[Caption]]:
+        """Return `settings.count` captions an image, the likeliest first."""
+
+
+@runtime_checkable
+class SearchingCaptioner(Captioner, Protocol):
+    """A teacher that can leave out classes which cannot matter."""
+
+    def score_top(
+        self,
+        images: Sequence[Pixels],
+        prompts: ClassPrompts,
+        *,
+        top_k: int | None,
+        reduction: Reduction = "log_mean_exp",
+        offsets_C: FloatArray | None = None,
+        alive_RC: npt.NDArray[np.bool_] | None = None,
+    ) -> FloatArray:
+        """Return class log-likelihoods (R, C), -inf for the classes that were left out.
+
+        Of the classes that `alive_RC` allows (all where it is None), the `top_k` with the
+        largest score + offset are exact (ties broken either way); None scores all of them.
+        """
 
 
 class DummyCaptioner:
     """A teacher that costs nothing: numbers drawn from hashes of the pixels and the prompts.
 
     For dry runs and load tests of everything around the teacher. The same image and
-    prompt always get the same score, in (-40, -5).
+    prompt always get the same score, in (-40, -5). `seconds` is what a region takes, asleep as
+    if a GPU were at work.
     """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
 
     def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> PromptScores:
         """Return pseudo-random log-likelihoods (R, P); a token is a word."""
@@ -90,15 +102,20 @@ class DummyCaptioner:
         prompt_keys = np.array([zlib.crc32(p.encode()) for p in prompts], dtype=np.uint64)
         mixed = _mix(_mix(image_keys)[:, None] ^ prompt_keys[None, :])
         fraction = (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+        time.sleep(self.seconds * len(images))
         return PromptScores(
             log_likelihoods=(-5.0 - 35.0 * fraction).astype(np.float32),
             token_counts=np.array([len(prompt.split()) for prompt in prompts], dtype=np.int64),
         )
 
-    def caption(self, images: Sequence[Pixels], max_tokens: int) -> list[Caption]:
-        """Return the image's hash as its caption."""
+    def caption(self, images: Sequence[Pixels], settings: CaptionConfig) -> list[list[Caption]]:
+        """Return the image's hash as its captions."""
         return [
-            Caption(f"image {_pixel_hash(image):08x}"[: 4 * max_tokens], 0.0) for image in images
+            [
+                Caption(f"image {_pixel_hash(image):08x} {n}", -float(n))
+                for n in range(settings.count)
+            ]
+            for image in images
         ]
 
 
@@ -152,26 +169,42 @@ class ClassPrompts:
 
 
 def class_scores(
-    scores: PromptScores, prompts: ClassPrompts, *, length_normalize: bool = False
+    scores: PromptScores,
+    prompts: ClassPrompts,
+    *,
+    length_normalize: bool = False,
+    reduction: Reduction = "log_mean_exp",
 ) -> FloatArray:
-    """Average prompt scores (R, P) into class log-likelihoods (R, C).
+    """Combine prompt scores (R, P) into class log-likelihoods (R, C); see `reduce_templates`.
 
-    The average of a class's templates is log-mean-exp: the log-likelihood of a sentence
-    drawn by picking one of the templates at random. One awkward template then costs a
-    class at most log(templates), where a mean of log-likelihoods would let it decide.
     With `length_normalize` every prompt's sum is divided by its token count first.
     """
     values = scores.log_likelihoods.astype(np.float64)
     if length_normalize:
         values = values / scores.token_counts[None, :]
-    counts = np.asarray(prompts.counts)
-    if values.shape[1] != counts.sum():
-        raise ValueError(f"{values.shape[1]} scores for {counts.sum()} prompts")
-    starts = np.cumsum(counts) - counts
+    return reduce_templates(values, prompts.counts, reduction).astype(np.float32)
+
+
+def reduce_templates(
+    values_RP: npt.NDArray[np.float64], counts: Sequence[int], reduction: Reduction
+) -> npt.NDArray[np.float64]:
+    """Make one score (R, C) of the templates of every class, `counts` (C,) of them.
+
+    `log_mean_exp` is the log-likelihood of a sentence drawn by picking one of the templates at
+    random: one awkward template costs a class at most log(templates). `mean` averages
+    log-likelihoods, so that every template must fit; `max` takes the best.
+    """
+    sizes = np.asarray(counts)
+    if values_RP.shape[1] != sizes.sum():
+        raise ValueError(f"{values_RP.shape[1]} scores for {sizes.sum()} prompts")
+    starts = np.cumsum(sizes) - sizes
+    if reduction == "max":
+        return np.maximum.reduceat(values_RP, starts, axis=1)
     with np.errstate(invalid="ignore"):  # NaN stays NaN; whoever reads the scores checks them
-        sums: npt.NDArray[np.float64] = np.logaddexp.reduceat(values, starts, axis=1)
-    averages: FloatArray = (sums - np.log(counts)).astype(np.float32)
-    return averages
+        if reduction == "mean":
+            return np.add.reduceat(values_RP, starts, axis=1) / sizes
+        sums: npt.NDArray[np.float64] = np.logaddexp.reduceat(values_RP, starts, axis=1)
+    return sums - np.log(sizes)
 
 
 def score_classes(
@@ -180,10 +213,11 @@ def score_classes(
     prompts: ClassPrompts,
     *,
     length_normalize: bool = False,
+    reduction: Reduction = "log_mean_exp",
 ) -> FloatArray:
     """Return log-likelihoods (R, C) of every class on every image; see `class_scores`."""
     scores = captioner.score(images, prompts.texts)
-    return class_scores(scores, prompts, length_normalize=length_normalize)
+    return class_scores(scores, prompts, length_normalize=length_normalize, reduction=reduction)
 
 
 def plain_images(count: int) -> list[Pixels]:
@@ -197,148 +231,14 @@ def plain_images(count: int) -> list[Pixels]:
     return [*plain, *noise][:count]
 
 
-def prior_log_likelihoods(
-    captioner: Captioner,
-    prompts: Sequence[str] | ClassPrompts,
-    null_images: int = 3,
-    *,
-    length_normalize: bool = False,
-) -> FloatArray:
-    """Estimate log P(t), what the language alone makes of a class, as (C,) float32.
+def log_mean_exp(scores_MC: FloatArray) -> FloatArray:
+    """Average M rows of log-likelihoods as probabilities, to (C,).
 
-    It is the log-mean-exp over plain images (VisualGPTScore, Lin et al. 2023, section 4).
-    A plain list of prompts counts as one prompt a class. ValueError without an image.
+    Over images that say nothing, or over a sample of all, this estimates log P(t), what the
+    language alone makes of a class (VisualGPTScore, Lin et al. 2023, section 4). ValueError
+    without a row.
     """
-    if null_images < 1:
-        raise ValueError("a prior needs at least one null image")
-    if not isinstance(prompts, ClassPrompts):
-        prompts = ClassPrompts.of([(prompt,) for prompt in prompts], 1)
-    images = plain_images(null_images)
-    scores = score_classes(captioner, images, prompts, length_normalize=length_normalize)
-    total: npt.NDArray[np.float64] = np.logaddexp.reduce(scores.astype(np.float64), axis=0)
-    return (total - math.log(len(images))).astype(np.float32)
-
-
-def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
-    """Load the teacher that `config.model` names onto a torch device and check it.
-
-    The name is a hub id, a local folder or `builtin:NAME`. Raises ConfigError naming
-    label.teacher.model for a missing or incomplete model and for a family that is not
-    supported.
-    """
-    if config.model == DUMMY:
-        return DummyCaptioner()
-    from hts_ray.teacher.pretrained import load_pretrained
-
-    return load_pretrained(config, model_folder(config), device)
-
-
-def model_error(config: TeacherConfig, message: str, remedy: str = "") -> ConfigError:
-    """Return the ConfigError that names the teacher."""
-    return ConfigError(message, field=FIELD, value=config.model, remedy=remedy)
-
-
-def supported_families() -> str:
-    """Return the supported families in words."""
-    return "; ".join(FAMILIES.values())
-
-
-def local_model_folder(config: TeacherConfig) -> Path | None:
-    """Return the folder of a local or built-in model, None for a hub id.
-
-    Raises ConfigError when a path or a built-in name leads nowhere.
-    """
-    if config.model.startswith(BUILTIN):
-        try:
-            return asset_path(f"{config.model.removeprefix(BUILTIN)}/config.json").parent
-        except FileNotFoundError as error:
-            raise model_error(config, str(error), f"name a built-in model, e.g. {DUMMY}") from None
-    path = Path(config.model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or not _HUB_ID.fullmatch(config.model):
-        raise model_error(
-            config, "no such folder", "give a folder made by save_pretrained, or a hub id"
-        )
-    return None
-
-
-def check_teacher(config: TeacherConfig) -> None:
-    """Look at a local or built-in teacher's files without loading it; a hub id passes unread.
-
-    Raises ConfigError as loading would, so that a driver can refuse before any worker starts.
-    """
-    if config.model != DUMMY and local_model_folder(config) is not None:
-        model_folder(config)
-
-
-def model_folder(config: TeacherConfig) -> Path:
-    """Return the folder of a model that has passed a look at its files, downloading a hub id.
-
-    Raises ConfigError when a file is missing, the family is not supported or the hub
-    cannot be reached.
-    """
-    folder = local_model_folder(config) or _download(config)
-    if not (folder / "config.json").is_file():
-        raise model_error(config, f"{folder} holds no config.json", "use a transformers model")
-    if not any(folder.glob("*.safetensors")):
-        raise model_error(
-            config,
-            f"{folder} holds no .safetensors weights",
-            "convert them with save_pretrained; pickled weights are not loaded",
-        )
-    settings = read_model_config(config, folder)
-    family = settings.get("model_type")
-    if family not in FAMILIES and not config.trust_remote_code:
-        raise model_error(
-            config, f"family {family!r} is not supported", f"supported: {supported_families()}"
-        )
-    return folder
-
-
-def read_model_config(config: TeacherConfig, folder: Path) -> dict[str, Any]:
-    """Return a model's config.json; ConfigError when it is not a JSON object."""
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise model_error(config, f"config.json is not readable: {error}") from None
-    if not isinstance(settings, dict):
-        raise model_error(config, "config.json is not an object")
-    return settings
-
-
-def _download(config: TeacherConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    patterns = [*MODEL_FILES, "*.py"] if config.trust_remote_code else list(MODEL_FILES)
-    try:
-        return Path(
-            snapshot_download(config.model, revision=config.revision, allow_patterns=patterns)
-        )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise model_error(
-            config,
-            f"not a local folder, and not to be had from the hub: {error}",
-            "check the id and label.teacher.revision, or copy the model to a folder",
-        ) from None
-
-
-def model_fingerprint(config: TeacherConfig) -> str:
-    """Return text that changes whenever the teacher may answer otherwise.
-
-    Of a local or built-in model: a hash over its settings, tokenizer and weights (by content
-    up to 64 MB a file, by name and size above). Of a hub id: `id@revision`, unread.
-    """
-    if config.model == DUMMY:
-        return f"{DUMMY}@1"
-    folder = local_model_folder(config)
-    if folder is None:
-        return f"{config.model}@{config.revision or 'main'}"
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        if size < HASHED_BYTES:
-            digest.update(path.read_bytes())
-    return f"{folder.name}@{digest.hexdigest()[:12]}"
+    if not len(scores_MC):
+        raise ValueError("a prior needs at least one image")
+    total: npt.NDArray[np.float64] = np.logaddexp.reduce(scores_MC.astype(np.float64), axis=0)
+    return (total - math.log(len(scores_MC))).astype(np.float32)

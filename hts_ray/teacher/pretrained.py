@@ -21,13 +21,7 @@ from torch import Tensor
 
 from hts_ray.config import TeacherConfig
 from hts_ray.errors import DataError
-from hts_ray.teacher.captioner import (
-    Caption,
-    Pixels,
-    PromptScores,
-    model_error,
-    supported_families,
-)
+from hts_ray.teacher.captioner import Caption, Pixels, PromptScores
 from hts_ray.teacher.decoders import (
     BatchedCrossAttentionDecoder,
     BatchedDecoder,
@@ -35,6 +29,7 @@ from hts_ray.teacher.decoders import (
     Decoder,
     GitDecoder,
 )
+from hts_ray.teacher.loading import model_error, supported_families
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hts_ray.config import TeacherConfig
 from hts_ray.teacher import trie as trie_module
-from hts_ray.teacher.captioner import load_captioner
+from hts_ray.teacher.loading import load_captioner
 from hts_ray.teacher.trie import PromptTrie, edge_log_probs, split_tries
 
 PROMPTS = [

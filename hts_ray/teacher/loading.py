@@ -1,0 +1,230 @@
+"""How the teacher that a setting names is found, checked, hashed and loaded.
+
+Needs neither torch nor Ray until a model is loaded, so that a driver can name, hash and refuse
+a teacher cheaply; models live in `hts_ray.teacher.pretrained`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from hts_ray.assets import asset_path
+from hts_ray.config import TeacherConfig
+from hts_ray.errors import ConfigError
+from hts_ray.teacher.captioner import Captioner, DummyCaptioner
+
+BUILTIN = "builtin:"
+IMPORT = "import:"
+DUMMY = "builtin:dummy"
+FIELD = "label.teacher.model"
+# Larger weights are told apart by name and size: hashing them would cost more than it tells.
+HASHED_BYTES = 64 << 20
+# What a model needs on disk, and what its fingerprint covers.
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+# model_type in config.json: what is supported of it, and how its prompts are scored.
+FAMILIES = {
+    "blip": "BLIP captioning (trie)",
+    "git": "GIT (trie)",
+    "vision-encoder-decoder": "VisionEncoderDecoder (trie with BERT, RoBERTa or GPT-2 text)",
+    "blip-2": "BLIP-2 with a decoder-only language model such as OPT (batched prompts)",
+}
+
+
+def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
+    """Load the teacher that `config.model` names onto a torch device and check it.
+
+    The name is a hub id, a local folder, `builtin:NAME` or `import:MODULE:CLASS`. Raises
+    ConfigError naming label.teacher.model for a missing or incomplete model and for a family
+    that is not supported.
+    """
+    if is_dummy(config):
+        return DummyCaptioner(_dummy_seconds(config))
+    if config.model.startswith(IMPORT):
+        return _load_imported(config, device)
+    from hts_ray.teacher.pretrained import load_pretrained
+
+    return load_pretrained(config, model_folder(config), device)
+
+
+def is_dummy(config: TeacherConfig) -> bool:
+    """Tell the dummy teacher: `builtin:dummy`, or `builtin:dummy:SECONDS` a region."""
+    return config.model == DUMMY or config.model.startswith(f"{DUMMY}:")
+
+
+def needs_torch(config: TeacherConfig) -> bool:
+    """Tell whether the teacher is one of the packaged kinds that run on torch."""
+    return not is_dummy(config) and not config.model.startswith(IMPORT)
+
+
+def _dummy_seconds(config: TeacherConfig) -> float:
+    text = config.model.removeprefix(DUMMY).removeprefix(":") or "0"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise model_error(config, f"{text!r} is no number of seconds", f"write {DUMMY}:0.02")
+    return seconds
+
+
+def _imported_class(config: TeacherConfig) -> Any:
+    """Return the class that `import:MODULE:CLASS` names; ConfigError when there is none."""
+    module_name, _, name = config.model.removeprefix(IMPORT).partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise model_error(
+            config,
+            f"does not import: {error}",
+            "write import:MODULE:CLASS, with MODULE importable on every node (PYTHONPATH, or"
+            " beside the job's entry point)",
+        ) from None
+    missing = [
+        method for method in ("score", "caption") if not callable(getattr(found, method, None))
+    ]
+    if missing:
+        raise model_error(
+            config,
+            f"{name} has no method {' and no '.join(missing)}",
+            "a teacher has the two methods of hts_ray.teacher.captioner.Captioner",
+        )
+    return found
+
+
+def _load_imported(config: TeacherConfig, device: str) -> Captioner:
+    teacher: Captioner = _imported_class(config)(config, device)
+    return teacher
+
+
+def model_error(config: TeacherConfig, message: str, remedy: str = "") -> ConfigError:
+    """Return the ConfigError that names the teacher."""
+    return ConfigError(message, field=FIELD, value=config.model, remedy=remedy)
+
+
+def supported_families() -> str:
+    """Return the supported families in words."""
+    return "; ".join(FAMILIES.values())
+
+
+def local_model_folder(config: TeacherConfig) -> Path | None:
+    """Return the folder of a local or built-in model, None for a hub id.
+
+    Raises ConfigError when a path or a built-in name leads nowhere.
+    """
+    if config.model.startswith(BUILTIN):
+        try:
+            return asset_path(f"{config.model.removeprefix(BUILTIN)}/config.json").parent
+        except FileNotFoundError as error:
+            raise model_error(config, str(error), f"name a built-in model, e.g. {DUMMY}") from None
+    path = Path(config.model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or not _HUB_ID.fullmatch(config.model):
+        raise model_error(
+            config, "no such folder", "give a folder made by save_pretrained, or a hub id"
+        )
+    return None
+
+
+def check_teacher(config: TeacherConfig) -> None:
+    """Look at a local or built-in teacher's files without loading it; a hub id passes unread.
+
+    Raises ConfigError as loading would, so that a driver can refuse before any worker starts.
+    """
+    if is_dummy(config):
+        _dummy_seconds(config)
+    elif config.model.startswith(IMPORT):
+        _imported_class(config)
+    elif local_model_folder(config) is not None:
+        model_folder(config)
+
+
+def model_folder(config: TeacherConfig) -> Path:
+    """Return the folder of a model that has passed a look at its files, downloading a hub id.
+
+    Raises ConfigError when a file is missing, the family is not supported or the hub
+    cannot be reached.
+    """
+    folder = local_model_folder(config) or _download(config)
+    if not (folder / "config.json").is_file():
+        raise model_error(config, f"{folder} holds no config.json", "use a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise model_error(
+            config,
+            f"{folder} holds no .safetensors weights",
+            "convert them with save_pretrained; pickled weights are not loaded",
+        )
+    settings = read_model_config(config, folder)
+    family = settings.get("model_type")
+    if family not in FAMILIES and not config.trust_remote_code:
+        raise model_error(
+            config, f"family {family!r} is not supported", f"supported: {supported_families()}"
+        )
+    return folder
+
+
+def read_model_config(config: TeacherConfig, folder: Path) -> dict[str, Any]:
+    """Return a model's config.json; ConfigError when it is not a JSON object."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise model_error(config, f"config.json is not readable: {error}") from None
+    if not isinstance(settings, dict):
+        raise model_error(config, "config.json is not an object")
+    return settings
+
+
+def _download(config: TeacherConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = [*MODEL_FILES, "*.py"] if config.trust_remote_code else list(MODEL_FILES)
+    try:
+        return Path(
+            snapshot_download(config.model, revision=config.revision, allow_patterns=patterns)
+        )
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise model_error(
+            config,
+            f"not a local folder, and not to be had from the hub: {error}",
+            "check the id and label.teacher.revision, or copy the model to a folder",
+        ) from None
+
+
+def model_fingerprint(config: TeacherConfig) -> str:
+    """Return text that changes whenever the teacher may answer otherwise.
+
+    Of a local or built-in model: a hash over its settings, tokenizer and weights (by content
+    up to 64 MB a file, by name and size above). Of a hub id: `id@revision`, unread. Of a
+    class of your own: a hash of its module's source.
+    """
+    if is_dummy(config):
+        return f"{DUMMY}@1"
+    if config.model.startswith(IMPORT):
+        return _source_fingerprint(config)
+    folder = local_model_folder(config)
+    if folder is None:
+        return f"{config.model}@{config.revision or 'main'}"
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        if size < HASHED_BYTES:
+            digest.update(path.read_bytes())
+    return f"{folder.name}@{digest.hexdigest()[:12]}"
+
+
+def _source_fingerprint(config: TeacherConfig) -> str:
+    module = sys.modules[_imported_class(config).__module__]
+    source = getattr(module, "__file__", None)
+    content = Path(source).read_bytes() if source else b""
+    return f"{config.model}@{hashlib.sha256(content).hexdigest()[:12]}"
