@@ -9,12 +9,13 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from hts_ray import pipeline, storage
-from hts_ray.config import HtsConfig, load_config
+from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.console import (
     console,
     duration,
@@ -159,23 +160,74 @@ def prepare(settings: Settings, source: str, root: str) -> None:
 
 @cli.command()
 @click.option("--manifest", metavar="PATH", help="Manifest to label (default: the run's).")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Label a seeded sample only.")
+@click.option("--sample", default=4, type=click.IntRange(1), metavar="N",
+              help="Images that --dry-run measures (default 4).")  # fmt: skip
+@click.option("--preview", metavar="FILE", help="With --dry-run: an HTML page of the sample.")
 @stage_command()
-def label(settings: Settings, manifest: str | None) -> None:
+def label(
+    settings: Settings, manifest: str | None, limit: int | None, sample: int, preview: str | None
+) -> None:
     """Score every class prompt on every region of every image (the teacher)."""
+    if preview and not settings.dry_run:
+        raise ConfigError(field="--preview", value=preview, remedy="give --dry-run with it")
     run = settings.open()
     path = pipeline.manifest_path(run, manifest)
-    stage = pipeline.label_stage(run, path)
     if settings.dry_run:
-        from hts_ray.teacher.labeling import estimate
-
-        figures = estimate(settings.config.label, path, run.class_table)
-        print_mapping("plan", {"read": path, "write": stage.path, **_readable(figures)})
+        _preview_label(_limited(run, limit), path, sample, preview)
         return
     settings.record(run, teacher_model=settings.config.label.teacher.model)
+    # Behind `record`: what the run directory remembers must not be limited.
+    run = _limited(run, limit)
+    stage = pipeline.label_stage(run, path)
     with _ray(settings.config), image_progress("label") as progress:
         pipeline.label(run, path, progress)
     print_stage("label", stage)
+    stats = stage.stats
+    if stats.get("bad_boxes"):
+        console.print(f"{stats['bad_boxes']} boxes could not be used: see the quarantine table")
+    if stats.get("agreement"):
+        found = stats["agreement"]["exact_top_1_found"]
+        console.print(f"search=objects kept the best class of {percent(found)} % of the regions")
     _next("filter", run)
+
+
+def _limited(run: pipeline.Run, limit: int | None) -> pipeline.Run:
+    if limit is None:
+        return run
+    return replace(run, config=override(run.config, {"label": {"limit": limit}}))
+
+
+def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str | None) -> None:
+    """Measure the teacher on a sample, and show what it says of it."""
+    from hts_ray.teacher.estimate import estimate
+
+    stage = pipeline.label_stage(run, manifest)
+    config = run.config
+    measured = estimate(
+        config.label, manifest, run.class_table, sample=sample, filtering=config.filter
+    )
+    for example in measured.examples:
+        rows = [
+            [
+                f"{shown.region.kind} +{shown.region.margin:g}" if shown.region.margin
+                else shown.region.kind,
+                " ".join(f"{side:.0f}" for side in shown.region.box),
+                ", ".join(f"{name} {percent(p)}" for name, p in shown.top_classes),
+                shown.caption,
+            ]
+            for shown in example.regions
+        ]  # fmt: skip
+        title = f"{example.uri} ({example.image.width} x {example.image.height})"
+        header = ["region", "box", "likeliest classes, %", "caption"]
+        print_rows(title, header, rows, text_columns=4)
+    figures = _readable(measured.figures())
+    print_mapping("plan", {"read": manifest, "write": stage.path, **figures})
+    if preview:
+        from hts_ray.teacher.preview import write_preview
+
+        write_preview(preview, measured)
+        console.print(f"[bold]preview[/bold] -> {preview}")
 
 
 @cli.command("filter")

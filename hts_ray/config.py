@@ -251,6 +251,9 @@ class LabelConfig(Section):
     block_rows: int = execution(
         64, ge=1, description="images between two commits: what a crash can cost"
     )
+    decode_memory_gib: float | None = execution(
+        None, gt=0, description="memory a decoding task reserves"
+    )
     max_attempts: int = execution(
         2, ge=1, description="workers that an image may take down before it is quarantined"
     )

@@ -71,16 +71,17 @@ def image_evidence(path: str, config: FilterConfig) -> ImageEvidence:
     were written. Raises DataError when no region is left, ConfigError for region kinds that were
     not stored.
     """
-    prior_C = prior_of(path, config)
+    info = read_info(path)
     found: list[tuple[str, str, str]] = []
     probabilities: list[np.ndarray] = []
     agreement: list[np.ndarray] = []
     kinds_seen: set[str] = set()
     for row in iter_region_rows(path):
         kinds_seen.update(row["region_kinds"])
-        probabilities_RC = region_probabilities(row, config, prior_C)
-        if not len(probabilities_RC):
+        keep = kept_regions(row, config)
+        if not keep.any():
             continue
+        probabilities_RC = class_probabilities(row["scores"][keep], info, config)
         found.append((row["image_id"], row["uri"], row["split"]))
         probabilities.append(
             pseudo_labels.aggregate(probabilities_RC, config.aggregation, config.top_k)
@@ -106,29 +107,37 @@ def image_evidence(path: str, config: FilterConfig) -> ImageEvidence:
     )
 
 
-def prior_of(path: str, config: FilterConfig) -> np.ndarray | None:
-    """Return log P(prompt) (C,) as the teacher stored it, or None when alpha is 0."""
-    if config.prior_alpha == 0:
-        return None
-    info = storage.read_json(storage.join(path, "table.json"))
-    prior = info.get("prior_log_likelihoods")
-    if prior is None:
-        raise ConfigError(
-            field="filter.prior_alpha",
-            value=config.prior_alpha,
-            remedy="the teacher stored no prior: set it to 0, or label.teacher.prior=plain",
-        )
-    return np.asarray(prior, dtype=np.float32)
+def read_info(path: str) -> dict[str, Any]:
+    """Return `table.json` of a region_scores folder; DataError when it is not there."""
+    try:
+        info = storage.read_json(storage.join(path, "table.json"))
+    except FileNotFoundError:
+        raise DataError(f"no table.json in {path}: run `hts label` first") from None
+    assert isinstance(info, dict)
+    return info
 
 
-def region_probabilities(
-    row: dict[str, Any], config: FilterConfig, prior_C: np.ndarray | None
+def class_probabilities(
+    scores_RC: np.ndarray, info: dict[str, Any], config: FilterConfig
 ) -> np.ndarray:
-    """Return the class probabilities (R', C) of the row's regions whose kind counts."""
-    scores_RC = row["scores"]
-    if config.region_kinds is not None:
-        keep = [kind in config.region_kinds for kind in row["region_kinds"]]
-        scores_RC = scores_RC[np.asarray(keep, dtype=bool)]
+    """Return class probabilities (R, C) of regional scores, whichever kind `info` says they are.
+
+    Log-likelihoods of prompts lose alpha times their prior and compete in a softmax. What
+    captions state is a probability already; prior_alpha, temperature and null_score say nothing
+    about it. Raises ConfigError for an alpha without a stored prior.
+    """
+    if info.get("score_kind") == "log_probability":
+        return np.asarray(np.exp(scores_RC))
+    prior_C = None
+    if config.prior_alpha > 0:
+        stored = info.get("prior_log_likelihoods")
+        if stored is None:
+            raise ConfigError(
+                field="filter.prior_alpha",
+                value=config.prior_alpha,
+                remedy="the teacher stored no prior: set it to 0, or label.teacher.prior=plain",
+            )
+        prior_C = np.asarray(stored, dtype=np.float32)
     return pseudo_labels.region_probabilities(
         scores_RC,
         prior_C,
@@ -136,6 +145,22 @@ def region_probabilities(
         config.temperature,
         null_score=config.null_score,
     )
+
+
+def kept_regions(row: dict[str, Any], config: FilterConfig) -> np.ndarray:
+    """Return which regions (R,) bool of a row have a kind and a context margin that count.
+
+    Margins are asked of regions that have one to choose, around persons and unions.
+    """
+    kinds, margins = row["region_kinds"], row.get("margins") or [0.0] * len(row["region_kinds"])
+    keep = np.ones(len(kinds), dtype=bool)
+    if config.region_kinds is not None:
+        keep &= np.isin(kinds, config.region_kinds)
+    if config.margins is not None:
+        with_context = np.isin(kinds, ("person", "union"))
+        nearest = np.abs(np.subtract.outer(margins, config.margins)).min(axis=1, initial=np.inf)
+        keep &= ~with_context | (nearest < 1e-4)
+    return keep
 
 
 def filter_regions(

@@ -8,8 +8,11 @@ and `finish` can prove that every image came out once.
 
 from __future__ import annotations
 
+import errno
+import random
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hts_ray import errors, storage
+from hts_ray.attempts import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.config import ImagesConfig
 from hts_ray.errors import DataError, UserError
 from hts_ray.tables import (
@@ -36,6 +40,8 @@ from hts_ray.tables import (
 
 if TYPE_CHECKING:
     import ray.data
+
+    from hts_ray.data.images import ImageError
 
 OK = "ok"
 QUARANTINED = "quarantined"
@@ -53,17 +59,23 @@ DECODED_FIELDS = (
 # Waiting for GPUs of an autoscaling cluster counts as no progress; Ray's own limit is 30 min.
 _NO_PROGRESS_SECONDS = 6 * 3600
 _READ_THREADS = 4  # a task's reads overlap; storage is mostly waited for
+_RETRY_SECONDS = 0.5
+_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
 
 Pixels = npt.NDArray[np.uint8]
 
 
 def manifest_rows(
-    manifest_path: str, splits: Sequence[str] | None = None, limit: int | None = None
+    manifest_path: str,
+    splits: Sequence[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> pa.Table:
     """Return image_id, uri and split of the images that a stage has to answer, in order.
 
-    `splits` None takes all; `limit` keeps the first so many. Annotations are not read. Raises
-    DataError when no image is left, naming the splits that exist, or when an id occurs twice.
+    `splits` None takes all; `limit` draws so many at random, the same for the same `seed`.
+    Annotations are not read. Raises DataError when no image is left, naming the splits that
+    exist, or when an id occurs twice.
     """
     table = read_table(manifest_path, columns=list(MANIFEST_COLUMNS))
     chosen = table if splits is None else table.filter(pc.is_in(table["split"], pa.array(splits)))
@@ -71,20 +83,29 @@ def manifest_rows(
         found = ", ".join(sorted(str(name) for name in table["split"].unique().to_pylist()))
         asked = "" if splits is None else f" in split {', '.join(splits)}"
         raise DataError(f"{manifest_path} holds no image{asked}: it has {found or 'no rows'}")
-    chosen = chosen.slice(0, limit).combine_chunks()
+    if limit is not None and limit < len(chosen):
+        drawn = np.random.default_rng(seed).choice(len(chosen), limit, replace=False)
+        chosen = chosen.take(np.sort(drawn))
+    chosen = chosen.combine_chunks()
     require_unique_ids(chosen, manifest_path)
     return chosen
 
 
 def manifest_ids(
-    manifest_path: str, splits: Sequence[str] | None = None, limit: int | None = None
+    manifest_path: str,
+    splits: Sequence[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> pa.Array:
     """Return the image ids of `manifest_rows`."""
-    return pa.concat_arrays(manifest_rows(manifest_path, splits, limit)["image_id"].chunks)
+    return pa.concat_arrays(manifest_rows(manifest_path, splits, limit, seed)["image_id"].chunks)
 
 
 def read_manifest(
-    manifest_path: str, splits: Sequence[str] | None = None, limit: int | None = None
+    manifest_path: str,
+    splits: Sequence[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> ray.data.Dataset:
     """Return the manifest's image_id, uri and split as a dataset, cut to `manifest_ids`."""
     import ray.data
@@ -93,7 +114,7 @@ def read_manifest(
     dataset = ray.data.read_parquet(manifest_path).select_columns(list(MANIFEST_COLUMNS))
     if limit is not None:
         # Not Dataset.limit: on a resumed run that would count from the images still to do.
-        ids = manifest_ids(manifest_path, splits, limit)
+        ids = manifest_ids(manifest_path, splits, limit, seed)
         return dataset.map_batches(partial(_keep_ids, ids=ids), batch_format="pyarrow")
     return dataset if splits is None else dataset.filter(expr=col("split").is_in(list(splits)))
 
@@ -185,16 +206,32 @@ def user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
-def decode_batch(table: pa.Table, images: ImagesConfig, square: int | None = None) -> pa.Table:
+def decode_batch(
+    table: pa.Table,
+    images: ImagesConfig,
+    square: int | None = None,
+    *,
+    retries: int = 0,
+    attempts: Log | None = None,
+) -> pa.Table:
     """Add the decoded pixels of each row's `uri`, or the reason why there are none.
 
     Adds `pixels` (H * W * 3 bytes, RGB, row-major), `pixel_height`, `pixel_width`, the upright
     original's `width` and `height`, `error_kind` and `error`; a bad row has null pixels.
     `square` squashes the pixels to `square` x `square`, which is all that a student looks at.
+    Storage that fails is asked again up to `retries` times. With a log of `attempts`, a batch
+    that has killed its worker is decoded in a process apart.
     """
     uris = table["uri"].to_pylist()
-    with ThreadPoolExecutor(min(_READ_THREADS, max(1, len(uris)))) as threads:
-        rows = list(threads.map(lambda uri: _decode_row(uri, images, square), uris))
+    work = partial(_decode_row, images=images, square=square, retries=retries)
+    ids = [f"decode {image_id}" for image_id in table["image_id"].to_pylist()] if attempts else []
+    if attempts is not None and attempts.begin(ids) is not None:
+        rows = each_in_a_process(work, uris, _killed_by)
+    else:
+        with ThreadPoolExecutor(min(_READ_THREADS, max(1, len(uris)))) as threads:
+            rows = list(threads.map(work, uris))
+    if attempts is not None:
+        attempts.end(ids)
     for field in DECODED_FIELDS:
         if field.name in table.column_names:  # a manifest may know the size already
             table = table.drop_columns([field.name])
@@ -203,14 +240,20 @@ def decode_batch(table: pa.Table, images: ImagesConfig, square: int | None = Non
     return table
 
 
-def _decode_row(uri: str | None, images: ImagesConfig, square: int | None) -> dict[str, Any]:
-    from hts_ray.data.images import ImageError, decode_image, read_image_bytes
+def _killed_by(_uri: str | None) -> dict[str, Any]:
+    return {"error_kind": KILLED_WORKER, "error": "the process that decoded it died"}
+
+
+def _decode_row(
+    uri: str | None, images: ImagesConfig, square: int | None, retries: int = 0
+) -> dict[str, Any]:
+    from hts_ray.data.images import ImageError, decode_image
 
     try:
         if not uri:
             raise ImageError("missing", "the row has no uri")
         image = decode_image(
-            read_image_bytes(uri),
+            _read_patiently(uri, retries),
             max_pixels=images.max_pixels,
             min_side=images.min_side,
             max_side=images.max_side,
@@ -227,6 +270,31 @@ def _decode_row(uri: str | None, images: ImagesConfig, square: int | None) -> di
         "width": image.width,
         "height": image.height,
     }
+
+
+def _read_patiently(uri: str, retries: int) -> bytes:
+    """Read a file, and again after growing pauses where the storage failed as it may for once."""
+    from hts_ray.data.images import ImageError, read_image_bytes
+
+    for attempt in range(retries + 1):
+        try:
+            return read_image_bytes(uri)
+        except ImageError as error:
+            if attempt == retries or not _may_pass(error, uri):
+                raise
+            # Spread, so that a thousand tasks do not come back in step.
+            time.sleep(_RETRY_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _may_pass(error: ImageError, uri: str) -> bool:
+    """Tell a storage error that another try may not meet: throttling, a lost connection."""
+    if error.kind != "unreadable":
+        return False
+    number = getattr(error.__cause__, "errno", None)
+    if number in {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}:
+        return False
+    return storage.is_remote(uri) or number in _TRANSIENT
 
 
 def squash(pixels: Pixels, size: int) -> Pixels:
@@ -309,14 +377,17 @@ def finish(
     seconds: float,
     table_info: Mapping[str, Any] | None = None,
     more_stats: Mapping[str, Any] | None = None,
+    notes: pa.Table | None = None,
 ) -> dict[str, Any]:
     """Check that every expected image came out exactly once, then publish the stage.
 
     Writes the bad rows to `quarantine/part-0.parquet` and `table_info`, if given, to
-    `table.json`; `name` is the stage's name in the quarantine. Returns what was published:
-    rows_in, rows_out, quarantined, quarantined_by_kind, seconds, rows_per_second and
-    `more_stats`. Raises DataError when no image could be used; the folder is emptied then, so
-    that a rerun tries the images anew.
+    `table.json`; `name` is the stage's name in the quarantine. `notes` (image_id, uri,
+    error_kind, error) are what was wrong with images that are good all the same, such as a bad
+    box; they go to the quarantine table too. Returns what was published: rows_in, rows_out,
+    quarantined, quarantined_by_kind, seconds, rows_per_second and `more_stats`. Raises DataError
+    when no image could be used; the folder is emptied then, so that a rerun tries the images
+    anew.
     """
     if storage.exists(stage.file(CHECKPOINT)):
         remove_uncommitted(stage)
@@ -334,7 +405,11 @@ def finish(
             f"none of {len(rows)} images can be used ({counts}): the first is {first['uri']},"
             f" {first['error']}; all are listed in {stage.file('quarantine')}"
         )
-    write_quarantine(stage, bad, name)
+    if notes is not None:
+        bad_rows = bad.select(notes.column_names).cast(notes.schema)
+        write_quarantine(stage, pa.concat_tables([bad_rows, notes]), name)
+    else:
+        write_quarantine(stage, bad, name)
     if table_info is not None:
         storage.write_json(stage.file("table.json"), dict(table_info))
     stage.publish(

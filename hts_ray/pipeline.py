@@ -126,6 +126,7 @@ def label_stage(run: Run, manifest: str) -> StageFolder:
     Annotations are left out of its key: the teacher must not see them.
     """
     from hts_ray.teacher.loading import model_fingerprint
+    from hts_ray.teacher.teaching import region_sources
 
     images = read_manifest(manifest).drop_columns(list(ANNOTATION_COLUMNS))
     label = run.config.label
@@ -134,6 +135,7 @@ def label_stage(run: Run, manifest: str) -> StageFolder:
         run.class_table.fingerprint(),
         content_hash(images),
         model_fingerprint(label.teacher),
+        region_sources(label.regions),
     )
     return run.stage("region_scores", key)
 

@@ -997,7 +997,6 @@ def _run_item(
     row: Row, image: str, label: Row, sidecar: Mapping[str, Any], found: _Found
 ) -> GalleryItem:
     class_ids = [int(i) for i in sidecar.get("class_ids") or found.names]
-    prior = sidecar.get("prior_log_likelihoods")
     truth = found.annotations.get(row["image_id"])
     return gallery_item(
         image_id=row["image_id"],
@@ -1007,7 +1006,7 @@ def _run_item(
         names=found.names,
         class_ids=class_ids,
         boxes=row["boxes"],
-        probabilities=_probabilities(row, len(class_ids), prior, found.config),
+        probabilities=_probabilities(row, len(class_ids), sidecar, found.config),
         positive_ids=label["positive_ids"],
         positive_probabilities=label["probability"],
         ignored_ids=label["ignored_ids"],
@@ -1034,19 +1033,16 @@ def _rows_of(path: str, image_ids: Sequence[str]) -> list[Row]:
 
 
 def _probabilities(
-    row: Row, num_classes: int, prior: Sequence[float] | None, config: HtsConfig
+    row: Row, num_classes: int, sidecar: Mapping[str, Any], config: HtsConfig
 ) -> FloatArray:
     """Return a region's class probabilities as the filter saw them."""
-    from hts_ray.pseudo_labels import region_probabilities
+    from hts_ray.filtering import class_probabilities
 
     scores_RC = np.asarray(row["scores"], dtype=np.float32).reshape(len(row["boxes"]), num_classes)
-    probabilities_RC: FloatArray = region_probabilities(
-        scores_RC,
-        prior_C=None if prior is None else np.asarray(prior, dtype=np.float32),
-        alpha=config.filter.prior_alpha if prior is not None else 0.0,
-        temperature=config.filter.temperature,
-        null_score=config.filter.null_score,
-    )
+    settings = config.filter
+    if sidecar.get("prior_log_likelihoods") is None:
+        settings = settings.model_copy(update={"prior_alpha": 0.0})
+    probabilities_RC: FloatArray = class_probabilities(scores_RC, dict(sidecar), settings)
     return probabilities_RC
 
 

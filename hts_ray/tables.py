@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from hts_ray import storage
 from hts_ray.errors import DataError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 STATS_FILE = "stats.json"
 
 
@@ -59,9 +59,13 @@ REGION_SCORES_SCHEMA = _schema(
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("boxes", pa.list_(BOX)),  # R boxes, xyxy, pixels of the upright original
-        pa.field("region_kinds", pa.list_(pa.string())),  # R kinds: whole, grid, union, given
+        # R kinds: whole, grid, person, union, given; and the context around each, share of a side
+        pa.field("region_kinds", pa.list_(pa.string())),
+        pa.field("margins", pa.list_(pa.float32())),
         pa.field("captions", pa.list_(pa.list_(pa.string()))),  # R lists, empty if not asked for
-        pa.field("scores", pa.list_(pa.float32())),  # R x C log-likelihoods, row-major
+        # R x C log-likelihoods, row-major; -inf for a class that was left out
+        pa.field("scores", pa.list_(pa.float32())),
+        pa.field("problems", pa.list_(pa.string())),  # boxes that could not be used, and why
         pa.field("status", pa.string(), nullable=False),  # ok or quarantined
         pa.field("error_kind", pa.string()),
         pa.field("error", pa.string()),

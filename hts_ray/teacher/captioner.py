@@ -202,9 +202,11 @@ def reduce_templates(
         return np.maximum.reduceat(values_RP, starts, axis=1)
     with np.errstate(invalid="ignore"):  # NaN stays NaN; whoever reads the scores checks them
         if reduction == "mean":
-            return np.add.reduceat(values_RP, starts, axis=1) / sizes
+            means: npt.NDArray[np.float64] = np.add.reduceat(values_RP, starts, axis=1) / sizes
+            return means
         sums: npt.NDArray[np.float64] = np.logaddexp.reduceat(values_RP, starts, axis=1)
-    return sums - np.log(sizes)
+    averages: npt.NDArray[np.float64] = sums - np.log(sizes)
+    return averages
 
 
 def score_classes(

@@ -2,7 +2,8 @@
 
 A row is read, decoded by a CPU task, scored by an actor that holds the teacher, and
 written together with a checkpoint of its id. A killed run that is started again continues
-behind the last written block. Bad images become quarantined rows; they never stop a run.
+behind the last written block. Bad images become quarantined rows; they never stop a run, not
+even when they kill the process that looks at them.
 
 Shape legend: R regions, C classes, P prompts.
 """
@@ -10,7 +11,7 @@ Shape legend: R regions, C classes, P prompts.
 from __future__ import annotations
 
 import logging
-import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray import storage
+from hts_ray.attempts import KILLED_WORKER, AttemptLog, Deaths, Log, survive
 from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig
-from hts_ray.data.images import DecodedImage
-from hts_ray.errors import ConfigError, DataError
+from hts_ray.errors import DataError
 from hts_ray.image_pipeline import (
     CHECKPOINT,
     OK,
@@ -40,17 +41,15 @@ from hts_ray.image_pipeline import (
     users_mistakes_unwrapped,
 )
 from hts_ray.tables import REGION_SCORES_SCHEMA, StageFolder, read_table
-from hts_ray.teacher.captioner import (
-    DUMMY,
-    Captioner,
-    ClassPrompts,
-    check_teacher,
-    load_captioner,
-    model_fingerprint,
-    plain_images,
-    prior_log_likelihoods,
+from hts_ray.teacher.scoring import ImageFailure, ImageTask, ScoredImage, breaks_device
+from hts_ray.teacher.teaching import (
+    TABLE_INFO,
+    Teaching,
+    image_task,
+    load_on_device,
+    region_scorer,
+    table_info,
 )
-from hts_ray.teacher.scoring import ImageFailure, RegionScorer, ScoredImage
 
 if TYPE_CHECKING:
     import ray.data
@@ -60,7 +59,9 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, int], None]
 
 STAGE = "label"
-TABLE_INFO = "table.json"
+AGREEMENT = "agreement.json"
+BAD_BOX = "bad_box"
+_GIB = 1 << 30
 
 
 def label_images(
@@ -79,7 +80,8 @@ def label_images(
     thread. Of the manifest only ids, URIs and splits are read.
 
     Returns stats: rows_in, rows_out (scored), rows_resumed (found finished), quarantined,
-    quarantined_by_kind, regions, seconds, rows_per_second (of this run). Raises DataError
+    quarantined_by_kind, bad_boxes, regions, seconds, rows_per_second and regions_per_second (of
+    this run), and with an approximate search its `agreement` with exact scores. Raises DataError
     when nothing is selected, when the output does not hold every image once, and when every
     image was quarantined (the quarantine table is written all the same, and the rest is
     removed so that the next run tries again); ConfigError for a teacher that does not load.
@@ -88,37 +90,52 @@ def label_images(
         return stage.stats
     stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
     started = time.monotonic()
-    check_teacher(config.teacher)
-    expected = manifest_ids(manifest_path, config.splits, config.limit)
+    rows = manifest_rows(manifest_path, config.splits, config.limit, config.limit_seed)
+    teaching = Teaching.plan(config, class_table, rows, stage)
+    expected = manifest_ids(manifest_path, config.splits, config.limit, config.limit_seed)
     resumed = committed_rows(stage)
+    before = _region_count(stage) if resumed else 0
     if resumed < len(expected):
         with data_context(stage.file(CHECKPOINT)):
-            images = read_manifest(manifest_path, config.splits, config.limit)
-            dataset = _scored(images, config, class_table, stage)
+            images = read_manifest(manifest_path, config.splits, config.limit, config.limit_seed)
+            dataset = _scored(images, teaching)
         with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
             dataset.write_parquet(stage.path)
     remove_uncommitted(stage)
-    regions = read_table(stage.path, ["region_kinds"])["region_kinds"]
+    regions = _region_count(stage)
     seconds = time.monotonic() - started
-    stats = finish(
-        stage,
-        expected,
-        name=STAGE,
-        seconds=seconds,
-        more_stats={
-            "rows_resumed": resumed,
-            "rows_per_second": (len(expected) - resumed) / seconds,
-            "regions": pc.sum(pc.list_value_length(regions)).as_py() or 0,
-        },
-    )
+    notes = _bad_boxes(stage)
+    more_stats: dict[str, Any] = {
+        "rows_resumed": resumed,
+        "rows_per_second": (len(expected) - resumed) / seconds,
+        "regions": regions,
+        "regions_per_second": (regions - before) / seconds,
+        "bad_boxes": len(notes),
+    }
+    if storage.exists(stage.file(AGREEMENT)):
+        more_stats["agreement"] = storage.read_json(stage.file(AGREEMENT))
+    stats = finish(stage, expected, name=STAGE, seconds=seconds, more_stats=more_stats, notes=notes)
     if progress is not None:
         progress(stats["rows_in"], stats["rows_in"], stats["quarantined"])
     return stats
 
 
-def class_prompts(config: LabelConfig, class_table: ClassTable) -> ClassPrompts:
-    """Return the prompts that the teacher scores, class by class."""
-    return ClassPrompts.of(class_table.prompts, config.teacher.prompt_templates)
+def _region_count(stage: StageFolder) -> int:
+    kinds = read_table(stage.path, ["region_kinds"])["region_kinds"]
+    return pc.sum(pc.list_value_length(kinds)).as_py() or 0
+
+
+def _bad_boxes(stage: StageFolder) -> pa.Table:
+    """Return a quarantine row for every box that could not be used, of images that could."""
+    table = read_table(stage.path, ["image_id", "uri", "problems"])
+    table = table.filter(pc.greater(pc.list_value_length(table["problems"]), 0))
+    rows = [
+        {"image_id": row["image_id"], "uri": row["uri"], "error_kind": BAD_BOX, "error": problem}
+        for row in table.to_pylist()
+        for problem in row["problems"]
+    ]
+    names = ("image_id", "uri", "error_kind", "error")
+    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in names]))
 
 
 def read_table_info(stage_path: str) -> dict[str, Any]:
@@ -138,81 +155,80 @@ def read_table_info(stage_path: str) -> dict[str, Any]:
     return info
 
 
-def table_info(
-    captioner: Captioner, config: LabelConfig, prompts: ClassPrompts, classes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the contents of `table.json`; the prior costs a few forwards."""
-    teacher = config.teacher
-    prior = None
-    if teacher.prior != "none":
-        prior = prior_log_likelihoods(
-            captioner, prompts, teacher.null_images, length_normalize=teacher.length_normalize
-        )
-        if not np.isfinite(prior).all():
-            raise DataError("the teacher's scores of plain images are not finite: try float32")
-    counts = captioner.score(plain_images(1), prompts.texts).token_counts.tolist()
-    return {
-        **classes,
-        "prompts": prompts.by_class(prompts.texts),
-        "prompts_hash": prompts.fingerprint(),
-        "token_counts": prompts.by_class(counts),
-        "prior_log_likelihoods": None if prior is None else prior.tolist(),
-        "model": teacher.model,
-        "model_fingerprint": model_fingerprint(teacher),
-        "length_normalize": teacher.length_normalize,
-        "append_eos": teacher.append_eos,
-        "regions": config.regions.model_dump(mode="json"),
-    }
+class RemoteLog:
+    """An AttemptLog in an actor; it forgets rather than fails when that actor is lost."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
+        """See AttemptLog."""
+        import ray
+
+        try:
+            answer: list[Deaths] | None = ray.get(self.handle.begin.remote(list(ids), alone))
+        except ray.exceptions.RayActorError:
+            return None
+        return answer
+
+    def end(self, ids: Sequence[str]) -> None:
+        """See AttemptLog; nobody waits for the answer."""
+        self.handle.end.remote(list(ids))
+
+
+def start_log() -> RemoteLog:
+    """Start the log of a run on the driver's node, beside whatever else runs there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(AttemptLog).options(num_cpus=0, scheduling_strategy=node)
+    return RemoteLog(actor.remote())
 
 
 class TeacherActor:
     """The stateful UDF of Ray Data: loads the teacher once, scores batch after batch."""
 
-    def __init__(
-        self,
-        config: LabelConfig,
-        prompts: ClassPrompts,
-        classes: Mapping[str, Any],
-        info_path: str,
-    ) -> None:
-        captioner = _load_on_device(config)
-        if not storage.exists(info_path):
-            storage.write_json(info_path, table_info(captioner, config, prompts, classes))
-        self.scorer = RegionScorer(captioner, prompts, config.teacher, config.regions)
+    def __init__(self, teaching: Teaching, attempts: Log) -> None:
+        self.teaching = teaching
+        self.attempts = attempts
+        captioner, device = load_on_device(teaching.config)
+        if not storage.exists(teaching.info_path):
+            storage.write_json(teaching.info_path, table_info(captioner, teaching))
+        self.scorer = region_scorer(captioner, teaching, device)
+        # One measurement a run is enough; two actors that both make it write the same thing.
+        self._agreement = storage.join(teaching.info_path.rpartition("/")[0], AGREEMENT)
+        approximate = teaching.config.teacher.search == "objects"
+        self._measure = approximate and not storage.exists(self._agreement)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return rows of REGION_SCORES_SCHEMA for rows of decoded images, one for one."""
-        readable = np.flatnonzero(batch["error_kind"].is_null().to_numpy())
-        images = [_decoded_image(batch, row) for row in readable.tolist()]
-        results = dict(zip(readable.tolist(), self.scorer(images), strict=True))
+        readable = np.flatnonzero(batch["error_kind"].is_null().to_numpy()).tolist()
+        tasks = [image_task(batch, row) for row in readable]
+        found = survive(
+            self.attempts,
+            [f"teach {task.image_id}" for task in tasks],
+            lambda numbers: self._score([tasks[number] for number in numbers]),
+            lambda number: ImageFailure(KILLED_WORKER, "the teacher's process died over it"),
+            self.teaching.config.max_attempts,
+        )
+        results = dict(zip(readable, found, strict=True))
         rows = [_output_row(batch, row, results.get(row)) for row in range(batch.num_rows)]
         return pa.Table.from_pylist(rows, schema=REGION_SCORES_SCHEMA)
 
-
-def _load_on_device(config: LabelConfig) -> Captioner:
-    if config.teacher.model == DUMMY:
-        return load_captioner(config.teacher)
-    import torch
-
-    torch.set_num_threads(config.pool.threads)
-    if config.pool.num_gpus > 0 and not torch.cuda.is_available():
-        raise ConfigError(
-            "torch sees no GPU on this node",
-            field="label.pool.num_gpus",
-            value=config.pool.num_gpus,
-            remedy="set it to 0, or use nodes with GPUs and a CUDA build of torch",
-        )
-    return load_captioner(config.teacher, "cuda" if config.pool.num_gpus > 0 else "cpu")
-
-
-def _decoded_image(batch: pa.Table, row: int) -> DecodedImage:
-    height, width = batch["pixel_height"][row].as_py(), batch["pixel_width"][row].as_py()
-    pixels = np.frombuffer(batch["pixels"][row].as_buffer(), dtype=np.uint8)
-    return DecodedImage(
-        pixels=pixels.reshape(height, width, 3),
-        width=batch["width"][row].as_py(),
-        height=batch["height"][row].as_py(),
-    )
+    def _score(self, tasks: list[ImageTask]) -> list[ScoredImage | ImageFailure]:
+        try:
+            results = self.scorer(tasks)
+            if self._measure and tasks:
+                storage.write_json(self._agreement, self.scorer.agreement(tasks))
+                self._measure = False
+        except Exception as error:
+            if breaks_device(error):
+                # Nothing that this process says from here on is true. Ray starts another.
+                logger.exception("the device is unusable")
+                os._exit(1)
+            raise
+        return results
 
 
 def _output_row(
@@ -229,15 +245,15 @@ def _output_row(
         **output,
         "boxes": [region.box for region in result.regions],
         "region_kinds": [region.kind for region in result.regions],
+        "margins": [region.margin for region in result.regions],
         "captions": result.captions,
         "scores": result.scores.ravel(),
+        "problems": result.problems,
         "status": OK,
     }
 
 
-def _scored(
-    images: ray.data.Dataset, config: LabelConfig, class_table: ClassTable, stage: StageFolder
-) -> ray.data.Dataset:
+def _scored(images: ray.data.Dataset, teaching: Teaching) -> ray.data.Dataset:
     """Add decoding on CPU tasks and scoring on the actor pool.
 
     Every step maps rows one for one: Ray's checkpoints count on it.
@@ -245,39 +261,50 @@ def _scored(
     import ray
     from ray.data import ActorPoolStrategy
 
+    config = teaching.config
     pool = config.pool
     resources: dict[str, Any] = (
         {"num_gpus": pool.num_gpus} if pool.num_gpus else {"num_cpus": pool.num_cpus}
     )
     if pool.memory_gib is not None:
-        resources["memory"] = int(pool.memory_gib * (1 << 30))
+        resources["memory"] = int(pool.memory_gib * _GIB)
     _warn_of_waiting(config, ray.cluster_resources())
-    classes = {
-        "class_ids": class_table.ids.tolist(),
-        "class_fingerprint": class_table.fingerprint(),
-    }
+    attempts = start_log()
     return (
         images.repartition(target_num_rows_per_block=config.block_rows)
         .map_batches(
             decode_batch,
-            fn_kwargs={"images": config.images},
+            fn_kwargs={
+                "images": config.images,
+                "retries": config.transient_retries,
+                "attempts": attempts,
+            },
             batch_size=config.batch_images,
             batch_format="pyarrow",
+            # Also what keeps Ray from fusing decoding into the actors: resources that differ.
+            memory=_decode_memory(config),
         )
         .map_batches(
             TeacherActor,
-            fn_constructor_args=(
-                config,
-                class_prompts(config, class_table),
-                classes,
-                stage.file(TABLE_INFO),
-            ),
+            fn_constructor_args=(teaching, attempts),
             batch_size=config.batch_images,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+            compute=ActorPoolStrategy(
+                min_size=pool.min_size,
+                max_size=pool.max_size,
+                max_tasks_in_flight_per_actor=pool.tasks_in_flight,
+            ),
             **resources,
         )
     )
+
+
+def _decode_memory(config: LabelConfig) -> int:
+    """Return the bytes that a decoding task reserves: its batch twice, as pixels and as a table."""
+    if config.decode_memory_gib is not None:
+        return int(config.decode_memory_gib * _GIB)
+    largest = 3 * config.images.max_side**2
+    return min(max(2 * config.batch_images * largest, _GIB // 16), _GIB)
 
 
 def _warn_of_waiting(config: LabelConfig, resources: Mapping[str, float]) -> None:
@@ -298,74 +325,3 @@ def _warn_of_waiting(config: LabelConfig, resources: Mapping[str, float]) -> Non
             busy,
             cpus,
         )
-
-
-def estimate(
-    config: LabelConfig, manifest_path: str, class_table: ClassTable, sample: int = 4
-) -> dict[str, Any]:
-    """Measure the teacher on a few images in this process and extrapolate; writes nothing.
-
-    Returns images, sample, sample_quarantined, device, load_seconds, seconds_per_image,
-    regions_per_image, seconds (of the run with pool.max_size actors) and gpu_hours. Times
-    are None when no sampled image could be read. The first scored image only warms up.
-    """
-    selection = manifest_rows(manifest_path, config.splits, config.limit)
-    started = time.monotonic()
-    captioner, device = _load_for_estimate(config)
-    scorer = RegionScorer(
-        captioner, class_prompts(config, class_table), config.teacher, config.regions
-    )
-    load_seconds = time.monotonic() - started
-    times, regions, failures = _time_images(scorer, config, selection, sample)
-    per_image = sum(times) / len(times) if times else math.nan
-    seconds = per_image * selection.num_rows / config.pool.max_size
-    gpu_hours = seconds * config.pool.max_size * config.pool.num_gpus / 3600
-    return {
-        "images": selection.num_rows,
-        "sample": len(times),
-        "sample_quarantined": failures,
-        "device": device,
-        "load_seconds": load_seconds,
-        "seconds_per_image": per_image if times else None,
-        "regions_per_image": regions / len(times) if times else None,
-        "seconds": load_seconds + seconds if times else None,
-        "gpu_hours": gpu_hours if times else None,
-    }
-
-
-def _load_for_estimate(config: LabelConfig) -> tuple[Captioner, str]:
-    device = "cpu"
-    if config.teacher.model != DUMMY:
-        import torch
-
-        torch.set_num_threads(config.pool.threads)
-        if config.pool.num_gpus > 0 and torch.cuda.is_available():
-            device = "cuda"
-    return load_captioner(config.teacher, device), device
-
-
-def _time_images(
-    scorer: RegionScorer, config: LabelConfig, selection: pa.Table, sample: int
-) -> tuple[list[float], int, int]:
-    """Return seconds of every readable sampled image, their regions, and the failures."""
-    count = min(sample, selection.num_rows)
-    rows: Sequence[int] = np.linspace(0, selection.num_rows - 1, count).astype(int).tolist()
-    times, regions, failures = [], 0, 0
-    warm = False
-    for row in rows:
-        started = time.monotonic()
-        decoded = decode_batch(selection.slice(row, 1), config.images)
-        if decoded["error_kind"][0].is_valid:
-            failures += 1
-            continue
-        image = _decoded_image(decoded, 0)
-        if not warm:
-            scorer([image])
-            warm, started = True, time.monotonic()
-        result = scorer([image])[0]
-        if isinstance(result, ImageFailure):
-            failures += 1
-            continue
-        times.append(time.monotonic() - started)
-        regions += len(result.regions)
-    return times, regions, failures

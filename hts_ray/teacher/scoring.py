@@ -1,21 +1,35 @@
 """One batch of decoded images through a teacher, with every failure kept to its own image.
 
-Knows neither Ray nor files. Shape legend: R regions of an image, C classes.
+Knows neither Ray nor files. Shape legend: R regions, P prompts, C classes, O objects.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from hts_ray.config import RegionsConfig, TeacherConfig
 from hts_ray.data.images import DecodedImage
-from hts_ray.teacher.captioner import Captioner, ClassPrompts, FloatArray, Pixels, score_classes
-from hts_ray.teacher.regions import Region, propose_regions
+from hts_ray.teacher.captioner import (
+    Caption,
+    Captioner,
+    ClassPrompts,
+    FloatArray,
+    Pixels,
+    SearchingCaptioner,
+    score_classes,
+)
+from hts_ray.teacher.crops import CropBatch
+from hts_ray.teacher.regions import Box, Detection, Region, propose_regions
+
+if TYPE_CHECKING:
+    from hts_ray.teacher.detector import Detector
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +37,31 @@ TEACHER_ERROR = "teacher_error"
 OUT_OF_MEMORY = "out_of_memory"
 NOT_FINITE = "not_finite"
 
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTask:
+    """An image to score: its pixels, and what its given boxes are looked up by."""
+
+    image: DecodedImage
+    image_id: str = ""
+    uri: str = ""
+
 
 @dataclass(frozen=True, eq=False)
 class ScoredImage:
     """What the teacher says of one image.
 
-    `scores` (R, C) float32 log-likelihoods, all finite; `captions` one list a region,
-    empty unless captions were asked for.
+    `scores` (R, C) float32 log-likelihoods, -inf for classes that were left out; `captions` one
+    list a region, empty unless captions were asked for; `problems` tells of boxes that could not
+    be used.
     """
 
     regions: list[Region]
     scores: FloatArray
     captions: list[list[str]]
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,60 +72,134 @@ class ImageFailure:
     message: str
 
 
+class GivenBoxesLike(Protocol):
+    """Boxes that came with the images; see `hts_ray.teacher.given_boxes`."""
+
+    def of(
+        self, image_id: str, uri: str, width: int, height: int
+    ) -> tuple[list[Detection], list[Box], list[str]]:
+        """Return labeled boxes, plain boxes, and what could not be used."""
+
+
+class CaptionMatcher(Protocol):
+    """Finds classes in captions; see `hts_ray.teacher.matching`."""
+
+    def __call__(self, captions: Sequence[str]) -> list[dict[int, float]]:
+        """Return one {class position: probability} a caption."""
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectGate:
+    """Which objects a region shows, told by scoring the objects alone.
+
+    `prompts` are O sentences, one an object; `object_of_class` (C,) int64 names each class's, -1
+    for a class without one, which is always scored. An approximation: a region whose object
+    scores badly alone loses the classes of that object.
+    """
+
+    prompts: tuple[str, ...]
+    object_of_class: npt.NDArray[np.int64]
+    keep: int
+
+
 @dataclass
 class RegionScorer:
-    """Scores all regions of several images at a time."""
+    """Scores all regions of several images at a time.
+
+    `offsets_C` is added to the scores where search=top_k ranks classes, `limit` caps the regions
+    of an image on top of `regions.max_regions`.
+    """
 
     captioner: Captioner
     prompts: ClassPrompts
     teacher: TeacherConfig
     regions: RegionsConfig
+    detector: Detector | None = None
+    given: GivenBoxesLike | None = None
+    matcher: CaptionMatcher | None = None
+    gate: ObjectGate | None = None
+    offsets_C: FloatArray | None = None
+    limit: int | None = None
     chunk: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.chunk = self.teacher.max_batch_regions
+        if self.teacher.mode == "captions" and self.matcher is None:
+            raise ValueError("mode=captions needs a matcher")
+        if self.teacher.search == "objects" and self.gate is None:
+            raise ValueError("search=objects needs a gate")
 
-    def __call__(self, images: Sequence[DecodedImage]) -> list[ScoredImage | ImageFailure]:
+    def __call__(self, tasks: Sequence[ImageTask]) -> list[ScoredImage | ImageFailure]:
         """Return one result an image, in order.
 
         An exception of the teacher is pinned to the image that causes it by halving the
         batch. Errors that leave the device unusable are raised: they say nothing about
-        an image.
+        an image (see `breaks_device`).
         """
-        if not images:
+        if not tasks:
             return []
         try:
-            return self._score(images)
+            return self._score(tasks)
         except Exception as error:
-            if _is_fatal(error):
+            if breaks_device(error):
                 raise
-            if len(images) == 1:
+            if len(tasks) == 1:
                 kind = OUT_OF_MEMORY if _is_out_of_memory(error) else TEACHER_ERROR
                 return [ImageFailure(kind, f"{type(error).__name__}: {error}"[:500])]
-        middle = len(images) // 2
-        return [*self(images[:middle]), *self(images[middle:])]
+        middle = len(tasks) // 2
+        return [*self(tasks[:middle]), *self(tasks[middle:])]
 
-    def _score(self, images: Sequence[DecodedImage]) -> list[ScoredImage | ImageFailure]:
-        regions = [propose_regions(i.width, i.height, self.regions) for i in images]
-        crops = [
-            crop_region(image, region)
-            for image, of_image in zip(images, regions, strict=True)
-            for region in of_image
-        ]
+    def propose(self, tasks: Sequence[ImageTask]) -> tuple[list[list[Region]], list[list[str]]]:
+        """Return the regions of every image, and what could not be used of its given boxes."""
+        found: list[list[Detection]] = [[] for _ in tasks]
+        if self.detector is not None:
+            detections = self.detector.detect([task.image.pixels for task in tasks])
+            found = [
+                [_in_original(detection, task.image) for detection in boxes]
+                for task, boxes in zip(tasks, detections, strict=True)
+            ]
+        regions, problems = [], []
+        for task, detected in zip(tasks, found, strict=True):
+            image = task.image
+            labeled: list[Detection] = []
+            plain: list[Box] = []
+            strange: list[str] = []
+            if self.given is not None:
+                labeled, plain, strange = self.given.of(
+                    task.image_id, task.uri, image.width, image.height
+                )
+            regions.append(
+                propose_regions(
+                    image.width,
+                    image.height,
+                    self.regions,
+                    detections=[*labeled, *detected],
+                    given=plain,
+                    limit=self.limit,
+                )
+            )
+            problems.append(strange)
+        return regions, problems
+
+    def _score(self, tasks: Sequence[ImageTask]) -> list[ScoredImage | ImageFailure]:
+        regions, problems = self.propose(tasks)
+        crops = CropBatch.of([task.image for task in tasks], regions)
         scores, captions = self._score_crops(crops)
         results: list[ScoredImage | ImageFailure] = []
         first = 0
-        for of_image in regions:
+        for of_image, strange in zip(regions, problems, strict=True):
             part = slice(first, first + len(of_image))
             first = part.stop
-            if np.isfinite(scores[part]).all():
-                results.append(ScoredImage(of_image, scores[part], captions[part]))
-            else:
+            broken = int((np.isnan(scores[part]) | np.isposinf(scores[part])).sum())
+            if self.teacher.mode == "prompts" and self.teacher.search == "all":
                 broken = int((~np.isfinite(scores[part])).sum())
+            if broken:
                 results.append(ImageFailure(NOT_FINITE, f"{broken} scores are NaN or infinite"))
+            else:
+                results.append(ScoredImage(of_image, scores[part], captions[part], strange))
         return results
 
-    def _score_crops(self, crops: Sequence[Pixels]) -> tuple[FloatArray, list[list[str]]]:
+    def _score_crops(self, crops: CropBatch) -> tuple[FloatArray, list[list[str]]]:
         """Score crops in chunks that fit the device: (R, C), and the captions."""
         scores: list[FloatArray] = []
         captions: list[list[str]] = []
@@ -106,13 +207,8 @@ class RegionScorer:
         while first < len(crops):
             chunk = crops[first : first + self.chunk]
             try:
-                chunk_scores = score_classes(
-                    self.captioner,
-                    chunk,
-                    self.prompts,
-                    length_normalize=self.teacher.length_normalize,
-                )
-                chunk_captions = self._captions(chunk)
+                written = self._captions(chunk)
+                chunk_scores = self.class_scores(chunk, written)
             except Exception as error:
                 if not _is_out_of_memory(error) or len(chunk) == 1:
                     raise
@@ -120,35 +216,181 @@ class RegionScorer:
                 logger.warning("out of memory: scoring %d regions at a time from now", self.chunk)
             else:
                 scores.append(chunk_scores)
-                captions += chunk_captions
+                captions += [[caption.text for caption in of_crop] for of_crop in written]
                 first += len(chunk)
                 continue
             _free_memory()  # only here is the failed forward out of scope
         return np.concatenate(scores), captions
 
-    def _captions(self, crops: Sequence[Pixels]) -> list[list[str]]:
-        if not self.teacher.captions:
+    def _captions(self, crops: Sequence[Pixels]) -> list[list[Caption]]:
+        if not (self.teacher.captions or self.teacher.mode == "captions"):
             return [[] for _ in crops]
-        captions = self.captioner.caption(crops, self.teacher.caption.max_tokens)
-        return [[caption.text] for caption in captions]
+        return self.captioner.caption(crops, self.teacher.caption)
+
+    def captions_of(self, task: ImageTask, regions: Sequence[Region]) -> list[list[str]]:
+        """Write captions of an image's regions, whether or not the settings ask for them."""
+        crops = CropBatch.of([task.image], [regions])
+        texts: list[list[str]] = []
+        for first in range(0, len(crops), self.chunk):
+            chunk = crops[first : first + self.chunk]
+            for of_crop in self.captioner.caption(chunk, self.teacher.caption):
+                texts.append([caption.text for caption in of_crop])
+        return texts
+
+    def class_scores(
+        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]] = ()
+    ) -> FloatArray:
+        """Return class scores (R, C) float32 of crops by the mode and search of the settings."""
+        teacher = self.teacher
+        if teacher.mode == "captions":
+            assert self.matcher is not None
+            beams = teacher.caption.decoding == "beam"
+            return caption_scores(captions, self.matcher, len(self.prompts), weighted=beams)
+        if teacher.search == "all":
+            return self.exact_scores(crops)
+        alive_RC = None
+        if teacher.search == "objects":
+            assert self.gate is not None
+            alive_RC = self._alive(crops, self.gate)
+        top_k = teacher.top_k if teacher.search == "top_k" else None
+        if isinstance(self.captioner, SearchingCaptioner):
+            return self.captioner.score_top(
+                crops,
+                self.prompts,
+                top_k=top_k,
+                reduction=teacher.template_reduction,
+                offsets_C=self.offsets_C,
+                alive_RC=alive_RC,
+            )
+        return keep_top(self.exact_scores(crops), top_k, self.offsets_C, alive_RC)
+
+    def exact_scores(self, crops: Sequence[Pixels]) -> FloatArray:
+        """Return log-likelihoods (R, C) of every class, whatever the search."""
+        return score_classes(
+            self.captioner,
+            crops,
+            self.prompts,
+            length_normalize=self.teacher.length_normalize,
+            reduction=self.teacher.template_reduction,
+        )
+
+    def _alive(self, crops: Sequence[Pixels], gate: ObjectGate) -> BoolArray:
+        scores_RO = self.captioner.score(crops, gate.prompts)
+        per_token = scores_RO.log_likelihoods / scores_RO.token_counts[None, :]
+        return alive_classes(per_token, gate.object_of_class, gate.keep)
+
+    def agreement(self, tasks: Sequence[ImageTask], most: int = 16) -> dict[str, float]:
+        """Measure the search against exact scores on the first regions of some images.
+
+        Returns `regions`, `exact_top_1_found` and `exact_top_5_found`, shares of the classes that
+        score best exactly and were not left out, and `probability_left_out`, the mean share of
+        the classes' probability (a softmax over them) that is missing.
+        """
+        regions, _ = self.propose(tasks)
+        crops = CropBatch.of([task.image for task in tasks], regions)[:most]
+        exact_RC = self.exact_scores(crops).astype(np.float64)
+        kept_RC = np.isfinite(self.class_scores(crops))
+        order_RC = np.argsort(-exact_RC, axis=1)
+        probability_RC = np.exp(exact_RC - exact_RC.max(axis=1, keepdims=True))
+        probability_RC /= probability_RC.sum(axis=1, keepdims=True)
+        found_RC = np.take_along_axis(kept_RC, order_RC, axis=1)
+        return {
+            "regions": float(len(crops)),
+            "exact_top_1_found": float(found_RC[:, :1].mean()),
+            "exact_top_5_found": float(found_RC[:, :5].mean()),
+            "probability_left_out": float((probability_RC * ~kept_RC).sum(axis=1).mean()),
+        }
 
 
-def crop_region(image: DecodedImage, region: Region) -> Pixels:
-    """Return a region's pixels, a view; boxes count in pixels of the original image.
+def caption_scores(
+    captions: Sequence[Sequence[Caption]],
+    matcher: CaptionMatcher,
+    num_classes: int,
+    *,
+    weighted: bool = False,
+) -> FloatArray:
+    """Return log-probabilities (R, C) that a region's captions state each class.
 
-    Where the image was downscaled while decoding, the box shrinks with it, to no less
-    than one pixel a side.
+    Sampled captions count alike, since likely ones come up often; the results of a beam search
+    are `weighted` by their probabilities. -inf where no caption names the class.
     """
+    probabilities_RC = np.zeros((len(captions), num_classes))
+    matches = iter(matcher([caption.text for of_region in captions for caption in of_region]))
+    for row, of_region in enumerate(captions):
+        scores = np.array([c.log_probability if weighted else 0.0 for c in of_region])
+        weights = np.exp(scores - (scores.max() if len(scores) else 0.0))
+        for weight in (weights / weights.sum()).tolist():
+            for position, probability in next(matches).items():
+                probabilities_RC[row, position] += weight * probability
+    with np.errstate(divide="ignore"):
+        return np.log(np.minimum(probabilities_RC, 1.0)).astype(np.float32)
+
+
+def object_gate(
+    objects: Sequence[str | None], phrase: Callable[[str], str], keep: int
+) -> ObjectGate:
+    """Return the gate of C classes with these objects; `phrase` makes a noun a noun phrase."""
+    names = sorted({name for name in objects if name})
+    place = {name: number for number, name in enumerate(names)}
+    return ObjectGate(
+        prompts=tuple(phrase(name.replace("_", " ")) for name in names),
+        object_of_class=np.array([place[name] if name else -1 for name in objects]),
+        keep=keep,
+    )
+
+
+def alive_classes(
+    object_scores_RO: npt.NDArray[np.floating[Any]],
+    object_of_class: npt.NDArray[np.int64],
+    keep: int,
+) -> BoolArray:
+    """Return which classes (R, C) belong to a region's `keep` best objects, or to none."""
+    regions, objects = object_scores_RO.shape
+    kept_RO = np.zeros((regions, objects + 1), dtype=np.bool_)
+    best = np.argsort(-object_scores_RO, axis=1, kind="stable")[:, :keep]
+    np.put_along_axis(kept_RO, best, True, axis=1)
+    kept_RO[:, -1] = True  # index -1: no object
+    return kept_RO[:, object_of_class]
+
+
+def keep_top(
+    scores_RC: FloatArray,
+    top_k: int | None,
+    offsets_C: FloatArray | None = None,
+    alive_RC: BoolArray | None = None,
+) -> FloatArray:
+    """Return scores with -inf for the classes that a search would have left out.
+
+    For teachers that know no search, so that search=top_k means the same on every teacher.
+    """
+    scores = scores_RC if alive_RC is None else np.where(alive_RC, scores_RC, -np.inf)
+    if top_k is None or top_k >= scores.shape[1]:
+        return scores.astype(np.float32)
+    ranked = scores if offsets_C is None else scores + offsets_C
+    best = np.argsort(-ranked, axis=1, kind="stable")[:, :top_k]
+    result = np.full_like(scores, -np.inf, dtype=np.float32)
+    np.put_along_axis(result, best, np.take_along_axis(scores, best, axis=1), axis=1)
+    return result
+
+
+def by_position(
+    match: Callable[[Sequence[str]], list[dict[int, float]]], positions: Mapping[int, int]
+) -> CaptionMatcher:
+    """Return a matcher that names classes by position from one that names them by id."""
+
+    def matcher(captions: Sequence[str]) -> list[dict[int, float]]:
+        return [
+            {positions[class_id]: p for class_id, p in found.items() if class_id in positions}
+            for found in match(captions)
+        ]
+
+    return matcher
+
+
+def _in_original(detection: Detection, image: DecodedImage) -> Detection:
+    """Scale a box from an image's pixels to those of the upright original."""
     height, width = image.pixels.shape[:2]
-    left, top, right, bottom = region.box
-    x0, x1 = _span(left, right, width / image.width, width)
-    y0, y1 = _span(top, bottom, height / image.height, height)
-    return image.pixels[y0:y1, x0:x1]
-
-
-def _span(start: float, stop: float, scale: float, limit: int) -> tuple[int, int]:
-    first = min(round(start * scale), limit - 1)
-    return first, min(limit, first + max(1, round((stop - start) * scale)))
+    return detection.scaled(image.width / width, image.height / height)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -156,7 +398,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _is_fatal(error: BaseException) -> bool:
+def breaks_device(error: BaseException) -> bool:
     """Tell errors after which a CUDA process answers nothing any more."""
     if _is_out_of_memory(error):
         return False

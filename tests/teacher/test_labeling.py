@@ -20,8 +20,7 @@ from PIL import Image
 
 from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes
-from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig
-from hts_ray.data.images import DecodedImage
+from hts_ray.config import ImagesConfig, LabelConfig, TeacherConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.image_pipeline import committed_names, data_files, decode_batch
 from hts_ray.tables import (
@@ -33,11 +32,11 @@ from hts_ray.tables import (
     read_table,
     write_table,
 )
-from hts_ray.teacher import labeling
-from hts_ray.teacher.captioner import ClassPrompts, DummyCaptioner, PromptScores
-from hts_ray.teacher.labeling import estimate, label_images, read_table_info
+from hts_ray.teacher.captioner import DummyCaptioner
+from hts_ray.teacher.crops import crop_region
+from hts_ray.teacher.labeling import label_images, read_table_info
 from hts_ray.teacher.regions import Region
-from hts_ray.teacher.scoring import ImageFailure, RegionScorer, ScoredImage, crop_region
+from hts_ray.teacher.teaching import decoded_image
 
 BAD_FILES = {
     "empty.jpg": b"",
@@ -279,85 +278,9 @@ def test_decode_keeps_rows_and_sizes(tmp_path: Path) -> None:
     assert decoded["width"].to_pylist() == [64, None, 200]
     assert decoded["pixel_width"].to_pylist() == [64, None, 100]
     assert decoded["pixels"].type == pa.large_binary()
-    image = labeling._decoded_image(decoded, 2)
+    image = decoded_image(decoded, 2)
     assert crop_region(image, Region((100, 50, 200, 100), "grid")).shape == (25, 50, 3)
     assert crop_region(image, Region((199, 0, 200, 1), "grid")).shape == (1, 1, 3)
-
-
-class OutOfMemoryError(RuntimeError):
-    """Named as torch names it."""
-
-
-class FragileCaptioner(DummyCaptioner):
-    """Fails on images by their first pixel: 1 raises, 2 gives NaN; memory for `fits` regions."""
-
-    def __init__(self, fits: int = 1000) -> None:
-        self.fits = fits
-        self.sizes: list[int] = []
-
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> PromptScores:
-        """Fail where the images say so."""
-        self.sizes.append(len(images))
-        if len(images) > self.fits:
-            raise OutOfMemoryError("CUDA out of memory")
-        marks = [int(image.max()) for image in images]
-        if 1 in marks:
-            raise RuntimeError("odd image")
-        if 3 in marks:
-            raise RuntimeError("CUDA error: device-side assert triggered")
-        scores = super().score(images, prompts)
-        scores.log_likelihoods[[mark == 2 for mark in marks]] = np.nan
-        return scores
-
-
-def scorer(captioner: DummyCaptioner) -> RegionScorer:
-    prompts = ClassPrompts.of([["a b"], ["c", "d"]], 2)
-    regions = RegionsConfig(grid_scales=(), grid_steps=())
-    return RegionScorer(captioner, prompts, TeacherConfig(max_batch_regions=8), regions)
-
-
-def marked(*marks: int) -> list[DecodedImage]:
-    return [DecodedImage(np.full((20, 20, 3), mark, np.uint8), 20, 20) for mark in marks]
-
-
-def test_failures_are_pinned_to_their_image() -> None:
-    """Catches one odd image taking its batch along, or NaN entering the table."""
-    results = scorer(FragileCaptioner())(marked(9, 1, 9, 9, 2, 9, 1))
-    kinds = [r.kind if isinstance(r, ImageFailure) else "ok" for r in results]
-    assert kinds == ["ok", "teacher_error", "ok", "ok", "not_finite", "ok", "teacher_error"]
-    assert isinstance(results[0], ScoredImage)
-    assert results[0].scores.shape == (1, 2)
-
-
-def test_out_of_memory_halves_the_chunk() -> None:
-    """Catches images given up although fewer at a time would fit."""
-    captioner = FragileCaptioner(fits=3)
-    results = scorer(captioner)(marked(*range(10, 20)))
-    assert all(isinstance(result, ScoredImage) for result in results)
-    assert captioner.sizes == [8, 4, 2, 2, 2, 2, 2]
-    alone = scorer(FragileCaptioner(fits=0))(marked(9))
-    assert isinstance(alone[0], ImageFailure)
-    assert alone[0].kind == "out_of_memory"
-
-
-def test_broken_device_stops_the_run() -> None:
-    """Catches a dead GPU quarantining every image that comes after it."""
-    with pytest.raises(RuntimeError, match="device-side assert"):
-        scorer(FragileCaptioner())(marked(9, 3))
-
-
-def test_estimate(tmp_path: Path) -> None:
-    """Catches a dry run that writes, or that divides by an empty sample."""
-    manifest = make_manifest(tmp_path, 8, ["empty.jpg"])
-    before = sorted(tmp_path.rglob("*"))
-    result = estimate(dummy_config(), manifest, classes(), sample=3)
-    assert (result["images"], result["sample"], result["sample_quarantined"]) == (9, 2, 1)
-    assert result["seconds"] > 0
-    assert result["gpu_hours"] == 0
-    assert result["regions_per_image"] == 14
-    assert sorted(tmp_path.rglob("*")) == before
-    only_bad = make_manifest(tmp_path / "bad", 0, ["empty.jpg"])
-    assert estimate(dummy_config(), only_bad, classes())["seconds"] is None
 
 
 def test_missing_table_info(tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""What a teacher pass will take and what it will say, measured on a few images beforehand.
+
+Runs in the driver's process, without Ray, and writes nothing. Shape legend: R regions, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hts_ray.classes import ClassTable
+from hts_ray.config import FilterConfig, LabelConfig
+from hts_ray.data.images import DecodedImage
+from hts_ray.filtering import class_probabilities
+from hts_ray.image_pipeline import decode_batch, manifest_rows
+from hts_ray.teacher.captioner import Captioner
+from hts_ray.teacher.loading import needs_torch
+from hts_ray.teacher.regions import Region
+from hts_ray.teacher.scoring import ImageFailure, ImageTask, RegionScorer, ScoredImage
+from hts_ray.teacher.teaching import (
+    Teaching,
+    image_task,
+    load_on_device,
+    region_scorer,
+    table_info,
+)
+
+_TOP = 3
+
+
+@dataclass(frozen=True)
+class RegionExample:
+    """A region of a sampled image: its caption, and its likeliest classes with probabilities."""
+
+    region: Region
+    caption: str
+    top_classes: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageExample:
+    """A sampled image with everything the teacher says of it."""
+
+    image_id: str
+    uri: str
+    image: DecodedImage
+    regions: list[RegionExample]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """Figures of a teacher pass and the sample they were measured on.
+
+    Times in seconds; those of the run, `seconds` and `gpu_hours`, hold for pool.max_size actors
+    and are None when no sampled image could be scored.
+    """
+
+    images: int
+    sample: int
+    sample_quarantined: int
+    device: str
+    load_seconds: float
+    seconds_per_image: float | None
+    regions_per_image: float | None
+    prompts: int
+    tokens_per_region: int
+    seconds: float | None
+    gpu_hours: float | None
+    agreement: dict[str, float] | None
+    examples: list[ImageExample]
+
+    def figures(self) -> dict[str, Any]:
+        """Return everything but the examples, for a terminal."""
+        regions = self.regions_per_image
+        total = None if regions is None else round(regions * self.images)
+        found = {
+            "images": self.images,
+            "regions": total,
+            "prompts": self.prompts,
+            "tokens a region": self.tokens_per_region,
+            "sample": self.sample,
+            "sample quarantined": self.sample_quarantined,
+            "device": self.device,
+            "seconds to load": self.load_seconds,
+            "seconds an image": self.seconds_per_image,
+            "regions an image": regions,
+            "seconds in all": self.seconds,
+            "GPU-hours": self.gpu_hours,
+        }
+        if self.agreement is not None:
+            found.update({name.replace("_", " "): value for name, value in self.agreement.items()})
+        return found
+
+
+def estimate(
+    config: LabelConfig,
+    manifest_path: str,
+    class_table: ClassTable,
+    *,
+    sample: int = 4,
+    filtering: FilterConfig | None = None,
+) -> Estimate:
+    """Measure the teacher on `sample` images spread over the manifest, and extrapolate.
+
+    The first scored image is scored twice: once to warm up. Class probabilities are those that
+    `filtering` would make of the scores. Raises as a run would for settings it refuses.
+    """
+    selection = manifest_rows(manifest_path, config.splits, config.limit, config.limit_seed)
+    teaching = Teaching.plan(config, class_table, selection)
+    started = time.monotonic()
+    captioner, device = _load(config)
+    scorer = region_scorer(captioner, teaching, device)
+    load_seconds = time.monotonic() - started
+    count = min(sample, selection.num_rows)
+    rows: Sequence[int] = np.linspace(0, selection.num_rows - 1, count).astype(int).tolist()
+    tasks, failures = _decode(config, selection, rows)
+    times, scored = [], []
+    for number, task in enumerate(tasks):
+        if number == 0:
+            scorer([task])
+        started = time.monotonic()
+        result = scorer([task])[0]
+        if isinstance(result, ImageFailure):
+            failures += 1
+            continue
+        times.append(time.monotonic() - started)
+        scored.append((task, result))
+    info = table_info(captioner, teaching)
+    per_image = sum(times) / len(times) if times else None
+    seconds = None if per_image is None else per_image * selection.num_rows / config.pool.max_size
+    gpus = config.pool.max_size * config.pool.num_gpus
+    approximate = config.teacher.search == "objects" and scored
+    return Estimate(
+        images=selection.num_rows,
+        sample=len(times),
+        sample_quarantined=failures,
+        device=device,
+        load_seconds=load_seconds,
+        seconds_per_image=per_image,
+        regions_per_image=(
+            sum(len(result.regions) for _, result in scored) / len(times) if times else None
+        ),
+        prompts=0 if config.teacher.mode == "captions" else len(teaching.prompts.texts),
+        tokens_per_region=sum(sum(of_class) for of_class in info["token_counts"]),
+        seconds=None if seconds is None else load_seconds + seconds,
+        gpu_hours=None if seconds is None else seconds * gpus / 3600,
+        agreement=scorer.agreement([task for task, _ in scored]) if approximate else None,
+        examples=_examples(scored, scorer, info, class_table, filtering or FilterConfig()),
+    )
+
+
+def _load(config: LabelConfig) -> tuple[Captioner, str]:
+    """Load as an actor would, on the CPU where the driver's node has no GPU."""
+    pool = config.pool
+    if pool.num_gpus and needs_torch(config.teacher):
+        import torch
+
+        if not torch.cuda.is_available():
+            pool = pool.model_copy(update={"num_gpus": 0.0})
+    return load_on_device(config.model_copy(update={"pool": pool}))
+
+
+def _decode(
+    config: LabelConfig, selection: pa.Table, rows: Sequence[int]
+) -> tuple[list[ImageTask], int]:
+    """Return the readable images of some rows, and how many are not."""
+    decoded = decode_batch(selection.take(list(rows)), config.images)
+    good = np.flatnonzero(decoded["error_kind"].is_null().to_numpy()).tolist()
+    return [image_task(decoded, row) for row in good], len(rows) - len(good)
+
+
+def _examples(
+    scored: Sequence[tuple[ImageTask, ScoredImage]],
+    scorer: RegionScorer,
+    info: dict[str, Any],
+    class_table: ClassTable,
+    filtering: FilterConfig,
+) -> list[ImageExample]:
+    names = class_table.names
+    examples = []
+    for task, result in scored:
+        captions = result.captions
+        if not any(captions):
+            captions = scorer.captions_of(task, result.regions)
+        probabilities_RC = class_probabilities(result.scores, info, filtering)
+        regions = []
+        for region, said, of_region in zip(result.regions, captions, probabilities_RC, strict=True):
+            best = np.argsort(-of_region, kind="stable")[:_TOP].tolist()
+            top = [(names[c], float(of_region[c])) for c in best if of_region[c] > 0]
+            regions.append(RegionExample(region, " / ".join(said), top))
+        examples.append(ImageExample(task.image_id, task.uri, task.image, regions))
+    return examples
