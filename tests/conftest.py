@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # both are read when ray is imported
 os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
@@ -12,6 +16,11 @@ os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose by threads that wait for cores
+# Modules that tests write here can be imported by the workers of the shared cluster too.
+PLUGINS = tempfile.mkdtemp(prefix="hts-plugins-")
+atexit.register(shutil.rmtree, PLUGINS, ignore_errors=True)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PLUGINS, os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, PLUGINS)
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +48,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             raise RuntimeError("a test marked gpu was selected on a machine without one")
+
+
+@pytest.fixture(scope="session")
+def plugins() -> Path:
+    """Return a folder whose modules tests and their Ray workers can import."""
+    return Path(PLUGINS)
 
 
 @pytest.fixture(scope="session")

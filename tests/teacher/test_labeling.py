@@ -20,7 +20,7 @@ from PIL import Image
 
 from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes
-from hts_ray.config import ImagesConfig, LabelConfig, TeacherConfig
+from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.image_pipeline import committed_names, data_files, decode_batch
 from hts_ray.tables import (
@@ -287,3 +287,57 @@ def test_missing_table_info(tmp_path: Path) -> None:
     """Catches a bare FileNotFoundError where a command should be named."""
     with pytest.raises(DataError, match="hts label"):
         read_table_info(storage.absolute(str(tmp_path)))
+
+
+DEADLY_TEACHER = """
+import os
+from hts_ray.teacher.captioner import DummyCaptioner
+
+class Deadly(DummyCaptioner):
+    def __init__(self, config, device):
+        super().__init__()
+
+    def score(self, images, prompts):
+        if any((image == (255, 0, 0)).all() for image in images):
+            os._exit(1)
+        return super().score(images, prompts)
+"""
+
+
+def test_a_deadly_image_costs_nothing_but_itself(
+    ray_session: None, tmp_path: Path, plugins: Path
+) -> None:
+    """Catches an image that kills the teacher's process and is handed to the next for ever."""
+    (plugins / "deadly_teacher.py").write_text(DEADLY_TEACHER)
+    manifest = make_manifest(tmp_path, 9)
+    Image.new("RGB", (64, 48), (255, 0, 0)).save(tmp_path / "images" / "good-0005.png")
+    boxes = {
+        "images": [{"id": 1, "file_name": "good-0002.png", "width": 64, "height": 48}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1, "bbox": [4, 4, 30, 30]},
+            {"image_id": 1, "category_id": 1, "bbox": [900, 4, 30, 30]},
+        ],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
+    config = LabelConfig(
+        teacher=TeacherConfig(model="import:deadly_teacher:Deadly"),
+        regions=RegionsConfig(
+            grid_scales=(0.5,), grid_steps=(3,), boxes=str(tmp_path / "boxes.json"), budget=27
+        ),
+        block_rows=4,
+        batch_images=4,
+        max_attempts=1,
+    )
+    stats = label_images(config, manifest_path=manifest, class_table=classes(), stage=stage)
+    assert (stats["rows_out"], stats["quarantined"], stats["bad_boxes"]) == (8, 1, 1)
+    assert stats["quarantined_by_kind"] == {"killed_worker": 1}
+    assert stats["regions"] == 8 * 3  # a budget of 27 regions leaves 3 to each of 9 images
+    rows = {row["image_id"]: row for row in read_table(stage.path).to_pylist()}
+    assert rows["good-0005.png"]["error_kind"] == "killed_worker"
+    assert rows["good-0002.png"]["region_kinds"] == ["whole", "given", "grid"]
+    assert rows["good-0002.png"]["boxes"][1] == [4, 4, 34, 34]
+    quarantine = {row["image_id"]: row for row in read_table(stage.file("quarantine")).to_pylist()}
+    assert quarantine["good-0002.png"]["error_kind"] == "bad_box"
+    assert "outside the image" in quarantine["good-0002.png"]["error"]

@@ -1,0 +1,101 @@
+"""Tests of what is told before a teacher pass is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from hts_ray.classes import hico_classes
+from hts_ray.config import FilterConfig, LabelConfig
+from hts_ray.errors import ConfigError
+from hts_ray.tables import MANIFEST_SCHEMA, write_table
+from hts_ray.teacher.estimate import estimate
+
+CLASSES = hico_classes().subset(range(6))
+
+
+def make_manifest(folder: Path, good: int, bad: Sequence[str] = ()) -> str:
+    (folder / "images").mkdir(parents=True)
+    names = [f"{i}.png" for i in range(good)]
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / name)
+    for name in bad:
+        (folder / "images" / name).write_bytes(b"")
+    rows = [
+        {"image_id": name, "uri": str(folder / "images" / name), "split": "train"}
+        for name in [*names, *bad]
+    ]
+    path = str(folder / "manifest.parquet")
+    write_table(path, pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    return path
+
+
+def config(**teacher: object) -> LabelConfig:
+    return LabelConfig.model_validate({"teacher": {"model": "builtin:dummy:0.001", **teacher}})
+
+
+def test_figures_and_examples(tmp_path: Path) -> None:
+    """Catches a dry run that writes, counts wrongly, or shows other classes than the filter."""
+    manifest = make_manifest(tmp_path, 8, ["empty.jpg"])
+    before = sorted(tmp_path.rglob("*"))
+    found = estimate(config(), manifest, CLASSES, sample=3, filtering=FilterConfig())
+    assert (found.images, found.sample, found.sample_quarantined) == (9, 2, 1)
+    assert found.seconds_per_image is not None
+    assert found.seconds_per_image > 14 * 0.001
+    assert found.seconds == pytest.approx(found.load_seconds + 9 * found.seconds_per_image)
+    assert found.gpu_hours == 0
+    assert found.regions_per_image == 14
+    assert found.prompts == 6
+    assert found.tokens_per_region == sum(len(p.split()) for p in CLASSES.primary_prompts)
+    assert found.figures()["regions"] == 14 * 9
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [len(example.regions) for example in found.examples] == [14, 14]
+    shown = found.examples[0].regions[0]
+    assert shown.caption.startswith("image ")
+    assert len(shown.top_classes) == 3
+    assert shown.top_classes[0][0] in CLASSES.names
+    assert shown.top_classes[0][1] >= shown.top_classes[1][1] > 0
+
+
+def test_gpu_hours_are_of_all_actors(tmp_path: Path) -> None:
+    """Catches a price told for one actor of many."""
+    manifest = make_manifest(tmp_path, 4)
+    pool = {"min_size": 1, "max_size": 4, "num_gpus": 0.5}
+    settings = config().model_copy(
+        update={"pool": type(config().pool).model_validate(pool)},
+    )
+    found = estimate(settings, manifest, CLASSES, sample=2)
+    assert found.seconds_per_image is not None
+    assert found.seconds == pytest.approx(found.load_seconds + found.seconds_per_image)
+    assert found.gpu_hours == pytest.approx(4 * found.seconds_per_image * 0.5 / 3600)
+
+
+def test_nothing_readable(tmp_path: Path) -> None:
+    """Catches a division by an empty sample."""
+    manifest = make_manifest(tmp_path, 0, ["empty.jpg"])
+    found = estimate(config(), manifest, CLASSES)
+    assert found.seconds is None
+    assert found.figures()["regions"] is None
+
+
+def test_approximate_search_is_measured(tmp_path: Path) -> None:
+    """Catches an approximation that is sold without its cost."""
+    manifest = make_manifest(tmp_path, 3)
+    found = estimate(config(search="objects", top_objects=1), manifest, hico_classes(), sample=2)
+    assert found.agreement is not None
+    assert found.agreement["regions"] == 16
+    assert 0 <= found.agreement["exact_top_1_found"] < 1  # the dummy's objects mean nothing
+    assert 0 < found.agreement["probability_left_out"] <= 1
+
+
+def test_wrong_settings_are_refused_first(tmp_path: Path) -> None:
+    """Catches a dry run that passes and a run that then fails."""
+    manifest = make_manifest(tmp_path, 1)
+    with pytest.raises(ConfigError, match="no such folder"):
+        estimate(config(model="/no/such/model"), manifest, CLASSES)
