@@ -1,0 +1,544 @@
+"""Object detectors of the transformers library, which find the persons and objects of an image.
+
+Models with a fixed set of labels (DETR, RT-DETR, YOLOS, ...) and zero-shot ones, which are told
+what to look for (OWL-ViT, Grounding DINO, OmDet-Turbo). Nothing here needs torch until a model
+is loaded, so that a driver can check, name and hash a detector.
+
+Shape legend: B images of a batch, Q boxes of an image, T tokens of the text, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from hts_ray.classes import noun_phrase
+from hts_ray.config import RegionsConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.teacher.captioner import Pixels
+from hts_ray.teacher.loading import HASHED_BYTES, MODEL_FILES
+from hts_ray.teacher.regions import Detection
+
+FIELD = "label.regions.detector"
+# Images in one forward: detectors work at 640 to 1333 pixels.
+BATCH = 8
+
+# model_type in config.json of transformers' AutoModelForObjectDetection ...
+FIXED = (
+    "conditional_detr",
+    "d_fine",
+    "dab-detr",
+    "deformable_detr",
+    "deimv2",
+    "detr",
+    "lw_detr",
+    "rf_detr",
+    "rt_detr",
+    "rt_detr_v2",
+    "table-transformer",
+    "yolos",
+)
+# ... and of AutoModelForZeroShotObjectDetection.
+OWL = ("owlvit", "owlv2")
+GROUNDING = ("grounding-dino", "mm-grounding-dino")
+OMDET = ("omdet-turbo",)
+ZERO_SHOT = (*OWL, *GROUNDING, *OMDET)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SHOWN_LABELS = 12
+# Buffers that older checkpoints lack and that hold no learned number.
+_BUFFERS = ("num_batches_tracked", "position_ids")
+_NO_LABELS = ("", "n/a")
+
+# From the images' tensors and sizes (height, width) to (scores, labels, boxes) of each image.
+Found = tuple[list[float], list[str], list[list[float]]]
+Forward = Callable[[dict[str, Any], list[tuple[int, int]]], list[Found]]
+
+
+class Detector(Protocol):
+    """Finds objects in a sequence of uint8 arrays (H, W, 3), RGB, of any sizes."""
+
+    def detect(self, images: Sequence[Pixels]) -> list[list[Detection]]:
+        """Return the detections of every image, their boxes in pixels of its array."""
+
+
+class TransformersDetector:
+    """A detector of transformers; see `Detector`.
+
+    `prepare` makes the tensors of one image, each with a first dimension of 1; `forward` runs
+    the model on a batch of equal shapes.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[Pixels], dict[str, Any]],
+        forward: Forward,
+        person_labels: Iterable[str],
+    ) -> None:
+        self.prepare = prepare
+        self.forward = forward
+        self.person_labels = frozenset(map(clean_label, person_labels))
+
+    def detect(self, images: Sequence[Pixels]) -> list[list[Detection]]:
+        """Return the detections of every image whose score is above the threshold.
+
+        Boxes may reach a little beyond the image, as the models give them. Images that the
+        model sees at one shape share a forward; none is padded to the size of another, which
+        would change what is found. Raises DataError when a score is not a number.
+        """
+        inputs = [self.prepare(image) for image in images]
+        groups: dict[Any, list[int]] = {}
+        for index, tensors in enumerate(inputs):
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+            groups.setdefault(shapes, []).append(index)
+        results: list[list[Detection]] = [[] for _ in images]
+        for indices in groups.values():
+            for start in range(0, len(indices), BATCH):
+                chosen = indices[start : start + BATCH]
+                sizes = [(images[i].shape[0], images[i].shape[1]) for i in chosen]
+                found = self.forward(_stack([inputs[i] for i in chosen]), sizes)
+                for index, of_image in zip(chosen, found, strict=True):
+                    results[index] = self._detections(of_image)
+        return results
+
+    def _detections(self, found: Found) -> list[Detection]:
+        return [
+            Detection((box[0], box[1], box[2], box[3]), label, score, label in self.person_labels)
+            for score, label, box in zip(*found, strict=True)
+            if label not in _NO_LABELS
+        ]
+
+
+def clean_label(text: str) -> str:
+    """Return a label in lower case, with single spaces for underscores."""
+    return " ".join(text.replace("_", " ").lower().split())
+
+
+def detector_error(config: RegionsConfig, message: str, remedy: str = "") -> ConfigError:
+    """Return the ConfigError that names the detector."""
+    return ConfigError(message, field=FIELD, value=config.detector, remedy=remedy)
+
+
+def check_detector(config: RegionsConfig) -> None:
+    """Look at a local detector's files without loading it; a hub id passes unread.
+
+    Raises ConfigError as loading would, so that a driver can refuse before any worker starts.
+    """
+    if local_detector_folder(config) is not None:
+        detector_folder(config)
+
+
+def local_detector_folder(config: RegionsConfig) -> Path | None:
+    """Return the folder of a local detector, None for a hub id; ConfigError for neither."""
+    assert config.detector is not None
+    path = Path(config.detector).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or not _HUB_ID.fullmatch(config.detector):
+        raise detector_error(
+            config, "no such folder", "give a folder made by save_pretrained, or a hub id"
+        )
+    return None
+
+
+def detector_folder(config: RegionsConfig) -> Path:
+    """Return the folder of a detector that has passed a look at its files, downloading a hub id.
+
+    Raises ConfigError when a file is missing, the family is not supported, no label is a
+    person's, or the hub cannot be reached.
+    """
+    folder = local_detector_folder(config) or _download(config)
+    if not (folder / "config.json").is_file():
+        raise detector_error(config, f"{folder} holds no config.json", "use a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise detector_error(
+            config,
+            f"{folder} holds no .safetensors weights",
+            "convert them with save_pretrained; pickled weights are not loaded",
+        )
+    settings = _read_settings(config, folder)
+    family = settings.get("model_type")
+    if family not in (*FIXED, *ZERO_SHOT):
+        raise detector_error(
+            config,
+            f"family {family!r} is no object detector that is supported",
+            f"supported: {', '.join((*FIXED, *ZERO_SHOT))}",
+        )
+    if family in FIXED:
+        named = settings.get("id2label")
+        labels = map(str, named.values()) if isinstance(named, dict) else ()
+        _require_person(config, labels)
+    else:
+        detector_queries(config, ())
+    return folder
+
+
+def detector_queries(config: RegionsConfig, labels: Sequence[str]) -> list[str]:
+    """Return what a zero-shot detector looks for, in lower case, without repeats.
+
+    `config.detector_labels`, or a person and `labels`, the objects of the classes. Raises
+    ConfigError when no person is among them.
+    """
+    persons = list(map(clean_label, config.person_labels))
+    if config.detector_labels is None:
+        first = ["person"] if "person" in persons else persons[:1]
+        asked = [*first, *map(clean_label, labels)]
+    else:
+        asked = list(map(clean_label, config.detector_labels))
+    # A dot ends a label where labels are one text.
+    queries = list(dict.fromkeys(clean_label(label.replace(".", " ")) for label in asked))
+    queries = [query for query in queries if query]
+    if not set(queries) & set(persons):
+        raise ConfigError(
+            f"no person is looked for: label.regions.person_labels are {', '.join(persons)}",
+            field="label.regions.detector_labels",
+            value=config.detector_labels,
+            remedy="add one of them, or leave it unset",
+        )
+    return queries
+
+
+def detector_fingerprint(config: RegionsConfig) -> str:
+    """Return text that changes whenever the detector may answer otherwise; "" without one.
+
+    Of a local model: a hash over its settings, tokenizer and weights (by content up to 64 MB a
+    file, by name and size above). Of a hub id: `id@revision`, unread.
+    """
+    if config.detector is None:
+        return ""
+    folder = local_detector_folder(config)
+    if folder is None:
+        return f"{config.detector}@{config.detector_revision or 'main'}"
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        if size < HASHED_BYTES:
+            digest.update(path.read_bytes())
+    return f"{folder.name}@{digest.hexdigest()[:12]}"
+
+
+def load_detector(
+    config: RegionsConfig, labels: Sequence[str], device: str = "cpu", dtype: str = "float32"
+) -> Detector:
+    """Load the detector that `config.detector` names onto a torch device.
+
+    `labels` are the objects that a zero-shot detector looks for when `config.detector_labels`
+    does not say. Weights load from safetensors, code of the model's own is never run. Raises
+    ConfigError naming label.regions.detector for a missing, incomplete or unsupported model and
+    for one that finds no persons.
+    """
+    import torch
+    import transformers
+    from transformers.utils import logging as library_logging
+
+    library_logging.disable_progress_bar()
+    folder = detector_folder(config)
+    settings = _read_settings(config, folder)
+    family = settings["model_type"]
+    fixed = family in FIXED
+    # One processor holds the image and the text part of a zero-shot model.
+    tool = transformers.AutoImageProcessor if fixed else transformers.AutoProcessor
+    kind = "AutoModelForObjectDetection" if fixed else "AutoModelForZeroShotObjectDetection"
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        processor = tool.from_pretrained(folder, **options)
+        if _asks_for_backbone(settings):
+            options["config"] = transformers.AutoConfig.for_model(**_with_backbone(settings))
+        model, loading = getattr(transformers, kind).from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+        model = model.to(device).eval().requires_grad_(False)
+    except Exception as error:  # damaged files and settings raise nearly every type
+        reason = f"{type(error).__name__}: {error}"
+        raise detector_error(config, f"does not load: {reason}") from error
+    # The library fills in random numbers.
+    missing = sorted(key for key in loading["missing_keys"] if not key.endswith(_BUFFERS))
+    if missing:
+        raise detector_error(
+            config, f"its files lack {len(missing)} weights, e.g. {missing[0]}", "save it again"
+        )
+    if fixed:
+        forward = _fixed_forward(config, model, processor)
+        return TransformersDetector(_preparation(processor), forward, config.person_labels)
+    queries = detector_queries(config, labels)
+    build = _owl_forward if family in OWL else _grounding_forward
+    if family in OMDET:
+        build = _omdet_forward
+    return TransformersDetector(
+        _preparation(processor.image_processor),
+        build(config, model, processor, queries),
+        config.person_labels,
+    )
+
+
+def _read_settings(config: RegionsConfig, folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise detector_error(config, f"config.json is not readable: {error}") from None
+    if not isinstance(settings, dict):
+        raise detector_error(config, "config.json is not an object")
+    return settings
+
+
+def _asks_for_backbone(settings: Mapping[str, Any]) -> bool:
+    """Return whether transformers would ask the hub what kind of backbone this is.
+
+    Models that were saved by transformers 4 with `backbone_kwargs` name a timm backbone, and
+    the library looks for a repository of that name, even for a local model.
+    """
+    named = settings.get("backbone") and settings.get("backbone_config") is None
+    return bool(named and settings.get("use_timm_backbone") and settings.get("backbone_kwargs"))
+
+
+def _with_backbone(settings: Mapping[str, Any]) -> dict[str, Any]:
+    old = ("backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone")
+    backbone = {
+        **settings["backbone_kwargs"],
+        "model_type": "timm_backbone",
+        "backbone": settings["backbone"],
+        "use_pretrained_backbone": False,
+    }
+    kept = {name: value for name, value in settings.items() if name not in old}
+    return {**kept, "backbone_config": backbone, "use_timm_backbone": False}
+
+
+def _download(config: RegionsConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                str(config.detector),
+                revision=config.detector_revision,
+                allow_patterns=list(MODEL_FILES),
+            )
+        )
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise detector_error(
+            config,
+            f"not a local folder, and not to be had from the hub: {error}",
+            "check the id and label.regions.detector_revision, or copy the model to a folder",
+        ) from None
+
+
+def _require_person(config: RegionsConfig, labels: Iterable[str]) -> None:
+    """Raise ConfigError unless the model has a label that counts as a person."""
+    known = list(dict.fromkeys(map(clean_label, labels)))
+    persons = list(map(clean_label, config.person_labels))
+    if set(known) & set(persons):
+        return
+    shown = ", ".join(known[:_SHOWN_LABELS]) or "none that are named"
+    more = f" and {len(known) - _SHOWN_LABELS} more" if len(known) > _SHOWN_LABELS else ""
+    raise detector_error(
+        config,
+        f"it finds no persons ({', '.join(persons)}): its labels are {shown}{more}",
+        "choose another detector, or name its label in label.regions.person_labels",
+    )
+
+
+def _stack(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
+
+
+def _preparation(image_processor: Any) -> Callable[[Pixels], dict[str, Any]]:
+    def prepare(image: Pixels) -> dict[str, Any]:
+        # Alone, an image is not padded to the size of others.
+        prepared = image_processor(
+            images=image, input_data_format="channels_last", return_tensors="pt"
+        )
+        return {name: prepared[name] for name in ("pixel_values", "pixel_mask") if name in prepared}
+
+    return prepare
+
+
+def _run(model: Any, inputs: Mapping[str, Any], kept: Sequence[str]) -> SimpleNamespace:
+    """Return the outputs named `kept`, floats as float32 on the CPU.
+
+    The mask of an image goes to models that take one. Raises DataError for NaN.
+    """
+    import torch
+
+    accepted = inspect.signature(model.forward).parameters
+    moved = {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+        if name in accepted
+    }
+    with torch.inference_mode():
+        outputs = model(**moved)
+    results = {}
+    for name in kept:
+        tensor = outputs[name].cpu()
+        if tensor.is_floating_point():
+            # Text models mark padding with -inf; NaN would only look like an empty image.
+            if tensor.isnan().any():
+                raise DataError("the detector's outputs are not numbers: try float32")
+            tensor = tensor.float()
+        results[name] = tensor
+    return SimpleNamespace(**results)
+
+
+def _found(result: dict[str, Any], labels: Sequence[str]) -> Found:
+    return result["scores"].tolist(), list(labels), result["boxes"].tolist()
+
+
+def _fixed_forward(config: RegionsConfig, model: Any, processor: Any) -> Forward:
+    names = {int(key): clean_label(str(text)) for key, text in model.config.id2label.items()}
+    _require_person(config, names.values())
+
+    def forward(inputs: dict[str, Any], sizes: list[tuple[int, int]]) -> list[Found]:
+        outputs = _run(model, inputs, ("logits", "pred_boxes"))
+        results = processor.post_process_object_detection(
+            outputs, threshold=config.detector_threshold, target_sizes=sizes
+        )
+        return [
+            _found(result, [names.get(label, "") for label in result["labels"].tolist()])
+            for result in results
+        ]
+
+    return forward
+
+
+def _owl_forward(
+    config: RegionsConfig, model: Any, processor: Any, queries: Sequence[str]
+) -> Forward:
+    """OWL-ViT and OWLv2 compare boxes with one short text a query."""
+    prompts = [f"a photo of {noun_phrase(query)}" for query in queries]
+    text = processor(text=prompts, truncation=True, return_tensors="pt")
+
+    def forward(inputs: dict[str, Any], sizes: list[tuple[int, int]]) -> list[Found]:
+        repeated = {
+            name: text[name].repeat(len(sizes), 1) for name in ("input_ids", "attention_mask")
+        }
+        outputs = _run(model, {**inputs, **repeated}, ("logits", "pred_boxes"))
+        results = processor.post_process_grounded_object_detection(
+            outputs,
+            threshold=config.detector_threshold,
+            target_sizes=sizes,
+            text_labels=[list(queries)] * len(sizes),
+        )
+        return [_found(result, result["text_labels"]) for result in results]
+
+    return forward
+
+
+def _omdet_forward(
+    config: RegionsConfig, model: Any, processor: Any, queries: Sequence[str]
+) -> Forward:
+    """OmDet-Turbo is given a task and one text a query, and merges overlaps by itself."""
+    options = dict(processor.text_kwargs, return_tensors="pt")
+    task = processor.tokenizer([f"Detect {', '.join(queries)}."], **options)
+    names = processor.tokenizer(list(queries), **options)
+    kept = ("decoder_coord_logits", "decoder_class_logits", "classes_structure")
+
+    def forward(inputs: dict[str, Any], sizes: list[tuple[int, int]]) -> list[Found]:
+        import torch
+
+        text = {
+            **{f"tasks_{name}": tensor.repeat(len(sizes), 1) for name, tensor in task.items()},
+            **{f"classes_{name}": tensor.repeat(len(sizes), 1) for name, tensor in names.items()},
+            "classes_structure": torch.full((len(sizes),), len(queries)),
+        }
+        outputs = _run(model, {**inputs, **text}, kept)
+        results = processor.post_process_grounded_object_detection(
+            outputs,
+            text_labels=[list(queries)] * len(sizes),
+            threshold=config.detector_threshold,
+            nms_threshold=config.nms_iou,
+            target_sizes=sizes,
+        )
+        return [_found(result, result["text_labels"]) for result in results]
+
+    return forward
+
+
+def _grounding_forward(
+    config: RegionsConfig, model: Any, processor: Any, queries: Sequence[str]
+) -> Forward:
+    """Grounding DINO reads all queries as one text, "a. b.", and scores its tokens.
+
+    Queries that do not fit into the text that the model takes are looked for in further
+    forwards.
+    """
+    chunks = [
+        (text, _token_labels(processor.tokenizer, text, chunk), chunk)
+        for text, chunk in _texts(processor.tokenizer, queries, model.config.max_text_len)
+    ]
+
+    def forward(inputs: dict[str, Any], sizes: list[tuple[int, int]]) -> list[Found]:
+        results: list[Found] = [([], [], []) for _ in sizes]
+        for text, labels_T, chunk in chunks:
+            tokens = processor.tokenizer(
+                [text] * len(sizes), return_token_type_ids=True, return_tensors="pt"
+            )
+            outputs = _run(model, {**inputs, **tokens}, ("logits", "pred_boxes"))
+            processed = processor.post_process_grounded_object_detection(
+                outputs,
+                input_ids=tokens["input_ids"],
+                threshold=config.detector_threshold,
+                text_threshold=config.detector_threshold,
+                target_sizes=sizes,
+            )
+            # Its phrases may join parts of two queries; the query of the best token is one.
+            best_BQ = (
+                outputs.logits[..., : len(labels_T)].masked_fill(labels_T < 0, -1e9).argmax(-1)
+            )
+            for image, result in enumerate(processed):
+                is_found = outputs.logits[image].sigmoid().amax(-1) > config.detector_threshold
+                names = [chunk[int(labels_T[token])] for token in best_BQ[image][is_found]]
+                scores, found_labels, boxes = _found(result, names)
+                results[image][0].extend(scores)
+                results[image][1].extend(found_labels)
+                results[image][2].extend(boxes)
+        return results
+
+    return forward
+
+
+def _texts(tokenizer: Any, queries: Sequence[str], longest: int) -> list[tuple[str, list[str]]]:
+    """Share out queries among texts of at most `longest` tokens."""
+    texts: list[tuple[str, list[str]]] = []
+    chunk: list[str] = []
+    for query in queries:
+        longer = [*chunk, query]
+        if chunk and len(tokenizer(_grounding_text(longer)).input_ids) > longest:
+            texts.append((_grounding_text(chunk), chunk))
+            longer = [query]
+        chunk = longer
+    return [*texts, (_grounding_text(chunk), chunk)]
+
+
+def _grounding_text(queries: Sequence[str]) -> str:
+    return ". ".join(queries) + "."
+
+
+def _token_labels(tokenizer: Any, text: str, queries: Sequence[str]) -> Any:
+    """Return which query each token of the text belongs to, -1 for none, int64 (T,)."""
+    import torch
+
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    ends = []
+    start = 0
+    for query in queries:
+        ends.append((start, start + len(query)))
+        start += len(query) + 2
+    owners = [
+        next((n for n, (low, high) in enumerate(ends) if low <= a < b <= high), -1)
+        for a, b in spans
+    ]
+    return torch.tensor(owners)
