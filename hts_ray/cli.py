@@ -393,7 +393,7 @@ def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
 def _ray(config: HtsConfig) -> Any:
     from hts_ray.runtime import ray_cluster
 
-    return ray_cluster(config.ray)
+    return ray_cluster(config.ray, [config.label.pool, config.predict.pool])
 
 
 def _folder_manifest(

@@ -230,6 +230,11 @@ class PoolConfig(Section):
         3, ge=1, description="batches an actor has at hand, so that it never waits for the next"
     )
 
+    @property
+    def actor_cpus(self) -> float:
+        """Logical CPUs that an actor holds: Ray gives one to every actor that asks for a GPU."""
+        return 1.0 if self.num_gpus else self.num_cpus
+
     @model_validator(mode="after")
     def _ordered(self) -> PoolConfig:
         if self.max_size < self.min_size:

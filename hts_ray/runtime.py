@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hts_ray.config import RayConfig
-from hts_ray.errors import UserError
+from hts_ray.config import PoolConfig, RayConfig
+from hts_ray.errors import ConfigError, UserError
 
 # The newer Parquet reader starts 32 actors that read footers, however small the input. A
 # manifest is one file: the older reader saves these processes, and where the newer one is asked
@@ -28,13 +29,20 @@ _DEFAULT_ENVIRONMENT = {
 }
 
 
+# Tasks that must find a CPU while all actors of a pool hold theirs: reading, decoding, and the
+# filter of a resumed run. Without them Ray waits for ever.
+_CPUS_BESIDE = 3
+
+
 @contextmanager
-def ray_cluster(config: RayConfig) -> Iterator[None]:
+def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator[None]:
     """Join the cluster of this job or address, else start a local one for the block's duration.
 
     A cluster that was running before is left running. A local cluster has no dashboard and, since
     Ray's own ports listen on every interface, asks for a token unless RAY_AUTH_MODE says
-    otherwise. Raises UserError when no cluster can be reached or started.
+    otherwise; it gets logical CPUs for the actors of `pools` and for what works beside them.
+    Raises UserError when no cluster can be reached or started, ConfigError for a local cluster
+    whose CPUs the pools would take to the last, so that nothing could ever feed them.
     """
     for name, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -58,8 +66,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         if joins
         else {
             "address": "local",
-            # Logical: on few cores a resumed run, whose filter takes CPUs too, would wait forever.
-            "num_cpus": config.num_cpus or max(6, os.cpu_count() or 1),
+            "num_cpus": _local_cpus(config, pools),
             "num_gpus": config.num_gpus,
             "include_dashboard": False,
         }
@@ -77,6 +84,22 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _local_cpus(config: RayConfig, pools: Sequence[PoolConfig]) -> int:
+    """Return the logical CPUs of a local cluster."""
+    if config.num_cpus is None:
+        wanted = max((math.ceil(pool.max_size * pool.actor_cpus) for pool in pools), default=0)
+        return max(6, os.cpu_count() or 1, wanted + _CPUS_BESIDE)
+    taken = max((math.ceil(pool.min_size * pool.actor_cpus) for pool in pools), default=0)
+    if pools and config.num_cpus < taken + _CPUS_BESIDE:
+        raise ConfigError(
+            f"the actors of a pool take {taken}, reading, decoding and resuming {_CPUS_BESIDE}",
+            field="ray.num_cpus",
+            value=config.num_cpus,
+            remedy=f"set {taken + _CPUS_BESIDE} or more (they are logical), or leave it out",
+        )
+    return config.num_cpus
 
 
 @contextmanager

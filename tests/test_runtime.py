@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from hts_ray.config import RayConfig
-from hts_ray.errors import UserError
-from hts_ray.runtime import _protect_token, ray_cluster
+from hts_ray.config import PoolConfig, RayConfig
+from hts_ray.errors import ConfigError, UserError
+from hts_ray.runtime import _local_cpus, _protect_token, ray_cluster
 
 
 def test_a_running_cluster_is_joined_and_left_running(ray_session):
@@ -54,6 +54,16 @@ def test_local_clusters_ask_for_a_token(monkeypatch):
     assert seen["mode"] == "token"
     assert seen["include_dashboard"] is False
     assert seen["num_cpus"] == 3
+
+
+def test_pools_leave_cpus_for_what_feeds_them():
+    """Would catch a run that waits for ever: every CPU held by a teacher, none to decode on."""
+    pool = PoolConfig(min_size=8, max_size=40, num_gpus=1)
+    assert _local_cpus(RayConfig(), [pool]) >= 43
+    assert _local_cpus(RayConfig(num_cpus=11), [pool]) == 11
+    with pytest.raises(ConfigError, match=r"ray.num_cpus = 10: .*take 8.*set 11 or more"):
+        _local_cpus(RayConfig(num_cpus=10), [pool])
+    assert _local_cpus(RayConfig(num_cpus=1), []) == 1
 
 
 def test_the_token_file_is_for_its_owner_only(monkeypatch, tmp_path):

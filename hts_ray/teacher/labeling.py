@@ -318,7 +318,7 @@ def _warn_of_waiting(config: LabelConfig, resources: Mapping[str, float]) -> Non
             pool.min_size,
             gpus,
         )
-    busy = 0.0 if pool.num_gpus else pool.num_cpus * pool.min_size
+    busy = pool.actor_cpus * pool.min_size
     if busy + 1 > cpus:
         logger.warning(
             "waiting for CPUs: the teacher takes %g and decoding at least 1, the cluster has %g",

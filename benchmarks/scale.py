@@ -1,0 +1,191 @@
+"""Scale the teacher pass by simulation: actors that sleep as long as a GPU would work.
+
+    python benchmarks/scale.py [--actors 1 4 16 64] [--images 100000] [--seconds 0.25]
+
+Everything is real but the model: Ray Data's pipeline, reading, decoding, checkpoints, Parquet.
+Each of n actors holds one logical GPU and sleeps `--seconds` an image. The largest pool gets all
+the images, a smaller one its share, so that all take about as long; a second run of the largest
+pool with a tenth of the images shows whether memory grows with them. Every run has a driver and a
+Ray cluster of its own.
+
+Efficiency is images/s over n / seconds: `steady` between a quarter and nine tenths of the images,
+`whole` from the first to the last second, the start of the workers included. The table goes to
+stdout, the numbers with hardware, versions, settings and date to benchmarks/results/scale.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+from PIL import Image
+
+from hts_ray.classes import hico_classes
+from hts_ray.config import LabelConfig, RayConfig
+from hts_ray.provenance import measured_on
+from hts_ray.runtime import ray_cluster
+from hts_ray.tables import MANIFEST_SCHEMA, StageFolder, write_table
+from hts_ray.teacher.labeling import label_images
+
+RESULTS = Path(__file__).parent / "results" / "scale.json"
+DISTINCT_FILES = 64
+CLASSES = 55
+MIB = 1 << 20
+
+
+class MemoryWatch(threading.Thread):
+    """Samples this process and all that it started, the object store included, in MiB."""
+
+    def __init__(self, interval: float = 15.0) -> None:
+        super().__init__(daemon=True)
+        self.interval = interval
+        self.driver: list[float] = []
+        self.total: list[float] = []
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Sample until stopped."""
+        me = psutil.Process()
+        while not self._stopped.wait(self.interval):
+            self.driver.append(me.memory_info().rss / MIB)
+            total = 0.0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    # Shared pages count once, however many workers map them.
+                    total += process.memory_full_info().pss / MIB
+                except psutil.Error:
+                    continue
+            self.total.append(total)
+
+    def stop(self) -> dict[str, float]:
+        """Return the median over the second half of the run, when everything is up."""
+        self._stopped.set()
+        self.join()
+        half = slice(len(self.driver) // 2, None)
+        return {
+            "driver_mib": float(np.median(self.driver[half])) if self.driver else float("nan"),
+            "total_mib": float(np.median(self.total[half])) if self.total else float("nan"),
+        }
+
+
+def write_images(folder: Path, count: int) -> str:
+    """Write a few small files and a manifest of `count` rows that name them in turn."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(DISTINCT_FILES):
+        path = folder / f"{number}.jpg"
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+        paths.append(str(path))
+    table = pa.table(
+        {
+            "image_id": [f"{number:07d}" for number in range(count)],
+            "uri": [paths[number % DISTINCT_FILES] for number in range(count)],
+            "width": pa.array([64] * count, pa.int32()),
+            "height": pa.array([48] * count, pa.int32()),
+            "split": ["train"] * count,
+            **{
+                name: pa.nulls(count, MANIFEST_SCHEMA.field(name).type)
+                for name in ("positive_ids", "negative_ids", "ambiguous_ids")
+            },
+        },
+        schema=MANIFEST_SCHEMA,
+    )
+    manifest = str(folder / "manifest.parquet")
+    write_table(manifest, table)
+    return manifest
+
+
+def run_one(actors: int, images: int, seconds: float) -> dict[str, Any]:
+    """Run one pass in this process and return its figures."""
+    config = LabelConfig.model_validate(
+        {
+            "teacher": {"model": f"builtin:dummy:{seconds}"},
+            "regions": {"whole": True, "grid_scales": [], "grid_steps": []},
+            "pool": {"min_size": actors, "max_size": actors, "num_gpus": 1},
+        }
+    )
+    done: list[tuple[float, int]] = []
+    watch = MemoryWatch()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ray_cluster(RayConfig(num_gpus=actors), [config.pool]),
+    ):
+        manifest = write_images(Path(folder), images)
+        stage = StageFolder(folder, "region_scores", "k")
+        watch.start()
+        started = time.monotonic()
+        stats = label_images(
+            config,
+            manifest_path=manifest,
+            class_table=hico_classes().subset(range(CLASSES)),
+            stage=stage,
+            progress=lambda count, _total, _bad: done.append((time.monotonic(), count)),
+        )
+        wall = time.monotonic() - started
+        memory = watch.stop()
+    assert stats["rows_out"] == images, stats
+    times, counts = np.array(done).T
+    first, last = (np.searchsorted(counts, share * images) for share in (0.25, 0.9))
+    steady = (counts[last] - counts[first]) / (times[last] - times[first])
+    ideal = actors / seconds
+    return {
+        "actors": actors,
+        "images": images,
+        "ideal_images_per_second": ideal,
+        "steady_images_per_second": float(steady),
+        "steady_efficiency": float(steady / ideal),
+        "whole_seconds": wall,
+        "whole_efficiency": images / wall / ideal,
+        "cpu_seconds_of_driver": sum(psutil.Process().cpu_times()[:2]),
+        **memory,
+    }
+
+
+def main() -> None:
+    """Print and store the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--actors", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--seconds", type=float, default=0.25, help="a GPU's time an image")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--one", type=int, nargs=2, metavar=("ACTORS", "IMAGES"))
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run_one(*options.one, seconds=options.seconds)))
+        return
+    most = max(options.actors)
+    plan = [(actors, options.images * actors // most) for actors in options.actors]
+    plan.insert(-1, (most, options.images // 10))
+    rows = []
+    print(" actors   images  ideal/s  steady/s  efficiency  whole run  driver MiB  total MiB")
+    for actors, images in plan:
+        command = [sys.executable, __file__, "--one", str(actors), str(images)]
+        command += ["--seconds", str(options.seconds)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        row = json.loads(output.strip().splitlines()[-1])
+        rows.append(row)
+        print(
+            f"{row['actors']:7d} {row['images']:8d} {row['ideal_images_per_second']:8.1f}"
+            f" {row['steady_images_per_second']:9.1f} {row['steady_efficiency']:11.3f}"
+            f" {row['whole_efficiency']:10.3f} {row['driver_mib']:11.0f}"
+            f" {row['total_mib']:10.0f}",
+            flush=True,
+        )
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "one")}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {**measured_on(), "settings": settings, "rows": rows}
+    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
