@@ -7,7 +7,13 @@ import pytest
 from hts_ray import storage
 from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.filtering import filter_regions, image_evidence, iter_region_rows
+from hts_ray.filtering import (
+    class_probabilities,
+    filter_regions,
+    image_evidence,
+    iter_region_rows,
+    kept_regions,
+)
 from hts_ray.tables import REGION_SCORES_SCHEMA, StageFolder, read_table, write_table
 
 IDS = np.array([7, 3, 11], dtype=np.int16)
@@ -118,3 +124,35 @@ def test_a_finished_folder_is_not_computed_again(scores, tmp_path):
     first = run(scores, tmp_path, PLAIN)
     storage.remove_tree(scores.path)
     assert run(scores, tmp_path, PLAIN) == first
+
+
+def test_margins_choose_among_what_is_stored():
+    """Catches a sweep over context margins that also throws out the grid and the whole image."""
+    stored = {
+        "region_kinds": ["whole", "union", "union", "person", "grid"],
+        "margins": [0.0, 0.2, 0.5, 0.2, 0.0],
+    }
+    assert kept_regions(stored, FilterConfig()).tolist() == [True] * 5
+    only = kept_regions(stored, FilterConfig(margins=(0.5,)))
+    assert only.tolist() == [True, False, True, False, True]
+    both = kept_regions(stored, FilterConfig(margins=(0.2, 0.5), region_kinds=("union",)))
+    assert both.tolist() == [False, True, True, False, False]
+    older = {"region_kinds": ["whole", "grid"], "margins": None}
+    assert kept_regions(older, FilterConfig(margins=(0.2,))).tolist() == [True, True]
+
+
+def test_what_captions_state_is_a_probability_already():
+    """Catches a softmax over caption matches, which would make one weak hint certain."""
+    scores_RC = np.array([[np.log(0.25), -np.inf, np.log(0.9)]], np.float32)
+    info = {"score_kind": "log_probability", "prior_log_likelihoods": None}
+    found = class_probabilities(scores_RC, info, FilterConfig(prior_alpha=0.5))
+    np.testing.assert_allclose(found, [[0.25, 0.0, 0.9]], rtol=1e-6)
+
+
+def test_classes_that_a_search_left_out_are_negative():
+    """Catches -inf, the mark of a class that was left out, that turns a region into NaN."""
+    scores_RC = np.array([[-3.0, -np.inf, -4.0]], np.float32)
+    info = {"score_kind": "log_likelihood", "prior_log_likelihoods": [-1.0, -2.0, -3.0]}
+    found = class_probabilities(scores_RC, info, FilterConfig(prior_alpha=0.5))
+    assert found[0, 1] == 0
+    np.testing.assert_allclose(found.sum(), 1, rtol=1e-6)
