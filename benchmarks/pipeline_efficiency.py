@@ -10,8 +10,8 @@ between its first and its last committed block, when everything is up; `whole` a
 of Ray's workers and the loading of the model. Bare and pipeline run in turn.
 
 `captions` compares greedy captions through `TransformersCaptioner.caption` with
-`transformers.pipeline("image-to-text")`, today's "image-text-to-text", over the same files, images/s
-in one process. JSON goes to benchmarks/results/pipeline_efficiency.json.
+`transformers.pipeline("image-to-text")`, today "image-text-to-text", over the same files,
+images/s in one process. JSON goes to benchmarks/results/pipeline_efficiency.json.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def label(
     if stats.get("bad_boxes"):
         console.print(f"{stats['bad_boxes']} boxes could not be used: see the quarantine table")
     if stats.get("agreement"):
-        found = stats["agreement"]["exact_top_1_found"]
+        found = stats["agreement"]["top_1"]
         console.print(f"search=objects kept the best class of {percent(found)} % of the regions")
     _next("filter", run)
 

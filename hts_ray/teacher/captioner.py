@@ -84,6 +84,22 @@ class SearchingCaptioner(Captioner, Protocol):
         largest score + offset are exact (ties broken either way); None scores all of them.
         """
 
+    def score_objects_first(
+        self,
+        images: Sequence[Pixels],
+        prompts: ClassPrompts,
+        objects: Sequence[str],
+        object_of_class_C: npt.NDArray[np.int64],
+        keep: int,
+        *,
+        reduction: Reduction = "log_mean_exp",
+    ) -> FloatArray:
+        """Return scores (R, C) of the classes of a region's `keep` best objects, else -inf.
+
+        `objects` are the phrases of O objects, `object_of_class_C` names each class's, -1 for a
+        class without one, which is always scored.
+        """
+
 
 class DummyCaptioner:
     """A teacher that costs nothing: numbers drawn from hashes of the pixels and the prompts.

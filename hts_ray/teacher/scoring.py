@@ -9,10 +9,9 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from hts_ray.config import RegionsConfig, TeacherConfig
 from hts_ray.data.images import DecodedImage
@@ -27,6 +26,12 @@ from hts_ray.teacher.captioner import (
 )
 from hts_ray.teacher.crops import CropBatch
 from hts_ray.teacher.regions import Box, Detection, Region, propose_regions
+from hts_ray.teacher.selection import (
+    ObjectGate,
+    agreement,
+    alive_classes,
+    keep_top,
+)
 
 if TYPE_CHECKING:
     from hts_ray.teacher.detector import Detector
@@ -37,7 +42,8 @@ TEACHER_ERROR = "teacher_error"
 OUT_OF_MEMORY = "out_of_memory"
 NOT_FINITE = "not_finite"
 
-BoolArray = npt.NDArray[np.bool_]
+# Of how many of the best classes it is told which a search has kept.
+AGREEMENT_TOP = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,20 +92,6 @@ class CaptionMatcher(Protocol):
 
     def __call__(self, captions: Sequence[str]) -> list[dict[int, float]]:
         """Return one {class position: probability} a caption."""
-
-
-@dataclass(frozen=True, eq=False)
-class ObjectGate:
-    """Which objects a region shows, told by scoring the objects alone.
-
-    `prompts` are O sentences, one an object; `object_of_class` (C,) int64 names each class's, -1
-    for a class without one, which is always scored. An approximation: a region whose object
-    scores badly alone loses the classes of that object.
-    """
-
-    prompts: tuple[str, ...]
-    object_of_class: npt.NDArray[np.int64]
-    keep: int
 
 
 @dataclass
@@ -248,21 +240,18 @@ class RegionScorer:
             return caption_scores(captions, self.matcher, len(self.prompts), weighted=beams)
         if teacher.search == "all":
             return self.exact_scores(crops)
-        alive_RC = None
         if teacher.search == "objects":
             assert self.gate is not None
-            alive_RC = self._alive(crops, self.gate)
-        top_k = teacher.top_k if teacher.search == "top_k" else None
+            return self._score_objects_first(crops, self.gate)
         if isinstance(self.captioner, SearchingCaptioner):
             return self.captioner.score_top(
                 crops,
                 self.prompts,
-                top_k=top_k,
+                top_k=teacher.top_k,
                 reduction=teacher.template_reduction,
                 offsets_C=self.offsets_C,
-                alive_RC=alive_RC,
             )
-        return keep_top(self.exact_scores(crops), top_k, self.offsets_C, alive_RC)
+        return keep_top(self.exact_scores(crops), teacher.top_k, self.offsets_C)
 
     def exact_scores(self, crops: Sequence[Pixels]) -> FloatArray:
         """Return log-likelihoods (R, C) of every class, whatever the search."""
@@ -274,32 +263,31 @@ class RegionScorer:
             reduction=self.teacher.template_reduction,
         )
 
-    def _alive(self, crops: Sequence[Pixels], gate: ObjectGate) -> BoolArray:
-        scores_RO = self.captioner.score(crops, gate.prompts)
-        per_token = scores_RO.log_likelihoods / scores_RO.token_counts[None, :]
-        return alive_classes(per_token, gate.object_of_class, gate.keep)
+    def _score_objects_first(self, crops: Sequence[Pixels], gate: ObjectGate) -> FloatArray:
+        if isinstance(self.captioner, SearchingCaptioner):
+            return self.captioner.score_objects_first(
+                crops,
+                self.prompts,
+                gate.prompts,
+                gate.object_of_class,
+                gate.keep,
+                reduction=self.teacher.template_reduction,
+            )
+        scores_RO = self.captioner.score(crops, gate.prompts).log_likelihoods
+        alive_RC = alive_classes(scores_RO, gate.object_of_class, gate.keep)
+        scores_RC = keep_top(self.exact_scores(crops), None, None, alive_RC)
+        scores_RC[np.isnan(scores_RO).any(axis=1)] = np.nan
+        return scores_RC
 
-    def agreement(self, tasks: Sequence[ImageTask], most: int = 16) -> dict[str, float]:
+    def agreement(self, tasks: Sequence[ImageTask], most: int = 32) -> dict[str, float]:
         """Measure the search against exact scores on the first regions of some images.
 
-        Returns `regions`, `exact_top_1_found` and `exact_top_5_found`, shares of the classes that
-        score best exactly and were not left out, and `probability_left_out`, the mean share of
-        the classes' probability (a softmax over them) that is missing.
+        Returns `regions` and the figures of `selection.agreement`.
         """
         regions, _ = self.propose(tasks)
         crops = CropBatch.of([task.image for task in tasks], regions)[:most]
-        exact_RC = self.exact_scores(crops).astype(np.float64)
-        kept_RC = np.isfinite(self.class_scores(crops))
-        order_RC = np.argsort(-exact_RC, axis=1)
-        probability_RC = np.exp(exact_RC - exact_RC.max(axis=1, keepdims=True))
-        probability_RC /= probability_RC.sum(axis=1, keepdims=True)
-        found_RC = np.take_along_axis(kept_RC, order_RC, axis=1)
-        return {
-            "regions": float(len(crops)),
-            "exact_top_1_found": float(found_RC[:, :1].mean()),
-            "exact_top_5_found": float(found_RC[:, :5].mean()),
-            "probability_left_out": float((probability_RC * ~kept_RC).sum(axis=1).mean()),
-        }
+        found = agreement(self.exact_scores(crops), self.class_scores(crops), AGREEMENT_TOP)
+        return {"regions": float(len(crops)), **found}
 
 
 def caption_scores(
@@ -324,53 +312,6 @@ def caption_scores(
                 probabilities_RC[row, position] += weight * probability
     with np.errstate(divide="ignore"):
         return np.log(np.minimum(probabilities_RC, 1.0)).astype(np.float32)
-
-
-def object_gate(
-    objects: Sequence[str | None], phrase: Callable[[str], str], keep: int
-) -> ObjectGate:
-    """Return the gate of C classes with these objects; `phrase` makes a noun a noun phrase."""
-    names = sorted({name for name in objects if name})
-    place = {name: number for number, name in enumerate(names)}
-    return ObjectGate(
-        prompts=tuple(phrase(name.replace("_", " ")) for name in names),
-        object_of_class=np.array([place[name] if name else -1 for name in objects]),
-        keep=keep,
-    )
-
-
-def alive_classes(
-    object_scores_RO: npt.NDArray[np.floating[Any]],
-    object_of_class: npt.NDArray[np.int64],
-    keep: int,
-) -> BoolArray:
-    """Return which classes (R, C) belong to a region's `keep` best objects, or to none."""
-    regions, objects = object_scores_RO.shape
-    kept_RO = np.zeros((regions, objects + 1), dtype=np.bool_)
-    best = np.argsort(-object_scores_RO, axis=1, kind="stable")[:, :keep]
-    np.put_along_axis(kept_RO, best, True, axis=1)
-    kept_RO[:, -1] = True  # index -1: no object
-    return kept_RO[:, object_of_class]
-
-
-def keep_top(
-    scores_RC: FloatArray,
-    top_k: int | None,
-    offsets_C: FloatArray | None = None,
-    alive_RC: BoolArray | None = None,
-) -> FloatArray:
-    """Return scores with -inf for the classes that a search would have left out.
-
-    For teachers that know no search, so that search=top_k means the same on every teacher.
-    """
-    scores = scores_RC if alive_RC is None else np.where(alive_RC, scores_RC, -np.inf)
-    if top_k is None or top_k >= scores.shape[1]:
-        return scores.astype(np.float32)
-    ranked = scores if offsets_C is None else scores + offsets_C
-    best = np.argsort(-ranked, axis=1, kind="stable")[:, :top_k]
-    result = np.full_like(scores, -np.inf, dtype=np.float32)
-    np.put_along_axis(result, best, np.take_along_axis(scores, best, axis=1), axis=1)
-    return result
 
 
 def by_position(

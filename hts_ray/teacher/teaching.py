@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from hts_ray import storage
-from hts_ray.classes import ClassTable, noun_phrase
+from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig, RegionsConfig
 from hts_ray.data.images import DecodedImage
 from hts_ray.errors import ConfigError, DataError
@@ -34,8 +34,8 @@ from hts_ray.teacher.scoring import (
     ImageTask,
     RegionScorer,
     by_position,
-    object_gate,
 )
+from hts_ray.teacher.selection import object_gate
 
 PRIORS = "priors"  # the folder of a run that keeps log P(prompt) from one pass to the next
 TABLE_INFO = "table.json"
@@ -234,7 +234,7 @@ def region_scorer(captioner: Captioner, teaching: Teaching, device: str) -> Regi
 
         matcher = by_position(lambda texts: match_captions(texts, table), table.positions)
     if teacher.search == "objects":
-        gate = object_gate(objects, noun_phrase, teacher.top_objects)
+        gate = object_gate(objects, teacher.top_objects)
     if teacher.search == "top_k" and teacher.search_alpha:
         prior = prior_log_likelihoods(captioner, teaching)
         assert prior is not None

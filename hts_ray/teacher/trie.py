@@ -48,7 +48,7 @@ class PromptTrie:
     def __init__(self, sequences: Sequence[TokenIds]) -> None:
         if not sequences or any(len(sequence) == 0 for sequence in sequences):
             raise ValueError("every prompt must have at least one token")
-        parent, token, depth, node_paths = _breadth_first(sequences)
+        parent, token, depth, node_paths = breadth_first(sequences)
         fed = np.unique(parent[1:])
         fed_index = np.full(len(parent), -1)
         fed_index[fed] = np.arange(len(fed))
@@ -80,7 +80,7 @@ class PromptTrie:
         return total
 
 
-def _breadth_first(
+def breadth_first(
     sequences: Sequence[TokenIds],
 ) -> tuple[npt.NDArray[np.int64], ...]:
     """Return parent, token and depth (N,) of the nodes, level by level, and node paths (P, L)."""

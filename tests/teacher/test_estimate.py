@@ -89,9 +89,9 @@ def test_approximate_search_is_measured(tmp_path: Path) -> None:
     manifest = make_manifest(tmp_path, 3)
     found = estimate(config(search="objects", top_objects=1), manifest, hico_classes(), sample=2)
     assert found.agreement is not None
-    assert found.agreement["regions"] == 16
-    assert 0 <= found.agreement["exact_top_1_found"] < 1  # the dummy's objects mean nothing
-    assert 0 < found.agreement["probability_left_out"] <= 1
+    assert found.agreement["regions"] == 28
+    assert 0 <= found.agreement["top_1"] < 1  # the dummy's objects mean nothing
+    assert 0 < found.agreement["lost_mass"] <= 1
 
 
 def test_wrong_settings_are_refused_first(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from hts_ray.teacher.scoring import (
     ImageTask,
     RegionScorer,
     ScoredImage,
-    object_gate,
 )
+from hts_ray.teacher.selection import object_gate
 
 
 class OutOfMemoryError(RuntimeError):
@@ -141,7 +141,7 @@ def test_searches_on_a_teacher_that_knows_none() -> None:
             best = np.argsort(-(row_C + offsets))[:4]
             assert set(np.flatnonzero(np.isfinite(kept_C))) == set(best)
             np.testing.assert_array_equal(kept_C[best], row_C[best])
-    gate = object_gate(["cat", "dog", None] * 4, lambda name: f"a {name}", keep=1)
+    gate = object_gate(["cat", "dog", None] * 4, keep=1)
     assert gate.prompts == ("a cat", "a dog")
     settings = TeacherConfig(search="objects")
     gated = RegionScorer(captioner, prompts, settings, regions, gate=gate)
@@ -153,7 +153,7 @@ def test_searches_on_a_teacher_that_knows_none() -> None:
         assert (kept_RC.sum(1) == 8).all()
     found = gated.agreement(images)
     assert found["regions"] == 15
-    assert 0 < found["probability_left_out"] < 1
+    assert 0 < found["lost_mass"] < 1
 
 
 def test_given_boxes_and_detections_become_regions() -> None:
