@@ -1,8 +1,9 @@
-"""How each family of captioners is fed: images once, then prompts as a tree or in batches.
+"""How prompts are scored behind a region: as a tree in one forward, or as a padded batch.
 
-Families whose attention takes a tree mask score by trie, the others by batches of padded
-prompts. Every family also has a slow plain forward, `reference`, that the fast path is
-checked against when a model loads.
+A decoder reads R regions, and whatever stands before every prompt, once (`encode`); its keys and
+values stay in a cache. Families whose attention takes a tree mask then score by trie, the others
+by batches of prompts. Every family also has a slow plain forward, `reference`, that the fast
+path is checked against when a model loads. How each family is fed: `hts_ray.teacher.readers`.
 
 Shape legend: R regions, P prompts, N nodes fed at a time, L tokens of the longest prompt, V
 vocabulary, D hidden width.
@@ -10,16 +11,23 @@ vocabulary, D hidden width.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hts_ray.teacher import trie as prompt_tree
+from hts_ray.teacher.memory import WORKSPACE
 from hts_ray.teacher.trie import PromptTrie, TokenIds, edge_log_probs, split_tries
+
+_Key = tuple[tuple[int, ...], ...]
+# Lists of prompts whose tries are kept: the classes', and the objects' of a search.
+_KEPT = 4
 
 
 def capture_hidden(head: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, Any]:
@@ -31,7 +39,7 @@ def capture_hidden(head: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, An
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         captured.append(inputs[0])
-        return (inputs[0][:, :1], *inputs[1:])
+        return (inputs[0][:, :1].contiguous(), *inputs[1:])  # see edge_log_probs
 
     handle = head.register_forward_pre_hook(keep)
     try:
@@ -41,36 +49,6 @@ def capture_hidden(head: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, An
     return captured[0], result
 
 
-class Decoder(ABC):
-    """One family of captioners: how images and prompts are fed to it.
-
-    `start_id` is the token in front of every caption (None where the image prefix itself
-    plays that part), `end_id` the token that ends one. `method` names how prompts are
-    scored, for the run's provenance.
-    """
-
-    model: Any
-    start_id: int | None
-    end_id: int
-    method: str
-    # What `model.generate` must be told besides the images.
-    generation: Mapping[str, Any] = MappingProxyType({})
-
-    @abstractmethod
-    def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities: (R, P) float32.
-
-        `images` is what the family's preprocessing made of R regions.
-        """
-
-    @abstractmethod
-    def reference(self, images: Any, sequence: TokenIds) -> Tensor:
-        """Return the same sum for one prompt and R regions by one full forward: (R,) float32.
-
-        No tree, no cache, no padding: slow, and what `log_likelihoods` is checked against.
-        """
-
-
 @dataclass
 class Prefix:
     """What a decoder has read of R regions before any prompt token, and of the tree since.
@@ -78,14 +56,15 @@ class Prefix:
     `root` (R, 1, D) is the hidden state that predicts the first prompt token. `first_position`
     (R,) int64 is the position id of that token. `visible` (R, past) bool tells the cached
     positions that are not padding; None where none is. `features` is what a decoder with
-    cross-attention looks at. `fed` counts the tree's nodes in the cache behind the prefix.
+    cross-attention looks at: tensors with R entries. `fed` counts the tokens in the cache behind
+    the prefix.
     """
 
     cache: Any
     root: Tensor
     first_position: Tensor
     visible: Tensor | None = None
-    features: Any = None
+    features: tuple[Tensor, ...] = ()
     fed: int = 0
 
     def __len__(self) -> int:
@@ -95,6 +74,49 @@ class Prefix:
     def past(self) -> int:
         """How many positions the cache holds in front of the tree."""
         return int(self.cache.get_seq_length()) - self.fed
+
+
+def select_regions(prefix: Prefix, regions: Sequence[int]) -> Prefix:
+    """Return a prefix whose n-th entry is region `regions[n]`; the given one stays as it is.
+
+    Where all are one region its keys and values are not copied but seen through views.
+    """
+    first, count = regions[0], len(regions)
+    if all(region == first for region in regions):
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[first : first + 1].expand(count, *tensor.shape[1:])
+
+    else:
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[torch.tensor(regions, device=tensor.device)]
+
+    return replace(
+        prefix,
+        cache=_selected_cache(prefix.cache, pick),
+        root=pick(prefix.root),
+        first_position=pick(prefix.first_position),
+        visible=None if prefix.visible is None else pick(prefix.visible),
+        features=tuple(pick(feature) for feature in prefix.features),
+    )
+
+
+def _selected_cache(cache: Any, pick: Callable[[Tensor], Tensor]) -> Any:
+    selected = copy.copy(cache)
+    if hasattr(cache, "self_attention_cache"):
+        selected.self_attention_cache = _selected_cache(cache.self_attention_cache, pick)
+        selected.cross_attention_cache = _selected_cache(cache.cross_attention_cache, pick)
+        selected.is_updated = dict(cache.is_updated)
+        return selected
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in selected.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.ndim > 1:
+                # Keys and values are only ever concatenated; other states may be written to.
+                picked = pick(value)
+                setattr(layer, name, picked if name in {"keys", "values"} else picked.clone())
+    return selected
 
 
 def additive_mask(prefix: Prefix, visible: Tensor) -> Tensor:
@@ -115,33 +137,110 @@ def additive_mask(prefix: Prefix, visible: Tensor) -> Tensor:
     return mask
 
 
+class Decoder(ABC):
+    """One family of captioners: how images and prompts are fed to it.
+
+    `head` is the module that makes logits (R, N, V) of hidden states. `start_ids` are the tokens
+    in front of every caption, where they are not part of the prepared inputs; `end_id` ends one,
+    as do all of `end_ids`. `method` names how prompts are scored, for the run's provenance.
+    """
+
+    method: str
+    # Bytes that the forwards of one group of regions may take; see `groups`.
+    workspace: int = WORKSPACE
+
+    def __init__(
+        self,
+        model: Any,
+        head: nn.Module,
+        *,
+        end_ids: Sequence[int],
+        start_ids: Sequence[int] = (),
+    ) -> None:
+        self.model = model
+        self.head = head
+        self.start_ids = tuple(start_ids)
+        self.end_id = end_ids[0]
+        self.end_ids = tuple(end_ids)
+
+    @abstractmethod
+    def encode(self, images: Any) -> Prefix:
+        """Read R prepared regions, and whatever stands before every prompt, once."""
+
+    @abstractmethod
+    def forward(
+        self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Any:
+        """Run the language model on N more tokens behind the prefix and its fed tokens.
+
+        `tokens` and `positions` are (R, N) int64. `mask` is additive, (R, 1, N, past + fed + N);
+        None means that each token sees all before it.
+        """
+
+    @abstractmethod
+    def reference(self, images: Any, sequence: TokenIds) -> Tensor:
+        """Return the log-likelihood of one prompt on R regions by full forwards: (R,) float32.
+
+        No tree, no cache, no padding: slow, and what `log_likelihoods` is checked against.
+        """
+
+    @abstractmethod
+    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+        """Return sums of token log-probabilities (R, P) float32 behind a prefix."""
+
+    @abstractmethod
+    def region_bytes(self, image: Any) -> int:
+        """Return about how many bytes one prepared region takes, an item of those given."""
+
+    def joins(self, first: Any, image: Any) -> bool:
+        """Tell whether two prepared regions can be read in one forward."""
+        return True
+
+    def groups(self, images: Any, limit: int | None = None) -> Iterator[Any]:
+        """Cut prepared regions, in order, into groups that fit in `workspace`, or of one.
+
+        No group has more than `limit` regions. Every group can be given to `encode`.
+        """
+        group: list[Any] = []
+        used = 0
+        for image in images:
+            needed = self.region_bytes(image)
+            full = used + needed > self.workspace or len(group) == limit
+            if group and (full or not self.joins(group[0], image)):
+                yield _joined(images, group)
+                group, used = [], 0
+            group.append(image)
+            used += needed
+        if group:
+            yield _joined(images, group)
+
+    def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
+        """Return sums of token log-probabilities (R, P) float32 of R prepared regions."""
+        scores = [self._scores(self.encode(group), sequences) for group in self.groups(images)]
+        return torch.cat(scores)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., V) float32 of hidden states (..., D)."""
+        logits: Tensor = self.head(hidden.contiguous())
+        return logits.float()
+
+
+def _joined(images: Any, group: list[Any]) -> Any:
+    return torch.stack(group) if isinstance(images, Tensor) else group
+
+
 class TrieDecoder(Decoder):
     """A family whose attention takes a tree mask.
 
-    The image is encoded once. Tree nodes are fed in any order that puts parents first, in one
-    forward or in several: their keys and values stay in the cache until `rewind`.
+    Tree nodes are fed in any order that puts parents first, in one forward or in several: their
+    keys and values stay in the cache until `rewind`.
     """
 
     method = "trie"
 
-    def __init__(self, model: Any, head: nn.Module, start_id: int | None, end_id: int) -> None:
-        self.model = model
-        self.head = head
-        self.start_id = start_id
-        self.end_id = end_id
-        self._key: tuple[tuple[int, ...], ...] = ()
-        self._tries: list[tuple[PromptTrie, list[int]]] = []
-
-    @abstractmethod
-    def encode(self, images: Any) -> Prefix:
-        """Read R images, and whatever stands before every prompt, once."""
-
-    @abstractmethod
-    def forward(self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor) -> Any:
-        """Run the language model on N more tokens behind the prefix and its fed nodes.
-
-        `tokens` and `positions` are (R, N) int64, `mask` is additive, (R, 1, N, past + fed + N).
-        """
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tries: OrderedDict[_Key, list[tuple[PromptTrie, list[int]]]] = OrderedDict()
 
     def feed(self, prefix: Prefix, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
         """Feed N tree nodes and return their hidden states (R, N, D) in front of the head.
@@ -165,19 +264,18 @@ class TrieDecoder(Decoder):
             cache.crop(-prefix.fed)
             prefix.fed = 0
 
-    def tries(self, sequences: Sequence[TokenIds]) -> list[tuple[PromptTrie, list[int]]]:
+    def tries(self, sequences: Sequence[TokenIds]) -> Sequence[tuple[PromptTrie, list[int]]]:
         """Return `split_tries` of the prompts, made once for a run's."""
         key = tuple(tuple(sequence) for sequence in sequences)
-        if key != self._key:
-            self._tries, self._key = split_tries(sequences), key
-        return self._tries
+        if key not in self._tries:
+            self._tries[key] = split_tries(sequences)
+            if len(self._tries) > _KEPT:
+                self._tries.popitem(last=False)
+        return self._tries[key]
 
-    def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities (R, P) float32 of R prepared images."""
-        tries = self.tries(sequences)
-        prefix = self.encode(images)
+    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
         scores = torch.empty(len(prefix), len(sequences), device=prefix.root.device)
-        for trie, prompts in tries:
+        for trie, prompts in self.tries(sequences):
             hidden = prefix.root
             if len(trie) > 1:
                 seen = trie.ancestors[1:, 1:]
@@ -188,212 +286,70 @@ class TrieDecoder(Decoder):
         return scores
 
 
-class CrossAttentionDecoder(TrieDecoder):
-    """Captioners whose text decoder attends to the image's features: BLIP, VisionEncoderDecoder.
-
-    `features` turns pixels (R, 3, H, W) into the decoder's encoder_hidden_states;
-    `first_position` is the position id of the start token.
-    """
-
-    start_id: int
-
-    def __init__(
-        self,
-        model: Any,
-        language_model: Any,
-        features: Callable[[Tensor], Tensor],
-        *,
-        start_id: int,
-        end_id: int,
-        first_position: int = 0,
-    ) -> None:
-        super().__init__(model, language_model.get_output_embeddings(), start_id, end_id)
-        self.language_model = language_model
-        self.features = features
-        self.first_position = first_position
-
-    def encode(self, images: Tensor) -> Prefix:
-        """Compute the image features (R, patches, D) and read the start token."""
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        features = self.features(images)
-        regions, device = len(features), features.device
-        # The cross-attention's keys and values are kept too: they are the same for every node.
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        prefix = Prefix(
-            cache,
-            root=features[:, :1],
-            first_position=torch.full((regions,), self.first_position + 1, device=device),
-            features=features,
-        )
-        start = torch.full((regions, 1), self.start_id, device=device)
-        mask = torch.zeros(regions, 1, 1, 1, dtype=features.dtype, device=device)
-        positions = torch.full_like(start, self.first_position)
-        prefix.root, _ = capture_hidden(
-            self.head, lambda: self.forward(prefix, start, positions, mask)
-        )
-        return prefix
-
-    def forward(self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor) -> Any:
-        """Run the text decoder with its caches of both attentions."""
-        return self.language_model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask,
-            encoder_hidden_states=prefix.features,
-            past_key_values=prefix.cache,
-            use_cache=True,
-        )
-
-    def reference(self, images: Tensor, sequence: TokenIds) -> Tensor:
-        """Return the sum (R,) by the decoder's own causal mask and positions."""
-        ids = torch.tensor([[self.start_id, *sequence]], device=images.device)
-        logits = self.language_model(
-            input_ids=ids.expand(len(images), -1),
-            encoder_hidden_states=self.features(images),
-            use_cache=False,
-        ).logits
-        return sequence_log_likelihood(logits[:, :-1], sequence)
-
-
-class GitDecoder(TrieDecoder):
-    """GIT: the image is a prefix of the text, held with the start token in the cache."""
-
-    start_id: int
-
-    def __init__(self, model: Any, start_id: int, end_id: int) -> None:
-        super().__init__(model, model.get_output_embeddings(), start_id, end_id)
-
-    def encode(self, images: Tensor) -> Prefix:
-        """Read image and start token."""
-        start = torch.full((len(images), 1), self.start_id, device=images.device)
-        hidden, output = capture_hidden(
-            self.head, lambda: self.model(pixel_values=images, input_ids=start, use_cache=True)
-        )
-        # GIT counts text positions from its own start; left to itself with a cache it would
-        # count the image's tokens too.
-        first = torch.ones(len(images), dtype=torch.long, device=images.device)
-        return Prefix(output.past_key_values, hidden[:, -1:], first)
-
-    def forward(self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor) -> Any:
-        """Run the decoder behind the cached image and start token."""
-        return self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            past_key_values=prefix.cache,
-            attention_mask=mask,
-        )
-
-    def reference(self, images: Tensor, sequence: TokenIds) -> Tensor:
-        """Return the sum (R,) of one full forward, image included."""
-        ids = torch.tensor([[self.start_id, *sequence]], device=images.device)
-        logits = self.model(
-            pixel_values=images, input_ids=ids.expand(len(images), -1), use_cache=False
-        ).logits
-        return sequence_log_likelihood(logits[:, -len(sequence) - 1 : -1], sequence)
-
-
 class BatchedDecoder(Decoder):
-    """Any causal model: prompts padded on the right, `prompt_batch` of them in one forward.
+    """Any causal family: `prompt_batch` prompts, padded on the right, behind a region's cache.
 
-    Padding needs no mask of its own, since no prompt token looks to its right; one is
-    passed all the same because some models count positions with it. The image is encoded
-    again for every batch of prompts.
+    Padding needs no mask of its own, since no prompt token looks to its right. The region is
+    encoded once; its cache is seen through views, of which the model makes copies layer by
+    layer, so that batches are kept as small as `workspace` asks.
     """
 
     method = "batched"
+    prompt_batch: int = 64
 
-    def __init__(
-        self, model: Any, end_id: int, prompt_batch: int, start_id: int | None = None
-    ) -> None:
-        self.model = model
-        self.start_id = start_id
-        self.end_id = end_id
-        self.prompt_batch = prompt_batch
+    @abstractmethod
+    def row_bytes(self, prefix: Prefix, longest: int) -> int:
+        """Return about how many bytes one prompt of `longest` tokens takes behind a prefix."""
 
-    def forward(self, image: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return logits whose last L + 1 positions start at the token before the prompts.
+    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+        # Prompts of one length meet, for less padding.
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        longest = len(sequences[order[-1]])
+        rows = max(1, min(self.prompt_batch, self.workspace // self.row_bytes(prefix, longest)))
+        scores = torch.empty(len(prefix), len(sequences), device=prefix.root.device)
+        for region in range(len(prefix)):
+            for first in range(0, len(order), rows):
+                chosen = order[first : first + rows]
+                batch = select_regions(prefix, [region] * len(chosen))
+                scores[region, chosen] = self._batch(batch, [sequences[i] for i in chosen])
+        return scores
 
-        `image` is one entry of the prepared images, ids and mask are (P, L).
-        """
-        count = len(ids)
-        inputs = {
-            name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in image.items()
-        }
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
-        if "mm_token_type_ids" in inputs:  # 0 means text
-            inputs["mm_token_type_ids"] = torch.cat(
-                [inputs["mm_token_type_ids"], torch.zeros_like(ids)], dim=1
-            )
-        return self.model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
-
-    def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities (R, P) float32, R = len(images)."""
-        rows = []
-        for image in images:
-            batches = [
-                self._batch(image, sequences[first : first + self.prompt_batch])
-                for first in range(0, len(sequences), self.prompt_batch)
-            ]
-            rows.append(torch.cat(batches))
-        return torch.stack(rows)
-
-    def _batch(self, image: Any, sequences: Sequence[TokenIds]) -> Tensor:
-        device = self.model.device
+    def _batch(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+        """Return the sums (P,) of P prompts behind P copies of a region."""
+        device = prefix.root.device
         longest = max(len(sequence) for sequence in sequences)
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
+        real = torch.zeros(len(sequences), longest, dtype=torch.bool)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        logits = self.forward(image, ids, mask)[:, -longest - 1 : -1]
-        scores = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
-        return (scores * mask).sum(1)
+            real[row, : len(sequence)] = True
+        ids, real = ids.to(device), real.to(device)
+        hidden = prefix.root
+        if longest > 1:
+            hidden = torch.cat([hidden, self.feed_rows(prefix, ids[:, :-1])], dim=1)
+        scores = torch.zeros(ids.shape, device=device)
+        scores[real] = self._token_log_probs(hidden[real], ids[real])
+        return scores.sum(1)
 
-    def reference(self, images: Any, sequence: TokenIds) -> Tensor:
-        """Return the sum (R,) with no other prompt in the batch, hence no padding."""
-        return torch.cat([self._batch(image, [sequence]) for image in images])
+    def feed_rows(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """Feed tokens (R, N), each seeing all before it, and return hidden states (R, N, D)."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device) + prefix.fed
+        positions = prefix.first_position[:, None] + steps
+        hidden, _ = capture_hidden(self.head, lambda: self.forward(prefix, tokens, positions, None))
+        prefix.fed += tokens.shape[1]
+        return hidden
 
-
-class BatchedCrossAttentionDecoder(BatchedDecoder):
-    """VisionEncoderDecoder with a text decoder that takes no position ids, such as TrOCR's.
-
-    Images are pixels (R, 3, H, W); their features are computed once.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        language_model: Any,
-        features: Callable[[Tensor], Tensor],
-        *,
-        start_id: int,
-        end_id: int,
-        prompt_batch: int,
-    ) -> None:
-        super().__init__(model, end_id, prompt_batch, start_id)
-        self.language_model = language_model
-        self.features = features
-
-    def log_likelihoods(self, images: Tensor, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities (R, P) float32 of images (R, 3, H, W)."""
-        return super().log_likelihoods(self.features(images), sequences)
-
-    def reference(self, images: Tensor, sequence: TokenIds) -> Tensor:
-        """Return the sum (R,) with no other prompt in the batch, hence no padding."""
-        return super().reference(self.features(images), sequence)
-
-    def forward(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the decoder's logits (P, 1 + L, V) behind the start token."""
-        start = torch.full_like(ids[:, :1], self.start_id or 0)
-        return self.language_model(  # type: ignore[no-any-return]
-            input_ids=torch.cat([start, ids], dim=1),
-            attention_mask=torch.cat([torch.ones_like(start), mask], dim=1),
-            encoder_hidden_states=image.expand(len(ids), -1, -1),
-            use_cache=False,
-        ).logits
+    def _token_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return log P(target) (N,) of hidden states (N, D), some of the vocabulary at a time."""
+        vocabulary = int(getattr(self.head, "out_features", 0)) or 50_000
+        chunk = max(1, prompt_tree.MAX_LOGITS // vocabulary)
+        parts = []
+        for first in range(0, len(targets), chunk):
+            logits = self.project(hidden[first : first + chunk])
+            tokens = targets[first : first + chunk]
+            chosen = logits.gather(1, tokens[:, None].to(logits.device))[:, 0]
+            parts.append(chosen - logits.logsumexp(-1))
+        return torch.cat(parts).to(hidden.device)
 
 
 def sequence_log_likelihood(logits: Tensor, sequence: TokenIds) -> Tensor:

@@ -6,12 +6,15 @@ a teacher cheaply; models live in `hts_ray.teacher.pretrained`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
+import logging
 import math
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from hts_ray.assets import asset_path
 from hts_ray.config import TeacherConfig
 from hts_ray.errors import ConfigError
 from hts_ray.teacher.captioner import Captioner, DummyCaptioner
+
+logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin:"
 IMPORT = "import:"
@@ -28,23 +33,41 @@ FIELD = "label.teacher.model"
 HASHED_BYTES = 64 << 20
 # What a model needs on disk, and what its fingerprint covers.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+# Seconds before each new attempt at a hub that failed.
+RETRY_WAITS = (1.0, 4.0, 16.0)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-# model_type in config.json: what is supported of it, and how its prompts are scored.
+# model_type in config.json: what is supported of it, and how its prompts are scored. How each is
+# fed is told in `hts_ray.teacher.families`. Prefix families with a text model that takes no tree
+# mask (sliding windows, linear attention) score by batched prompts.
 FAMILIES = {
     "blip": "BLIP captioning (trie)",
     "git": "GIT (trie)",
-    "vision-encoder-decoder": "VisionEncoderDecoder (trie with BERT, RoBERTa or GPT-2 text)",
-    "blip-2": "BLIP-2 with a decoder-only language model such as OPT (batched prompts)",
+    "vision-encoder-decoder": (
+        "VisionEncoderDecoder (trie with BERT, RoBERTa or GPT-2 text, else batched prompts)"
+    ),
+    "blip-2": "BLIP-2 (trie with OPT, batched prompts with T5)",
+    "instructblip": "InstructBLIP (trie with Vicuna, batched prompts with T5)",
+    "florence2": "Florence-2 (trie)",
+    "paligemma": "PaliGemma (trie), PaliGemma 2 (batched prompts)",
+    "llava": "LLaVA (trie)",
+    "llava_onevision": "LLaVA-OneVision (trie)",
+    "smolvlm": "SmolVLM (trie)",
+    "idefics3": "Idefics3 (trie)",
+    "qwen2_vl": "Qwen2-VL (trie)",
+    "qwen2_5_vl": "Qwen2.5-VL (trie)",
+    "qwen3_vl": "Qwen3-VL (trie)",
+    "kosmos-2": "Kosmos-2 (batched prompts)",
 }
 
 
 def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     """Load the teacher that `config.model` names onto a torch device and check it.
 
-    The name is a hub id, a local folder, `builtin:NAME` or `import:MODULE:CLASS`. Raises
-    ConfigError naming label.teacher.model for a missing or incomplete model and for a family
-    that is not supported.
+    `device` may be "auto" for a model that is laid out over all GPUs. The name is a hub id, a
+    local folder, `builtin:NAME` or `import:MODULE:CLASS`. Raises ConfigError naming
+    label.teacher.model for a missing or incomplete model and for a family that is not supported.
     """
     if is_dummy(config):
         return DummyCaptioner(_dummy_seconds(config))
@@ -111,8 +134,12 @@ def model_error(config: TeacherConfig, message: str, remedy: str = "") -> Config
 
 
 def supported_families() -> str:
-    """Return the supported families in words."""
-    return "; ".join(FAMILIES.values())
+    """Say which families are supported, and how to add one."""
+    return (
+        f"Supported: {'; '.join(FAMILIES.values())}. For another, write a class with the two"
+        " methods of a Captioner and name it import:MODULE:CLASS; see the documentation's"
+        ' "Choose and write a teacher"'
+    )
 
 
 def local_model_folder(config: TeacherConfig) -> Path | None:
@@ -166,9 +193,7 @@ def model_folder(config: TeacherConfig) -> Path:
     settings = read_model_config(config, folder)
     family = settings.get("model_type")
     if family not in FAMILIES and not config.trust_remote_code:
-        raise model_error(
-            config, f"family {family!r} is not supported", f"supported: {supported_families()}"
-        )
+        raise model_error(config, f"family {family!r} is not supported", supported_families())
     return folder
 
 
@@ -184,20 +209,77 @@ def read_model_config(config: TeacherConfig, folder: Path) -> dict[str, Any]:
 
 
 def _download(config: TeacherConfig) -> Path:
+    """Return a hub model's folder in the hub's cache, fetching what is not there.
+
+    A full commit that lies there complete is taken without a look at the network. The hub's
+    client locks every file, so that one actor of a node fetches and the others wait.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = [*MODEL_FILES, "*.py"] if config.trust_remote_code else list(MODEL_FILES)
-    try:
+
+    def fetch(*, local: bool = False) -> Path:
         return Path(
-            snapshot_download(config.model, revision=config.revision, allow_patterns=patterns)
+            snapshot_download(
+                config.model,
+                revision=config.revision,
+                allow_patterns=patterns,
+                local_files_only=local,
+            )
         )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise model_error(
-            config,
-            f"not a local folder, and not to be had from the hub: {error}",
-            "check the id and label.teacher.revision, or copy the model to a folder",
-        ) from None
+
+    if config.revision is not None and _COMMIT.fullmatch(config.revision):
+        with contextlib.suppress(OSError, ValueError):
+            folder = fetch(local=True)
+            if _is_complete(folder):
+                return folder
+    for wait in (*RETRY_WAITS, None):
+        try:
+            return fetch()
+        except Exception as error:
+            if wait is None or not _is_transient(error):
+                raise model_error(
+                    config,
+                    f"not a local folder, and not to be had from the hub: {error}",
+                    "check the id and label.teacher.revision, or copy the model to a folder",
+                ) from error
+            logger.warning("the hub failed, trying again in %g s: %s", wait, error)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_complete(folder: Path) -> bool:
+    """Tell whether a snapshot has its settings, its tokenizer and all of its weights."""
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "config.json").is_file() or not any(folder.glob("*token*")):
+        return False
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError):
+            return False
+        return all((folder / shard).is_file() for shard in shards)
+    return (folder / "model.safetensors").is_file()
+
+
+def _is_transient(error: Exception) -> bool:
+    """Tell failures of network and server from answers that will not change."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if isinstance(error, LocalEntryNotFoundError):  # how the client tells of an unreachable hub
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            return True
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        return status is None or status in {408, 425, 429} or status >= 500
+    network = ("httpx", "requests", "urllib3")
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
+        network
+    )
 
 
 def model_fingerprint(config: TeacherConfig) -> str:

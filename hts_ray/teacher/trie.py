@@ -159,7 +159,8 @@ def edge_log_probs(head: nn.Module, hidden: Tensor, trie: PromptTrie) -> Tensor:
     for first in range(0, nodes, chunk):
         last = min(first + chunk, nodes)
         edges = slice(bounds[first], bounds[last])
-        logits = head(hidden[:, first:last]).float()
+        # Of a strided input torch's CPU kernels copy the weights once a region (bfloat16).
+        logits = head(hidden[:, first:last].contiguous()).float()
         normalizer = logits.logsumexp(-1)
         local = source[edges] - first
         scores[:, edges] = logits[:, local, target[edges]] - normalizer[:, local]
