@@ -40,6 +40,12 @@ constraints: install
 
 benchmarks: install
 	$(BIN)/python benchmarks/metrics_speed.py
+	$(BIN)/python benchmarks/trie_speed.py
+	$(BIN)/python benchmarks/scoring_memory.py
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/caption_matching.py
+	$(BIN)/python benchmarks/pipeline_efficiency.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/world.py
 

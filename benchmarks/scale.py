@@ -161,7 +161,8 @@ def main() -> None:
     parser.add_argument("--one", type=int, nargs=2, metavar=("ACTORS", "IMAGES"))
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(run_one(*options.one, seconds=options.seconds)))
+        actors, images = options.one
+        print(json.dumps(run_one(actors, images, options.seconds)))
         return
     most = max(options.actors)
     plan = [(actors, options.images * actors // most) for actors in options.actors]

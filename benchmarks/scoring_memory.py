@@ -45,7 +45,7 @@ class Peak(threading.Thread):
         """Return the peak above the start, in GB."""
         self._stopped.set()
         self.join()
-        return (self.peak_bytes - self.start_bytes) / GB
+        return float(self.peak_bytes - self.start_bytes) / GB
 
 
 @torch.inference_mode()

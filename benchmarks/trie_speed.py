@@ -70,7 +70,7 @@ def blip_base() -> tuple[Decoder, BatchedDecoder, int]:
         hidden: Tensor = model.vision_model(pixel_values=pixels).last_hidden_state
         return hidden
 
-    ends = {"start_ids": [START], "end_ids": [END]}
+    ends: dict[str, Any] = {"start_ids": [START], "end_ids": [END]}
     trie = CrossAttentionDecoder(model, model.text_decoder, features, **ends)
     batched = BatchedCrossAttentionDecoder(model, model.text_decoder, features, **ends)
     batched.row_bytes = lambda prefix, longest: 1  # type: ignore[method-assign]

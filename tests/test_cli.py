@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hts_ray import cli
 
@@ -147,3 +148,35 @@ def test_jobs_take_the_arguments_of_their_commands(monkeypatch, capsys):
         runpy.run_path(str(script), run_name="__main__")
         assert called == [[script.stem, "--print-config", "seed=77"]]
         assert script.stem in cli.cli.commands
+
+
+def test_a_limited_pass_is_not_remembered(tmp_path, capsys, ray_session):
+    """Would catch a trial on a sample whose limit quietly holds for the whole run after it."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(5):
+        Image.new("RGB", (40, 30), (number * 40, 0, 0)).save(images / f"{number}.png")
+    (tmp_path / "classes.csv").write_text("name\na red thing\na blue thing\n")
+    run = tmp_path / "run"
+    settings = ["label.teacher.model=builtin:dummy", f"classes.source={tmp_path / 'classes.csv'}"]
+    code, _, err = hts(
+        "prepare", "folder", "--root", str(images), "--run-dir", str(run), *settings, capsys=capsys
+    )
+    assert code == 0, err
+    page = tmp_path / "preview.html"
+    code, out, err = hts(
+        "label", "--run-dir", str(run), "--dry-run", "--sample", "2", "--preview", str(page),
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "a red thing" in out
+    assert "GPU-hours" in out
+    assert page.exists()
+    assert not list(run.glob("region_scores-*"))
+    code, out, err = hts("label", "--run-dir", str(run), "--limit", "3", capsys=capsys)
+    assert code == 0, err
+    assert "3 of 3 rows" in out
+    assert "limit: null" in (run / "config.yaml").read_text()
+    code, _, err = hts("label", "--run-dir", str(run), "--preview", "x.html", capsys=capsys)
+    assert code == 2
+    assert "--dry-run" in err
