@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -192,6 +193,11 @@ def label(
     _next("filter", run)
 
 
+def _short(text: str) -> str:
+    """Cut a table's cell, so that the columns before it keep their width."""
+    return textwrap.shorten(text, 60, placeholder=" ...")
+
+
 def _limited(run: pipeline.Run, limit: int | None) -> pipeline.Run:
     if limit is None:
         return run
@@ -213,8 +219,8 @@ def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str |
                 f"{shown.region.kind} +{shown.region.margin:g}" if shown.region.margin
                 else shown.region.kind,
                 " ".join(f"{side:.0f}" for side in shown.region.box),
-                ", ".join(f"{name} {percent(p)}" for name, p in shown.top_classes),
-                shown.caption,
+                _short(", ".join(f"{name} {percent(p)}" for name, p in shown.top_classes)),
+                _short(shown.caption),
             ]
             for shown in example.regions
         ]  # fmt: skip

@@ -232,6 +232,7 @@ def _t5_text(tokenizer: Any, *, tied: bool) -> Any:
         num_layers=2,
         num_heads=4,
         feed_forward_proj="gated-gelu",
+        initializer_factor=0.2,
         tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -33,13 +33,13 @@ _KEPT = 4
 def capture_hidden(head: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, Any]:
     """Run `call` and return what entered `head`, (R, N, D), along with the call's result.
 
-    The head itself then sees one position only: logits of R x N x V are never made.
+    The head itself then sees no position: logits of R x N x V are never made.
     """
     captured: list[Tensor] = []
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         captured.append(inputs[0])
-        return (inputs[0][:, :1].contiguous(), *inputs[1:])  # see edge_log_probs
+        return (inputs[0][:, :0], *inputs[1:])
 
     handle = head.register_forward_pre_hook(keep)
     try:

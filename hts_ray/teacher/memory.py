@@ -11,7 +11,7 @@ from typing import Any
 
 # Caches, activations and masks of one group of regions, in bytes. The vocabulary's logits
 # (`trie.MAX_LOGITS`) come on top. A few hundred nodes of a few regions keep a GPU busy.
-WORKSPACE = 256 << 20
+WORKSPACE = 192 << 20
 _ACTIVATIONS = 8  # hidden states alive in a layer: residual, norm, queries, keys, values, output
 _GATED = 3  # a gated feed-forward holds gate, up and their product
 

@@ -36,8 +36,8 @@ from hts_ray.teacher.captioning import write_captions
 from hts_ray.teacher.decoders import Decoder, TrieDecoder
 from hts_ray.teacher.families import Encode, Family, Loaded, build_family
 from hts_ray.teacher.loading import model_error, supported_families
-from hts_ray.teacher.scoring import keep_top
-from hts_ray.teacher.search import score_top
+from hts_ray.teacher.search import score_objects_first, score_top
+from hts_ray.teacher.selection import alive_classes, keep_top
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,45 @@ class TransformersCaptioner:
                 alive_RC=None if alive_RC is None else alive_RC[rows],
             )
             parts.append(scores)
+        return np.concatenate(parts)
+
+    def score_objects_first(
+        self,
+        images: Sequence[Pixels],
+        prompts: ClassPrompts,
+        objects: Sequence[str],
+        object_of_class_C: npt.NDArray[np.int64],
+        keep: int,
+        *,
+        reduction: Reduction = "log_mean_exp",
+    ) -> FloatArray:
+        """Return scores (R, C) of the classes of a region's `keep` best objects, else -inf.
+
+        A family without a trie scores every class and leaves out the same ones.
+        """
+        decoder = self.decoder
+        if not isinstance(decoder, TrieDecoder):
+            scores_RO = self.score(images, objects).log_likelihoods
+            alive_RC = alive_classes(scores_RO, object_of_class_C, keep)
+            scores = class_scores(self.score(images, prompts.texts), prompts, reduction=reduction)
+            kept = keep_top(scores, None, None, alive_RC)
+            kept[np.isnan(scores_RO).any(axis=1)] = np.nan
+            return kept
+        sequences = self.tokenize(prompts.texts)
+        object_sequences = self.tokenize(objects)
+        parts = [
+            score_objects_first(
+                decoder,
+                group,
+                sequences,
+                prompts.counts,
+                objects=object_sequences,
+                object_of_class_C=object_of_class_C,
+                keep=keep,
+                reduction=reduction,
+            )[0]
+            for group in decoder.groups(self.prepare(images))
+        ]
         return np.concatenate(parts)
 
     @torch.inference_mode()

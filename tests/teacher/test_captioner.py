@@ -158,6 +158,13 @@ def test_search_leaves_out_the_same_classes_by_trie_and_by_batches(
         alive[np.arange(3), [3, 5, 7]] = True
         only = captioner.score_top(images, prompts, top_k=None, alive_RC=alive)
         assert (np.isfinite(only) == alive).all()
+        objects = ["a horse", "a dog", "a bicycle"]
+        of_class = np.array([-1] * 5 + [0] * 5 + [1] * 5 + [2] * 5)
+        first = captioner.score_objects_first(images, prompts, objects, of_class, 1)
+        by_object = captioner.score(images, objects).log_likelihoods.argmax(1)
+        wanted = (of_class == by_object[:, None]) | (of_class < 0)
+        np.testing.assert_array_equal(np.isfinite(first), wanted)
+        np.testing.assert_allclose(first[wanted], exact[wanted], atol=1e-3)
     captioner.decoder.workspace = usual
 
 

@@ -253,12 +253,17 @@ def test_scores_equal_full_forwards(
 def test_memory_is_bounded_by_groups(
     name: str, tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches groups of regions or of prompts that come back in another order, or are lost."""
+    """Catches logits of a whole batch, and groups that come back in another order."""
     captioner = loaded(tiny_path(name))
+    made: list[int] = []
+    head = captioner.decoder.head
+    handle = head.register_forward_hook(lambda m, inputs, logits: made.append(logits.numel()))
     monkeypatch.setattr(captioner.decoder, "workspace", 1)
     monkeypatch.setattr(prompt_tree, "MAX_LOGITS", 1500)
     assert [len(g) for g in captioner.decoder.groups(captioner.prepare(IMAGES))] == [1, 1, 1]
     scores = captioner.score(IMAGES, PROMPTS).log_likelihoods
+    handle.remove()
+    assert max(made) <= max(1500, head.out_features)
     np.testing.assert_allclose(scores, table(name, tiny_path(name))[0], atol=2e-4)
 
 
