@@ -232,7 +232,7 @@ def _t5_text(tokenizer: Any, *, tied: bool) -> Any:
         num_layers=2,
         num_heads=4,
         feed_forward_proj="gated-gelu",
-        initializer_factor=0.2,
+        initializer_factor=0.5,
         tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -794,8 +794,18 @@ def kosmos2(folder: Path) -> Path:
     return _saved(folder, Kosmos2ForConditionalGeneration(config), processor)
 
 
+def _seeded(build: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    def seeded(folder: Path) -> Path:
+        import torch
+
+        torch.manual_seed(0)
+        return build(folder)
+
+    return seeded
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
-    build.__name__: build
+    build.__name__: _seeded(build)
     for build in (
         blip,
         git,
