@@ -202,6 +202,11 @@ class TeacherConfig(Section):
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     max_batch_regions: int = execution(64, ge=1, description="regions in one forward")
     prompt_batch: int = execution(64, ge=1, description="prompts in one forward without a trie")
+    workspace_mib: int | None = execution(
+        None,
+        ge=16,
+        description="memory of a group of regions; 192 on a CPU, a quarter of what a GPU has free",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherConfig:
@@ -359,6 +364,14 @@ class AugmentConfig(Section):
         return self
 
 
+# Field of TrainConfig -> parameter, of each loss that has some of its own.
+_LOSS_SETTINGS = {
+    "weighted_bce": {"positive_weight": "positive_weight"},
+    "focal": {"focal_gamma": "gamma", "focal_alpha": "alpha"},
+    "asl": {"asl_gamma_neg": "gamma_neg", "asl_gamma_pos": "gamma_pos", "asl_clip": "clip"},
+}
+
+
 class TrainConfig(Section):
     """Fine-tuning of the student."""
 
@@ -366,8 +379,29 @@ class TrainConfig(Section):
         "pseudo", description="HTS, the supervised upper bound, or zero-shot"
     )
     split: str = Field("train", description="split of the manifest that is trained on")
-    loss: Literal["lse_sign", "bce"] = "lse_sign"
-    loss_temperature: float = Field(1.0, gt=0.0)
+    loss: Literal["lse_sign", "bce", "weighted_bce", "focal", "asl"] = "lse_sign"
+    loss_temperature: float = Field(1.0, gt=0.0, description="logits are divided by it")
+    positive_weight: float = Field(
+        10.0, gt=0.0, description="how many times a positive counts with loss=weighted_bce"
+    )
+    focal_gamma: float = Field(2.0, ge=0.0, description="how fast right answers fade; loss=focal")
+    focal_alpha: float | None = Field(
+        0.25,
+        gt=0.0,
+        lt=1.0,
+        description="share of the positives with loss=focal; null: as the negatives",
+    )
+    asl_gamma_neg: float = Field(4.0, ge=0.0, description="of negatives, with loss=asl")
+    asl_gamma_pos: float = Field(0.0, ge=0.0, description="of positives, with loss=asl")
+    asl_clip: float = Field(
+        0.05, ge=0.0, lt=1.0, description="negatives less probable cost nothing with loss=asl"
+    )
+    class_balance: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="weigh classes by their number of positives to the power -class_balance",
+    )
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1, description="global: over all workers")
     trainable: Literal["all", "head", "last"] = Field(
@@ -386,6 +420,23 @@ class TrainConfig(Section):
     cpus_per_worker: float = execution(1.0, gt=0.0)
     max_failures: int = execution(3, ge=0, description="worker failures that are survived")
     checkpoint_every: int = execution(1, ge=1, description="epochs between checkpoints")
+
+    @property
+    def loss_parameters(self) -> dict[str, float | None]:
+        """The settings that only the chosen loss has, as `losses.make_loss` names them."""
+        settings = _LOSS_SETTINGS.get(self.loss, {})
+        return {parameter: getattr(self, field) for field, parameter in settings.items()}
+
+    @model_validator(mode="after")
+    def _loss_has_its_settings(self) -> TrainConfig:
+        for loss, settings in _LOSS_SETTINGS.items():
+            for name in settings if loss != self.loss else ():
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={value} has no effect with loss={self.loss}: set loss={loss}"
+                    )
+        return self
 
 
 class PredictConfig(Section):

@@ -297,9 +297,9 @@ def model_fingerprint(config: TeacherConfig) -> str:
     if folder is None:
         return f"{config.model}@{config.revision or 'main'}"
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in MODEL_FILES for path in folder.rglob(pattern)}):
         size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
+        digest.update(f"{path.relative_to(folder)}:{size};".encode())
         if size < HASHED_BYTES:
             digest.update(path.read_bytes())
     return f"{folder.name}@{digest.hexdigest()[:12]}"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hts_ray.config import TeacherConfig
 from hts_ray.teacher.captioner import Pixels
+from hts_ray.teacher.crops import CropBatch
 from hts_ray.teacher.loading import model_error
 
 # PIL's numbers of the interpolations that torch has; 1 (Lanczos) is not among them.
@@ -53,12 +54,13 @@ class ImagePreparation:
 
     def __call__(self, images: Sequence[Pixels]) -> Tensor:
         """Return pixel values (R, 3, H, W)."""
+        crops = on_device(images, self.device)
         same_size: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            same_size.setdefault(image.shape, []).append(index)
+        for index, crop in enumerate(crops):
+            same_size.setdefault(tuple(crop.shape), []).append(index)
         parts, order = [], []
         for indices in same_size.values():
-            stacked = torch.from_numpy(np.stack([images[i] for i in indices])).to(self.device)
+            stacked = torch.stack([crops[i] for i in indices])
             parts.append(self._resized(stacked.permute(0, 3, 1, 2)))
             order += indices
         pixels = torch.cat(parts)[torch.tensor(order, device=self.device).argsort()]
@@ -85,6 +87,21 @@ class ImagePreparation:
             )
         pixels = pixels.float().round().clamp(0, 255)
         return _center_crop(pixels, self.crop) if self.crop else pixels
+
+
+def on_device(images: Sequence[Pixels], device: str) -> list[Tensor]:
+    """Return uint8 images (H, W, 3) as tensors on a device, those that are crops as views.
+
+    Each image that is cropped travels once, however much its crops overlap.
+    """
+    if not isinstance(images, CropBatch):
+        return [torch.from_numpy(np.array(image)).to(device) for image in images]
+    # A copy, since pixels out of Arrow are read-only, which torch does not know.
+    sources = [torch.from_numpy(np.array(image)).to(device) for image in images.images]
+    return [
+        sources[number][top:bottom, left:right]
+        for number, (left, top, right, bottom) in images.spans
+    ]
 
 
 def _center_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 
 from hts_ray.config import CaptionConfig, TeacherConfig
 from hts_ray.errors import DataError
@@ -36,6 +37,7 @@ from hts_ray.teacher.captioning import write_captions
 from hts_ray.teacher.decoders import Decoder, TrieDecoder
 from hts_ray.teacher.families import Encode, Family, Loaded, build_family
 from hts_ray.teacher.loading import model_error, supported_families
+from hts_ray.teacher.memory import WORKSPACE
 from hts_ray.teacher.search import score_objects_first, score_top
 from hts_ray.teacher.selection import alive_classes, keep_top
 
@@ -261,6 +263,7 @@ def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> Transfo
     model = _load_model(config, folder, dtype, device)
     family = build_family(Loaded(config, folder, model))
     captioner = TransformersCaptioner.of(family, append_eos=config.append_eos)
+    captioner.decoder.workspace = _workspace(config, model.device)
     method = f"{captioner.decoder.method}, {config.dtype}"
     try:
         difference = captioner.self_check()
@@ -278,6 +281,17 @@ def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> Transfo
         "%s scores by %s: %.1g nats a token off plain forwards", config.model, method, difference
     )
     return captioner
+
+
+def _workspace(config: TeacherConfig, device: torch.device) -> int:
+    """Return the bytes that the forwards of a group of regions may take."""
+    if config.workspace_mib is not None:
+        return config.workspace_mib << 20
+    if device.type != "cuda":
+        return WORKSPACE
+    # Large groups keep a GPU busy; what does not fit after all is halved by the caller.
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(WORKSPACE, free // 4)
 
 
 def _remedy(config: TeacherConfig) -> str:
@@ -301,7 +315,9 @@ def _load_model(config: TeacherConfig, folder: Path, dtype: torch.dtype, device:
             local_files_only=True,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (
+        OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError
+    ) as error:  # fmt: skip
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise model_error(config, f"does not load: {error}") from error

@@ -38,6 +38,13 @@ def lacking_a_weight(source: Path, target: Path) -> str:
     return str(target)
 
 
+def half_copied(source: Path, target: Path) -> str:
+    shutil.copytree(source, target)
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    return str(target)
+
+
 def test_unusable_models_are_named(tiny_blip_path: Path, tmp_path: Path) -> None:
     """Catches a wrong model ending in a traceback, or pickled weights being loaded."""
     (tmp_path / "empty").mkdir()
@@ -47,6 +54,7 @@ def test_unusable_models_are_named(tiny_blip_path: Path, tmp_path: Path) -> None
         str(tmp_path / "empty"): "no config.json",
         broken_copy(tiny_blip_path, tmp_path / "w", remove="model.safetensors"): "no .safetensors",
         lacking_a_weight(tiny_blip_path, tmp_path / "l"): "lack 1 weights",
+        half_copied(tiny_blip_path, tmp_path / "h"): "does not load",
         broken_copy(
             tiny_blip_path, tmp_path / "t", model_type="t5"
         ): "family 't5' .*BLIP.*Qwen3-VL.*import:",

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from hts_ray.config import TeacherConfig
-from hts_ray.teacher.preparation import RegionInputs, collate, extended, image_preparation
+from hts_ray.teacher.crops import CropBatch
+from hts_ray.teacher.preparation import (
+    RegionInputs,
+    collate,
+    extended,
+    image_preparation,
+    on_device,
+)
 
 
 def random_images(*sizes: tuple[int, int]) -> list[np.ndarray]:
@@ -104,3 +111,21 @@ def test_regions_are_processed_when_asked_for() -> None:
     tail: Any = regions[1:]
     assert [inputs["input_ids"].shape[1] for inputs in tail] == [6, 7]
     assert made == [6, 7]
+
+
+def test_crops_of_an_image_travel_as_one() -> None:
+    """Catches crops cut elsewhere on the device than on the host, or images sent twice."""
+    rng = np.random.default_rng(0)
+    images = [
+        rng.integers(0, 256, (40, 50, 3), np.uint8),
+        rng.integers(0, 256, (9, 9, 3), np.uint8),
+    ]
+    images[0].setflags(write=False)  # as pixels out of Arrow are
+    spans = [(0, (0, 0, 50, 40)), (0, (5, 6, 20, 30)), (1, (1, 2, 9, 9)), (0, (5, 6, 20, 30))]
+    crops = CropBatch(images, spans)
+    found = on_device(crops, "cpu")
+    for tensor, crop in zip(found, crops, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), crop)
+    assert found[1].untyped_storage().data_ptr() == found[0].untyped_storage().data_ptr()
+    plain = on_device([np.array(crop) for crop in crops], "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
