@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 TORCH_OPTION := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: install demo test lint format constraints benchmarks clean
+.PHONY: install demo test test-gpu lint format constraints benchmarks clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU.
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -143,6 +143,14 @@ class CaptionConfig(Section):
     top_p: float = Field(0.9, gt=0.0, le=1.0, description="nucleus of sampling")
     max_tokens: int = Field(30, ge=1)
     seed: int = Field(0, ge=0, description="of sampling; the image and region are mixed in")
+    text_encoder: str | None = Field(
+        None,
+        description="open_clip MODEL@TAG whose text space finds classes in captions that the"
+        " lexicon says nothing about",
+    )
+    similarity_floor: float = Field(
+        0.85, gt=0.0, lt=1.0, description="least cosine of a caption and a prompt that counts"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> CaptionConfig:

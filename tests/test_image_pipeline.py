@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from hts_ray import storage
+from hts_ray.attempts import Deaths
 from hts_ray.config import ImagesConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.image_pipeline import (
@@ -180,3 +181,64 @@ def test_a_mistake_that_ray_keeps_as_text_is_found():
     assert isinstance(found, ConfigError)
     assert str(found) == "label.x = 1: do y"
     assert user_error(RuntimeError("hts_ray.errors.Other: z")) is None
+
+
+class DeathBefore:
+    """A log of attempts in which every batch has killed a worker once."""
+
+    def __init__(self):
+        self.ended = []
+
+    def begin(self, ids, alone=False):
+        """Tell of a death."""
+        return [Deaths(together=1) for _ in ids]
+
+    def end(self, ids):
+        """Remember."""
+        self.ended += ids
+
+
+def test_a_batch_that_killed_its_worker_is_decoded_apart(tmp_path):
+    """Catches rows that slip, or results that differ, when images are decoded one by one."""
+    Image.new("RGB", (60, 20), (255, 0, 0)).save(tmp_path / "red.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    uris = [str(tmp_path / "bad.png"), str(tmp_path / "red.png")]
+    table = pa.table({"image_id": ["a", "b"], "uri": uris})
+    log = DeathBefore()
+    apart = decode_batch(table, ImagesConfig(), attempts=log)
+    assert apart == decode_batch(table, ImagesConfig())
+    assert log.ended == ["decode a", "decode b"]
+
+
+def test_storage_that_fails_for_once_is_asked_again(tmp_path, monkeypatch):
+    """Catches a throttled request that costs an image, and retries of what will never be there."""
+    from hts_ray import image_pipeline
+    from hts_ray.data import images as image_files
+
+    Image.new("RGB", (60, 20)).save(tmp_path / "x.png")
+    data = (tmp_path / "x.png").read_bytes()
+    asked = []
+
+    def read(uri):
+        asked.append(uri)
+        if "missing" in uri:
+            raise image_files.ImageError("missing", uri)
+        if len(asked) < 3:
+            error = image_files.ImageError("unreadable", "SlowDown")
+            error.__cause__ = OSError("HTTP 503")
+            raise error
+        return data
+
+    monkeypatch.setattr(image_files, "read_image_bytes", read)
+    monkeypatch.setattr(image_pipeline, "_RETRY_SECONDS", 0.001)
+    table = pa.table({"image_id": ["a"], "uri": ["s3://bucket/x.png"]})
+    assert decode_batch(table, ImagesConfig(), retries=1)["error_kind"].to_pylist() == [
+        "unreadable"
+    ]
+    asked.clear()
+    assert decode_batch(table, ImagesConfig(), retries=2)["error_kind"].to_pylist() == [None]
+    assert len(asked) == 3
+    asked.clear()
+    gone = pa.table({"image_id": ["a"], "uri": ["s3://bucket/missing.png"]})
+    assert decode_batch(gone, ImagesConfig(), retries=3)["error_kind"].to_pylist() == ["missing"]
+    assert len(asked) == 1

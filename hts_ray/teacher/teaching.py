@@ -7,6 +7,7 @@ a `RegionScorer`. Knows no Ray. Shape legend: C classes, P prompts.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from hts_ray import storage
 from hts_ray.classes import ClassTable
-from hts_ray.config import LabelConfig, RegionsConfig
+from hts_ray.config import CaptionConfig, LabelConfig, RegionsConfig
 from hts_ray.data.images import DecodedImage
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.image_pipeline import decode_batch
@@ -30,6 +31,7 @@ from hts_ray.teacher.captioner import (
 )
 from hts_ray.teacher.loading import check_teacher, load_captioner, model_fingerprint, needs_torch
 from hts_ray.teacher.scoring import (
+    CaptionMatcher,
     GivenBoxesLike,
     ImageTask,
     RegionScorer,
@@ -230,9 +232,7 @@ def region_scorer(captioner: Captioner, teaching: Teaching, device: str) -> Regi
         names = sorted({name.replace("_", " ") for name in objects if name})
         detector = load_detector(config.regions, names, device)
     if teacher.mode == "captions":
-        from hts_ray.teacher.matching import match_captions
-
-        matcher = by_position(lambda texts: match_captions(texts, table), table.positions)
+        matcher = _matcher(teacher.caption, table, device)
     if teacher.search == "objects":
         gate = object_gate(objects, teacher.top_objects)
     if teacher.search == "top_k" and teacher.search_alpha:
@@ -251,6 +251,24 @@ def region_scorer(captioner: Captioner, teaching: Teaching, device: str) -> Regi
         offsets_C=offsets,
         limit=teaching.limit,
     )
+
+
+def _matcher(settings: CaptionConfig, table: ClassTable, device: str) -> CaptionMatcher:
+    """Return what finds the classes of a table, by position, in captions."""
+    from hts_ray.teacher.matching import match_captions
+
+    encoder = None
+    if settings.text_encoder is not None:
+        from hts_ray.teacher.text_encoder import ClipTextEncoder
+
+        encoder = ClipTextEncoder(settings.text_encoder, device)
+
+    def match(captions: Sequence[str]) -> list[dict[int, float]]:
+        return match_captions(
+            captions, table, encoder=encoder, similarity_floor=settings.similarity_floor
+        )
+
+    return by_position(match, table.positions)
 
 
 def check_regions(config: RegionsConfig) -> None:
