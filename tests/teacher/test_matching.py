@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hts_ray.classes import ClassTable, HoiClass, hico_classes, name_prompts, pair_prompts
-from hts_ray.teacher.matching import ENTAILED_BELOW, match_captions
+from hts_ray.teacher.matching import match_captions
+from hts_ray.teacher.statements import ENTAILED_BELOW
 
 CAPTIONS = Path(__file__).parent / "data" / "captions.jsonl"
 IDS = {f"{c.verb} {c.object}": c.class_id for c in hico_classes()}
@@ -252,6 +253,14 @@ def test_pictures_of_things_are_no_things() -> None:
     assert stated("a man holding a picture of a horse") == set()
     assert stated("a child holding a toy horse") == set()
     assert stated("a photo of a man riding a horse") == {"ride horse"}
+
+
+def test_two_pictures_of_the_same_thing() -> None:
+    """Catches phrases that cannot be compared or walked: this raised, or took all memory."""
+    caption = "a statue of a man and a statue of a man holding a bat"
+    assert stated(caption) == set()
+    assert stated(caption, own_table(("red bicycle", None, None))) == set()
+    assert stated(caption, own_table(("a statue", None, None))) == {"a statue"}
 
 
 # Own classes
