@@ -164,6 +164,14 @@ def _start(job: dict[str, Any]) -> _Worker:
     groups = parameter_groups(student, config.optim)
     base_lrs = [group["lr"] for group in groups]
     model, optimizer = accelerator.prepare(student, torch.optim.AdamW(groups))
+    weights = job["class_weights"]
+    loss = make_loss(
+        config.loss,
+        config.loss_temperature,
+        reduction="sum",
+        parameters=config.loss_parameters,
+        class_weights=None if weights is None else torch.tensor(weights),
+    )
     context = ray.train.get_context()
     return _Worker(
         job,
@@ -173,7 +181,7 @@ def _start(job: dict[str, Any]) -> _Worker:
         model,
         optimizer,
         base_lrs,
-        make_loss(config.loss, config.loss_temperature, reduction="sum"),
+        loss.to(accelerator.device),
         context.get_world_rank(),
         context.get_world_size(),
     )
@@ -266,7 +274,8 @@ def _train_step(
     logits = worker.model(worker.student.standardise(images))
     loss_sum = worker.loss(logits, batch["targets"])
     finite = torch.isfinite(loss_sum.detach())
-    counts = torch.stack([finite.new_tensor(len(images)).double(), (~finite).double()])
+    infinite = (~finite).double()  # a count made like the boolean `finite` would end at 1
+    counts = torch.stack([torch.full_like(infinite, len(images)), infinite])
     if worker.world > 1:
         counts = worker.accelerator.reduce(counts, "sum")
     if counts[1]:

@@ -100,6 +100,7 @@ def train_student(
         outcome = _fit(
             config=config,
             student_config=student_config,
+            num_classes=len(class_table),
             initial=initial,
             data=data,
             stage=stage,
@@ -180,7 +181,8 @@ def _time_steps(
     set_trainable(student, config.trainable, config.trainable_blocks)
     student.train()
     optimizer = torch.optim.AdamW(parameter_groups(student, config.optim))
-    loss = make_loss(config.loss, config.loss_temperature)
+    loss = make_loss(config.loss, config.loss_temperature, parameters=config.loss_parameters)
+    loss.to(device)
     size = student.image_size
     images = torch.randn(batch, 3, size, size, device=device)
     targets = torch.full((batch, len(class_table)), -1, dtype=torch.int8, device=device)
@@ -258,6 +260,26 @@ def repeat_indices(targets_NC: npt.NDArray[np.int8], least: int) -> npt.NDArray[
     return np.repeat(np.arange(len(targets_NC)), copies_N)
 
 
+def class_weights(
+    positive: pa.Array | pa.ChunkedArray, num_classes: int, power: float
+) -> list[float] | None:
+    """Return the classes' weights (C,) in the loss, or None for the same weight in all.
+
+    `positive` holds the images' lists of class positions. A class's weight is proportional to
+    its number of positives, repeats counted, to the power -`power`, and all weights' mean is 1: at
+    power 1 every class's positives weigh the same together. A class without positives gets the
+    smallest weight, since it has only negatives and there is nothing to make up for.
+    """
+    if not power:
+        return None
+    found = pc.list_flatten(positive).to_numpy(zero_copy_only=False)
+    counts_C = np.bincount(found, minlength=num_classes)
+    present_C = counts_C > 0
+    weights_C = np.maximum(counts_C, 1).astype(np.float64) ** -power
+    weights_C[~present_C] = weights_C[present_C].min()
+    return [float(weight) for weight in weights_C / weights_C.mean()]
+
+
 def _check_config(config: TrainConfig, student: StudentConfig) -> None:
     workers = max(1, config.num_workers)
     if config.batch_size % workers:
@@ -315,6 +337,7 @@ def _fit(
     *,
     config: TrainConfig,
     student_config: StudentConfig,
+    num_classes: int,
     initial: str,
     data: TrainingSet,
     stage: StageFolder,
@@ -341,6 +364,7 @@ def _fit(
         "initial": initial,
         "seed": seed,
         "rows": rows,
+        "class_weights": class_weights(data.table["positive"], num_classes, config.class_balance),
         "stored_size": size,
         "history": stage.file("history.json"),
         "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,

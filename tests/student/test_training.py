@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.losses import make_loss
 from hts_ray.student import load_student, loop, training
 from hts_ray.student.loop import dense_targets, learning_rate_factor
 from hts_ray.student.training import (
@@ -287,3 +291,137 @@ def test_two_workers_take_the_same_steps_as_one(ray_session, train, tmp_path):
     assert np.allclose(losses[0], losses[1], rtol=1e-3)
     for name, value in states[0].items():
         assert torch.allclose(value, states[1][name], atol=2e-3), name
+
+
+def test_class_weights_follow_the_positives(color_table):
+    """Catches weights by class id, a mean other than 1, and the largest for an empty class."""
+    positive = pa.chunked_array([[[0, 2], [0]], [[0], [0, 2], []]], pa.list_(pa.int32()))
+    assert training.class_weights(positive, 4, 0.0) is None
+    half = training.class_weights(positive, 4, 0.5)
+    assert np.mean(half) == pytest.approx(1)
+    assert np.array(half) / half[0] == pytest.approx([1, 1, 2**0.5, 1])
+    full = training.class_weights(positive, 4, 1.0)
+    assert np.array(full) / full[0] == pytest.approx([1, 1, 2, 1])
+
+
+def test_settings_of_the_loss_reach_the_training(unbroken, ray_session, train, tmp_path):
+    """Catches a loss, a parameter or a balance that the workers are not told."""
+    found = {weights(unbroken[0])}
+    variants = [
+        {"loss": "weighted_bce"},
+        {"loss": "asl"},
+        {"loss": "asl", "asl_gamma_neg": 1.0},
+        {"loss": "asl", "asl_gamma_neg": 1.0, "class_balance": 1.0},
+    ]
+    for i, changes in enumerate(variants):
+        stage = StageFolder(str(tmp_path), "student", str(i))
+        values = {**CONFIG.model_dump(), "epochs": 1, **changes}
+        train(stage, TrainConfig.model_validate(values))
+        found.add(weights(stage))
+    assert len(found) == 5
+
+
+class _LinearStudent(torch.nn.Module):
+    """What a training step needs of a student, over images of 2 x 2 pixels and 5 classes."""
+
+    image_size = 2
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(12, 5)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.linspace(-2, 2, 60).view(5, 12))
+            self.linear.bias.zero_()
+
+    def standardise(self, images):
+        return images
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+
+
+SHARDED_LOSSES = ("lse_sign", "bce", "asl")
+SHARDED_STEPS = ((4, 4), (5, 1))  # rows of each worker; the last batch is uneven
+
+
+def sharded_batches():
+    """The global batches: pixels and targets, in one of them a row that is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for rows in map(sum, SHARDED_STEPS):
+        pixels = torch.randint(0, 256, (rows, 2, 2, 3), generator=generator, dtype=torch.uint8)
+        targets = torch.randint(-1, 2, (rows, 5), generator=generator, dtype=torch.int8)
+        targets[1] = 0
+        batches.append((pixels, targets))
+    return batches
+
+
+def sharded_loss(name, reduction):
+    return make_loss(name, 0.5, reduction, class_weights=torch.linspace(0.5, 1.5, 5))
+
+
+def run_shard(rank, folder):
+    """Take the real loop's steps as one of two workers; this file's `__main__`."""
+    from accelerate import Accelerator
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="unused", MASTER_PORT="0")  # Accelerate asks for them
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    accelerator = Accelerator(cpu=True)
+    plain = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
+    config = TrainConfig(augment=plain, optim=OptimConfig(grad_clip=None))
+    result = {}
+    for name in SHARDED_LOSSES:
+        student = _LinearStudent()
+        model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
+        loss = sharded_loss(name, "sum")
+        worker = loop._Worker(
+            {}, config, accelerator, student, model, optimizer, [1.0], loss, rank, 2
+        )
+        for sizes, (pixels, targets) in zip(SHARDED_STEPS, sharded_batches(), strict=True):
+            mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            rows = torch.arange(len(pixels))[mine]
+            batch = {"pixels": pixels[mine], "targets": targets[mine], "rows": rows}
+            loop._train_step(worker, batch, torch.Generator(), 0)
+        result[name] = student.linear.weight.detach().clone()
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_uneven_shards_give_the_gradient_of_the_global_mean(tmp_path):
+    """Catches a mean per worker, which weighs a small shard's rows more, and a sum."""
+    # pytest's import mode gives this module no name that a spawned process could import.
+    command = [sys.executable, __file__]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name in SHARDED_LOSSES:
+        expected, unscaled = _LinearStudent(), _LinearStudent()
+        loss = sharded_loss(name, "mean")
+        for sizes, (pixels, targets) in zip(SHARDED_STEPS, sharded_batches(), strict=True):
+            images = pixels.permute(0, 3, 1, 2) / 255
+            step(expected, loss(expected(images), targets))
+            shards = zip(unscaled(images).split(sizes), targets.split(sizes), strict=True)
+            step(unscaled, sum(loss(*shard) for shard in shards) / 2)
+        wanted = expected.linear.weight
+        assert not torch.allclose(unscaled.linear.weight, wanted, atol=1e-3)
+        for rank in range(2):
+            torch.testing.assert_close(found[rank][name], wanted)
+
+
+def step(student, loss):
+    """Take a step of plain gradient descent at rate 1."""
+    optimizer = torch.optim.SGD(student.parameters(), 1.0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+if __name__ == "__main__":
+    run_shard(int(sys.argv[1]), sys.argv[2])
