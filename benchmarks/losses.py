@@ -24,11 +24,11 @@ from hts_ray.runtime import ray_cluster
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
 TEMPERATURES = (0.5, 1.0, 2.0)
-RATE_FACTORS = (1.0, 2.0)
+RATE_FACTORS = (1.0, 2.0, 4.0)
 
 
 def grid(config: HtsConfig) -> list[Variant]:
-    """Every loss with every temperature at the demo's rate, and with twice the rate at 1."""
+    """Every loss with every temperature at the demo's rate, and with higher rates at 1."""
     optim = config.train.optim
     assert optim.head_lr is not None
     variants = []

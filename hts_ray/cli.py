@@ -450,6 +450,34 @@ def _figure(name: str, value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+@cli.command("import-checkpoint")
+@click.argument("file", metavar="FILE")
+@click.option("--output", required=True, metavar="DIR", help="Student folder to write.")
+@click.option("--classes", metavar="FILE", help="Class list (default: HICO's 600, if 600 fit).")
+def import_command(file: str, output: str, classes: str | None) -> None:
+    """Turn a checkpoint of the paper's own code into a student."""
+    from hts_ray.student.official import import_checkpoint
+
+    print_mapping("read", import_checkpoint(file, output, classes))
+    console.print(f"[bold]student[/bold] -> {output}")
+    console.print(f"next: [bold]hts predict --student {output} --images DIR[/bold]")
+
+
+@cli.command("export")
+@click.option("--student", required=True, metavar="DIR", help="Run directory or student folder.")
+@click.option("--format", "form", required=True, help="safetensors, open_clip, onnx or hts.")
+@click.option("--output", required=True, metavar="PATH", help="File or folder to write.")
+def export_command(student: str, form: str, output: str) -> None:
+    """Write a student in another form, and check that it computes the same."""
+    from hts_ray.student.export import export_student
+
+    done = export_student(student, form, output)
+    console.print(f"[bold]export[/bold] -> {done.path}")
+    console.print(f"largest difference of {done.compared} when read again: {done.difference:.2g}")
+    for note in done.notes:
+        console.print(note, markup=False)
+
+
 def _next(command: str, run: pipeline.Run) -> None:
     target = run.config.run_dir
     line = f"hts report {target}" if command == "report" else f"hts {command} --run-dir {target}"

@@ -180,3 +180,54 @@ def test_a_limited_pass_is_not_remembered(tmp_path, capsys, ray_session):
     code, _, err = hts("label", "--run-dir", str(run), "--preview", "x.html", capsys=capsys)
     assert code == 2
     assert "--dry-run" in err
+
+
+def test_a_student_goes_out_in_the_paper_s_format_and_comes_back(tmp_path, capsys):
+    """Would catch a command that names another function, or succeeds where nothing was written."""
+    import torch
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    from hts_ray.classes import hico_classes
+    from hts_ray.config import StudentConfig
+    from hts_ray.student import load_student
+    from hts_ray.student.checkpoints import save_student
+    from hts_ray.student.model import Student, _empty_tower
+
+    vision = {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8}
+    model_cfg = {"embed_dim": 8, "quick_gelu": True, "vision_cfg": vision}
+    visual = _empty_tower(model_cfg)
+    visual.proj = None
+    student = Student(
+        visual,
+        torch.randn(600, 64),
+        config=StudentConfig(feature_space="backbone"),
+        class_table=hico_classes(),
+        model_cfg=model_cfg,
+        image_size=16,
+        image_mean=OPENAI_DATASET_MEAN,
+        image_std=OPENAI_DATASET_STD,
+    )
+    save_student(student.eval(), str(tmp_path / "student"))
+    checkpoint, again = str(tmp_path / "c.pt"), str(tmp_path / "again")
+    export = ["export", "--student", str(tmp_path / "student"), "--format"]
+    code, out, err = hts(*export, "hts", "--output", checkpoint, capsys=capsys)
+    assert code == 0, err
+    assert "largest difference of logits" in out
+    code, out, err = hts("import-checkpoint", checkpoint, "--output", again, capsys=capsys)
+    assert code == 0, err
+    assert "600" in out
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert (load_student(again)(images) - student(images)).abs().max() < 1e-4
+    code, _, err = hts(*export, "hts", "--output", checkpoint, capsys=capsys)
+    assert code == 2
+    assert "something is there already" in err
+    code, _, err = hts(*export, "tf", "--output", str(tmp_path / "x"), capsys=capsys)
+    assert code == 2
+    (tmp_path / "text.pt").write_text("hello")
+    output = str(tmp_path / "x")
+    code, _, err = hts(
+        "import-checkpoint", str(tmp_path / "text.pt"), "--output", output, capsys=capsys
+    )
+    assert code == 1
+    assert "text.pt cannot be read" in err
