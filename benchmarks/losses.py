@@ -23,7 +23,7 @@ from hts_ray.provenance import measured_on
 from hts_ray.runtime import ray_cluster
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
-TEMPERATURES = (0.5, 1.0, 2.0)
+TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0)
 RATE_FACTORS = (1.0, 2.0, 4.0)
 
 
