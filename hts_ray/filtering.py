@@ -108,7 +108,10 @@ def image_evidence(path: str, config: FilterConfig) -> ImageEvidence:
 
 
 def read_info(path: str) -> dict[str, Any]:
-    """Return `table.json` of a region_scores folder; DataError when it is not there."""
+    """Return `table.json` of a region_scores folder: what was scored, and by what.
+
+    Keys: those of `hts_ray.teacher.teaching.table_info`. DataError when it is not there.
+    """
     try:
         info = storage.read_json(storage.join(path, "table.json"))
     except FileNotFoundError:

@@ -9,11 +9,9 @@ Shape legend: B images of a batch, Q boxes of an image, T tokens of the text, H 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -22,7 +20,13 @@ from hts_ray.classes import noun_phrase
 from hts_ray.config import RegionsConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.teacher.captioner import Pixels
-from hts_ray.teacher.loading import HASHED_BYTES, MODEL_FILES
+from hts_ray.teacher.loading import (
+    MODEL_FILES,
+    checked_settings,
+    download,
+    folder_fingerprint,
+    local_folder,
+)
 from hts_ray.teacher.regions import Detection
 
 FIELD = "label.regions.detector"
@@ -50,7 +54,6 @@ GROUNDING = ("grounding-dino", "mm-grounding-dino")
 OMDET = ("omdet-turbo",)
 ZERO_SHOT = (*OWL, *GROUNDING, *OMDET)
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SHOWN_LABELS = 12
 # Buffers that older checkpoints lack and that hold no learned number.
 _BUFFERS = ("num_batches_tracked", "position_ids")
@@ -137,14 +140,7 @@ def check_detector(config: RegionsConfig) -> None:
 def local_detector_folder(config: RegionsConfig) -> Path | None:
     """Return the folder of a local detector, None for a hub id; ConfigError for neither."""
     assert config.detector is not None
-    path = Path(config.detector).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or not _HUB_ID.fullmatch(config.detector):
-        raise detector_error(
-            config, "no such folder", "give a folder made by save_pretrained, or a hub id"
-        )
-    return None
+    return local_folder(config.detector, partial(detector_error, config))
 
 
 def detector_folder(config: RegionsConfig) -> Path:
@@ -153,16 +149,16 @@ def detector_folder(config: RegionsConfig) -> Path:
     Raises ConfigError when a file is missing, the family is not supported, no label is a
     person's, or the hub cannot be reached.
     """
-    folder = local_detector_folder(config) or _download(config)
-    if not (folder / "config.json").is_file():
-        raise detector_error(config, f"{folder} holds no config.json", "use a transformers model")
-    if not any(folder.glob("*.safetensors")):
-        raise detector_error(
-            config,
-            f"{folder} holds no .safetensors weights",
-            "convert them with save_pretrained; pickled weights are not loaded",
-        )
-    settings = _read_settings(config, folder)
+    assert config.detector is not None
+    refuse = partial(detector_error, config)
+    folder = local_detector_folder(config) or download(
+        config.detector,
+        config.detector_revision,
+        list(MODEL_FILES),
+        refuse,
+        "label.regions.detector_revision",
+    )
+    settings = checked_settings(folder, refuse)
     family = settings.get("model_type")
     if family not in (*FIXED, *ZERO_SHOT):
         raise detector_error(
@@ -215,13 +211,7 @@ def detector_fingerprint(config: RegionsConfig) -> str:
     folder = local_detector_folder(config)
     if folder is None:
         return f"{config.detector}@{config.detector_revision or 'main'}"
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        if size < HASHED_BYTES:
-            digest.update(path.read_bytes())
-    return f"{folder.name}@{digest.hexdigest()[:12]}"
+    return folder_fingerprint(folder)
 
 
 def load_detector(
@@ -240,7 +230,7 @@ def load_detector(
 
     library_logging.disable_progress_bar()
     folder = detector_folder(config)
-    settings = _read_settings(config, folder)
+    settings = checked_settings(folder, partial(detector_error, config))
     family = settings["model_type"]
     fixed = family in FIXED
     # One processor holds the image and the text part of a zero-shot model.
@@ -282,16 +272,6 @@ def load_detector(
     )
 
 
-def _read_settings(config: RegionsConfig, folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise detector_error(config, f"config.json is not readable: {error}") from None
-    if not isinstance(settings, dict):
-        raise detector_error(config, "config.json is not an object")
-    return settings
-
-
 def _asks_for_backbone(settings: Mapping[str, Any]) -> bool:
     """Return whether transformers would ask the hub what kind of backbone this is.
 
@@ -312,26 +292,6 @@ def _with_backbone(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     kept = {name: value for name, value in settings.items() if name not in old}
     return {**kept, "backbone_config": backbone, "use_timm_backbone": False}
-
-
-def _download(config: RegionsConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                str(config.detector),
-                revision=config.detector_revision,
-                allow_patterns=list(MODEL_FILES),
-            )
-        )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise detector_error(
-            config,
-            f"not a local folder, and not to be had from the hub: {error}",
-            "check the id and label.regions.detector_revision, or copy the model to a folder",
-        ) from None
 
 
 def _require_person(config: RegionsConfig, labels: Iterable[str]) -> None:

@@ -24,7 +24,6 @@ from hts_ray import storage
 from hts_ray.attempts import KILLED_WORKER, AttemptLog, Deaths, Log, survive
 from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig
-from hts_ray.errors import DataError
 from hts_ray.image_pipeline import (
     CHECKPOINT,
     OK,
@@ -43,7 +42,6 @@ from hts_ray.image_pipeline import (
 from hts_ray.tables import REGION_SCORES_SCHEMA, StageFolder, read_table
 from hts_ray.teacher.scoring import ImageFailure, ImageTask, ScoredImage, breaks_device
 from hts_ray.teacher.teaching import (
-    TABLE_INFO,
     Teaching,
     image_task,
     load_on_device,
@@ -136,23 +134,6 @@ def _bad_boxes(stage: StageFolder) -> pa.Table:
     ]
     names = ("image_id", "uri", "error_kind", "error")
     return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in names]))
-
-
-def read_table_info(stage_path: str) -> dict[str, Any]:
-    """Return what was scored, as `table.json` beside the scores tells it.
-
-    Keys: class_ids (C), class_fingerprint, prompts_hash, prompts (C lists), token_counts (C
-    lists of ints, per template), prior_log_likelihoods (C floats or null), model,
-    model_fingerprint, length_normalize, append_eos, regions (its settings). Raises
-    DataError when the file is not there.
-    """
-    path = storage.join(stage_path, TABLE_INFO)
-    try:
-        info = storage.read_json(path)
-    except FileNotFoundError:
-        raise DataError(f"no {path}: run `hts label` first") from None
-    assert isinstance(info, dict)
-    return info
 
 
 class RemoteLog:

@@ -15,6 +15,8 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ HASHED_BYTES = 64 << 20
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 # Seconds before each new attempt at a hub that failed.
 RETRY_WAITS = (1.0, 4.0, 16.0)
+# Makes the ConfigError that names the setting, from a message and a remedy.
+Refuse = Callable[..., ConfigError]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -152,13 +156,16 @@ def local_model_folder(config: TeacherConfig) -> Path | None:
             return asset_path(f"{config.model.removeprefix(BUILTIN)}/config.json").parent
         except FileNotFoundError as error:
             raise model_error(config, str(error), f"name a built-in model, e.g. {DUMMY}") from None
-    path = Path(config.model).expanduser()
+    return local_folder(config.model, partial(model_error, config))
+
+
+def local_folder(name: str, refuse: Refuse) -> Path | None:
+    """Return the folder that a name leads to, None for a hub id; `refuse` makes the error."""
+    path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.is_absolute() or not _HUB_ID.fullmatch(config.model):
-        raise model_error(
-            config, "no such folder", "give a folder made by save_pretrained, or a hub id"
-        )
+    if path.is_absolute() or not _HUB_ID.fullmatch(name):
+        raise refuse("no such folder", "give a folder made by save_pretrained, or a hub id")
     return None
 
 
@@ -181,54 +188,58 @@ def model_folder(config: TeacherConfig) -> Path:
     Raises ConfigError when a file is missing, the family is not supported or the hub
     cannot be reached.
     """
-    folder = local_model_folder(config) or _download(config)
-    if not (folder / "config.json").is_file():
-        raise model_error(config, f"{folder} holds no config.json", "use a transformers model")
-    if not any(folder.glob("*.safetensors")):
-        raise model_error(
-            config,
-            f"{folder} holds no .safetensors weights",
-            "convert them with save_pretrained; pickled weights are not loaded",
-        )
-    settings = read_model_config(config, folder)
+    patterns = [*MODEL_FILES, "*.py"] if config.trust_remote_code else list(MODEL_FILES)
+    refuse = partial(model_error, config)
+    folder = local_model_folder(config) or download(
+        config.model, config.revision, patterns, refuse, "label.teacher.revision"
+    )
+    settings = checked_settings(folder, refuse)
     family = settings.get("model_type")
     if family not in FAMILIES and not config.trust_remote_code:
         raise model_error(config, f"family {family!r} is not supported", supported_families())
     return folder
 
 
-def read_model_config(config: TeacherConfig, folder: Path) -> dict[str, Any]:
-    """Return a model's config.json; ConfigError when it is not a JSON object."""
+def checked_settings(folder: Path, refuse: Refuse) -> dict[str, Any]:
+    """Return the config.json of a folder that has weights; raise `refuse(...)` where it has not."""
+    if not (folder / "config.json").is_file():
+        raise refuse(f"{folder} holds no config.json", "use a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise refuse(
+            f"{folder} holds no .safetensors weights",
+            "convert them with save_pretrained; pickled weights are not loaded",
+        )
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise model_error(config, f"config.json is not readable: {error}") from None
+        raise refuse(f"config.json is not readable: {error}") from None
     if not isinstance(settings, dict):
-        raise model_error(config, "config.json is not an object")
+        raise refuse("config.json is not an object")
     return settings
 
 
-def _download(config: TeacherConfig) -> Path:
+def download(
+    name: str, revision: str | None, patterns: list[str], refuse: Refuse, revision_field: str
+) -> Path:
     """Return a hub model's folder in the hub's cache, fetching what is not there.
 
     A full commit that lies there complete is taken without a look at the network. The hub's
-    client locks every file, so that one actor of a node fetches and the others wait.
+    client locks every file, so that one actor of a node fetches and the others wait. Failures
+    that may pass are tried again; then `refuse(...)` is raised, naming `revision_field`.
     """
     from huggingface_hub import snapshot_download
-
-    patterns = [*MODEL_FILES, "*.py"] if config.trust_remote_code else list(MODEL_FILES)
 
     def fetch(*, local: bool = False) -> Path:
         return Path(
             snapshot_download(
-                config.model,
-                revision=config.revision,
+                name,
+                revision=revision,
                 allow_patterns=patterns,
                 local_files_only=local,
             )
         )
 
-    if config.revision is not None and _COMMIT.fullmatch(config.revision):
+    if revision is not None and _COMMIT.fullmatch(revision):
         with contextlib.suppress(OSError, ValueError):
             folder = fetch(local=True)
             if _is_complete(folder):
@@ -238,10 +249,9 @@ def _download(config: TeacherConfig) -> Path:
             return fetch()
         except Exception as error:
             if wait is None or not _is_transient(error):
-                raise model_error(
-                    config,
+                raise refuse(
                     f"not a local folder, and not to be had from the hub: {error}",
-                    "check the id and label.teacher.revision, or copy the model to a folder",
+                    f"check the id and {revision_field}, or copy the model to a folder",
                 ) from error
             logger.warning("the hub failed, trying again in %g s: %s", wait, error)
             time.sleep(wait)
@@ -296,6 +306,11 @@ def model_fingerprint(config: TeacherConfig) -> str:
     folder = local_model_folder(config)
     if folder is None:
         return f"{config.model}@{config.revision or 'main'}"
+    return folder_fingerprint(folder)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return a folder's name and a hash of the model files in it; see `model_fingerprint`."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in MODEL_FILES for path in folder.rglob(pattern)}):
         size = path.stat().st_size

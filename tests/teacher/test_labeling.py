@@ -22,6 +22,7 @@ from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.filtering import read_info
 from hts_ray.image_pipeline import committed_names, data_files, decode_batch
 from hts_ray.tables import (
     MANIFEST_SCHEMA,
@@ -34,7 +35,7 @@ from hts_ray.tables import (
 )
 from hts_ray.teacher.captioner import DummyCaptioner
 from hts_ray.teacher.crops import crop_region
-from hts_ray.teacher.labeling import label_images, read_table_info
+from hts_ray.teacher.labeling import label_images
 from hts_ray.teacher.regions import Region
 from hts_ray.teacher.teaching import decoded_image
 
@@ -122,7 +123,7 @@ def test_run_with_bad_images(ray_session: None, tmp_path: Path) -> None:
     for name in bad:
         assert rows[name]["status"] == "quarantined"
         assert rows[name]["scores"] is None
-    info = read_table_info(stage.path)
+    info = read_info(stage.path)
     assert info["class_ids"] == list(range(6))
     assert [len(counts) for counts in info["token_counts"]] == [1] * 6
     assert len(info["prior_log_likelihoods"]) == 6
@@ -286,7 +287,7 @@ def test_decode_keeps_rows_and_sizes(tmp_path: Path) -> None:
 def test_missing_table_info(tmp_path: Path) -> None:
     """Catches a bare FileNotFoundError where a command should be named."""
     with pytest.raises(DataError, match="hts label"):
-        read_table_info(storage.absolute(str(tmp_path)))
+        read_info(storage.absolute(str(tmp_path)))
 
 
 DEADLY_TEACHER = """
