@@ -60,6 +60,7 @@ STAGE = "label"
 AGREEMENT = "agreement.json"
 BAD_BOX = "bad_box"
 _GIB = 1 << 30
+_BLOCKS_PER_ACTOR = 16
 
 
 def label_images(
@@ -96,7 +97,7 @@ def label_images(
     if resumed < len(expected):
         with data_context(stage.file(CHECKPOINT)):
             images = read_manifest(manifest_path, config.splits, config.limit, config.limit_seed)
-            dataset = _scored(images, teaching)
+            dataset = _scored(images, teaching, block_rows(config, len(expected)))
         with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
             dataset.write_parquet(stage.path)
     remove_uncommitted(stage)
@@ -234,8 +235,18 @@ def _output_row(
     }
 
 
-def _scored(images: ray.data.Dataset, teaching: Teaching) -> ray.data.Dataset:
-    """Add decoding on CPU tasks and scoring on the actor pool.
+def block_rows(config: LabelConfig, images: int) -> int:
+    """Return how many images a block of a run over so many images gets, at most `block_rows`.
+
+    Every actor gets some blocks to itself, or a small run would end with most of them idle while
+    the last ones finish whole blocks; a block is never smaller than an actor's batch.
+    """
+    share = -(-images // (_BLOCKS_PER_ACTOR * config.pool.max_size))
+    return min(config.block_rows, max(config.batch_images, share))
+
+
+def _scored(images: ray.data.Dataset, teaching: Teaching, rows: int) -> ray.data.Dataset:
+    """Add decoding on CPU tasks, in blocks of `rows`, and scoring on the actor pool.
 
     Every step maps rows one for one: Ray's checkpoints count on it.
     """
@@ -252,7 +263,7 @@ def _scored(images: ray.data.Dataset, teaching: Teaching) -> ray.data.Dataset:
     _warn_of_waiting(config, ray.cluster_resources())
     attempts = start_log()
     return (
-        images.repartition(target_num_rows_per_block=config.block_rows)
+        images.repartition(target_num_rows_per_block=rows)
         .map_batches(
             decode_batch,
             fn_kwargs={

@@ -35,7 +35,7 @@ from hts_ray.tables import (
 )
 from hts_ray.teacher.captioner import DummyCaptioner
 from hts_ray.teacher.crops import crop_region
-from hts_ray.teacher.labeling import label_images
+from hts_ray.teacher.labeling import block_rows, label_images
 from hts_ray.teacher.regions import Region
 from hts_ray.teacher.teaching import decoded_image
 
@@ -89,6 +89,19 @@ def dummy_config(**changes: Any) -> LabelConfig:
         teacher=TeacherConfig(model="builtin:dummy"),
         **{"block_rows": 4, "batch_images": 4} | changes,
     )
+
+
+def test_blocks_are_small_enough_to_keep_every_actor_busy() -> None:
+    """Catches a small run whose last blocks keep one actor at work while the others idle."""
+
+    def rows(images: int, actors: int, **changes: int) -> int:
+        pool = {"min_size": 1, "max_size": actors}
+        return block_rows(LabelConfig.model_validate({"pool": pool, **changes}), images)
+
+    assert rows(100_000, 64) == 64  # large runs: what a crash can cost
+    assert rows(10_000, 16) == 40
+    assert rows(1_000, 16) == 16  # never less than an actor's batch
+    assert rows(1_000, 16, block_rows=8) == 8
 
 
 def test_run_with_bad_images(ray_session: None, tmp_path: Path) -> None:
@@ -191,7 +204,7 @@ import ray
 from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig
 from hts_ray.tables import StageFolder
-from hts_ray.teacher.labeling import label_images
+from hts_ray.teacher.labeling import block_rows, label_images
 
 arguments = json.loads(sys.argv[1])
 ray.init(address=arguments["address"], log_to_driver=False)
