@@ -1,0 +1,429 @@
+"""What tells a good sweep setting from a bad one without a single annotation.
+
+Every objective is a function of one `Outcome`, what a setting led to, and returns one number;
+higher is better. They compare students and pseudo-labels with a `Reference`, the teacher's evidence
+read in a fixed way, which is made once a sweep and does not know the settings. That is what keeps
+the obvious cheats from paying: a filter that keeps almost nothing cannot lower the bar it is
+measured by, and an image is only ever scored by students that were not trained on it.
+
+Shapes: N images, C classes, 2 disjoint halves of the images (folds) or of each image's regions
+(views).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hts_ray.errors import ConfigError, DataError
+
+FloatArray = NDArray[np.floating[Any]]
+Labels = NDArray[np.int8]
+
+# Classes ranked at a time, which bounds the memory of the sorted copies.
+_BLOCK = 64
+# A class is compared on a set of images only where the reference expects so many positives there.
+_LEAST_EXPECTED = 1.0
+_NEIGHBOURS = 2000  # images whose pairwise similarities are taken
+_SURE = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What is believed of N images whatever the setting: it stays the same for a whole sweep.
+
+    Probabilities (N, C) float32 in [0, 1]: `consensus_NC` of all stored regions; `calibrated_NC`
+    and `zero_shot_NC` the same after calibration by the other half of the regions and by the
+    zero-shot student; `views_2NC` (2, N, C) from two disjoint halves of every image's regions.
+    `start_NC` are the zero-shot student's logits.
+    """
+
+    consensus_NC: FloatArray
+    calibrated_NC: FloatArray
+    zero_shot_NC: FloatArray
+    views_2NC: FloatArray
+    start_NC: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one setting led to, on the N images of the reference.
+
+    `targets_NC` int8 are its pseudo-labels (1 positive, 0 ignored, -1 negative) and
+    `view_targets_2NC` those that it draws from each half of the regions alone. `fold_N` int8 in
+    {0, 1} splits the images. `logits_2NC` are of two students, each trained on the pseudo-labels
+    of one fold; `view_logits_2NC` likewise, with the pseudo-labels of view 0 on fold 0 and of view
+    1 on fold 1. What no objective asked for is None.
+    """
+
+    reference: Reference
+    fold_N: NDArray[np.int8]
+    targets_NC: Labels
+    view_targets_2NC: Labels | None = None
+    logits_2NC: FloatArray | None = None
+    view_logits_2NC: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A criterion by name: `compute(outcome)`, higher is better, and what it must be given."""
+
+    name: str
+    summary: str
+    compute: Callable[[Outcome], float]
+    needs_views: bool = False
+    needs_students: bool = False
+    needs_view_students: bool = False
+
+
+def make_reference(consensus_NC: ArrayLike, views_2NC: ArrayLike, start_NC: ArrayLike) -> Reference:
+    """Calibrate the teacher's evidence in two ways and keep it with what it was made of.
+
+    `consensus_NC` (N, C) and `views_2NC` (2, N, C) are probabilities, NaN in a view where an image
+    has no region of it; `start_NC` are the zero-shot student's logits. Raises DataError when the
+    evidence expects no positive of any class, for then there is nothing to compare with.
+    """
+    consensus = np.asarray(consensus_NC, dtype=np.float32)
+    views = np.asarray(views_2NC, dtype=np.float32)
+    start = np.asarray(start_NC, dtype=np.float32)
+    if not (consensus.sum(axis=0) >= _LEAST_EXPECTED).any():
+        raise DataError(
+            "the teacher expects less than one positive of every class: no label-free objective"
+            " can tell settings apart; look at `hts label --preview`"
+        )
+    return Reference(
+        consensus,
+        calibrate_by_views(consensus, views),
+        calibrate_by_zero_shot(consensus, start),
+        views,
+        start,
+    )
+
+
+def calibrate_by_views(consensus_NC: FloatArray, views_2NC: FloatArray) -> FloatArray:
+    """Replace each probability by how often the other half of the regions is sure, (N, C).
+
+    g is the isotonic regression of [view b >= 1/2] on view a, over all images and classes and
+    both orders of the views; the result is g(consensus). Where half of the regions says 0.4 and
+    the other half rarely agrees, 0.4 becomes small. Both halves share the teacher's systematic
+    errors, which no agreement within the teacher can show. Source: isotonic calibration (Zadrozny
+    and Elkan 2002) with the second view in place of labels, as in co-training (Blum and Mitchell
+    1998).
+    """
+    first, second = (np.asarray(view).ravel() for view in views_2NC)
+    both = np.isfinite(first) & np.isfinite(second)
+    evidence = np.concatenate([first[both], second[both]])
+    agrees = np.concatenate([second[both], first[both]]) >= _SURE
+    if not agrees.any():  # a timid teacher: nothing is ever sure, so there is nothing to learn
+        return consensus_NC
+    return isotonic_map(evidence, agrees, consensus_NC)
+
+
+def calibrate_by_zero_shot(consensus_NC: FloatArray, start_NC: FloatArray) -> FloatArray:
+    """Replace each probability by what the zero-shot student's scores say of it, (N, C).
+
+    Among entries with teacher probability p the zero-shot student's standardised logit has the
+    mean mu_neg + pi(p) (mu_pos - mu_neg), where pi(p) is the share of true positives, if its
+    errors do not depend on the teacher's. pi is the isotonic regression of that logit on p,
+    scaled so that the lowest level is 0 and the highest 1 (the teacher's surest labels are taken
+    to be right). Classes weigh by how far the zero-shot student tells the teacher's sure
+    positives from the rest. A weak but independent witness is enough: only means are compared.
+    Source: mixture proportion by a second view, in the spirit of Blum and Mitchell 1998; ours.
+    """
+    scale_C = np.maximum(start_NC.std(axis=0), 1e-6)
+    standard_NC = (start_NC - start_NC.mean(axis=0)) / scale_C
+    mass_C = np.maximum(consensus_NC.sum(axis=0), 1e-6)
+    lift_C = (consensus_NC * standard_NC).sum(axis=0) / mass_C
+    weight_C = np.where(mass_C >= _LEAST_EXPECTED, np.maximum(lift_C, 0), 0)
+    if not weight_C.any():
+        return consensus_NC
+    weights_NC = np.broadcast_to(weight_C, consensus_NC.shape)
+    # Divided by its class's lift, every class has about the same distance of the two means.
+    level_NC = standard_NC / np.where(weight_C > 0, lift_C, 1)
+    fitted_NC = isotonic_map(
+        consensus_NC.ravel(), level_NC.ravel(), consensus_NC, (weights_NC**2).ravel()
+    )
+    low, high = fitted_NC.min(), fitted_NC.max()
+    return consensus_NC if high <= low else (fitted_NC - low) / (high - low)
+
+
+def isotonic_map(
+    x: FloatArray, y: NDArray[Any], at: FloatArray, weights: FloatArray | None = None
+) -> FloatArray:
+    """Fit y (M,) by a rising function of x (M,), least squares, and return it at `at`, float32.
+
+    Between the fitted points it is interpolated, beyond them constant; equal x count as one point
+    with their weights added. Source: pool adjacent violators (Barlow et al. 1972), by SciPy.
+    """
+    from scipy.optimize import isotonic_regression
+
+    weights = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=np.float64)
+    points, place = np.unique(x, return_inverse=True)
+    total = np.bincount(place, weights=weights)
+    sums = np.bincount(place, weights=weights * y)
+    known = total > 0
+    fitted = isotonic_regression(sums[known] / total[known], weights=total[known]).x
+    return np.asarray(np.interp(at, points[known], fitted), dtype=np.float32)
+
+
+def expected_average_precision(scores_NC: ArrayLike, probabilities_NC: ArrayLike) -> FloatArray:
+    """Average precision (C,) in [0, 1] of a ranking whose labels are known by probability only.
+
+    With images in falling order of score and p_k the probability that the k-th is a positive,
+    independent of the others, it is E[sum_k y_k (sum_{j<=k} y_j) / k] / E[sum_k y_k] =
+    sum_k p_k (1 + sum_{j<k} p_j) / k / sum_k p_k: the ratio of two exact expectations. For p in
+    {0, 1} it is average precision itself, without interpolation. NaN for a class of total
+    probability 0; equal scores keep the images' order. ValueError for unequal shapes or p outside
+    [0, 1].
+    Source: average precision from uncertain judgments, Yilmaz and Aslam 2006 and Aslam and
+    Yilmaz 2007.
+    """
+    scores, probabilities = np.asarray(scores_NC), np.asarray(probabilities_NC)
+    if scores.ndim != 2 or scores.shape != probabilities.shape:
+        raise ValueError(
+            f"scores {scores.shape} and probabilities {probabilities.shape}:"
+            " both have to be (images, classes)"
+        )
+    if probabilities.size and not (probabilities.min() >= 0 and probabilities.max() <= 1):
+        raise ValueError("probabilities_NC must lie in [0, 1]")
+    rank_N = np.arange(1, len(scores) + 1)
+    ap_C = np.full(scores.shape[1], np.nan)
+    for start in range(0, scores.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        order_BN = np.argsort(-scores[:, block].T, axis=1, kind="stable")
+        p_BN = np.take_along_axis(probabilities[:, block].T, order_BN, axis=1).astype(np.float64)
+        before_BN = np.cumsum(p_BN, axis=1) - p_BN
+        total_B = p_BN.sum(axis=1)
+        found_B = (p_BN * (1 + before_BN) / rank_N).sum(axis=1)
+        np.divide(found_B, total_B, out=ap_C[block], where=total_B > 0)
+    return ap_C
+
+
+def rank_agreement(first_NC: ArrayLike, second_NC: ArrayLike) -> float:
+    """Mean over the classes of Spearman's rank correlation of two students' scores, in [-1, 1].
+
+    A class that one of them scores alike everywhere counts 0. Source: Spearman 1904.
+    """
+    first, second = _centred_ranks(first_NC), _centred_ranks(second_NC)
+    norm_C = np.sqrt((first**2).sum(axis=0) * (second**2).sum(axis=0))
+    product_C = (first * second).sum(axis=0)
+    return float(np.divide(product_C, norm_C, out=np.zeros_like(norm_C), where=norm_C > 0).mean())
+
+
+def _centred_ranks(scores_NC: ArrayLike) -> FloatArray:
+    from scipy.stats import rankdata
+
+    ranks: FloatArray = rankdata(np.asarray(scores_NC), axis=0)
+    return ranks - ranks.mean(axis=0)
+
+
+def expected_f1(targets_NC: Labels, probabilities_NC: FloatArray) -> FloatArray:
+    """F1 (C,) in [0, 1] of the positives where labels are known by probability only.
+
+    2 sum_{positives} p / (number of positives + sum p): the ratio of expectations. A class without
+    positives has 0, and so has one of which everything is a positive unless p says so: too few and
+    too many both cost. NaN for a class of total probability 0. Source: van Rijsbergen 1979.
+    """
+    positive_NC = targets_NC == 1
+    total_C = probabilities_NC.sum(axis=0, dtype=np.float64)
+    hit_C = np.where(positive_NC, probabilities_NC, 0).sum(axis=0, dtype=np.float64)
+    f1_C = np.full(len(total_C), np.nan)
+    counted_C = positive_NC.sum(axis=0) + total_C
+    np.divide(2 * hit_C, counted_C, out=f1_C, where=total_C > 0)
+    return f1_C
+
+
+def overlap(first_NC: Labels, second_NC: Labels, expected_C: FloatArray) -> FloatArray:
+    """Share (C,) in [0, 1] of positives that two labelings have in common.
+
+    |A and B| / max(|A or B|, expected): Jaccard's index, whose denominator cannot fall below the
+    number of positives that the class is expected to have, so that two labelings do not agree
+    perfectly by naming one image each.
+    """
+    first, second = first_NC == 1, second_NC == 1
+    common_C = (first & second).sum(axis=0)
+    union_C = np.maximum((first | second).sum(axis=0), expected_C)
+    return np.divide(common_C, union_C, out=np.zeros(len(union_C)), where=union_C > 0)
+
+
+def soft_neighborhood_density(logits_NC: FloatArray, temperature: float = 0.05) -> float:
+    """Mean entropy in nats of each image's softmax over its similarities to the other images.
+
+    Similarities are cosines of softmax outputs. High means dense neighbourhoods: images of a
+    class look alike to the student. Beyond 2,000 images an even choice of them is taken.
+    Source: Saito et al. 2021, "Tune it the Right Way" (temperature 0.05).
+    """
+    step = -(-len(logits_NC) // _NEIGHBOURS)
+    outputs_NC = _softmax(logits_NC[::step])
+    unit_NC = outputs_NC / np.linalg.norm(outputs_NC, axis=1, keepdims=True)
+    similarity_NN = unit_NC @ unit_NC.T / temperature
+    np.fill_diagonal(similarity_NN, -1 / temperature)
+    return float(_entropy(_softmax(similarity_NN)).mean())
+
+
+def information_maximization(logits_NC: FloatArray) -> float:
+    """Mutual information in nats of image and predicted class: H(mean p) - mean H(p), at most ln C.
+
+    High when every image is decided and all classes are in use. Source: Krause et al. 2010.
+    """
+    outputs_NC = _softmax(logits_NC)
+    whole = outputs_NC.mean(axis=0, keepdims=True)
+    return float(_entropy(whole)[0] - _entropy(outputs_NC).mean())
+
+
+def _softmax(scores: FloatArray) -> FloatArray:
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def _entropy(probabilities: FloatArray) -> FloatArray:
+    logs = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    return np.asarray(-(probabilities * logs).sum(axis=1))
+
+
+def _heldout_ap(
+    logits_2NC: FloatArray | None, outcome: Outcome, references_2NC: list[FloatArray]
+) -> float:
+    """Mean expected AP of each fold's student on the other fold, which it was not trained on.
+
+    `references_2NC[f]` is what fold f's student is compared with.
+    """
+    assert logits_2NC is not None
+    values = []
+    for f in (0, 1):
+        other_N = outcome.fold_N != f
+        p_NC = np.nan_to_num(references_2NC[f][other_N])
+        ap_C = expected_average_precision(logits_2NC[f][other_N], p_NC)
+        values.append(ap_C[p_NC.sum(axis=0) >= _LEAST_EXPECTED])
+    found = np.concatenate(values)
+    return float(found.mean()) if found.size else 0.0
+
+
+def _expected_ap(outcome: Outcome) -> float:
+    return _heldout_ap(outcome.logits_2NC, outcome, [outcome.reference.consensus_NC] * 2)
+
+
+def _calibrated_ap(outcome: Outcome) -> float:
+    return _heldout_ap(outcome.logits_2NC, outcome, [outcome.reference.calibrated_NC] * 2)
+
+
+def _zero_shot_calibrated_ap(outcome: Outcome) -> float:
+    return _heldout_ap(outcome.logits_2NC, outcome, [outcome.reference.zero_shot_NC] * 2)
+
+
+def _unused_region_ap(outcome: Outcome) -> float:
+    views = outcome.reference.views_2NC
+    return _heldout_ap(outcome.view_logits_2NC, outcome, [views[1], views[0]])
+
+
+def _own_label_ap(outcome: Outcome) -> float:
+    own = (outcome.targets_NC == 1).astype(np.float32)
+    return _heldout_ap(outcome.logits_2NC, outcome, [own] * 2)
+
+
+def _view_agreement(outcome: Outcome) -> float:
+    assert outcome.view_targets_2NC is not None
+    expected_C = outcome.reference.calibrated_NC.sum(axis=0)
+    first, second = outcome.view_targets_2NC
+    return float(overlap(first, second, expected_C)[expected_C >= _LEAST_EXPECTED].mean())
+
+
+def _half_agreement(outcome: Outcome) -> float:
+    assert outcome.logits_2NC is not None
+    first, second = outcome.logits_2NC
+    start = outcome.reference.start_NC
+    from_start = (rank_agreement(first, start) + rank_agreement(second, start)) / 2
+    return rank_agreement(first, second) - from_start
+
+
+def _label_f1(outcome: Outcome) -> float:
+    reference = outcome.reference.calibrated_NC
+    expected_C = reference.sum(axis=0)
+    f1_C = expected_f1(outcome.targets_NC, reference)
+    return float(f1_C[expected_C >= _LEAST_EXPECTED].mean())
+
+
+def _heldout_logits(outcome: Outcome) -> FloatArray:
+    """Logits (N, C) of every image by the student that was not trained on it."""
+    assert outcome.logits_2NC is not None
+    fold_N = outcome.fold_N
+    return np.where(fold_N[:, None] == 0, outcome.logits_2NC[1], outcome.logits_2NC[0])
+
+
+_ALL = (
+    Objective(
+        "expected_ap",
+        "expected AP of students on images they did not see, under the teacher's consensus",
+        _expected_ap,
+        needs_students=True,
+    ),
+    Objective(
+        "calibrated_ap",
+        "the same, with the consensus calibrated by the agreement of two halves of the regions",
+        _calibrated_ap,
+        needs_students=True,
+    ),
+    Objective(
+        "zero_shot_calibrated_ap",
+        "the same, with the consensus calibrated by the zero-shot student",
+        _zero_shot_calibrated_ap,
+        needs_students=True,
+    ),
+    Objective(
+        "unused_region_ap",
+        "students of one half of the regions, compared with the other half on other images",
+        _unused_region_ap,
+        needs_views=True,
+        needs_view_students=True,
+    ),
+    Objective(
+        "view_agreement",
+        "pseudo-labels that both halves of the regions lead to, of those that are expected",
+        _view_agreement,
+        needs_views=True,
+    ),
+    Objective(
+        "half_agreement",
+        "how much two students of disjoint images agree beyond what zero-shot already said",
+        _half_agreement,
+        needs_students=True,
+    ),
+    Objective(
+        "label_f1",
+        "expected F1 of the pseudo-labels under the calibrated consensus; no student",
+        _label_f1,
+    ),
+    Objective(
+        "own_label_ap",
+        "AP on unseen images under the setting's own pseudo-labels: a bar that moves",
+        _own_label_ap,
+        needs_students=True,
+    ),
+    Objective(
+        "soft_neighborhood_density",
+        "entropy of the similarities of the student's outputs (Saito et al. 2021)",
+        lambda outcome: soft_neighborhood_density(_heldout_logits(outcome)),
+        needs_students=True,
+    ),
+    Objective(
+        "information_maximization",
+        "mutual information of image and predicted class (Krause et al. 2010)",
+        lambda outcome: information_maximization(_heldout_logits(outcome)),
+        needs_students=True,
+    ),
+)
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _ALL}
+DEFAULT_OBJECTIVE = "calibrated_ap"
+
+
+def find_objective(name: str) -> Objective:
+    """Return an objective by name; ConfigError with the known names for another."""
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            field="objective", value=name, remedy=f"choose one of {', '.join(OBJECTIVES)}"
+        )
+    return OBJECTIVES[name]
