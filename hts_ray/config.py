@@ -380,6 +380,19 @@ _LOSS_SETTINGS = {
 }
 
 
+class FeaturesConfig(Section):
+    """Computing image features once, for `train.trainable=head` and for sweeps."""
+
+    pool: PoolConfig = Field(default_factory=PoolConfig)
+    batch_images: int = Field(64, ge=1)
+    local_images: int = Field(
+        2000,
+        ge=0,
+        description="so many images or fewer are encoded in the driver's process, without Ray,"
+        " where the pool has no GPU",
+    )
+
+
 class TrainConfig(Section):
     """Fine-tuning of the student."""
 
@@ -413,7 +426,10 @@ class TrainConfig(Section):
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1, description="global: over all workers")
     trainable: Literal["all", "head", "last"] = Field(
-        "all", description="parameters that learn; `last` is the last `trainable_blocks`"
+        "all",
+        description="parameters that learn; `last` is the last `trainable_blocks`; `head`, the"
+        " classifier, is fitted on features that are computed once: of `augment` only the flip"
+        " applies, and the fit itself runs in the driver's process on its CPUs",
     )
     trainable_blocks: int = Field(1, ge=1)
     min_positives_per_class: int = Field(
@@ -426,6 +442,7 @@ class TrainConfig(Section):
     )
     use_gpu: bool = execution(False)
     cpus_per_worker: float = execution(1.0, gt=0.0)
+    features: FeaturesConfig = execution(FeaturesConfig(), description="for trainable=head")
     max_failures: int = execution(3, ge=0, description="worker failures that are survived")
     checkpoint_every: int = execution(1, ge=1, description="epochs between checkpoints")
 
@@ -456,6 +473,26 @@ class PredictConfig(Section):
     batch_images: int = execution(64, ge=1)
 
 
+class SelfTrainingConfig(Section):
+    """Rounds of labeling again with the help of the trained student, and training again."""
+
+    rounds: int = Field(
+        0, ge=0, description="times that the student helps to filter and is trained anew"
+    )
+    student_weight: float = Field(
+        0.2, ge=0.0, le=1.0, description="of the student beside the teacher in every region"
+    )
+    mixture: Literal["geometric", "arithmetic"] = Field(
+        "geometric", description="mean of both probabilities: both must agree, or either may do"
+    )
+    temperature: float = Field(
+        1.0, gt=0.0, description="the student's logits are divided by it before the sigmoid"
+    )
+    pool: PoolConfig = execution(PoolConfig())
+    batch_images: int = execution(16, ge=1, description="images handed to an actor at a time")
+    batch_regions: int = execution(64, ge=1, description="regions in one forward")
+
+
 class RayConfig(Section):
     """How the driver joins or starts Ray."""
 
@@ -475,6 +512,7 @@ class HtsConfig(Section):
     filter: FilterConfig = Field(default_factory=FilterConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    self_training: SelfTrainingConfig = Field(default_factory=SelfTrainingConfig)
     predict: PredictConfig = Field(default_factory=PredictConfig)
     ray: RayConfig = execution(RayConfig())
 

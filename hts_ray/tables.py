@@ -114,6 +114,42 @@ def predictions_schema(num_classes: int) -> pa.Schema:
     )
 
 
+def features_schema(dimension: int, flipped: bool) -> pa.Schema:
+    """Return the schema of `features` for D = `dimension` numbers an image, not normalised.
+
+    `flipped` adds those of the mirrored image. They are null when quarantined.
+    """
+    vector = pa.list_(pa.float32(), dimension)
+    return _schema(
+        "features",
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("uri", pa.string()),
+            pa.field("split", pa.string()),
+            pa.field("features", vector),
+            *([pa.field("flipped", vector)] if flipped else []),
+            pa.field("status", pa.string(), nullable=False),
+            pa.field("error_kind", pa.string()),
+            pa.field("error", pa.string()),
+        ],
+    )
+
+
+STUDENT_SCORES_SCHEMA = _schema(
+    "student_scores",
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("split", pa.string()),
+        # R x C logits, row-major, the regions being those of region_scores in their order
+        pa.field("scores", pa.list_(pa.float32())),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error_kind", pa.string()),
+        pa.field("error", pa.string()),
+    ],
+)
+
+
 def settings_hash(*parts: Any) -> str:
     """Return 12 hexadecimal digits that change whenever any of the JSON-able parts does."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.config import PoolConfig, PredictConfig
+from hts_ray.config import PredictConfig
 from hts_ray.errors import DataError
 from hts_ray.image_pipeline import (
     CHECKPOINT,
     OK,
-    QUARANTINED,
-    Pixels,
     data_context,
     decode_batch,
     finish,
@@ -34,15 +31,13 @@ from hts_ray.image_pipeline import (
 from hts_ray.student.checkpoints import (
     description_of,
     find_student,
-    load_student,
     student_fingerprint,
 )
+from hts_ray.student.pool import StudentWorker, map_on_students, vector_rows
 from hts_ray.tables import StageFolder, predictions_schema
 
 if TYPE_CHECKING:
     import ray.data
-
-    from hts_ray.student.model import Student
 
 
 def predict_images(
@@ -93,40 +88,17 @@ def _scored(
     dataset: ray.data.Dataset, config: PredictConfig, folder: str, description: dict[str, Any]
 ) -> ray.data.Dataset:
     """Add decoding on CPU tasks and scoring on an actor pool, or on CPU tasks without GPUs."""
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
-
-    pool, size = config.pool, int(description["image_size"])
-    memory = None if pool.memory_gib is None else pool.memory_gib * 2**30
     decoded = dataset.map_batches(
-        partial(decode_batch, images=config.images, square=size),
+        partial(decode_batch, images=config.images, square=int(description["image_size"])),
         batch_format="pyarrow",
         batch_size=config.batch_images,
     )
-    scorer: dict[str, Any] = {
-        "folder": folder,
-        "fingerprint": student_fingerprint(folder),
-        "pool": pool,
-    }
-    options: dict[str, Any] = {
-        "batch_format": "pyarrow",
-        "batch_size": config.batch_images,
-        "memory": memory,
-    }
-    if pool.num_gpus > 0:
-        return decoded.map_batches(
-            StudentScorer,
-            fn_constructor_kwargs=scorer,
-            num_gpus=pool.num_gpus,
-            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-            **options,
-        )
-    # Tasks reuse worker processes and these keep the student, so that the seconds which
-    # importing open_clip takes are not paid again by every pipeline of a session.
-    return decoded.map_batches(
-        partial(_score_task, **scorer),
-        num_cpus=pool.num_cpus,
-        compute=TaskPoolStrategy(size=pool.max_size),
-        **options,
+    return map_on_students(
+        decoded,
+        StudentScorer,
+        folder=folder,
+        pool=config.pool,
+        batch_images=config.batch_images,
     )
 
 
@@ -186,54 +158,17 @@ def estimate(
     }
 
 
-class StudentScorer:
-    """Scores decoded batches; an actor pool makes one a process."""
-
-    def __init__(self, folder: str, fingerprint: str, pool: PoolConfig) -> None:
-        import torch
-
-        del fingerprint  # tells cached scorers apart, see `_cached_scorer`
-        self._gpu = pool.num_gpus > 0 and torch.cuda.is_available()
-        if pool.num_gpus > 0 and not self._gpu:
-            logging.getLogger(__name__).warning("no GPU is visible: the student runs on the CPU")
-        if not self._gpu:
-            torch.set_num_threads(pool.threads)
-        self.student: Student = load_student(folder)
-        self.student.to("cuda" if self._gpu else "cpu")
+class StudentScorer(StudentWorker):
+    """Scores decoded batches."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Turn rows with `pixels` into rows of `predictions`."""
         good = np.asarray(table["error_kind"].is_null())
-        logits_NC = self._logits(stack_pixels(table.filter(pa.array(good)), self._size))
-        return prediction_rows(table, good, logits_NC)
-
-    @property
-    def _size(self) -> int:
-        return self.student.image_size
-
-    def _logits(self, pixels: Pixels) -> npt.NDArray[np.float32]:
-        """Return logits (N, C) of uint8 images (N, S, S, 3)."""
-        import torch
-
-        if len(pixels) == 0:
-            return np.zeros((0, len(self.student.class_table)), np.float32)
-        # The precision that the student was trained in; CPUs gain nothing from it.
-        dtype = torch.bfloat16 if self.student.config.precision == "bf16" else torch.float16
-        half = self._gpu and self.student.config.precision != "no"
-        with torch.inference_mode(), torch.autocast("cuda", dtype=dtype, enabled=half):
-            logits_NC = self.student(self.student.normalise(torch.from_numpy(pixels)))
-        result: npt.NDArray[np.float32] = logits_NC.float().cpu().numpy()
-        return result
-
-
-def _score_task(table: pa.Table, *, folder: str, fingerprint: str, pool: PoolConfig) -> pa.Table:
-    return _cached_scorer(folder, fingerprint, pool.threads)(table)
-
-
-@lru_cache(maxsize=1)
-def _cached_scorer(folder: str, fingerprint: str, threads: int) -> StudentScorer:
-    """Return this process's scorer; the fingerprint sees a folder that was written anew."""
-    return StudentScorer(folder, fingerprint, PoolConfig.model_validate({"threads": threads}))
+        pixels = stack_pixels(table.filter(pa.array(good)), self.student.image_size)
+        logits_GC = np.zeros((0, len(self.student.class_table)), np.float32)
+        if len(pixels):
+            logits_GC = self.run(self.student, pixels)
+        return prediction_rows(table, good, logits_GC)
 
 
 def prediction_rows(
@@ -243,23 +178,10 @@ def prediction_rows(
 
     A row whose logits are not finite is quarantined as well: no ranking could hold it.
     """
-    num_classes = logits_GC.shape[1]
-    scores_NC = np.zeros((len(table), num_classes), np.float32)
-    scores_NC[good] = logits_GC
-    broken = ~np.isfinite(scores_NC).all(axis=1)
-    null = ~good | broken
-    kinds, errors = table["error_kind"].to_pylist(), table["error"].to_pylist()
-    for row in np.flatnonzero(broken):
-        kinds[row], errors[row] = "not_finite", "the student's logits are not finite"
-    flat = pa.array(scores_NC.ravel(), pa.float32())
-    scores = pa.FixedSizeListArray.from_arrays(flat, num_classes, mask=pa.array(null))
-    status = [QUARANTINED if bad else OK for bad in null]
-    columns = [table["image_id"], table["uri"], table["split"], scores, status, kinds, errors]
-    schema = predictions_schema(num_classes)
-    arrays = [
-        column.cast(field.type)
-        if isinstance(column, pa.Array | pa.ChunkedArray)
-        else pa.array(column, field.type)
-        for column, field in zip(columns, schema, strict=True)
-    ]
-    return pa.table(arrays, schema=schema)
+    return vector_rows(
+        table,
+        good,
+        {"scores": logits_GC},
+        predictions_schema(logits_GC.shape[1]),
+        "the student's logits are not finite",
+    )

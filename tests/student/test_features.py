@@ -1,0 +1,207 @@
+"""Cached features: the tower's own numbers, every image once, found again only where they fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from hts_ray import storage
+from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
+from hts_ray.errors import DataError
+from hts_ray.student import load_student
+from hts_ray.student.checkpoints import save_student
+from hts_ray.student.features import (
+    FeatureEncoder,
+    compute_features,
+    encode_images,
+    encoder_fingerprint,
+    ensure_features,
+    features_stage,
+    find_features,
+    read_feature_table,
+    read_features,
+)
+from hts_ray.student.model import build_student
+from hts_ray.tables import StageFolder, features_schema, read_table, write_table
+
+DIMENSION = 24  # of the tiny CLIP's embeddings
+ON_RAY = FeaturesConfig(local_images=0, batch_images=16)
+
+
+@pytest.fixture(scope="module")
+def student_path(tmp_path_factory, student_config, color_table):
+    path = str(tmp_path_factory.mktemp("student") / "student-1")
+    save_student(build_student(student_config, color_table), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(color_world):
+    """40 images of which one is missing, the others of another split, in no order."""
+    uris = color_world["uri"].to_pylist()
+    uris[2] = "/nowhere.png"
+    splits = ["train"] * 40 + ["test"] * 8
+    table = pa.table({"image_id": color_world["image_id"], "uri": uris, "split": splits})
+    return table.take(pa.array(np.random.default_rng(1).permutation(48)))
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return StageFolder(str(tmp_path), "features", "k")
+
+
+@pytest.fixture(scope="module")
+def expected(student_path, images):
+    """The features of the readable images and of their mirror images, by the module itself."""
+    student = load_student(student_path)
+    rows = sorted(images.to_pylist(), key=lambda row: row["image_id"])
+    pixels = [np.asarray(Image.open(row["uri"]).convert("RGB")) for row in rows[:2] + rows[3:]]
+    inputs = student.preprocess(pixels)
+    with torch.no_grad():
+        return student.visual(inputs).numpy(), student.visual(inputs.flip(-1)).numpy()
+
+
+def test_features_are_the_towers(ray_session, student_path, images, stage, expected, color_world):
+    """Catches swapped rows, normalised features, a mirrored height, and a lost bad image."""
+    told = []
+    stats = compute_features(
+        ON_RAY,
+        student_path=student_path,
+        images=images,
+        stage=stage,
+        flipped=True,
+        progress=lambda *counts: told.append(counts),
+    )
+    assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (48, 47, 1)
+    assert told[-1] == (48, 48, 1)
+    assert read_table(stage.path).schema.equals(features_schema(DIMENSION, flipped=True))
+    found = read_feature_table(stage.path)
+    good = [i for i in color_world["image_id"].to_pylist() if i != "i002"]
+    assert found.image_ids == good
+    assert found.splits == ["train"] * 39 + ["test"] * 8
+    np.testing.assert_allclose(found.features_ND, expected[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.flipped_ND, expected[1], rtol=1e-3, atol=1e-4)
+    bad = read_table(stage.file("quarantine", "part-0.parquet")).to_pylist()
+    assert [(row["image_id"], row["error_kind"]) for row in bad] == [("i002", "missing")]
+    again = compute_features(ON_RAY, student_path="/nowhere", images=images, stage=stage)
+    assert again == stats
+
+
+def test_few_images_are_encoded_here(student_path, images, stage, expected):
+    """Catches features that depend on where they were computed; needs no cluster."""
+    threads = torch.get_num_threads()
+    compute_features(
+        FeaturesConfig(batch_images=7), student_path=student_path, images=images, stage=stage
+    )
+    assert torch.get_num_threads() == threads
+    ids, splits, features = read_features(stage.path)
+    assert (len(ids), len(splits), ids) == (47, 47, sorted(ids))
+    np.testing.assert_allclose(features, expected[0], rtol=1e-3, atol=1e-4)
+    assert read_feature_table(stage.path).flipped_ND is None
+    taken = read_feature_table(stage.path).take(["i040", "i001"])
+    assert taken.splits == ["test", "train"]
+    assert np.array_equal(taken.features_ND, features[[ids.index("i040"), ids.index("i001")]])
+
+
+def test_a_rerun_after_a_crash_encodes_the_rest_only(ray_session, student_path, images, stage):
+    """Catches rows written twice or never, and finished blocks that are computed again."""
+    config = ON_RAY.model_copy(update={"pool": PoolConfig(num_gpus=1.0)})
+    compute_features(config, student_path=student_path, images=images, stage=stage)
+    files = [name for name in storage.list_names(stage.path) if name.endswith(".parquet")]
+    assert len(files) >= 2
+    *others, last = files
+    kept = [(name, storage.read_bytes(stage.file(name))) for name in others]
+    # As a crash leaves it: one block committed to neither place, the stage not published.
+    filesystem, _ = storage.resolve(stage.path)
+    done = storage.list_names(stage.file("checkpoint"))
+    lost = next(name for name in done if last.startswith(name.removesuffix(".parquet")))
+    filesystem.delete_file(stage.file("checkpoint", lost))
+    filesystem.delete_file(stage.file(last))
+    filesystem.delete_file(stage.file("stats.json"))
+    stats = compute_features(config, student_path=student_path, images=images, stage=stage)
+    assert stats["rows_in"] == 48
+    assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept)
+    assert len(read_features(stage.path)[0]) == 47
+
+
+def test_features_are_found_again_where_they_fit_and_nowhere_else(
+    tmp_path, student_path, images, student_config, color_table, resnet_path
+):
+    """Catches features of another tower, file, decoding or side served as these images' own."""
+    settings = {"run_dir": str(tmp_path), "student_path": student_path}
+    stage = ensure_features(FeaturesConfig(), images=images, **settings)
+    few = images.slice(5, 9)
+    plain = ImagesConfig()
+    assert ensure_features(FeaturesConfig(), images=few, **settings) == stage
+    found = {"flipped": False, "decoding": plain}
+    assert find_features(**settings, images=few, flipped=True, decoding=plain) is None
+    small = ImagesConfig(max_side=16)
+    assert find_features(**settings, images=few, flipped=False, decoding=small) is None
+    moved = few.set_column(1, "uri", pa.array([f"/elsewhere/{i}" for i in range(9)]))
+    assert find_features(**settings, images=moved, **found) is None
+    other = str(tmp_path / "student-other")
+    config = student_config.model_copy(update={"model": f"local-dir:{resnet_path}"})
+    save_student(build_student(config, color_table), other)
+    assert find_features(str(tmp_path), other, few, **found) is None
+    keys = {
+        features_stage(str(tmp_path), path, table, flipped=flipped, decoding=decoding).key
+        for path, table, flipped, decoding in [
+            (student_path, images, False, plain),
+            (student_path, images, True, plain),
+            (student_path, images, False, small),
+            (student_path, few, False, plain),
+            (student_path, moved, False, plain),
+            (other, images, False, plain),
+        ]
+    }
+    assert len(keys) == 6
+    shuffled = images.take(pa.array(range(47, -1, -1)))
+    assert features_stage(str(tmp_path), student_path, shuffled, **found) == stage
+
+
+def test_other_classes_share_their_tower(tmp_path, student_path, student_config, color_table):
+    """Catches features that are computed anew for every class list, or kept for other weights."""
+    fewer = str(tmp_path / "student-fewer")
+    student = build_student(student_config, color_table.subset(color_table.ids[:2]))
+    save_student(student, fewer)
+    assert encoder_fingerprint(fewer) == encoder_fingerprint(student_path)
+    with torch.no_grad():
+        student.visual.conv1.weight[0, 0, 0, 0] += 1
+    save_student(student, fewer)
+    assert encoder_fingerprint(fewer) != encoder_fingerprint(student_path)
+
+
+def test_numbers_that_are_not_finite_are_quarantined(student_path, images):
+    """Catches a NaN among the features, which would end a fit much later."""
+    encoder = FeatureEncoder(student_path, "", PoolConfig(), flipped=True)
+    with torch.no_grad():
+        encoder.student.visual.ln_post.weight[0] = torch.nan
+    from hts_ray.image_pipeline import decode_batch
+
+    table = encoder(decode_batch(images.slice(0, 3), ImagesConfig(), square=32))
+    assert table["features"].to_pylist() == table["flipped"].to_pylist() == [None] * 3
+    assert set(table["error_kind"].to_pylist()) <= {"not_finite", "missing"}
+
+
+def test_nothing_usable_is_told(student_path, images, stage, tmp_path):
+    """Catches an empty result that looks finished, and one image under two names."""
+    nowhere = images.slice(0, 2).set_column(1, "uri", pa.array(["/no/a", "/no/b"]))
+    with pytest.raises(DataError, match=r"none of 2 images can be used.*missing.*/no/"):
+        compute_features(FeaturesConfig(), student_path=student_path, images=nowhere, stage=stage)
+    assert not stage.finished
+    for table, message in [
+        (images.slice(0, 0), "no image to encode"),
+        (pa.concat_tables([images.slice(0, 1)] * 2), "image_id must be unique"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            compute_features(FeaturesConfig(), student_path=student_path, images=table, stage=stage)
+    path = str(tmp_path / "rows.parquet")
+    write_table(path, encode_images(student_path, nowhere, FeaturesConfig()))
+    with pytest.raises(DataError, match="no image with features"):
+        read_features(path)
+    write_table(path, images)
+    with pytest.raises(DataError, match="not a features table"):
+        read_features(path)
