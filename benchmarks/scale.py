@@ -1,12 +1,12 @@
 """Scale the teacher pass by simulation: actors that sleep as long as a GPU would work.
 
-    python benchmarks/scale.py [--actors 1 4 16 64] [--images 100000] [--seconds 0.25]
+    python benchmarks/scale.py [--actors 1 4 16 64] [--images 100000] [--seconds 0.5]
 
 Everything is real but the model: Ray Data's pipeline, reading, decoding, checkpoints, Parquet.
 Each of n actors holds one logical GPU and sleeps `--seconds` an image. The largest pool gets all
-the images, a smaller one its share, so that all take about as long; a second run of the largest
-pool with a tenth of the images shows whether memory grows with them. Every run has a driver and a
-Ray cluster of its own.
+the images and, in a second run, a tenth of them, which shows whether memory grows with them; a
+smaller pool gets `--images-per-actor` for each actor. Every run has a driver and a Ray cluster of
+its own.
 
 Efficiency is images/s over n / seconds: `steady` between a quarter and nine tenths of the images,
 `whole` from the first to the last second, the start of the workers included. The table goes to
@@ -156,7 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=0.25, help="a GPU's time an image")
+    parser.add_argument("--images-per-actor", type=int, default=300, help="of smaller pools")
+    parser.add_argument("--seconds", type=float, default=0.5, help="a GPU's time an image")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", type=int, nargs=2, metavar=("ACTORS", "IMAGES"))
     options = parser.parse_args()
@@ -165,8 +166,8 @@ def main() -> None:
         print(json.dumps(run_one(actors, images, options.seconds)))
         return
     most = max(options.actors)
-    plan = [(actors, options.images * actors // most) for actors in options.actors]
-    plan.insert(-1, (most, options.images // 10))
+    plan = [(n, n * options.images_per_actor) for n in options.actors if n != most]
+    plan += [(most, options.images // 10), (most, options.images)]
     rows = []
     print(" actors   images  ideal/s  steady/s  efficiency  whole run  driver MiB  total MiB")
     for actors, images in plan:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -74,8 +76,16 @@ class Settings:
 
 def stage_command(
     default_preset: str | None = None,
+    *,
+    from_sweep: bool = False,
+    paths: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options that all stages share, and hand it their `Settings`."""
+    """Give a command the options that all stages share, and hand it their `Settings`.
+
+    `from_sweep` adds that option, whose settings go below those of the command line. With `paths`
+    arguments that are no settings are handed over as `paths`.
+    """
+    arguments = "[PATH]... [section.name=value]..." if paths else "[section.name=value]..."
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
@@ -83,7 +93,7 @@ def stage_command(
         @click.option("--run-dir", metavar="DIR", help="Where the run lives.")
         @click.option("--print-config", is_flag=True, help="Print the resolved settings and stop.")
         @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, and stop.")
-        @click.argument("overrides", nargs=-1, metavar="[section.name=value]...")
+        @click.argument("overrides", nargs=-1, metavar=arguments)
         @functools.wraps(function)
         def command(
             config_file: str | None,
@@ -96,15 +106,37 @@ def stage_command(
         ) -> None:
             if config_file is None and preset is None:
                 preset = default_preset
-            settings = Settings(config_file, preset, run_dir, overrides, dry_run)
+            if paths:
+                options["paths"] = tuple(entry for entry in overrides if not _is_setting(entry))
+                overrides = tuple(entry for entry in overrides if _is_setting(entry))
+            best = _sweep_overrides(options.get("from_sweep"))
+            settings = Settings(config_file, preset, run_dir, [*best, *overrides], dry_run)
             if print_config:
                 click.echo(settings.config.to_yaml(), nl=False)
                 return
             function(settings, **options)
 
-        return command
+        if not from_sweep:
+            return command
+        text = "Take the best settings of this sweep, or of a run's latest."
+        return click.option("--from-sweep", metavar="DIR", help=text)(command)
 
     return decorate
+
+
+def _is_setting(argument: str) -> bool:
+    """Tell `section.name=value` from a path, which may hold an equals sign too."""
+    name, equals, _ = argument.partition("=")
+    named = re.fullmatch(r"\w+(\.\w+)*", name) is not None
+    return bool(equals) and named and not storage.exists(argument)
+
+
+def _sweep_overrides(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    from hts_ray.sweep.stage import best_overrides, find_sweep
+
+    return best_overrides(find_sweep(path))
 
 
 @click.group(invoke_without_command=True)
@@ -181,7 +213,8 @@ def label(
     # Behind `record`: what the run directory remembers must not be limited.
     run = _limited(run, limit)
     stage = pipeline.label_stage(run, path)
-    with _ray(settings.config), image_progress("label") as progress:
+    cluster = _ray(settings.config, "label", manifest=path)
+    with cluster, image_progress("label") as progress:
         pipeline.label(run, path, progress)
     print_stage("label", stage)
     stats = stage.stats
@@ -238,11 +271,11 @@ def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str |
 
 @cli.command("filter")
 @click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
-@stage_command()
-def filter_command(settings: Settings, region_scores: str | None) -> None:
+@stage_command(from_sweep=True)
+def filter_command(settings: Settings, region_scores: str | None, from_sweep: str | None) -> None:
     """Turn regional scores into positives, ignored and negatives."""
     run = settings.open()
-    source = pipeline.region_scores_stage(run, region_scores)
+    source = pipeline.region_scores_stage(run, region_scores or _swept_scores(from_sweep))
     stage = pipeline.filter_stage(run, source)
     if settings.dry_run:
         rows = source.stats.get("rows_out")
@@ -253,19 +286,33 @@ def filter_command(settings: Settings, region_scores: str | None) -> None:
     print_stage("filter", stage)
     names = ("positives", "positives_per_image", "images_without_positive",
              "classes_without_positive", "ignored_band", "below_support", "over_cap")  # fmt: skip
-    print_mapping("counted", {name: stage.stats.get(name) for name in names})
+    corrections = ("corrected_images", "corrected_labels", "overrides_unused")
+    counts = {name: stage.stats.get(name) for name in names}
+    counts |= {name: stage.stats[name] for name in corrections if name in stage.stats}
+    print_mapping("counted", counts)
     _next("train", run)
 
 
 @cli.command()
 @click.option("--pseudo-labels", metavar="DIR", help="Labels to learn (default: the latest).")
 @click.option("--manifest", metavar="PATH", help="Manifest, for train.labels=annotations.")
-@stage_command()
-def train(settings: Settings, pseudo_labels: str | None, manifest: str | None) -> None:
+@stage_command(from_sweep=True)
+def train(
+    settings: Settings, pseudo_labels: str | None, manifest: str | None, from_sweep: str | None
+) -> None:
     """Fine-tune the student (train.labels: pseudo, annotations or none)."""
     run = settings.open()
     source = pipeline.given_stage(pseudo_labels, "pseudo_labels") if pseudo_labels else None
+    if from_sweep and source is None and run.config.train.labels == "pseudo":
+        # The run's latest labels may be those of other settings.
+        scores = pipeline.region_scores_stage(run, _swept_scores(from_sweep))
+        source = pipeline.filter_stage(run, scores)
+        if settings.dry_run and not source.finished:
+            print_mapping("plan", {"filter": scores.path, "write first": source.path})
+            return
+        pipeline.filter_labels(run, scores)
     labels = pipeline.training_labels(run, source, manifest)
+    validation = pipeline.validation_rows(run, manifest)
     stage = pipeline.train_stage(run, labels)
     if settings.dry_run:
         from hts_ray.student.training import estimate
@@ -274,9 +321,44 @@ def train(settings: Settings, pseudo_labels: str | None, manifest: str | None) -
         print_mapping("plan", {"write": stage.path, **_readable(figures)})
         return
     settings.record(run, student_model=settings.config.student.model)
-    with _ray(settings.config):
-        pipeline.train(run, labels, _print_epoch)
+    with _ray(settings.config, "train"):
+        pipeline.train(run, labels, _print_epoch, validation)
     print_stage("train", stage)
+    _next("predict", run)
+
+
+@cli.command("self-train")
+@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@click.option("--manifest", metavar="PATH", help="Manifest, for train.validation_split.")
+@stage_command()
+def self_train(settings: Settings, region_scores: str | None, manifest: str | None) -> None:
+    """Let the trained student help to filter, and train anew (self_training.rounds times)."""
+    if settings.config.self_training.rounds == 0:  # asking for it by name is asking for a round
+        settings.config = override(settings.config, {"self_training": {"rounds": 1}})
+    pipeline.check_self_training(settings.config)
+    run = settings.open()
+    source = pipeline.region_scores_stage(run, region_scores)
+    validation = pipeline.validation_rows(run, manifest)
+    if settings.dry_run:
+        rounds, regions = run.config.self_training.rounds, source.stats.get("regions")
+        print_mapping("plan", {"read": source.path, "regions": regions, "rounds": rounds})
+        return
+    settings.record(run, student_model=settings.config.student.model)
+    # Both return at once where they are finished, and the rounds go on from there.
+    labels = pipeline.filter_labels(run, source)
+    with _ray(settings.config, "self-train"), image_progress("student") as progress:
+        student = pipeline.train(
+            run, pipeline.training_labels(run, labels, None), _print_epoch, validation
+        )
+        pipeline.self_train(
+            run,
+            source,
+            student,
+            validation=validation,
+            on_stage=print_stage,
+            progress=progress,
+            train_progress=_print_epoch,
+        )
     _next("predict", run)
 
 
@@ -284,11 +366,38 @@ def train(settings: Settings, pseudo_labels: str | None, manifest: str | None) -
 @click.option("--student", metavar="DIR", help="Student to use (default: the run's latest).")
 @click.option("--manifest", metavar="PATH", help="Images to score (default: the run's manifest).")
 @click.option("--images", metavar="DIR", help="Score this folder of images instead.")
-@stage_command()
+@click.option("--top-k", type=click.IntRange(1), help="Of PATHs: so many labels (default 5).")
+@click.option("--threshold", type=float, help="Of PATHs: labels from this logit on.")
+@click.option("--regions", is_flag=True, help="Of PATHs: score crops too, and locate the labels.")
+@click.option("--draw", metavar="DIR", help="Of PATHs: write pictures with the labels drawn.")
+@click.option("--json-lines", is_flag=True, help="Of PATHs: print JSON, a line an image.")
+@stage_command(paths=True)
 def predict(
-    settings: Settings, student: str | None, manifest: str | None, images: str | None
+    settings: Settings,
+    student: str | None,
+    manifest: str | None,
+    images: str | None,
+    paths: tuple[str, ...],
+    **shown: Any,
 ) -> None:
-    """Score images with a trained student."""
+    """Label images at PATHs, or score a manifest, with a trained student.
+
+    PATHs are images, folders or URIs of storage; they are labeled in this process and printed.
+    Without them a table with the scores of all classes is written to the run.
+    """
+    if paths:
+        if manifest or images:
+            given = "--manifest" if manifest else "--images"
+            raise ConfigError(field=given, value=manifest or images, remedy="leave the PATHs out")
+        from hts_ray.label_commands import predict_paths
+
+        source = student or storage.absolute(settings.config.run_dir)
+        predict_paths(source, paths, dry_run=settings.dry_run, **shown)
+        return
+    for name, value in shown.items():
+        if value not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(field=option, value=value, remedy="name images: hts predict PATH")
     run = settings.open()
     if manifest and images:
         raise ConfigError(field="--images", value=images, remedy="give --manifest or --images")
@@ -303,11 +412,41 @@ def predict(
         figures = estimate(run.config.predict, source, path)
         print_mapping("plan", {"student": source, "write": stage.path, **_readable(figures)})
         return
-    with _ray(settings.config), image_progress("predict") as progress:
+    cluster = _ray(settings.config, "predict", manifest=path, student=source)
+    with cluster, image_progress("predict") as progress:
         pipeline.predict(run, source, path, progress)
     print_stage("predict", stage)
     if not images:
         _next("evaluate", run)
+
+
+@cli.command()
+@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@stage_command()
+def sweep(settings: Settings, region_scores: str | None) -> None:
+    """Try many settings of filter and training over one teacher pass, and keep the best."""
+    from hts_ray.sweep.stage import plan_sweep, run_sweep
+
+    run = settings.open()
+    plan = plan_sweep(run, pipeline.region_scores_stage(run, region_scores))
+    if settings.dry_run:
+        from hts_ray.sweep.estimate import estimate
+
+        rows = [list(row) for row in plan.space.describe()]
+        print_rows("settings", ["setting", "own", "tried"], rows, text_columns=3)
+        figures = _readable(estimate(plan))
+        objective = {"objective": plan.objective, "write": plan.stage.path}
+        print_mapping("plan", {"read": plan.region_scores.path, **objective, **figures})
+        return
+    from hts_ray.sweep.progress import print_sweep, sweep_progress
+
+    settings.record(run)
+    with _ray(settings.config, "sweep"), sweep_progress(plan) as on_trial:
+        stage = run_sweep(plan, on_trial=on_trial, tell=console.print)
+    print_stage("sweep", stage)
+    print_sweep(stage)
+    line = f"hts train --run-dir {run.config.run_dir} --from-sweep {stage.path}"
+    console.print(f"next: [bold]{line}[/bold]")
 
 
 @cli.command()
@@ -363,7 +502,8 @@ def pipeline_command(settings: Settings, manifest: str | None) -> None:
         print_mapping("plan", {"read": path, "images": rows, "write first": scores.path})
         return
     settings.record(run)
-    with _ray(settings.config), image_progress("images") as progress:
+    cluster = _ray(settings.config, "pipeline", manifest=path)
+    with cluster, image_progress("images") as progress:
         result = pipeline.run_all(
             run, path, on_stage=print_stage, progress=progress, train_progress=_print_epoch
         )
@@ -392,14 +532,34 @@ def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
     if settings.dry_run:
         print_mapping("plan", {"write": config.run_dir, "seed": seed})
         return
-    with _ray(config):
+    with _ray(config, "demo"):
         run_demo(config)
 
 
-def _ray(config: HtsConfig) -> Any:
+def _swept_scores(from_sweep: str | None) -> str | None:
+    """Return the region scores that a sweep was over; None without a sweep."""
+    if from_sweep is None:
+        return None
+    from hts_ray.sweep.stage import find_sweep
+
+    return str(find_sweep(from_sweep).stats["region_scores"])
+
+
+@contextmanager
+def _ray(
+    config: HtsConfig, command: str, *, manifest: str = "", student: str = ""
+) -> Iterator[None]:
+    """Join or start Ray for a command, and refuse a cluster that could never run it."""
+    from hts_ray.preflight import check_joined
     from hts_ray.runtime import ray_cluster
 
-    return ray_cluster(config.ray, [config.label.pool, config.predict.pool])
+    pools = [config.label.pool, config.predict.pool]
+    pools += [config.train.features.pool, config.self_training.pool]
+    paths = [("--student", student)] if student else []
+    with ray_cluster(config.ray, pools):
+        for note in check_joined(config, command, paths, manifest):
+            console.print(f"note: {note}", markup=False)
+        yield
 
 
 def _folder_manifest(
@@ -421,8 +581,10 @@ def _print_epoch(record: Any) -> None:
     loss, epoch = record.get("loss"), record.get("epoch")
     rate = record.get("images_per_second")
     speed = f", {rate:.0f} images/s" if rate else ""
+    measured = record.get("validation_mAP")
+    quality = "" if measured is None else f", validation mAP {percent(measured)}"
     if loss is not None:
-        console.print(f"train: epoch {epoch + 1}, loss {loss:.4f}{speed}")
+        console.print(f"train: epoch {epoch + 1}, loss {loss:.4f}{speed}{quality}")
 
 
 def _print_metrics(result: dict[str, Any]) -> None:
@@ -464,18 +626,120 @@ def import_command(file: str, output: str, classes: str | None) -> None:
 
 
 @cli.command("export")
-@click.option("--student", required=True, metavar="DIR", help="Run directory or student folder.")
-@click.option("--format", "form", required=True, help="safetensors, open_clip, onnx or hts.")
+@click.option("--format", "form", required=True,
+              help="Of a student: safetensors, open_clip, onnx, hts. Of labels: coco, fiftyone,"
+              " huggingface, webdataset, anno-mat, csv, parquet, label-studio.")  # fmt: skip
 @click.option("--output", required=True, metavar="PATH", help="File or folder to write.")
-def export_command(student: str, form: str, output: str) -> None:
-    """Write a student in another form, and check that it computes the same."""
-    from hts_ray.student.export import export_student
+@click.option("--student", metavar="DIR", help="Run or student folder (default: the run's).")
+@click.option("--labels", metavar="DIR", help="Pseudo-labels to write (default: the latest).")
+@click.option("--manifest", metavar="PATH", help="Write the annotations of this manifest instead.")
+@click.option("--split", metavar="NAME", help="Images of this split only.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="A seeded sample only.")
+@click.option("--force", is_flag=True, help="Replace an earlier export of labels.")
+@stage_command()
+def export_command(
+    settings: Settings, form: str, output: str, student: str | None, **chosen: Any
+) -> None:
+    """Write labels in the format of another tool, or a student in another form."""
+    from hts_ray.exports.writing import FORMATS
 
-    done = export_student(student, form, output)
+    if form in FORMATS:
+        if student is not None:
+            remedy = f"leave it out: --format {form} writes labels"
+            raise ConfigError(field="--student", value=student, remedy=remedy)
+        from hts_ray.label_commands import export_command as write_labels
+
+        write_labels(settings.open(), form, output, dry_run=settings.dry_run, **chosen)
+        return
+    _export_student(settings, form, output, student, chosen)
+
+
+def _export_student(
+    settings: Settings, form: str, output: str, student: str | None, chosen: dict[str, Any]
+) -> None:
+    """Write a student and say what was compared, and how to use it."""
+    from hts_ray.exports.writing import FORMATS as LABEL_FORMATS
+    from hts_ray.student.export import FORMATS, export_student
+
+    if form not in FORMATS:
+        remedy = f"choose {', '.join(FORMATS)} (a student) or {', '.join(LABEL_FORMATS)} (labels)"
+        raise ConfigError(field="--format", value=form, remedy=remedy)
+    for name, value in chosen.items():
+        if value not in (None, False):
+            remedy = f"leave it out: --format {form} writes a student"
+            raise ConfigError(field=f"--{name}", value=value, remedy=remedy)
+    source = student or settings.config.run_dir
+    if settings.dry_run:
+        print_mapping("plan", {"student": source, "format": form, "write": output})
+        return
+    done = export_student(source, form, output)
     console.print(f"[bold]export[/bold] -> {done.path}")
     console.print(f"largest difference of {done.compared} when read again: {done.difference:.2g}")
     for note in done.notes:
         console.print(note, markup=False)
+
+
+@cli.command("import-labels")
+@click.argument("file", metavar="FILE")
+@click.option("--output", required=True, metavar="DIR", help="Folder to write.")
+@click.option("--manifest", metavar="PATH", help="The images meant (default: the run's manifest).")
+@click.option("--labels", metavar="DIR", help="Pseudo-labels to compare with (default: latest).")
+@click.option("--unmarked", type=click.Choice(["negative", "unknown"]), default="negative",
+              show_default=True, help="What a class is that the file does not list.")  # fmt: skip
+@click.option("--split", default="validation", show_default=True, help="Split of the manifest.")
+@click.option("--validation-share", type=float, metavar="S",
+              help="Part the images: this share to validate, the rest to override.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an earlier import.")
+@stage_command()
+def import_labels_command(settings: Settings, file: str, output: str, **chosen: Any) -> None:
+    """Read labels that people corrected: Label Studio JSON, COCO JSON or CSV."""
+    from hts_ray.label_commands import import_command as read_labels
+
+    read_labels(settings.open(), file, output, dry_run=settings.dry_run, **chosen)
+
+
+@cli.command()
+@click.argument("corrections", metavar="DIR")
+@click.option("--labels", metavar="DIR", help="Pseudo-labels to compare (default: the latest).")
+@click.option("--json", "json_file", metavar="FILE", help="Also write the figures here.")
+@stage_command()
+def review(settings: Settings, corrections: str, **chosen: str | None) -> None:
+    """Compare pseudo-labels with corrections that `hts import-labels` wrote to DIR."""
+    from hts_ray.label_commands import review_command
+
+    review_command(settings.open(), corrections, dry_run=settings.dry_run, **chosen)
+
+
+@cli.command(context_settings={"allow_interspersed_args": False})
+@click.option("--address", metavar="URL", help="Dashboard of the cluster (RAY_API_SERVER_ADDRESS).")
+@click.option("--no-wait", is_flag=True, help="Return when the job has been submitted.")
+@click.option("--attach", metavar="JOB", help="Follow a job that was submitted before.")
+@click.option("--env", multiple=True, metavar="KEY[=VALUE]", help="Variable of the job's workers.")
+@click.option("--uv", metavar="FILE", help="requirements.txt that uv adds on the nodes.")
+@click.option("--pip", metavar="FILE", help="requirements.txt that pip adds on the nodes.")
+@click.option("--working-dir", default=".", metavar="DIR", help="What is shipped (default: here).")
+@click.option("--max-upload", default=64.0, show_default=True, metavar="MIB", help="Refuse more.")
+@click.option("--python", default="python", show_default=True, help="Interpreter on the head node.")
+@click.option("--submission-id", metavar="ID", help="Name of the job, once a cluster.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
+def submit(arguments: tuple[str, ...], **options: Any) -> None:
+    """Run a command as a job of a cluster: hts submit -- label --run-dir s3://...
+
+    The exit code is the job's own; 3 when it was stopped, 130 when this client detached from it.
+    """
+    from hts_ray.submit import submit_command
+
+    sys.exit(submit_command(arguments, **options))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@stage_command()
+def doctor(settings: Settings, as_json: bool) -> None:
+    """Check this machine, or all nodes of a cluster, and say what to change."""
+    from hts_ray.doctor import examine, print_findings
+
+    sys.exit(print_findings(examine(settings.config), as_json=as_json))
 
 
 def _next(command: str, run: pipeline.Run) -> None:

@@ -11,12 +11,19 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from hts_ray import storage
 from hts_ray.assets import asset_path
 from hts_ray.errors import ConfigError
 
@@ -267,7 +274,7 @@ class LabelConfig(Section):
     pool: PoolConfig = execution(PoolConfig())
     batch_images: int = execution(16, ge=1, description="images handed to an actor at a time")
     block_rows: int = execution(
-        64, ge=1, description="images between two commits: what a crash can cost"
+        64, ge=1, description="at most so many images between two commits: what a crash can cost"
     )
     decode_memory_gib: float | None = execution(
         None, gt=0, description="memory a decoding task reserves"
@@ -311,6 +318,9 @@ class FilterConfig(Section):
         0.2, ge=0.0, le=1.0, description="probability at which a region agrees"
     )
     max_positives_per_image: int = Field(8, ge=1)
+    overrides: str | None = execution(  # what the file says is part of the key, not where it lies
+        None, description="corrections of people (`hts import-labels`) that replace these labels"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> FilterConfig:
@@ -348,6 +358,9 @@ class OptimConfig(Section):
 
     lr: float = Field(1.5e-5, gt=0.0, description="of the trunk")
     head_lr: float | None = Field(None, gt=0.0, description="of the classifier; lr if not set")
+    layer_decay: float = Field(
+        1.0, gt=0.0, le=1.0, description="factor of the rate from a block to the one before it"
+    )
     weight_decay: float = Field(0.0, ge=0.0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine", "warm_restarts"] = "cosine"
@@ -400,6 +413,15 @@ class TrainConfig(Section):
         "pseudo", description="HTS, the supervised upper bound, or zero-shot"
     )
     split: str = Field("train", description="split of the manifest that is trained on")
+    soft_labels: bool = Field(
+        False, description="a positive pseudo-label weighs its probability in the loss"
+    )
+    validation_split: str | None = Field(
+        None,
+        description="annotated split whose mAP is measured while training; it changes nothing else",
+        json_schema_extra={_EXECUTION: True},
+    )
+    validate_every: int = execution(1, ge=1, description="epochs between these measurements")
     loss: Literal["lse_sign", "bce", "weighted_bce", "focal", "asl"] = "lse_sign"
     loss_temperature: float = Field(1.0, gt=0.0, description="logits are divided by it")
     positive_weight: float = Field(
@@ -424,7 +446,12 @@ class TrainConfig(Section):
         description="weigh classes by their number of positives to the power -class_balance",
     )
     epochs: int = Field(10, ge=1)
-    batch_size: int = Field(128, ge=1, description="global: over all workers")
+    batch_size: int = Field(
+        128, ge=1, description="images of an optimizer step, over all workers and accumulation"
+    )
+    accumulation: int = execution(
+        1, ge=1, description="forward passes a step, which divide the memory of activations"
+    )
     trainable: Literal["all", "head", "last"] = Field(
         "all",
         description="parameters that learn; `last` is the last `trainable_blocks`; `head`, the"
@@ -432,6 +459,13 @@ class TrainConfig(Section):
         " applies, and the fit itself runs in the driver's process on its CPUs",
     )
     trainable_blocks: int = Field(1, ge=1)
+    learn_logit_scale: bool = Field(False, description="student.logit_scale is where it starts")
+    ema_decay: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="the student is the moving average of the weights, such as 0.999",
+    )
     min_positives_per_class: int = Field(
         0, ge=0, description="repeat images until each class has so many positives"
     )
@@ -443,14 +477,33 @@ class TrainConfig(Section):
     use_gpu: bool = execution(False)
     cpus_per_worker: float = execution(1.0, gt=0.0)
     features: FeaturesConfig = execution(FeaturesConfig(), description="for trainable=head")
+    gradient_checkpointing: bool = execution(
+        False, description="compute activations twice rather than keep them: less memory"
+    )
+    compile: bool = execution(False, description="torch.compile the image tower")
     max_failures: int = execution(3, ge=0, description="worker failures that are survived")
     checkpoint_every: int = execution(1, ge=1, description="epochs between checkpoints")
+    checkpoint_every_steps: int | None = execution(
+        None, ge=1, description="steps between checkpoints within an epoch"
+    )
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = execution(("tensorboard",))
+    log_every: int = execution(10, ge=1, description="steps between logged losses")
 
     @property
     def loss_parameters(self) -> dict[str, float | None]:
         """The settings that only the chosen loss has, as `losses.make_loss` names them."""
         settings = _LOSS_SETTINGS.get(self.loss, {})
         return {parameter: getattr(self, field) for field, parameter in settings.items()}
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _fixed_workers(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            raise ValueError(
+                "give one number: with a number that changes, the images of a step would depend"
+                " on when workers came and went, and no run could be repeated or resumed exactly"
+            )
+        return value
 
     @model_validator(mode="after")
     def _loss_has_its_settings(self) -> TrainConfig:
@@ -493,12 +546,109 @@ class SelfTrainingConfig(Section):
     batch_regions: int = execution(64, ge=1, description="regions in one forward")
 
 
+class RangeConfig(Section):
+    """What one setting may be in a sweep: a range, or choices."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = Field(False, description="drawn evenly in its logarithm")
+    choices: tuple[Any, ...] | None = Field(None, description="values, null among them where fit")
+
+    @model_validator(mode="after")
+    def _range_or_choices(self) -> RangeConfig:
+        if self.choices is not None:
+            if not self.choices or self.low is not None or self.high is not None or self.log:
+                raise ValueError("give choices: [...] with a value or more, or low and high")
+        elif self.low is None or self.high is None or not self.low < self.high:
+            raise ValueError("give low and high, with low below high, or choices: [...]")
+        elif self.log and self.low <= 0:
+            raise ValueError(f"log: true needs low above 0, not {self.low}")
+        return self
+
+
+class SweepConfig(Section):
+    """Which settings of the filter and the training are tried, and how the best is chosen."""
+
+    trials: int = Field(100, ge=1, description="settings that are tried, the run's own first")
+    search: Literal["random", "optuna"] = Field(
+        "random", description="optuna learns from earlier trials; `pip install hts-ray[optuna]`"
+    )
+    space: dict[str, RangeConfig] | None = Field(
+        None,
+        description="setting: {low, high, log} or {choices}; if not set, the filter's settings,"
+        " the loss's temperature and the classifier's rate",
+    )
+    objective: str | None = Field(
+        None,
+        description="what is compared, see docs/sweep.md; if not set, calibrated_ap, or"
+        " mAP_validation with a validation set",
+    )
+    validation: str | None = Field(
+        None, description="labeled images that may be looked at: a manifest or an anno.mat"
+    )
+    finalists: int = Field(3, ge=0, description="best trials trained in full beside the run's own")
+    repeats: int = Field(3, ge=1, description="seeds that a trial is averaged over")
+    reduction: float = Field(
+        3.0, gt=1.0, description="about one trial in so many goes on to more seeds"
+    )
+    seed: int = Field(0, ge=0, description="of the settings drawn and of the held-out images")
+    concurrency: int | None = execution(
+        None, ge=1, description="trials at a time; the cluster's CPUs if not set"
+    )
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        """Let `filter: {top_k: {...}}` stand for `filter.top_k: {...}`."""
+        return dict(_leaves(value)) if isinstance(value, Mapping) else value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and not set(value) & set(RangeConfig.model_fields)
+        if nested and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+class ExportConfig(Section):
+    """Labels in the formats of other tools."""
+
+    check_images: bool = Field(
+        True, description="open every image's header and leave out what is no image"
+    )
+    region_boxes: bool = Field(True, description="boxes of the regions that support a label")
+    boxes_per_label: int = Field(3, ge=1, description="at most so many of them a label")
+    image_url_prefix: str | None = Field(
+        None, description="where a browser finds the images, in place of image_root"
+    )
+    image_root: str | None = Field(
+        None, description="folder that image_url_prefix stands for; what was prepared if not set"
+    )
+    shard_images: int = Field(
+        5000, ge=1, le=10_000, description="images of a WebDataset shard or a hub folder"
+    )
+    workers: int = Field(16, ge=1, le=256, description="threads that read images")
+
+
 class RayConfig(Section):
     """How the driver joins or starts Ray."""
 
     address: str | None = Field(None, description="`auto`, host:port, or a local cluster")
     num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a local cluster")
     num_gpus: int | None = Field(None, ge=0, description="logical GPUs of a local cluster")
+    shared_paths: tuple[str, ...] = Field(
+        (), description="folders that every node sees under the same path: NFS, or in the image"
+    )
+    autoscaling: bool | None = Field(
+        None, description="whether nodes come when they are asked for; found out if not set"
+    )
+    object_store_gib: float | None = Field(
+        None,
+        ge=0.1,
+        description="memory of a local cluster's object store; Ray's choice if not set",
+    )
 
 
 class HtsConfig(Section):
@@ -514,6 +664,8 @@ class HtsConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     self_training: SelfTrainingConfig = Field(default_factory=SelfTrainingConfig)
     predict: PredictConfig = Field(default_factory=PredictConfig)
+    sweep: SweepConfig = Field(default_factory=SweepConfig)
+    export: ExportConfig = execution(ExportConfig())
     ray: RayConfig = execution(RayConfig())
 
     def to_yaml(self) -> str:
@@ -542,7 +694,7 @@ def load_config(
     if preset is not None:
         _merge(values, _read_preset(preset))
     if file is not None:
-        _merge(values, _read_yaml(Path(file)))
+        _merge(values, _read_yaml(file))
     for override in overrides:
         _merge(values, _parse_override(override))
     _merge(values, extra or {})
@@ -572,24 +724,24 @@ def _read_preset(name: str) -> dict[str, Any]:
             value=name,
             remedy=f"choose one of {', '.join(names)}{_nearest_hint(name, names)}",
         )
-    return _read_yaml(asset_path("presets") / f"{name}.yaml")
+    return _read_yaml(str(asset_path("presets") / f"{name}.yaml"))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(storage.read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
-        raise ConfigError(field="--config", value=str(path), remedy="no such file") from None
+        raise ConfigError(field="--config", value=path, remedy="no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            field="--config", value=str(path), remedy=f"not readable as YAML: {error}"
+            field="--config", value=path, remedy=f"not readable as YAML: {error}"
         ) from None
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(
             field="--config",
-            value=str(path),
+            value=path,
             remedy="the file must hold `section:` keys, see --print-config",
         )
     return value

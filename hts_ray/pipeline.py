@@ -22,6 +22,7 @@ from hts_ray import storage
 from hts_ray.classes import ClassTable, load_class_table
 from hts_ray.config import HtsConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.review.overrides import overrides_key
 from hts_ray.tables import (
     ANNOTATION_COLUMNS,
     MANIFEST_SCHEMA,
@@ -162,28 +163,47 @@ def region_scores_stage(run: Run, given: str | None = None) -> StageFolder:
     return given_stage(given, "region_scores")
 
 
-def filter_stage(run: Run, region_scores: StageFolder) -> StageFolder:
-    """Return the folder that the filter stage writes to."""
-    key = settings_hash(
+def filter_stage(
+    run: Run, region_scores: StageFolder, opinions: StageFolder | None = None
+) -> StageFolder:
+    """Return the folder that the filter stage writes to; `opinions` is a student_scores folder."""
+    parts = [
         run.config.filter.answer_settings(),
         run.config.train.split,
         region_scores.key,
         run.class_table.fingerprint(),
-    )
-    return run.stage("pseudo_labels", key)
+    ]
+    if opinions is not None:
+        mixing = run.config.self_training.answer_settings()
+        del mixing["rounds"]  # a further round does not change what the earlier ones answer
+        parts += [mixing, opinions.key]
+    if run.config.filter.overrides is not None:
+        parts += ["overrides", overrides_key(run.config.filter.overrides)]
+    return run.stage("pseudo_labels", settings_hash(*parts))
 
 
-def filter_labels(run: Run, region_scores: StageFolder) -> StageFolder:
-    """Turn regional scores into pseudo-labels."""
+def filter_labels(
+    run: Run, region_scores: StageFolder, opinions: StageFolder | None = None
+) -> StageFolder:
+    """Turn regional scores into pseudo-labels, with a student's `opinions` where they are given."""
     from hts_ray.filtering import filter_regions
 
-    stage = filter_stage(run, region_scores)
+    stage = filter_stage(run, region_scores, opinions)
+    class_ids = stored_class_ids(region_scores)
+    opinion = None
+    if opinions is not None:
+        from hts_ray.self_training import SecondOpinion
+        from hts_ray.student.region_scoring import StudentScores
+
+        scores = StudentScores(opinions.path)
+        opinion = SecondOpinion(scores, class_ids, run.config.self_training)
     filter_regions(
         run.config.filter,
         region_scores_path=region_scores.path,
-        class_ids=stored_class_ids(region_scores),
+        class_ids=class_ids,
         split=run.config.train.split,
         stage=stage,
+        opinion=opinion,
     )
     return stage
 
@@ -197,6 +217,7 @@ def stored_class_ids(stage: StageFolder) -> np.ndarray:
 def training_labels(run: Run, source: StageFolder | None, manifest: str | None) -> pa.Table | None:
     """Return what the student learns from: image_id, uri, positive_ids, ignored_ids.
 
+    With `train.soft_labels` the positives' probability comes with them.
     `train.labels` decides: pseudo-labels come from the filter stage alone and no manifest is
     opened; annotations from the manifest, unknown counting as negative as HICO's protocol has
     it; none gives None.
@@ -206,6 +227,7 @@ def training_labels(run: Run, source: StageFolder | None, manifest: str | None) 
         return None
     columns = ["image_id", "uri", "positive_ids", "ignored_ids"]
     if train.labels == "pseudo":
+        columns += ["probability"] if train.soft_labels else []
         folder = source or require_stage(run.run_dir, "pseudo_labels", "filter")
         table = read_table(folder.path, columns=[*columns, "split"])
         return table.filter(pc.equal(table["split"], train.split)).select(columns)
@@ -240,12 +262,33 @@ def student_source_fingerprint(run: Run) -> str:
     return source_fingerprint(run.config.student)
 
 
+def validation_rows(run: Run, manifest: str | None) -> pa.Table | None:
+    """Return the annotated rows of `train.validation_split`, or None when it is not set.
+
+    DataError when the split has none.
+    """
+    split = run.config.train.validation_split
+    if split is None:
+        return None
+    table = read_manifest(manifest or manifest_path(run))
+    chosen = table.filter(
+        pc.and_(pc.equal(table["split"], split), table["positive_ids"].is_valid())
+    )
+    if not len(chosen):
+        raise DataError(f"train.validation_split={split}: the manifest has no annotated image in it")
+    return chosen
+
+
 def train(
     run: Run,
     labels: pa.Table | None,
     progress: Callable[[Mapping[str, Any]], None] | None = None,
+    validation: pa.Table | None = None,
 ) -> StageFolder:
-    """Fine-tune the student on `labels`; None stores the zero-shot student."""
+    """Fine-tune the student on `labels`; None stores the zero-shot student.
+
+    `validation`, annotated rows of a manifest, is measured while the training runs.
+    """
     from hts_ray.student.training import train_student
 
     stage = train_stage(run, labels)
@@ -256,6 +299,7 @@ def train(
         labels=labels,
         stage=stage,
         seed=run.config.seed,
+        validation=validation,
         progress=progress,
     )
     return stage
@@ -266,6 +310,71 @@ def student_path(run: Run, given: str | None = None) -> str:
     if given is not None:
         return storage.absolute(given)
     return require_stage(run.run_dir, "student", "train").path
+
+
+def student_scores(
+    run: Run, region_scores: StageFolder, student: StageFolder, progress: Progress | None = None
+) -> StageFolder:
+    """Score the training split's regions with a student; returns the student_scores folder."""
+    from hts_ray.student.checkpoints import student_fingerprint
+    from hts_ray.student.region_scoring import score_regions
+
+    images, split = run.config.label.images, run.config.train.split
+    key = settings_hash(
+        region_scores.key, student_fingerprint(student.path), images.answer_settings(), split
+    )
+    stage = run.stage("student_scores", key)
+    score_regions(
+        run.config.self_training,
+        images=images,
+        student_path=student.path,
+        region_scores_path=region_scores.path,
+        split=split,
+        stage=stage,
+        progress=progress,
+    )
+    return stage
+
+
+def self_train(
+    run: Run,
+    region_scores: StageFolder,
+    student: StageFolder,
+    *,
+    validation: pa.Table | None = None,
+    on_stage: Callable[[str, StageFolder], None] | None = None,
+    progress: Progress | None = None,
+    train_progress: Callable[[Mapping[str, Any]], None] | None = None,
+) -> tuple[StageFolder, StageFolder]:
+    """Let `student` help to filter, and train anew: `self_training.rounds` times.
+
+    Every round's student starts from the zero-shot one. Returns the last pseudo-labels and
+    student. Raises ConfigError unless the student learns from pseudo-labels, in one round or more.
+    """
+    check_self_training(run.config)
+    tell = on_stage or (lambda name, stage: None)
+    for _ in range(run.config.self_training.rounds):
+        opinions = student_scores(run, region_scores, student, progress)
+        tell("student scores", opinions)
+        labels = filter_labels(run, region_scores, opinions)
+        tell("filter", labels)
+        student = train(run, training_labels(run, labels, None), train_progress, validation)
+        tell("train", student)
+    return labels, student
+
+
+def check_self_training(config: HtsConfig) -> None:
+    """Raise ConfigError for settings under which `self_train` has nothing to do."""
+    rounds, labels = config.self_training.rounds, config.train.labels
+    if rounds == 0:
+        raise ConfigError(field="self_training.rounds", value=rounds, remedy="give 1 or more")
+    if labels != "pseudo":
+        raise ConfigError(
+            "a student can help with pseudo-labels only",
+            field="self_training.rounds",
+            value=rounds,
+            remedy=f"set 0, or train.labels=pseudo instead of {labels}",
+        )
 
 
 def predict_stage(run: Run, student: str, manifest: str) -> StageFolder:
@@ -334,15 +443,29 @@ def run_all(
 ) -> dict[str, Any]:
     """Run label, filter, train, predict and, where there are annotations, evaluate.
 
+    With `self_training.rounds` the student helps to filter and is trained anew in between.
     Returns the metrics, or an empty dict without annotations.
     """
+    if run.config.self_training.rounds:
+        check_self_training(run.config)
     tell = on_stage or (lambda name, stage: None)
     scores = label(run, manifest, progress)
     tell("label", scores)
     source = filter_labels(run, scores)
     tell("filter", source)
-    student = train(run, training_labels(run, source, manifest), train_progress)
+    validation = validation_rows(run, manifest)
+    student = train(run, training_labels(run, source, manifest), train_progress, validation)
     tell("train", student)
+    if run.config.self_training.rounds:
+        _, student = self_train(
+            run,
+            scores,
+            student,
+            validation=validation,
+            on_stage=tell,
+            progress=progress,
+            train_progress=train_progress,
+        )
     predictions = predict(run, student.path, manifest, progress)
     tell("predict", predictions)
     table = read_manifest(manifest)

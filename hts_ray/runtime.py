@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hts_ray.config import PoolConfig, RayConfig
 from hts_ray.errors import ConfigError, UserError
+from hts_ray.preflight import CPUS_BESIDE
 
 # The newer Parquet reader starts 32 actors that read footers, however small the input. A
 # manifest is one file: the older reader saves these processes, and where the newer one is asked
@@ -27,11 +28,6 @@ _DEFAULT_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-# Tasks that must find a CPU while all actors of a pool hold theirs: reading, decoding, and the
-# filter of a resumed run. Without them Ray waits for ever.
-_CPUS_BESIDE = 3
 
 
 @contextmanager
@@ -69,6 +65,7 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
             "num_cpus": _local_cpus(config, pools),
             "num_gpus": config.num_gpus,
             "include_dashboard": False,
+            "object_store_memory": config.object_store_gib and int(config.object_store_gib * 2**30),
         }
     )
     try:
@@ -90,14 +87,14 @@ def _local_cpus(config: RayConfig, pools: Sequence[PoolConfig]) -> int:
     """Return the logical CPUs of a local cluster."""
     if config.num_cpus is None:
         wanted = max((math.ceil(pool.max_size * pool.actor_cpus) for pool in pools), default=0)
-        return max(6, os.cpu_count() or 1, wanted + _CPUS_BESIDE)
+        return max(6, os.cpu_count() or 1, wanted + CPUS_BESIDE)
     taken = max((math.ceil(pool.min_size * pool.actor_cpus) for pool in pools), default=0)
-    if pools and config.num_cpus < taken + _CPUS_BESIDE:
+    if pools and config.num_cpus < taken + CPUS_BESIDE:
         raise ConfigError(
-            f"the actors of a pool take {taken}, reading, decoding and resuming {_CPUS_BESIDE}",
+            f"the actors of a pool take {taken}, reading, decoding and resuming {CPUS_BESIDE}",
             field="ray.num_cpus",
             value=config.num_cpus,
-            remedy=f"set {taken + _CPUS_BESIDE} or more (they are logical), or leave it out",
+            remedy=f"set {taken + CPUS_BESIDE} or more (they are logical), or leave it out",
         )
     return config.num_cpus
 

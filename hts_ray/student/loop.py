@@ -1,22 +1,21 @@
-"""The training loop that every Ray Train worker runs, and the checkpoints it goes on from.
+"""The training loop that every Ray Train worker runs.
 
-Every epoch is seeded by its number alone, so a run that goes on from a checkpoint after a crash
-equals one that was never interrupted.
+Everything random in a step follows from the seed, the epoch, the step and the worker, so a run
+that goes on from a checkpoint after a crash equals one that was never interrupted.
 
 Shape legend: N images of a batch, C classes, P pixels of a stored side.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +26,24 @@ from hts_ray import storage
 from hts_ray.config import OptimConfig, TrainConfig
 from hts_ray.errors import DataError
 from hts_ray.image_pipeline import stack_pixels
+from hts_ray.student.loggers import CurveLog
+from hts_ray.student.resume import (
+    Position,
+    checkpoint_files,
+    read_files,
+    read_local,
+    restore,
+    write_local,
+)
+from hts_ray.student.validation import share_of, validation_mean_ap
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch.optim.swa_utils import AveragedModel
 
     from hts_ray.student.model import Student
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
-KEPT_CHECKPOINTS = 2
 _SHUFFLE_BYTES = 1 << 30  # of decoded images that a worker holds to draw its batches from
 
 
@@ -51,6 +59,17 @@ def dense_targets(
         rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
         targets_NC[rows, pc.list_flatten(lists).to_numpy(zero_copy_only=False)] = value
     return targets_NC
+
+
+def dense_weights(
+    positive: pa.Array | pa.ChunkedArray, weight: pa.Array | pa.ChunkedArray, num_classes: int
+) -> npt.NDArray[np.float32]:
+    """Return label weights (N, C) float32: those given with the positives, 1 elsewhere."""
+    weights_NC = np.ones((len(positive), num_classes), dtype=np.float32)
+    rows = pc.list_parent_indices(positive).to_numpy(zero_copy_only=False)
+    columns = pc.list_flatten(positive).to_numpy(zero_copy_only=False)
+    weights_NC[rows, columns] = pc.list_flatten(weight).to_numpy(zero_copy_only=False)
+    return weights_NC
 
 
 def learning_rate_factor(
@@ -81,21 +100,29 @@ class _Worker:
     config: TrainConfig
     accelerator: Accelerator
     student: Student
+    average: AveragedModel | None  # of the student
     model: Any  # the student as Accelerate wrapped it
     optimizer: Any
     base_lrs: list[float]
     loss: Any
     rank: int
     world: int
+    curves: CurveLog | None = None
 
     @property
     def batch_size(self) -> int:
+        """Images of a step on this worker."""
         return self.config.batch_size // self.world
 
     @property
     def steps_per_epoch(self) -> int:
         rows: int = self.job["rows"] // self.world
         return max(1, -(-rows // self.batch_size))
+
+    @property
+    def published(self) -> Student:
+        """The student that would be published now."""
+        return self.student if self.average is None else cast("Student", self.average.module)
 
 
 @dataclass
@@ -108,6 +135,7 @@ class _Record:
     images: int
     images_per_second: float
     seconds: float
+    validation_mAP: float | None = None
 
 
 class _BadLossError(Exception):
@@ -128,15 +156,16 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
 
     with torch.random.fork_rng():
         worker = _start(job)
-        history = _resume(worker)
+        position = _resume(worker)
         shard = ray.train.get_dataset_shard("train")
-        try:
-            for epoch in range(len(history), worker.config.epochs):
-                record = _run_epoch(worker, shard, epoch)
-                history = [*history, asdict(record)]
-                _report(worker, history)
-        except _BadLossError as error:
-            return {"error": error.error}
+        with closing(_curves(worker, position)) if worker.rank == 0 else nullcontext() as curves:
+            worker.curves = curves
+            try:
+                while position.epoch < worker.config.epochs:
+                    position = _run_epoch(worker, shard, position)
+                    _report(worker, position)
+            except _BadLossError as error:
+                return {"error": error.error}
     return {"error": None}
 
 
@@ -146,10 +175,11 @@ def _start(job: dict[str, Any]) -> _Worker:
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from torch.optim.swa_utils import AveragedModel
 
     from hts_ray.losses import make_loss
     from hts_ray.student.checkpoints import load_student
-    from hts_ray.student.model import parameter_groups, set_trainable
+    from hts_ray.student.model import checkpoint_activations, parameter_groups, set_trainable
 
     config = TrainConfig.model_validate(job["config"])
     if job["local"] is not None:
@@ -160,6 +190,16 @@ def _start(job: dict[str, Any]) -> _Worker:
     accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.use_gpu)
     student = load_student(job["initial"])
     set_trainable(student, config.trainable, config.trainable_blocks)
+    if config.learn_logit_scale:
+        student.learn_logit_scale()
+    student.to(accelerator.device)
+    average = None
+    if config.ema_decay is not None:
+        average = AveragedModel(student, multi_avg_fn=_moving_average(config.ema_decay))
+    if config.gradient_checkpointing:
+        checkpoint_activations(student)
+    if config.compile:
+        student.visual.compile()
     student.train()
     groups = parameter_groups(student, config.optim)
     base_lrs = [group["lr"] for group in groups]
@@ -174,50 +214,122 @@ def _start(job: dict[str, Any]) -> _Worker:
     )
     context = ray.train.get_context()
     return _Worker(
-        job,
-        config,
-        accelerator,
-        student,
-        model,
-        optimizer,
-        base_lrs,
-        loss.to(accelerator.device),
-        context.get_world_rank(),
-        context.get_world_size(),
+        job=job,
+        config=config,
+        accelerator=accelerator,
+        student=student,
+        average=average,
+        model=model,
+        optimizer=optimizer,
+        base_lrs=base_lrs,
+        loss=loss.to(accelerator.device),
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
     )
 
 
-def _run_epoch(worker: _Worker, shard: Any, epoch: int) -> _Record:
-    """Pass over the images once; everything random in it follows from the seed and the epoch."""
+def _moving_average(decay: float) -> Any:
+    """Return the update of an exponential moving average whose decay grows to `decay`.
+
+    After n steps the decay is at most (1 + n) / (10 + n), or a short run's average would be its
+    start. Source: TensorFlow's ExponentialMovingAverage with num_updates.
+    """
     import torch
 
-    started = time.monotonic()
-    device = worker.accelerator.device
-    seed = _epoch_seed(worker.job["seed"], epoch, worker.rank)
-    torch.manual_seed(seed)
-    draws = torch.Generator().manual_seed(seed)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images
+    @torch.no_grad()
+    def update(averages: list[Any], values: list[Any], steps: torch.Tensor | int) -> None:
+        n = int(steps)
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def _curves(worker: _Worker, position: Position) -> CurveLog:
+    return CurveLog(
+        worker.accelerator,
+        worker.config.loggers,
+        folder=worker.job["curves"],
+        settings=worker.job["config"],
+        first_step=position.epoch * worker.steps_per_epoch + position.step,
+    )
+
+
+def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
+    """Finish the epoch that runs; returns the beginning of the next one."""
+    import torch
+
+    started = time.monotonic() - position.seconds
+    epoch = position.epoch
+    first = epoch * worker.steps_per_epoch
+    # This worker's loss and images; what all had before a crash is carried on by the first.
+    carried = [position.loss_sum, float(position.images)] if worker.rank == 0 else [0.0, 0.0]
+    totals = torch.tensor(carried, dtype=torch.float64, device=worker.accelerator.device)
     worker.model.train()
-    step = epoch * worker.steps_per_epoch
+    every = worker.config.checkpoint_every_steps
     lr = 0.0
-    for batch in _batches(worker, shard, seed):
-        lr = _set_learning_rate(worker, step)
-        totals += _train_step(worker, batch, draws, epoch)
-        step += 1
+    for step, batch in enumerate(_batches(worker, shard, epoch)):
+        if step < position.step:
+            continue
+        torch.manual_seed(_seed(worker, epoch, step))
+        lr = _set_learning_rate(worker, first + step)
+        result = _train_step(worker, batch, epoch)
+        totals += result.totals
+        if worker.curves is not None and (first + step) % worker.config.log_every == 0:
+            worker.curves.log(result.values(lr), first + step)
+        done = step + 1
+        if every is not None and done % every == 0 and done < worker.steps_per_epoch:
+            loss_sum, images = worker.accelerator.reduce(totals.clone(), "sum").tolist()
+            _report_checkpoint(
+                worker,
+                Position(
+                    position.history,
+                    done,
+                    loss_sum,
+                    int(images),
+                    time.monotonic() - started,
+                    worker.world,
+                ),
+            )
     totals = worker.accelerator.reduce(totals, "sum")
     loss, images = float(totals[0]), int(totals[1])
     if not images:
         raise DataError("no image could be read in a whole epoch: see the quarantine")
     seconds = time.monotonic() - started
-    return _Record(epoch, loss / images, lr, images, images / seconds, seconds)
+    record = _Record(epoch, loss / images, lr, images, images / seconds, seconds)
+    record = replace(record, validation_mAP=_validate(worker, epoch))
+    return Position([*position.history, asdict(record)], workers=worker.world)
 
 
-def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+def _validate(worker: _Worker, epoch: int) -> float | None:
+    """Return the validation images' mAP where it is due after `epoch`."""
+    import ray.train
+
+    truth_NC = worker.job["validation"]
+    last = epoch + 1 == worker.config.epochs
+    if truth_NC is None or not (last or (epoch + 1) % worker.config.validate_every == 0):
+        return None
+    shard = ray.train.get_dataset_shard("validation")
+    size = worker.student.image_size
+    batches = shard.iter_torch_batches(
+        batch_size=worker.batch_size,
+        collate_fn=_collate(size, None),
+        device=worker.accelerator.device,
+    )
+    mine = share_of(iter(batches), worker.rank, worker.world)
+    return validation_mean_ap(worker.published, mine, truth_NC, worker.accelerator)
 
 
-def _batches(worker: _Worker, shard: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of pixels uint8 (N, P, P, 3), targets int8 (N, C) and row numbers (N,)."""
+def _seed(worker: _Worker, epoch: int, step: int = -1) -> int:
+    """Return the seed of one step, or with -1 that of an epoch's order."""
+    parts = [worker.job["seed"], epoch, step + 1, worker.rank]
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _batches(worker: _Worker, shard: Any, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield an epoch's steps: pixels uint8 (N, P, P, 3), rows (N,), targets and weights (N, C).
+
+    Weights are there with soft labels only.
+    """
     size = worker.job["stored_size"]
     rows = min(worker.job["rows"], max(worker.batch_size, _SHUFFLE_BYTES // (size * size * 3)))
     yield from shard.iter_torch_batches(
@@ -225,27 +337,32 @@ def _batches(worker: _Worker, shard: Any, seed: int) -> Iterator[dict[str, torch
         collate_fn=_collate(size, len(worker.student.class_table)),
         device=worker.accelerator.device,
         local_shuffle_buffer_size=rows,
-        local_shuffle_seed=seed,
+        local_shuffle_seed=_seed(worker, epoch),
         prefetch_batches=2,
         drop_last=False,
     )
 
 
-def _collate(size: int, num_classes: int) -> Any:
-    """Make the object that turns Arrow batches into tensors."""
+def _collate(size: int, num_classes: int | None) -> Any:
+    """Make the object that turns Arrow batches into tensors; without classes, of images alone."""
     import torch
     from ray.data.collate_fn import ArrowBatchCollateFn
 
     class Collate(ArrowBatchCollateFn):  # type: ignore[misc]
         def __call__(self, batch: pa.Table) -> dict[str, torch.Tensor]:
-            targets_NC = dense_targets(
-                batch["positive"].combine_chunks(), batch["ignored"].combine_chunks(), num_classes
-            )
-            return {
+            tensors = {
                 "pixels": torch.from_numpy(stack_pixels(batch, size)),
-                "targets": torch.from_numpy(targets_NC),
                 "rows": torch.from_numpy(batch["row"].to_numpy().copy()),
             }
+            if num_classes is None:
+                return tensors
+            positive = batch["positive"].combine_chunks()
+            ignored = batch["ignored"].combine_chunks()
+            tensors["targets"] = torch.from_numpy(dense_targets(positive, ignored, num_classes))
+            if "weight" in batch.column_names:
+                weights_NC = dense_weights(positive, batch["weight"].combine_chunks(), num_classes)
+                tensors["weights"] = torch.from_numpy(weights_NC)
+            return tensors
 
     return Collate()
 
@@ -259,10 +376,23 @@ def _set_learning_rate(worker: _Worker, step: int) -> float:
     return worker.base_lrs[0] * factor
 
 
-def _train_step(
-    worker: _Worker, batch: dict[str, torch.Tensor], draws: torch.Generator, epoch: int
-) -> torch.Tensor:
-    """Take one optimizer step; returns (loss summed over this worker's images, images).
+@dataclass
+class _Step:
+    """What a step tells: this worker's summed loss and images, and the gradient's norm."""
+
+    totals: torch.Tensor
+    gradient_norm: Any
+
+    def values(self, lr: float) -> dict[str, float]:
+        loss_sum, images = self.totals.tolist()
+        values = {"train/loss": loss_sum / images, "train/lr": lr}
+        if self.gradient_norm is not None:
+            values["train/gradient_norm"] = float(self.gradient_norm)
+        return values
+
+
+def _train_step(worker: _Worker, batch: dict[str, torch.Tensor], epoch: int) -> _Step:
+    """Take one optimizer step, in `accumulation` forward passes.
 
     Raises _BadLossError on every worker, before the step, when one worker's loss is not finite.
     """
@@ -270,24 +400,32 @@ def _train_step(
 
     from hts_ray.student.augment import augment
 
-    images = augment(batch["pixels"], worker.student.image_size, worker.config.augment, draws)
-    logits = worker.model(worker.student.standardise(images))
-    loss_sum = worker.loss(logits, batch["targets"])
-    finite = torch.isfinite(loss_sum.detach())
-    infinite = (~finite).double()  # a count made like the boolean `finite` would end at 1
-    counts = torch.stack([torch.full_like(infinite, len(images)), infinite])
-    if worker.world > 1:
-        counts = worker.accelerator.reduce(counts, "sum")
-    if counts[1]:
-        _refuse(worker, batch["rows"], bool(finite), epoch)
-    # DDP averages gradients over workers; their sum over the global batch is what is meant.
-    loss = loss_sum * worker.world / counts[0]
-    worker.accelerator.backward(loss)
+    accelerator, size = worker.accelerator, len(batch["rows"])
+    totals = torch.tensor([0.0, size], dtype=torch.float64, device=accelerator.device)
+    count = accelerator.reduce(totals[1].clone(), "sum") if worker.world > 1 else size
+    part_size = -(-worker.batch_size // worker.config.accumulation)
+    for start in range(0, size, part_size):
+        part = {name: value[start : start + part_size] for name, value in batch.items()}
+        last = start + part_size >= size
+        with nullcontext() if last else accelerator.no_sync(worker.model):
+            images = augment(part["pixels"], worker.student.image_size, worker.config.augment)
+            logits = worker.model(worker.student.standardise(images))
+            loss_sum = worker.loss(logits, part["targets"], part.get("weights"))
+            # DDP averages gradients over workers; their sum over the global batch is meant.
+            accelerator.backward(loss_sum * worker.world / count)
+        totals[0] += loss_sum.detach()
+    infinite = (~torch.isfinite(totals[0])).double()
+    everywhere = accelerator.reduce(infinite.clone(), "sum") if worker.world > 1 else infinite
+    if everywhere:
+        _refuse(worker, batch["rows"], not infinite, epoch)
+    norm = None
     if worker.config.optim.grad_clip is not None:
-        worker.accelerator.clip_grad_norm_(worker.model.parameters(), worker.config.optim.grad_clip)
+        norm = accelerator.clip_grad_norm_(worker.model.parameters(), worker.config.optim.grad_clip)
     worker.optimizer.step()
     worker.optimizer.zero_grad()
-    return torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(len(images)).double()])
+    if worker.average is not None:
+        worker.average.update_parameters(worker.student)
+    return _Step(totals, norm)
 
 
 def _refuse(worker: _Worker, rows: torch.Tensor, finite: bool, epoch: int) -> None:
@@ -298,22 +436,37 @@ def _refuse(worker: _Worker, rows: torch.Tensor, finite: bool, epoch: int) -> No
     raise _BadLossError(f"the loss is not finite in epoch {epoch}", list(found)[:16])
 
 
-def _report(worker: _Worker, history: list[dict[str, Any]]) -> None:
-    """Tell Ray Train about the epoch, on every worker, with a checkpoint when one is due."""
+def _report(worker: _Worker, position: Position) -> None:
+    """Tell Ray Train about a finished epoch, with a checkpoint when one is due."""
     import ray.train
 
-    epoch = len(history)
-    due = epoch % worker.config.checkpoint_every == 0 or epoch == worker.config.epochs
-    metrics = history[-1]
-    if worker.rank != 0 or not due:
-        if worker.rank == 0:
-            storage.write_json(worker.job["history"], history)
+    epochs, record = position.epoch, position.history[-1]
+    if worker.curves is not None:
+        names = ("loss", "images_per_second", "validation_mAP")
+        values = {f"epoch/{name}": record[name] for name in names if record[name] is not None}
+        worker.curves.log(values, epochs * worker.steps_per_epoch)
+        worker.curves.flush()
+    if epochs % worker.config.checkpoint_every == 0 or epochs == worker.config.epochs:
+        _report_checkpoint(worker, position)
+    else:
+        ray.train.report(record)
+    if worker.rank == 0:
+        storage.write_json(worker.job["history"], position.history)
+
+
+def _report_checkpoint(worker: _Worker, position: Position) -> None:
+    """Hand a checkpoint to Ray Train, on every worker; the first one writes it."""
+    import ray.train
+
+    metrics = position.history[-1] if position.history else {"step": position.step}
+    if worker.rank != 0:
         ray.train.report(metrics)
         return
-    files = _checkpoint_files(worker, history)
-    storage.write_json(worker.job["history"], history)
+    files = checkpoint_files(
+        worker.student, worker.average, worker.optimizer, worker.accelerator, position
+    )
     if worker.job["local"] is not None:  # Ray Train's local mode keeps no checkpoints
-        _write_local(worker.job["local"], epoch, files)
+        write_local(worker.job["local"], files)
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -322,74 +475,18 @@ def _report(worker: _Worker, history: list[dict[str, Any]]) -> None:
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _checkpoint_files(worker: _Worker, history: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Return the checkpoint's files, the one that makes it valid last."""
-    import safetensors.torch
-    import torch
-
-    state = worker.student.state_dict()
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    scaler = worker.accelerator.scaler
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "optimizer": worker.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        },
-        buffer,
-    )
-    return {
-        MODEL: safetensors.torch.save(weights),
-        OPTIMIZER: buffer.getvalue(),
-        STATE: json.dumps({"history": history}).encode(),
-    }
-
-
-def _resume(worker: _Worker) -> list[dict[str, Any]]:
-    """Load the last checkpoint, where there is one, and return the history up to it."""
+def _resume(worker: _Worker) -> Position:
+    """Load the last checkpoint, where there is one, and return where the run stood."""
     import ray.train
-    import safetensors.torch
-    import torch
 
+    files = None
     if worker.job["local"] is not None:
         files = read_local(worker.job["local"])
-    else:
-        checkpoint = ray.train.get_checkpoint()
-        files = None
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                names = (MODEL, OPTIMIZER, STATE)
-                files = {name: (Path(folder) / name).read_bytes() for name in names}
+    elif (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as folder:
+            files = read_files(Path(folder))
     if files is None:
-        return []
-    worker.student.load_state_dict(safetensors.torch.load(files[MODEL]))
-    # weights_only: a checkpoint that someone else wrote cannot run code
-    saved = torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
-    worker.optimizer.load_state_dict(saved["optimizer"])
-    if worker.accelerator.scaler is not None and saved["scaler"]:
-        worker.accelerator.scaler.load_state_dict(saved["scaler"])
-    history = json.loads(files[STATE])["history"]
-    assert isinstance(history, list)
-    return history
-
-
-def _write_local(folder: str, epoch: int, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        storage.write_bytes(storage.join(folder, f"epoch-{epoch:06d}", name), data)
-    for old in _local_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-        storage.remove_tree(storage.join(folder, old))
-
-
-def read_local(folder: str) -> dict[str, bytes] | None:
-    """Return the files of the last complete checkpoint of local mode, None where there is none."""
-    names = _local_checkpoints(folder)
-    if not names:
-        return None
-    files = (MODEL, OPTIMIZER, STATE)
-    return {name: storage.read_bytes(storage.join(folder, names[-1], name)) for name in files}
-
-
-def _local_checkpoints(folder: str) -> Sequence[str]:
-    """Return the complete checkpoints' names, oldest first."""
-    names = storage.list_names(folder)
-    return [name for name in names if storage.exists(storage.join(folder, name, STATE))]
+        return Position(workers=worker.world)
+    return restore(
+        files, worker.student, worker.average, worker.optimizer, worker.accelerator, worker.world
+    )

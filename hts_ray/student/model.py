@@ -40,6 +40,7 @@ class Student(nn.Module):
     image_mean: Tensor
     image_std: Tensor
     logit_scale: Tensor
+    log_gain: nn.Parameter | None  # of the logit scale, while it is learnt
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Student(nn.Module):
         self.model_cfg = model_cfg
         self.image_size = image_size
         self.register_buffer("logit_scale", torch.tensor(float(config.logit_scale)))
+        self.register_parameter("log_gain", None)
         self.register_buffer("image_mean", torch.tensor(list(image_mean)), persistent=False)
         self.register_buffer("image_std", torch.tensor(list(image_std)), persistent=False)
         # Towers with a fixed position embedding keep it fixed whatever is trained.
@@ -72,7 +74,14 @@ class Student(nn.Module):
         # In bf16 a logit near 100 would be known to half a unit only.
         with torch.autocast(features_ND.device.type, enabled=False):
             cosine_NC = F.normalize(features_ND, dim=-1) @ F.normalize(self.classifier, dim=-1).T
-        return self.logit_scale * cosine_NC
+        scale = self.logit_scale
+        if self.log_gain is not None:
+            scale = scale * self.log_gain.exp()
+        return scale * cosine_NC
+
+    def learn_logit_scale(self) -> None:
+        """Let the logit scale learn, by the logarithm of a factor that starts at 1."""
+        self.log_gain = nn.Parameter(torch.zeros((), device=self.logit_scale.device))
 
     def preprocess(self, images: Sequence[Pixels]) -> Tensor:
         """Turn N uint8 images (H, W, 3) of any size into (N, 3, S, S): squashed, normalised."""
@@ -204,7 +213,7 @@ def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:
     student.requires_grad_(mode == "all")
     student.classifier.requires_grad_(True)
     if mode == "last":
-        parts, tail = _tower_parts(student.visual)
+        parts, tail = _tower_parts(student.visual, "train.trainable")
         if blocks > len(parts):
             raise ConfigError(
                 field="train.trainable_blocks",
@@ -222,20 +231,77 @@ def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:
 def parameter_groups(student: Student, optim: OptimConfig) -> list[dict[str, Any]]:
     """Return AdamW's groups: the trunk's matrices, its vectors (never decayed) and the head.
 
-    Empty groups are left out; frozen parameters are in none.
+    With `layer_decay` below 1 the trunk has such groups a block, whose rates fall by that factor
+    from block to block towards the input; what follows the last block has the full rate. Empty
+    groups are left out; frozen parameters are in none. ConfigError when the tower's blocks are
+    not known.
     """
-    trunk = [value for value in student.visual.parameters() if value.requires_grad]
     head_lr = optim.lr if optim.head_lr is None else optim.head_lr
-    groups = [
-        ([v for v in trunk if v.ndim > 1], optim.lr, optim.weight_decay),
-        ([v for v in trunk if v.ndim <= 1], optim.lr, 0.0),
-        ([student.classifier], head_lr, optim.weight_decay),
-    ]
+    groups: list[tuple[list[nn.Parameter], float, float]] = []
+    for depth, values in enumerate(_layers(student.visual, split=optim.layer_decay < 1)):
+        lr = optim.lr * optim.layer_decay**depth
+        learning = [value for value in values if value.requires_grad]
+        groups.append(([v for v in learning if v.ndim > 1], lr, optim.weight_decay))
+        groups.append(([v for v in learning if v.ndim <= 1], lr, 0.0))
+    groups.append(([student.classifier], head_lr, optim.weight_decay))
+    if student.log_gain is not None:
+        groups.append(([student.log_gain], head_lr, 0.0))
     return [
         {"params": values, "lr": lr, "weight_decay": decay}
         for values, lr, decay in groups
         if values
     ]
+
+
+def _layers(visual: nn.Module, *, split: bool) -> list[list[nn.Parameter]]:
+    """Return the tower's parameters from its output to its input; in one layer without `split`."""
+    if not split:
+        return [list(visual.parameters())]
+    blocks, tail = _tower_parts(visual, "train.optim.layer_decay")
+    layers = [
+        [value for part in parts for value in _parameters_of(part)]
+        for parts in (tail, *([block] for block in reversed(blocks)))
+    ]
+    placed = {id(value) for values in layers for value in values}
+    layers.append([value for value in visual.parameters() if id(value) not in placed])
+    return layers
+
+
+def _parameters_of(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+
+
+def with_learnt_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a trained student's state with what its logit scale learnt put into the scale."""
+    state = dict(state)
+    gain = state.pop("log_gain", None)
+    if gain is not None:
+        state["logit_scale"] = state["logit_scale"] * gain.exp()
+    return state
+
+
+def checkpoint_activations(student: Student) -> None:
+    """Make the tower compute activations again for the backward pass instead of keeping them.
+
+    ConfigError for towers that cannot.
+    """
+    visual: Any = student.visual
+    if not hasattr(visual, "set_grad_checkpointing") or hasattr(visual, "attnpool"):
+        raise ConfigError(
+            f"the tower of {student.config.model} cannot compute its activations again",
+            field="train.gradient_checkpointing",
+            value=True,
+            remedy="leave it out, and raise train.accumulation instead",
+        )
+    try:
+        visual.set_grad_checkpointing(True)
+    except (AssertionError, NotImplementedError, AttributeError) as error:  # timm's ways to say no
+        raise ConfigError(
+            field="train.gradient_checkpointing",
+            value=True,
+            remedy=f"the tower of {student.config.model} has none ({error}): leave it out, and"
+            " raise train.accumulation instead",
+        ) from error
 
 
 def _resolve_name(config: StudentConfig) -> str:
@@ -455,8 +521,11 @@ def _resize_positions(owner: nn.Module, rows: int, columns: int) -> None:
     )
 
 
-def _tower_parts(visual: Any) -> tuple[list[nn.Module], list[nn.Module | nn.Parameter]]:
-    """Return the tower's blocks in order, and what comes after the last one."""
+def _tower_parts(visual: Any, field: str) -> tuple[list[nn.Module], list[nn.Module | nn.Parameter]]:
+    """Return the tower's blocks in order, and what comes after the last one.
+
+    ConfigError, naming the setting `field` that needs them, when they are not known.
+    """
     if hasattr(visual, "transformer"):
         before = {"conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer"}
         return list(visual.transformer.resblocks), list(_others(visual, before))
@@ -474,9 +543,8 @@ def _tower_parts(visual: Any) -> tuple[list[nn.Module], list[nn.Module | nn.Para
             tail += _others(visual, {"trunk"})
         return blocks, tail
     raise ConfigError(
-        field="train.trainable",
-        value="last",
-        remedy=f"the blocks of a {type(trunk).__name__} are not known: write all or head",
+        field=field,
+        remedy=f"the blocks of a {type(trunk).__name__} are not known: leave this setting out",
     )
 
 

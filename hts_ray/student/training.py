@@ -27,6 +27,7 @@ from hts_ray import storage
 from hts_ray.classes import ClassTable
 from hts_ray.config import ImagesConfig, StudentConfig, TrainConfig
 from hts_ray.errors import ConfigError, DataError, UserError
+from hts_ray.evaluation import label_matrix
 from hts_ray.image_pipeline import (
     ProgressPoller,
     data_context,
@@ -35,23 +36,21 @@ from hts_ray.image_pipeline import (
     users_mistakes_unwrapped,
     write_quarantine,
 )
-from hts_ray.student.loop import (
-    KEPT_CHECKPOINTS,
-    MODEL,
-    STATE,
-    dense_targets,
-    read_local,
-    train_loop,
-)
+from hts_ray.student.loggers import check_loggers
+from hts_ray.student.loop import dense_targets, train_loop
+from hts_ray.student.resume import KEPT_CHECKPOINTS, MODEL, STATE, read_files, read_local
 from hts_ray.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
 
 if TYPE_CHECKING:
     import ray.data
 
+    from hts_ray.student.model import Student
+
 
 Progress = Callable[[dict[str, Any]], None]
 
 _DECODE_ROWS = 32
+_LOOP_COLUMNS = ("row", "positive", "ignored", "weight", "pixels")
 _BLOCK_BYTES = 32 << 20
 
 
@@ -60,13 +59,28 @@ class TrainingSet:
     """What the labels come to: the rows to train on and what was left out.
 
     `table` has row, image_id, uri, and `positive` and `ignored` as positions in the class
-    table, in training order, repeats included.
+    table, in training order, repeats included; with soft labels also `weight`, one a positive.
     """
 
     table: pa.Table
     images: int
     classes_with_positives: int
     dropped_ids: int
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Images (row, image_id, uri) and their annotations (N, C) in {1, -1, 0, -2}."""
+
+    table: pa.Table
+    annotations_NC: npt.NDArray[np.int8]
+
+    @classmethod
+    def of(cls, manifest: pa.Table, class_table: ClassTable) -> ValidationSet:
+        """Take annotated rows of a manifest."""
+        table = manifest.select(["image_id", "uri"])
+        table = table.append_column("row", pa.array(np.arange(len(table))))
+        return cls(table.combine_chunks(), label_matrix(manifest, class_table))
 
 
 def train_student(
@@ -77,13 +91,16 @@ def train_student(
     labels: pa.Table | None,
     stage: StageFolder,
     seed: int,
+    validation: pa.Table | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a student on labels and publish it in `stage`; returns the stage's stats.
 
-    `labels` has image_id, uri, positive_ids and ignored_ids (class ids); every other class is
-    negative. None publishes the zero-shot student. A run that was cut off goes on from its last
-    checkpoint; a finished stage is returned as it is. `progress` gets one record an epoch. Raises
+    `labels` has image_id, uri, positive_ids and ignored_ids (class ids), and probability (one a
+    positive) for soft labels; every other class is negative. None publishes the zero-shot
+    student. `validation`, annotated rows of a manifest, are scored while the training runs. A
+    run that was cut off goes on from its last checkpoint; a finished stage is returned as it is.
+    `progress` gets one record an epoch. Raises
     DataError when no label or image can be used or the loss stops being finite, ConfigError for
     settings that do not fit together, UserError when the workers kept failing.
     """
@@ -97,12 +114,14 @@ def train_student(
         outcome: dict[str, Any] = {"history": [], "rows": 0}
         counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
     else:
-        outcome = _fit(
+        fit = _fit_head if config.trainable == "head" else _fit
+        outcome = fit(
             config=config,
             student_config=student_config,
             num_classes=len(class_table),
             initial=initial,
             data=data,
+            validation=None if validation is None else ValidationSet.of(validation, class_table),
             stage=stage,
             seed=seed,
             progress=progress,
@@ -124,6 +143,7 @@ def train_student(
             **counts,
             "epochs": len(history),
             "final_loss": history[-1]["loss"] if history else None,
+            "validation_mAP": history[-1].get("validation_mAP") if history else None,
             "seconds": seconds,
             "rows_per_second": history[-1]["images_per_second"] if history else 0.0,
         }
@@ -204,11 +224,13 @@ def training_set(
 ) -> TrainingSet:
     """Map class ids to positions, repeat images for rare classes and fix the order by `seed`.
 
-    Raises DataError when no image has a positive label.
+    Raises DataError when no image has a positive label, and ConfigError when soft labels are
+    asked of labels without probabilities.
     """
     labels = labels.filter(labels["image_id"].is_valid())
-    positive, unknown_positive = _positions(labels["positive_ids"], class_table)
-    ignored, unknown_ignored = _positions(labels["ignored_ids"], class_table)
+    positive, known = _positions(labels["positive_ids"], class_table)
+    ignored, known_ignored = _positions(labels["ignored_ids"], class_table)
+    unknown_positive, unknown_ignored = int((~known).sum()), int((~known_ignored).sum())
     found = pc.list_flatten(positive)
     if not len(found):
         dropped = f" ({unknown_positive} are of other classes)" if unknown_positive else ""
@@ -221,14 +243,15 @@ def training_set(
         targets_NC = dense_targets(positive, ignored, len(class_table))
         order = repeat_indices(targets_NC, config.min_positives_per_class)
     order = np.random.default_rng(seed).permutation(order)
-    table = pa.table(
-        {
-            "image_id": labels["image_id"],
-            "uri": labels["uri"],
-            "positive": positive,
-            "ignored": ignored,
-        }
-    ).take(pa.array(order))
+    columns = {
+        "image_id": labels["image_id"],
+        "uri": labels["uri"],
+        "positive": positive,
+        "ignored": ignored,
+    }
+    if config.soft_labels:
+        columns["weight"] = _positive_weights(labels, positive, known)
+    table = pa.table(columns).take(pa.array(order))
     table = table.append_column("row", pa.array(np.arange(len(order))))
     return TrainingSet(
         table.combine_chunks(),
@@ -281,6 +304,7 @@ def class_weights(
 
 
 def _check_config(config: TrainConfig, student: StudentConfig) -> None:
+    check_loggers(config.loggers)
     workers = max(1, config.num_workers)
     if config.batch_size % workers:
         raise ConfigError(
@@ -297,11 +321,11 @@ def _check_config(config: TrainConfig, student: StudentConfig) -> None:
         )
 
 
-def _positions(column: pa.ChunkedArray, class_table: ClassTable) -> tuple[pa.Array, int]:
-    """Turn lists of class ids into lists of positions; returns the number of unknown ids too."""
-    lists = column.combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):
-        lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], column.type)
+def _positions(
+    column: pa.ChunkedArray, class_table: ClassTable
+) -> tuple[pa.ListArray, npt.NDArray[np.bool_]]:
+    """Turn lists of class ids into lists of positions; returns which ids were known too."""
+    lists = _one_array(column)
     ids = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64)
     parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
     lookup = np.full(1 << 16, -1, dtype=np.int32)
@@ -310,7 +334,34 @@ def _positions(column: pa.ChunkedArray, class_table: ClassTable) -> tuple[pa.Arr
     known = places >= 0
     lengths = np.bincount(parents[known], minlength=len(lists))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(places[known])), int((~known).sum())
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(places[known])), known
+
+
+def _positive_weights(
+    labels: pa.Table, positive: pa.ListArray, known: npt.NDArray[np.bool_]
+) -> pa.ListArray:
+    """Return the probabilities of the known positives, as lists beside `positive`."""
+    if "probability" not in labels.column_names:
+        raise ConfigError(
+            "these labels have no probabilities",
+            field="train.soft_labels",
+            value=True,
+            remedy="they come with train.labels=pseudo only",
+        )
+    flat = pc.list_flatten(_one_array(labels["probability"]))
+    weights = flat.to_numpy(zero_copy_only=False).astype(np.float32)
+    if len(weights) != len(known):
+        raise DataError(
+            f"{len(known)} positive labels have {len(weights)} probabilities: filter again"
+        )
+    return pa.ListArray.from_arrays(positive.offsets, pa.array(weights[known]))
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        return pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], column.type)
+    return lists
 
 
 def _work(stage: StageFolder) -> str:
@@ -323,14 +374,24 @@ def _write_initial(
 ) -> str:
     """Write the zero-shot student for the workers to start from; returns its folder."""
     from hts_ray.student.checkpoints import DESCRIPTION, save_student
-    from hts_ray.student.model import build_student, set_trainable
+    from hts_ray.student.model import build_student
 
     folder = storage.join(_work(stage), "initial")
     if not storage.exists(storage.join(folder, DESCRIPTION)):
         student = build_student(student_config, class_table)
-        set_trainable(student, config.trainable, config.trainable_blocks)  # refuses early
+        _check_tower(student, config)
         save_student(student, folder)
     return folder
+
+
+def _check_tower(student: Student, config: TrainConfig) -> None:
+    """Raise ConfigError for settings that the tower cannot serve, before any worker starts."""
+    from hts_ray.student.model import checkpoint_activations, parameter_groups, set_trainable
+
+    set_trainable(student, config.trainable, config.trainable_blocks)
+    parameter_groups(student, config.optim)
+    if config.gradient_checkpointing:
+        checkpoint_activations(student)
 
 
 def _fit(
@@ -340,6 +401,7 @@ def _fit(
     num_classes: int,
     initial: str,
     data: TrainingSet,
+    validation: ValidationSet | None,
     stage: StageFolder,
     seed: int,
     progress: Progress | None,
@@ -348,9 +410,15 @@ def _fit(
     from hts_ray.student.augment import stored_size
     from hts_ray.student.checkpoints import description_of
 
-    size = stored_size(int(description_of(initial)["image_size"]), config.augment)
+    image_size = int(description_of(initial)["image_size"])
+    size = stored_size(image_size, config.augment)
     with data_context(keep_order=True):
-        dataset, rows = _image_dataset(data.table, size, stage)
+        dataset, rows = _image_dataset(data.table, size, _bad(stage))
+        datasets = {"train": dataset}
+        if validation is not None:
+            datasets["validation"], _ = _image_dataset(
+                validation.table, image_size, _bad(stage, "validation")
+            )
     workers = max(1, config.num_workers)
     if rows < workers:
         _gather_quarantine(stage)
@@ -366,11 +434,13 @@ def _fit(
         "rows": rows,
         "class_weights": class_weights(data.table["positive"], num_classes, config.class_balance),
         "stored_size": size,
+        "validation": None if validation is None else validation.annotations_NC,
         "history": stage.file("history.json"),
+        "curves": stage.file("curves"),
         "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,
     }
     with _epoch_progress(job["history"], progress), users_mistakes_unwrapped():
-        weights, error = _run_trainer(config, job, dataset, stage)
+        weights, error = _run_trainer(config, job, datasets, stage)
     if error is not None:
         names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()
         raise DataError(
@@ -380,7 +450,41 @@ def _fit(
     return {"history": weights["history"], "rows": rows, "weights": weights["model"]}
 
 
-def _image_dataset(table: pa.Table, size: int, stage: StageFolder) -> tuple[ray.data.Dataset, int]:
+def _fit_head(
+    *,
+    config: TrainConfig,
+    student_config: StudentConfig,
+    num_classes: int,
+    initial: str,
+    data: TrainingSet,
+    validation: ValidationSet | None,
+    stage: StageFolder,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Do what `_fit` does, on features that are computed once: the tower does not learn."""
+    from hts_ray.student.head_training import fit_on_features
+
+    del student_config  # the features' precision is that of the student at `initial`
+    return fit_on_features(
+        config=config,
+        num_classes=num_classes,
+        initial=initial,
+        data=data,
+        validation=validation,
+        run_dir=stage.run_dir,
+        bad_folders=(_bad(stage), _bad(stage, "validation")),
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _bad(stage: StageFolder, images: str = "train") -> str:
+    """Return the folder where decoding leaves the rows of images that cannot be read."""
+    return storage.join(_work(stage), f"bad-{images}")
+
+
+def _image_dataset(table: pa.Table, size: int, bad_folder: str) -> tuple[ray.data.Dataset, int]:
     """Return decoded images with their labels as a dataset, and its number of rows.
 
     It is computed once when it fits into a third of the object store, which a shuffle and its
@@ -393,7 +497,7 @@ def _image_dataset(table: pa.Table, size: int, stage: StageFolder) -> tuple[ray.
     block = max(1, min(_BLOCK_BYTES // image_bytes, -(-len(table) // 8)))
     slices = [table.slice(start, block) for start in range(0, len(table), block)]
     dataset = ray.data.from_arrow(slices).map_batches(
-        partial(_decode_rows, size=size, bad_folder=storage.join(_work(stage), "bad")),
+        partial(_decode_rows, size=size, bad_folder=bad_folder),
         batch_format="pyarrow",
         batch_size=_DECODE_ROWS,
     )
@@ -413,21 +517,27 @@ def _decode_rows(table: pa.Table, *, size: int, bad_folder: str) -> pa.Table:
         name = hashlib.sha256("\n".join(bad["image_id"].to_pylist()).encode()).hexdigest()[:24]
         columns = ["image_id", "uri", "error_kind", "error"]
         write_table(storage.join(bad_folder, f"{name}.parquet"), bad.select(columns))
-    return decoded.filter(good).select(["row", "positive", "ignored", "pixels"])
+    kept = [name for name in decoded.column_names if name in _LOOP_COLUMNS]
+    return decoded.filter(good).select(kept)
 
 
 def _gather_quarantine(stage: StageFolder) -> int:
-    """Write the bad images of all workers to the stage's quarantine; returns how many there are."""
-    folder = storage.join(_work(stage), "bad")
-    rows: dict[str, dict[str, Any]] = {}
-    if storage.list_names(folder):
-        rows = {row["image_id"]: row for row in read_table(folder).to_pylist()}
+    """Write the bad images of all workers to the stage's quarantine.
+
+    Returns how many of them were to be trained on.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    counts = []
+    for folder in (_bad(stage), _bad(stage, "validation")):
+        rows = read_table(folder).to_pylist() if storage.list_names(folder) else []
+        found.update({row["image_id"]: row for row in rows})
+        counts.append(len({row["image_id"] for row in rows}))
     schema = pa.schema(
         [QUARANTINE_SCHEMA.field(n) for n in ("image_id", "uri", "error_kind", "error")]
     )
-    table = pa.Table.from_pylist([rows[key] for key in sorted(rows)], schema)
+    table = pa.Table.from_pylist([found[key] for key in sorted(found)], schema)
     write_quarantine(stage, table, "train")
-    return len(table)
+    return counts[0]
 
 
 @contextmanager
@@ -454,7 +564,10 @@ def _read_history(path: str) -> list[dict[str, Any]]:
 
 
 def _run_trainer(
-    config: TrainConfig, job: dict[str, Any], dataset: ray.data.Dataset, stage: StageFolder
+    config: TrainConfig,
+    job: dict[str, Any],
+    datasets: dict[str, ray.data.Dataset],
+    stage: StageFolder,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Run Ray Train; returns the last checkpoint's history and weights, and the loop's error."""
     from ray.data import ExecutionOptions
@@ -477,8 +590,10 @@ def _run_trainer(
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
-        datasets={"train": dataset},
-        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        datasets=datasets,
+        dataset_config=DataConfig(
+            datasets_to_split=["train"], execution_options=ExecutionOptions(preserve_order=True)
+        ),
     )
     result = _fit_or_explain(trainer, config)
     error = (result.return_value or {}).get("error")
@@ -488,7 +603,7 @@ def _run_trainer(
         files = read_local(job["local"])
     else:
         with result.checkpoint.as_directory() as folder:
-            files = {name: (Path(folder) / name).read_bytes() for name in (MODEL, STATE)}
+            files = read_files(Path(folder))
     if files is None:
         raise UserError("training ended without a checkpoint: remove its folder and run it again")
     return {"history": json.loads(files[STATE])["history"], "model": files[MODEL]}, None
@@ -521,10 +636,12 @@ def _publish(
     import safetensors.torch
 
     from hts_ray.student.checkpoints import load_student, save_student
+    from hts_ray.student.model import with_learnt_scale
 
     student = load_student(initial)
     if "weights" in outcome:
-        student.load_state_dict(safetensors.torch.load(outcome["weights"]))
+        trained = safetensors.torch.load(outcome["weights"])
+        student.load_state_dict(with_learnt_scale(trained))
     info = {"train": config.answer_settings(), "seed": seed, "epochs": len(outcome["history"])}
     save_student(student, stage.path, info)
     storage.write_json(stage.file("history.json"), outcome["history"])

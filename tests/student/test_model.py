@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -9,20 +10,32 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from hts_ray.config import AugmentConfig, OptimConfig, StudentConfig
+from hts_ray.config import OptimConfig, StudentConfig
 from hts_ray.errors import ConfigError
-from hts_ray.student.augment import augment, stored_size
 from hts_ray.student.model import (
     build_student,
+    checkpoint_activations,
     parameter_groups,
     set_trainable,
     source_fingerprint,
+    with_learnt_scale,
 )
 
 
 @pytest.fixture(scope="module")
 def vit(student_config, color_table):
     return build_student(student_config, color_table)
+
+
+@pytest.fixture
+def own_vit(vit):
+    """One that a test may change."""
+    return copy.deepcopy(vit)
+
+
+@pytest.fixture
+def own_resnet(resnet_path, color_table):
+    return build_student(StudentConfig(model=f"local-dir:{resnet_path}"), color_table)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +204,7 @@ def test_timm_trunks_freeze_by_stage(color_table):
     )
     from hts_ray.student.model import _tower_parts
 
-    blocks, tail = _tower_parts(visual)
+    blocks, tail = _tower_parts(visual, "train.trainable")
     assert len(blocks) == 12
     modules = [part for part in tail if isinstance(part, torch.nn.Module)]
     inside = {id(value) for module in modules for value in module.parameters()}
@@ -211,6 +224,68 @@ def test_parameter_groups_have_two_rates_and_no_decay_on_vectors(vit):
     assert sum(len(g["params"]) for g in groups) == len(list(vit.parameters()))
 
 
+@pytest.mark.parametrize("tower", ["own_vit", "own_resnet"])
+def test_layer_decay_slows_blocks_towards_the_input(tower, request):
+    """Catches rates that rise towards the input, a block left out, and one in two groups."""
+    student = request.getfixturevalue(tower)
+    set_trainable(student, "all")
+    groups = parameter_groups(student, OptimConfig(lr=1.0, head_lr=7.0, layer_decay=0.5))
+    placed = [id(value) for group in groups for value in group["params"]]
+    assert len(placed) == len(set(placed)) == sum(v.requires_grad for v in student.parameters())
+    rate = {id(value): group["lr"] for group in groups for value in group["params"]}
+    visual = student.visual
+    blocks = (
+        list(visual.transformer.resblocks)
+        if tower == "own_vit"
+        else [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+    )
+    found = [rate[id(next(block.parameters()))] for block in blocks]
+    assert found == [0.5 ** (len(blocks) - i) for i in range(len(blocks))]
+    assert rate[id(visual.conv1.weight)] == 0.5 ** (len(blocks) + 1)
+    assert rate[id(student.classifier)] == 7.0
+    assert max(r for r in rate.values() if r != 7.0) == 1.0  # what follows the last block
+
+
+def test_learnt_logit_scale_starts_at_the_fixed_one_and_is_folded(own_vit):
+    """Catches a scale that jumps when it is learnt, and one whose learning is lost when saved."""
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = own_vit(images)
+        own_vit.learn_logit_scale()
+        assert torch.equal(own_vit(images), before)
+        own_vit.log_gain.fill_(0.5)
+        learnt = own_vit(images)
+    assert torch.allclose(learnt, before * math.exp(0.5))
+    assert [g["lr"] for g in parameter_groups(own_vit, OptimConfig(lr=1.0, head_lr=2.0))][-1] == 2.0
+    state = with_learnt_scale(own_vit.state_dict())
+    own_vit.log_gain = None
+    own_vit.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.allclose(own_vit(images), learnt)
+
+
+def test_activations_are_computed_again_to_the_same_gradient(own_vit, own_resnet):
+    """Catches checkpointing that changes the gradient, and a tower that silently ignores it."""
+    set_trainable(own_vit, "all")
+    own_vit.train()
+    images = torch.randn(2, 3, 32, 32)
+    calls = []
+    block = own_vit.visual.transformer.resblocks[0]
+    block.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients = []
+    for _ in range(2):
+        calls.clear()
+        own_vit.zero_grad()
+        own_vit(images).square().sum().backward()
+        gradients.append(own_vit.visual.conv1.weight.grad.clone())
+        count = len(calls)
+        checkpoint_activations(own_vit)
+    assert count == 2  # the second pass ran the block again
+    assert torch.allclose(*gradients, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing.*train.accumulation"):
+        checkpoint_activations(own_resnet)
+
+
 def test_preprocess_squashes_and_normalises(vit):
     """Catches centre crops, swapped channels or axes, and a mean in 0..255."""
     image = np.zeros((20, 60, 3), np.uint8)
@@ -221,39 +296,3 @@ def test_preprocess_squashes_and_normalises(vit):
     assert red[:, :12].max() < 0.05
     assert red[:, 20:].min() > 0.95
     assert torch.allclose(images[1, 2], torch.full((32, 32), (1 - 0.3) / 0.3), atol=1e-5)
-
-
-def test_augmentation_keeps_pixels_in_place_when_it_is_off():
-    """Catches a half-pixel shift or a blur by resampling where nothing has to be resampled."""
-    config = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
-    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
-    images = augment(pixels, 32, config, torch.Generator().manual_seed(0))
-    assert torch.equal(images, pixels.permute(0, 3, 1, 2).float() / 255)
-    assert stored_size(32, config) == 32
-    flipped = augment(
-        pixels, 32, AugmentConfig(crop_scale=(1.0, 1.0), color_jitter=0), generator(3)
-    )
-    same = [torch.equal(a, b) for a, b in zip(flipped, images, strict=True)]
-    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, images, strict=True)]
-    assert all(s != m for s, m in zip(same, mirrored, strict=True))
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def test_crops_stay_inside_have_the_asked_area_and_differ_by_image():
-    """Catches one crop for the whole batch, areas outside crop_scale, and padding in the image."""
-    config = AugmentConfig(flip=False, color_jitter=0.0)
-    size = stored_size(32, config)
-    assert size == math.ceil(32 / math.sqrt(0.7))
-    ramp = torch.linspace(0, 255, size).round().to(torch.uint8)
-    pixels = torch.zeros(64, size, size, 3, dtype=torch.uint8)
-    pixels[..., 0], pixels[..., 1] = ramp[None, None, :], ramp[None, :, None]
-    images = augment(pixels, 32, config, generator(0))
-    spans = [images[:, c].amax((1, 2)) - images[:, c].amin((1, 2)) for c in (0, 1)]
-    area = spans[0] * spans[1] * (32 / 31) ** 2 * ((size - 1) / size) ** 2
-    assert area.min() > 0.62
-    assert area.max() < 1.05
-    assert len(set(images[:, 0, 0, 0].tolist())) > 30
-    assert torch.equal(images, augment(pixels, 32, config, generator(0)))

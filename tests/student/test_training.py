@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import os
+import json
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
+from hts_ray.config import AugmentConfig, OptimConfig, PredictConfig, TrainConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.losses import make_loss
+from hts_ray.evaluation import label_matrix
+from hts_ray.metrics import hico_average_precision
 from hts_ray.student import load_student, loop, training
-from hts_ray.student.loop import dense_targets, learning_rate_factor
+from hts_ray.student.prediction import score_images
 from hts_ray.student.training import (
     estimate,
     repeat_indices,
     train_student,
     training_set,
 )
-from hts_ray.tables import StageFolder, read_table
+from hts_ray.tables import StageFolder, read_table, write_table
 
 CONFIG = TrainConfig(epochs=4, batch_size=8, num_workers=0, optim=OptimConfig(lr=3e-3))
 
@@ -36,7 +38,7 @@ def stage(tmp_path):
 
 @pytest.fixture
 def train(student_config, color_table, color_world):
-    def run(stage, config=CONFIG, labels=color_world, **changes):
+    def run(stage, config=CONFIG, labels=color_world, validation=None, **changes):
         return train_student(
             config=config,
             student_config=student_config.model_copy(update=changes),
@@ -44,6 +46,7 @@ def train(student_config, color_table, color_world):
             labels=labels,
             stage=stage,
             seed=5,
+            validation=validation,
         )
 
     return run
@@ -85,15 +88,6 @@ def test_repeats_hold_for_random_labels():
         assert (counts[~present] == 0).all()
 
 
-def test_targets_are_positive_ignored_negative():
-    """Catches ignored classes that count as negative, and rows that slip by one."""
-    lists = pa.list_(pa.int32())
-    targets = dense_targets(
-        pa.array([[], [2], [0, 1]], lists), pa.array([[0], [2, 1], []], lists), 3
-    )
-    assert targets.tolist() == [[0, -1, -1], [-1, 0, 1], [1, 1, -1]]
-
-
 def test_estimate_plans_the_steps_that_training_takes(student_config, color_table):
     """Catches a plan that forgets repeats or workers, and one that accepts unusable labels."""
     ids = color_table.ids[:2].tolist()
@@ -112,19 +106,6 @@ def test_estimate_plans_the_steps_that_training_takes(student_config, color_tabl
     assert 0 < figures["seconds"] < 60
     with pytest.raises(DataError, match="no image of 3 has a positive"):
         estimate(config, student_config, color_table.subset(color_table.ids[2:]), labels)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "warm_restarts"])
-def test_learning_rate_warms_up_and_ends(schedule):
-    """Catches a first step at rate 0, a rate above 1, and a run that ends at a high rate."""
-    optim = OptimConfig(schedule=schedule, warmup_steps=10)
-    rates = [learning_rate_factor(step, 150, optim, 10) for step in range(150)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == pytest.approx(1.0)
-    assert max(rates) <= 1.0
-    jumps = [step for step, (a, b) in enumerate(itertools.pairwise(rates), 1) if b > a + 0.5]
-    assert jumps == {"constant": [], "cosine": [], "warm_restarts": [50, 100]}[schedule]
-    assert (rates[-1] < 0.01) == (schedule != "constant")
 
 
 def test_label_set_maps_ids_counts_unknown_ones_and_is_seeded(color_table):
@@ -216,25 +197,139 @@ def test_the_same_labels_and_seed_give_the_same_bytes(unbroken, train, stage):
     assert weights(stage) == weights(unbroken[0])
 
 
-def test_a_run_killed_between_epochs_ends_like_an_unbroken_one(unbroken, train, stage, monkeypatch):
-    """Catches a lost optimizer state, schedule position or random state on resumption."""
-    run_epoch = loop._run_epoch
-    epochs = []
+# Takes the settings of a run and the number of steps after which it kills itself.
+KILLED_RUN = """
+import json, os, signal, sys
+import ray
+from hts_ray.config import StudentConfig, TrainConfig
+from hts_ray.classes import read_class_csv
+from hts_ray.student import loop, training
+from hts_ray.tables import StageFolder, read_table, write_table
+run = json.loads(sys.argv[1])
+ray.init(address=run["address"], log_to_driver=False)
+take_step, taken = loop._train_step, []
+def dying(*arguments):
+    if len(taken) == run["steps"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    taken.append(1)
+    return take_step(*arguments)
+loop._train_step = dying
+training.train_student(
+    config=TrainConfig.model_validate(run["config"]),
+    student_config=StudentConfig.model_validate(run["student"]),
+    class_table=read_class_csv(run["classes"]),
+    labels=read_table(run["labels"]),
+    stage=StageFolder(*run["stage"]),
+    seed=5,
+)
+"""
+HARD = CONFIG.model_copy(
+    update={"ema_decay": 0.9, "learn_logit_scale": True, "checkpoint_every_steps": 2}
+)
 
-    def dying(worker, shard, epoch):
-        epochs.append(epoch)
-        if epochs == [0, 1, 2]:
-            raise KeyboardInterrupt
-        return run_epoch(worker, shard, epoch)
 
-    monkeypatch.setattr(loop, "_run_epoch", dying)
-    with pytest.raises(KeyboardInterrupt):
-        train(stage)
+def test_a_run_killed_at_any_step_ends_like_an_unbroken_one(
+    ray_session, train, tmp_path, student_config, color_table, color_world, monkeypatch
+):
+    """Catches a lost average, optimizer, schedule, seed or place in the epoch after kill -9."""
+    import ray
+
+    whole = StageFolder(str(tmp_path / "whole"), "student", "k")
+    train(whole, HARD)
+    color_table.to_csv(tmp_path / "classes.csv")
+    write_table(str(tmp_path / "labels.parquet"), color_world)
+    steps = int(np.random.default_rng().integers(1, 24))  # of 4 epochs with 6 steps each
+    stage = StageFolder(str(tmp_path / "killed"), "student", "k")
+    run = {
+        "address": ray.get_runtime_context().gcs_address,
+        "steps": steps,
+        "config": HARD.model_dump(mode="json"),
+        "student": student_config.model_dump(mode="json"),
+        "classes": str(tmp_path / "classes.csv"),
+        "labels": str(tmp_path / "labels.parquet"),
+        "stage": [stage.run_dir, stage.table, stage.key],
+    }
+    killed = subprocess.run([sys.executable, "-c", KILLED_RUN, json.dumps(run)], check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert not stage.finished
-    train(stage)
-    assert epochs == [0, 1, 2, 2, 3]
+    taken = []
+    take_step = loop._train_step
+    monkeypatch.setattr(loop, "_train_step", lambda *a: (taken.append(1), take_step(*a))[1])
+    train(stage, HARD)
+    again = len(taken) - (24 - steps)  # steps since the last checkpoint are taken once more
+    assert 0 <= again < 2, f"killed after {steps} steps"
+    assert weights(stage) == weights(whole), f"killed after {steps} steps"
+    history = [training._read_history(s.file("history.json")) for s in (stage, whole)]
+    assert [r["loss"] for r in history[0]] == [r["loss"] for r in history[1]]
+    scale = load_student(stage.path).logit_scale
+    assert scale != student_config.logit_scale
+
+
+def test_a_student_is_measured_while_it_trains_and_stays_the_same(
+    unbroken, train, stage, color_world, color_table, tmp_path
+):
+    """Catches measuring that disturbs the training, misses a due epoch, or mixes up images."""
+    nothing = pa.array([[]] * len(color_world), pa.list_(pa.int16()))
+    manifest = color_world.append_column("negative_ids", nothing).rename_columns(
+        ["image_id", "uri", "positive_ids", "ambiguous_ids", "negative_ids"]
+    )
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    manifest = with_uris(manifest, {5: str(tmp_path / "broken.png")})
+    stats = train(stage, CONFIG.model_copy(update={"validate_every": 3}), validation=manifest)
     assert weights(stage) == weights(unbroken[0])
-    assert len(training.storage.read_json(stage.file("history.json"))) == 4
+    measured = [r["validation_mAP"] for r in training._read_history(stage.file("history.json"))]
+    assert [value is None for value in measured] == [True, True, False, False]
+    assert stats["rows_out"] == 48  # all could be trained on; the bad one stands in quarantine
+    bad = read_table(stage.file("quarantine", "part-0.parquet"))
+    assert bad["image_id"].to_pylist() == ["i005"]
+    ids, scores = score_images(
+        stage.path,
+        color_world.append_column("split", pa.array(["test"] * len(color_world))),
+        PredictConfig(),
+    )
+    keep = [i for i, image_id in enumerate(ids) if image_id != "i005"]
+    truth = label_matrix(manifest, color_table)
+    expected = np.nanmean(hico_average_precision(scores[keep], truth[keep]))
+    assert measured[-1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_curves_can_be_read_by_tensorboard(unbroken):
+    """Catches a log that is empty, unreadable, or whose steps start over in every epoch."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stage, stats, _ = unbroken
+    files = sorted(Path(stage.file("curves")).rglob("events.*"))
+    assert len(files) == 1
+    log = EventAccumulator(str(files[0].parent)).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [0, 10, 20]
+    losses = log.Scalars("epoch/loss")
+    assert [event.step for event in losses] == [6, 12, 18, 24]
+    assert losses[-1].value == pytest.approx(stats["final_loss"])
+
+
+def test_soft_labels_follow_their_class_and_change_the_student(
+    unbroken, ray_session, train, stage, color_world, color_table
+):
+    """Catches probabilities that shift when an unknown class is dropped, and unused ones."""
+    ids = color_world["positive_ids"].to_pylist()
+    lists = [[99, *row] for row in ids]
+    probability = [[0.9, *(0.1 + 0.2 * i for i in range(len(row)))] for row in ids]
+    labels = color_world.set_column(2, "positive_ids", pa.array(lists, pa.list_(pa.int16())))
+    labels = labels.append_column("probability", pa.array(probability, pa.list_(pa.float32())))
+    soft = CONFIG.model_copy(update={"soft_labels": True})
+    rows = training_set(labels, color_table, soft, 0).table.to_pylist()
+    place = {int(class_id): i for i, class_id in enumerate(color_table.ids)}
+    expected = {
+        image_id: {place[c]: 0.1 + 0.2 * i for i, c in enumerate(row)}
+        for image_id, row in zip(color_world["image_id"].to_pylist(), ids, strict=True)
+    }
+    for row in rows:
+        found = dict(zip(row["positive"], row["weight"], strict=True))
+        assert found == pytest.approx(expected[row["image_id"]])
+    train(stage, soft, labels)
+    assert weights(stage) != weights(unbroken[0])
+    with pytest.raises(ConfigError, match="soft_labels"):
+        training_set(color_world, color_table, soft, 0)
 
 
 def test_decoding_again_every_epoch_gives_the_same_student(unbroken, train, stage, monkeypatch):
@@ -319,109 +414,3 @@ def test_settings_of_the_loss_reach_the_training(unbroken, ray_session, train, t
         train(stage, TrainConfig.model_validate(values))
         found.add(weights(stage))
     assert len(found) == 5
-
-
-class _LinearStudent(torch.nn.Module):
-    """What a training step needs of a student, over images of 2 x 2 pixels and 5 classes."""
-
-    image_size = 2
-
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(12, 5)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.linspace(-2, 2, 60).view(5, 12))
-            self.linear.bias.zero_()
-
-    def standardise(self, images):
-        return images
-
-    def forward(self, images):
-        return self.linear(images.flatten(1))
-
-
-SHARDED_LOSSES = ("lse_sign", "bce", "asl")
-SHARDED_STEPS = ((4, 4), (5, 1))  # rows of each worker; the last batch is uneven
-
-
-def sharded_batches():
-    """The global batches: pixels and targets, in one of them a row that is ignored."""
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for rows in map(sum, SHARDED_STEPS):
-        pixels = torch.randint(0, 256, (rows, 2, 2, 3), generator=generator, dtype=torch.uint8)
-        targets = torch.randint(-1, 2, (rows, 5), generator=generator, dtype=torch.int8)
-        targets[1] = 0
-        batches.append((pixels, targets))
-    return batches
-
-
-def sharded_loss(name, reduction):
-    return make_loss(name, 0.5, reduction, class_weights=torch.linspace(0.5, 1.5, 5))
-
-
-def run_shard(rank, folder):
-    """Take the real loop's steps as one of two workers; this file's `__main__`."""
-    from accelerate import Accelerator
-
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="unused", MASTER_PORT="0")  # Accelerate asks for them
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    accelerator = Accelerator(cpu=True)
-    plain = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
-    config = TrainConfig(augment=plain, optim=OptimConfig(grad_clip=None))
-    result = {}
-    for name in SHARDED_LOSSES:
-        student = _LinearStudent()
-        model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
-        loss = sharded_loss(name, "sum")
-        worker = loop._Worker(
-            {}, config, accelerator, student, model, optimizer, [1.0], loss, rank, 2
-        )
-        for sizes, (pixels, targets) in zip(SHARDED_STEPS, sharded_batches(), strict=True):
-            mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-            rows = torch.arange(len(pixels))[mine]
-            batch = {"pixels": pixels[mine], "targets": targets[mine], "rows": rows}
-            loop._train_step(worker, batch, torch.Generator(), 0)
-        result[name] = student.linear.weight.detach().clone()
-    torch.save(result, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_uneven_shards_give_the_gradient_of_the_global_mean(tmp_path):
-    """Catches a mean per worker, which weighs a small shard's rows more, and a sum."""
-    # pytest's import mode gives this module no name that a spawned process could import.
-    command = [sys.executable, __file__]
-    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
-    try:
-        assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name in SHARDED_LOSSES:
-        expected, unscaled = _LinearStudent(), _LinearStudent()
-        loss = sharded_loss(name, "mean")
-        for sizes, (pixels, targets) in zip(SHARDED_STEPS, sharded_batches(), strict=True):
-            images = pixels.permute(0, 3, 1, 2) / 255
-            step(expected, loss(expected(images), targets))
-            shards = zip(unscaled(images).split(sizes), targets.split(sizes), strict=True)
-            step(unscaled, sum(loss(*shard) for shard in shards) / 2)
-        wanted = expected.linear.weight
-        assert not torch.allclose(unscaled.linear.weight, wanted, atol=1e-3)
-        for rank in range(2):
-            torch.testing.assert_close(found[rank][name], wanted)
-
-
-def step(student, loss):
-    """Take a step of plain gradient descent at rate 1."""
-    optimizer = torch.optim.SGD(student.parameters(), 1.0)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-if __name__ == "__main__":
-    run_shard(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,116 @@
+"""Training curves for TensorBoard, Weights & Biases and MLflow, through Accelerate's trackers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hts_ray import storage
+from hts_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PROJECT = "hts_ray"
+_MODULES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",)}
+logger = logging.getLogger(__name__)
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a logger whose library is not installed."""
+    for name in names:
+        modules = _MODULES.get(name, (name,))
+        if not any(importlib.util.find_spec(module) for module in modules):
+            raise ConfigError(
+                "its library is not installed",
+                field="train.loggers",
+                value=name,
+                remedy=f"pip install {modules[0]} on every node, or leave it out",
+            )
+
+
+class CurveLog:
+    """Writes scalars by step to every tracker; `folder` (path or URI) gets TensorBoard's files.
+
+    To be used by one worker only. A tracker that fails, for example because its server is gone,
+    is left out with a warning: no training ends for want of its curves.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        names: Sequence[str],
+        *,
+        folder: str,
+        settings: Mapping[str, Any],
+        first_step: int = 0,
+    ) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        self._folder = folder
+        self._temporary = tempfile.TemporaryDirectory() if storage.is_remote(folder) else None
+        self._local = Path(self._temporary.name if self._temporary else folder)
+        self._trackers: list[Any] = []
+        for name in names:
+            arguments: dict[str, Any] = {}
+            if name == "tensorboard":
+                # After a crash, steps that were logged and not kept are to come once.
+                arguments = {"logging_dir": self._local, "purge_step": first_step}
+            try:
+                tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **arguments)
+                tracker.start()
+                if name != "tensorboard":  # it writes settings as a run of their own
+                    tracker.store_init_configuration(dict(_flat(settings)))
+            except Exception as error:
+                self._give_up(name, error)
+            else:
+                self._trackers.append(tracker)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Write values that belong to an optimizer step, counted over all epochs."""
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(dict(values), step=step)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                self._give_up(tracker.name, error)
+
+    def flush(self) -> None:
+        """Make what was logged visible to others."""
+        for tracker in self._trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.flush()
+        if self._temporary is None:
+            return
+        for path in sorted(self._local.rglob("*")):
+            if path.is_file():
+                name = str(path.relative_to(self._local))
+                storage.write_bytes(storage.join(self._folder, name), path.read_bytes())
+
+    def close(self) -> None:
+        """Flush and end every tracker."""
+        self.flush()
+        for tracker in self._trackers:
+            tracker.finish()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    @staticmethod
+    def _give_up(name: str, error: Exception) -> None:
+        logger.warning("train.loggers: %s is left out from here on: %s", name, error)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return nested settings as dotted names; what a tracker cannot hold becomes text."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, int | float | str | bool)
+            pairs.append((f"{prefix}{key}", value if plain else str(value)))
+    return pairs

@@ -1,0 +1,150 @@
+"""What an unfinished training keeps so that it can go on: weights, optimizer, position.
+
+A position is an epoch and a step in it. Everything random in a step follows from the seed, the
+epoch, the step and the worker, and the batches of an epoch from its number, so no state of a
+random generator has to be kept: a run that goes on does what an unbroken one would have done.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hts_ray import storage
+from hts_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+    from torch.optim.swa_utils import AveragedModel
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+KEPT_CHECKPOINTS = 2
+_FILES = (MODEL, OPTIMIZER, STATE)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands: so many finished epochs, and steps of the one that runs.
+
+    `loss_sum`, `images` and `seconds` are of those steps, over all `workers`.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0
+    loss_sum: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
+    workers: int = 1
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that runs, from 0."""
+        return len(self.history)
+
+
+def checkpoint_files(
+    student: nn.Module,
+    average: AveragedModel | None,
+    optimizer: Any,
+    accelerator: Accelerator,
+    position: Position,
+) -> dict[str, bytes]:
+    """Return a checkpoint's files by name, the one that makes it valid last.
+
+    The model file is the student as it would be published: the moving average, where one is kept.
+    """
+    import safetensors.torch
+    import torch
+
+    published = student if average is None else average.module
+    weights = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in published.state_dict().items()
+    }
+    scaler = accelerator.scaler
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "weights": {} if average is None else student.state_dict(),
+            "averaged": 0 if average is None else int(average.n_averaged),
+        },
+        buffer,
+    )
+    return {
+        MODEL: safetensors.torch.save(weights),
+        OPTIMIZER: buffer.getvalue(),
+        STATE: json.dumps(asdict(position)).encode(),
+    }
+
+
+def restore(
+    files: Mapping[str, bytes],
+    student: nn.Module,
+    average: AveragedModel | None,
+    optimizer: Any,
+    accelerator: Accelerator,
+    workers: int,
+) -> Position:
+    """Load a checkpoint into its owners and return where the run stood.
+
+    Raises ConfigError when it was written within an epoch by another number of workers: which
+    images they had left is not known to these.
+    """
+    import safetensors.torch
+    import torch
+
+    position = Position(**json.loads(files[STATE]))
+    if position.step and position.workers != workers:
+        raise ConfigError(
+            f"training was cut off within epoch {position.epoch}, with {position.workers} workers",
+            field="train.num_workers",
+            value=workers,
+            remedy=f"go on with {position.workers}, or start again in another run directory",
+        )
+    weights = safetensors.torch.load(files[MODEL])
+    # weights_only: a checkpoint that someone else wrote cannot run code
+    saved = torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
+    if average is not None:
+        average.module.load_state_dict(weights)
+        average.n_averaged.fill_(saved["averaged"])
+    student.load_state_dict(weights if average is None else saved["weights"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if accelerator.scaler is not None and saved["scaler"]:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    return position
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of a checkpoint that lies in a local folder."""
+    return {name: (folder / name).read_bytes() for name in _FILES}
+
+
+def write_local(folder: str, files: Mapping[str, bytes]) -> None:
+    """Write a checkpoint of a training in the driver's own process, and remove old ones."""
+    names = storage.list_names(folder)
+    number = 1 + max((int(name.rpartition("-")[2]) for name in names), default=0)
+    for name, data in files.items():
+        storage.write_bytes(storage.join(folder, f"checkpoint-{number:06d}", name), data)
+    for old in _complete(folder)[:-KEPT_CHECKPOINTS]:
+        storage.remove_tree(storage.join(folder, old))
+
+
+def read_local(folder: str) -> dict[str, bytes] | None:
+    """Return the files of the last complete checkpoint, None where there is none."""
+    names = _complete(folder)
+    if not names:
+        return None
+    return {name: storage.read_bytes(storage.join(folder, names[-1], name)) for name in _FILES}
+
+
+def _complete(folder: str) -> Sequence[str]:
+    """Return the complete checkpoints' names, oldest first."""
+    names = storage.list_names(folder)
+    return [name for name in names if storage.exists(storage.join(folder, name, STATE))]

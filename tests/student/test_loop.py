@@ -1,0 +1,225 @@
+"""The training loop: targets, the schedule, gradients over shards and parts, moving averages."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+import torch
+
+from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
+from hts_ray.losses import make_loss
+from hts_ray.student import loop
+from hts_ray.student.loop import dense_targets, dense_weights, learning_rate_factor
+
+PLAIN = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
+
+
+def test_targets_are_positive_ignored_negative():
+    """Catches ignored classes that count as negative, and rows that slip by one."""
+    lists = pa.list_(pa.int32())
+    targets = dense_targets(
+        pa.array([[], [2], [0, 1]], lists), pa.array([[0], [2, 1], []], lists), 3
+    )
+    assert targets.tolist() == [[0, -1, -1], [-1, 0, 1], [1, 1, -1]]
+
+
+def test_weights_stand_beside_the_positives():
+    """Catches weights that slip to another class or row, or that reach negatives."""
+    lists, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
+    weights = dense_weights(
+        pa.array([[], [2], [1, 0]], lists), pa.array([[], [0.5], [0.25, 0.75]], floats), 3
+    )
+    assert weights.tolist() == [[1, 1, 1], [1, 1, 0.5], [0.75, 0.25, 1]]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "warm_restarts"])
+def test_learning_rate_warms_up_and_ends(schedule):
+    """Catches a first step at rate 0, a rate above 1, and a run that ends at a high rate."""
+    optim = OptimConfig(schedule=schedule, warmup_steps=10)
+    rates = [learning_rate_factor(step, 150, optim, 10) for step in range(150)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert max(rates) <= 1.0
+    jumps = [step for step, (a, b) in enumerate(itertools.pairwise(rates), 1) if b > a + 0.5]
+    assert jumps == {"constant": [], "cosine": [], "warm_restarts": [50, 100]}[schedule]
+    assert (rates[-1] < 0.01) == (schedule != "constant")
+
+
+class _LinearStudent(torch.nn.Module):
+    """What a training step needs of a student, over images of 2 x 2 pixels and 5 classes."""
+
+    image_size = 2
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(12, 5)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.linspace(-2, 2, 60).view(5, 12))
+            self.linear.bias.zero_()
+
+    def standardise(self, images):
+        return images
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+
+
+SHARDED_LOSSES = ("lse_sign", "bce", "asl")
+SHARDED_STEPS = ((4, 4), (5, 1))  # rows of each worker; the last batch is uneven
+
+
+def sharded_batches():
+    """The global batches: pixels and targets, in one of them a row that is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for rows in map(sum, SHARDED_STEPS):
+        pixels = torch.randint(0, 256, (rows, 2, 2, 3), generator=generator, dtype=torch.uint8)
+        targets = torch.randint(-1, 2, (rows, 5), generator=generator, dtype=torch.int8)
+        targets[1] = 0
+        batches.append((pixels, targets))
+    return batches
+
+
+def sharded_loss(name, reduction):
+    return make_loss(name, 0.5, reduction, class_weights=torch.linspace(0.5, 1.5, 5))
+
+
+def run_shard(rank, folder):
+    """Take the real loop's steps as one of two workers; this file's `__main__`."""
+    from accelerate import Accelerator
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="unused", MASTER_PORT="0")  # Accelerate asks for them
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    accelerator = Accelerator(cpu=True)
+    config = TrainConfig(augment=PLAIN, optim=OptimConfig(grad_clip=None))
+    result = {}
+    for name in SHARDED_LOSSES:
+        student = _LinearStudent()
+        model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
+        loss = sharded_loss(name, "sum")
+        worker = make_worker(config, accelerator, student, model, optimizer, loss, rank, 2)
+        for sizes, (pixels, targets) in zip(SHARDED_STEPS, sharded_batches(), strict=True):
+            mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            rows = torch.arange(len(pixels))[mine]
+            batch = {"pixels": pixels[mine], "targets": targets[mine], "rows": rows}
+            loop._train_step(worker, batch, 0)
+        result[name] = student.linear.weight.detach().clone()
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_uneven_shards_give_the_gradient_of_the_global_mean(tmp_path):
+    """Catches a mean per worker, which weighs a small shard's rows more, and a sum."""
+    # pytest's import mode gives this module no name that a spawned process could import.
+    command = [sys.executable, __file__]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name in SHARDED_LOSSES:
+        expected, unscaled = _LinearStudent(), _LinearStudent()
+        loss = sharded_loss(name, "mean")
+        for sizes, (pixels, targets) in zip(SHARDED_STEPS, sharded_batches(), strict=True):
+            images = pixels.permute(0, 3, 1, 2) / 255
+            step(expected, loss(expected(images), targets))
+            shards = zip(unscaled(images).split(sizes), targets.split(sizes), strict=True)
+            step(unscaled, sum(loss(*shard) for shard in shards) / 2)
+        wanted = expected.linear.weight
+        assert not torch.allclose(unscaled.linear.weight, wanted, atol=1e-3)
+        for rank in range(2):
+            torch.testing.assert_close(found[rank][name], wanted)
+
+
+def make_worker(config, accelerator, student, model, optimizer, loss, rank=0, world=1):
+    """Return what the loop's steps need, with a rate of 1."""
+    return loop._Worker(
+        job={},
+        config=config,
+        accelerator=accelerator,
+        student=student,
+        average=None,
+        model=model,
+        optimizer=optimizer,
+        base_lrs=[1.0],
+        loss=loss,
+        rank=rank,
+        world=world,
+    )
+
+
+def after_steps(changes, batches, weights=None, average=None):
+    """Return the linear student, and its average, after the loop's steps with some settings."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    config = TrainConfig(augment=PLAIN, optim=OptimConfig(grad_clip=None), **changes)
+    student = _LinearStudent()
+    model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
+    worker = make_worker(config, accelerator, student, model, optimizer, sharded_loss("asl", "sum"))
+    worker.average = average and average(student)
+    for pixels, targets in batches:
+        batch = {"pixels": pixels, "targets": targets, "rows": torch.arange(len(pixels))}
+        if weights is not None:
+            batch["weights"] = weights(targets)
+        loop._train_step(worker, batch, 0)
+    return worker
+
+
+def test_parts_of_a_step_add_up_to_the_whole_step():
+    """Catches a mean over parts instead of images, a step a part, and a part left out."""
+    whole = after_steps({"batch_size": 8}, sharded_batches())
+    parts = after_steps({"batch_size": 8, "accumulation": 3}, sharded_batches())
+    start = _LinearStudent().linear.weight
+    assert not torch.allclose(whole.student.linear.weight, start, atol=1e-2)
+    torch.testing.assert_close(parts.student.linear.weight, whole.student.linear.weight)
+
+
+def test_label_weights_reach_the_loss_of_every_part():
+    """Catches soft labels that are read and never used, and weights of another part's rows."""
+    half = lambda targets: torch.where(targets == 1, 0.5, 1.0)  # noqa: E731
+    plain = after_steps({}, sharded_batches())
+    soft = after_steps({}, sharded_batches(), half)
+    parts = after_steps({"batch_size": 8, "accumulation": 4}, sharded_batches(), half)
+    assert not torch.allclose(plain.student.linear.weight, soft.student.linear.weight, atol=1e-3)
+    torch.testing.assert_close(parts.student.linear.weight, soft.student.linear.weight)
+
+
+def test_moving_average_follows_the_formula():
+    """Catches an average of the start only, a decay without warm-up, and a lagging step."""
+    from torch.optim.swa_utils import AveragedModel
+
+    batches = [batch for batch in sharded_batches() for _ in range(2)]
+    expected = None
+    for n in range(1, len(batches) + 1):
+        weight = after_steps({}, batches[:n]).student.linear.weight.detach()
+        decay = min(0.3, n / (9 + n))  # n - 1 steps are in the average already
+        expected = weight if expected is None else decay * expected + (1 - decay) * weight
+    averaged = after_steps(
+        {}, batches, average=lambda s: AveragedModel(s, multi_avg_fn=loop._moving_average(0.3))
+    )
+    assert averaged.published is averaged.average.module
+    torch.testing.assert_close(averaged.published.linear.weight.detach(), expected)
+    assert not torch.allclose(expected, averaged.student.linear.weight, atol=1e-3)
+
+
+def step(student, loss):
+    """Take a step of plain gradient descent at rate 1."""
+    optimizer = torch.optim.SGD(student.parameters(), 1.0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+if __name__ == "__main__":
+    run_shard(int(sys.argv[1]), sys.argv[2])
