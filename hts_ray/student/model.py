@@ -258,10 +258,8 @@ def _layers(visual: nn.Module, *, split: bool) -> list[list[nn.Parameter]]:
     if not split:
         return [list(visual.parameters())]
     blocks, tail = _tower_parts(visual, "train.optim.layer_decay")
-    layers = [
-        [value for part in parts for value in _parameters_of(part)]
-        for parts in (tail, *([block] for block in reversed(blocks)))
-    ]
+    layers = [[value for part in tail for value in _parameters_of(part)]]
+    layers += [list(block.parameters()) for block in reversed(blocks)]
     placed = {id(value) for values in layers for value in values}
     layers.append([value for value in visual.parameters() if id(value) not in placed])
     return layers
