@@ -189,22 +189,28 @@ class Decoder(ABC):
         """Return sums of token log-probabilities (R, P) float32 behind a prefix."""
 
     @abstractmethod
-    def region_bytes(self, image: Any) -> int:
-        """Return about how many bytes one prepared region takes, an item of those given."""
+    def region_bytes(self, image: Any, nodes: int | None = None) -> int:
+        """Return about how many bytes one prepared region takes, an item of those given.
+
+        `nodes` are the tokens that are fed behind it, those of scoring if not given.
+        """
 
     def joins(self, first: Any, image: Any) -> bool:
         """Tell whether two prepared regions can be read in one forward."""
         return True
 
-    def groups(self, images: Any, limit: int | None = None) -> Iterator[Any]:
+    def groups(
+        self, images: Any, limit: int | None = None, nodes: int | None = None
+    ) -> Iterator[Any]:
         """Cut prepared regions, in order, into groups that fit in `workspace`, or of one.
 
-        No group has more than `limit` regions. Every group can be given to `encode`.
+        No group has more than `limit` regions. `nodes` are the tokens fed behind each, those of
+        scoring if not given. Every group can be given to `encode`.
         """
         group: list[Any] = []
         used = 0
         for image in images:
-            needed = self.region_bytes(image)
+            needed = self.region_bytes(image, nodes)
             full = used + needed > self.workspace or len(group) == limit
             if group and (full or not self.joins(group[0], image)):
                 yield _joined(images, group)

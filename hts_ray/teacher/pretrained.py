@@ -220,7 +220,9 @@ class TransformersCaptioner:
         vocabulary = int(getattr(self.decoder.head, "out_features", 0)) or 50_000
         limit = max(1, prompt_tree.MAX_LOGITS // (vocabulary * texts))
         captions: list[list[Caption]] = []
-        for group in self.decoder.groups(self.prepare(images), limit):
+        # Of a few tokens each, so that more regions share a step, which reads all the weights.
+        nodes = texts * settings.max_tokens
+        for group in self.decoder.groups(self.prepare(images), limit, nodes):
             first = len(captions)
             seeds = [_seed(image) for image in images[first : first + len(group)]]
             for of_region in write_captions(self.decoder, group, settings, seeds):

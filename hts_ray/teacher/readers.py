@@ -41,11 +41,12 @@ class _Sized(Decoder):
         """Return a prepared region's tokens in front of the prompts, and its features."""
         return len(image["input_ids"][0]), 0
 
-    def region_bytes(self, image: Any) -> int:
-        """Return about how many bytes a region takes while it is read and scored."""
+    def region_bytes(self, image: Any, nodes: int | None = None) -> int:
+        """Return about how many bytes a region takes while it is read and `nodes` are fed."""
         pixels = image if isinstance(image, Tensor) else image["pixel_values"]
         context, features = self._context(image)
-        nodes = prompt_tree.MAX_NODES if isinstance(self, TrieDecoder) else 1
+        if nodes is None:
+            nodes = prompt_tree.MAX_NODES if isinstance(self, TrieDecoder) else 1
         held = pixels.numel() * pixels.element_size()
         return held + self.footprint.region(
             context, nodes, features=features, pixels=pixels.numel() // 3

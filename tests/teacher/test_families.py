@@ -267,6 +267,22 @@ def test_memory_is_bounded_by_groups(
     np.testing.assert_allclose(scores, table(name, tiny_path(name))[0], atol=2e-4)
 
 
+def test_captions_share_steps_where_scoring_needs_groups(
+    tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches captions written an image at a time for want of memory that only scoring needs."""
+    captioner = loaded(tiny_path("blip"))
+    decoder, settings = captioner.decoder, CaptionConfig(max_tokens=4)
+    pixels = captioner.prepare(IMAGES)
+    monkeypatch.setattr(decoder, "workspace", 3 * decoder.region_bytes(pixels[0], 4))
+    assert len(list(decoder.groups(pixels))) > 1
+    read: list[int] = []
+    encode = decoder.encode
+    monkeypatch.setattr(decoder, "encode", lambda g: (read.append(len(g)), encode(g))[1])
+    assert len(captioner.caption(IMAGES, settings)) == len(IMAGES)
+    assert read == [len(IMAGES)]
+
+
 def generated(family: Plain, image: np.ndarray, **settings: Any) -> list[tuple[str, float]]:
     """Return what the model's own `generate` writes, with its log-probability."""
     picture = Image.fromarray(image)

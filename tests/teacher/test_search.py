@@ -94,7 +94,7 @@ class TableDecoder(TrieDecoder):
                 hidden[row, node] = self.logits(image, layer.tokens[row, seen].tolist())
         return self.head(hidden)
 
-    def region_bytes(self, image: Any) -> int:
+    def region_bytes(self, image: Any, nodes: int | None = None) -> int:
         """Return nothing worth counting."""
         return 0
 
