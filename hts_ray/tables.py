@@ -150,6 +150,26 @@ STUDENT_SCORES_SCHEMA = _schema(
 )
 
 
+def trials_schema(settings: Mapping[str, pa.DataType], metrics: Iterable[str]) -> pa.Schema:
+    """Return the schema of a sweep's `trials`: a column for every swept setting and every metric.
+
+    The settings' types differ from sweep to sweep; metrics are means over the seeds that ran.
+    """
+    return _schema(
+        "trials",
+        [
+            pa.field("trial", pa.int32(), nullable=False),  # 0 has the run's own settings
+            pa.field("status", pa.string(), nullable=False),  # complete, stopped, ...
+            pa.field("objective", pa.float64()),  # null where nothing could be compared
+            pa.field("reports", pa.list_(pa.float64()), nullable=False),  # after each seed
+            pa.field("seconds", pa.float64(), nullable=False),
+            pa.field("message", pa.string(), nullable=False),
+            *(pa.field(name, kind) for name, kind in settings.items()),
+            *(pa.field(name, pa.float64()) for name in metrics),
+        ],
+    )
+
+
 def settings_hash(*parts: Any) -> str:
     """Return 12 hexadecimal digits that change whenever any of the JSON-able parts does."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)

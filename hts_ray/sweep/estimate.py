@@ -1,0 +1,94 @@
+"""What a sweep will take, from one measured trial; for `hts sweep --dry-run`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray import pipeline
+from hts_ray.config import override
+from hts_ray.sweep.stage import TABLE, Plan, objectives_of, one_trial, start_student
+from hts_ray.sweep_trial import load_sweep_data, read_regions
+from hts_ray.tables import StageFolder
+
+
+def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
+    """Measure features and a trial of the run's own settings on `sample` images, and scale.
+
+    Everything lies in a temporary folder, nothing of the run is touched and Ray is not started:
+    trials at a time are `sweep.concurrency` or this machine's CPUs. Returns readable names:
+    features seconds (0 when they are stored), trial seconds (all seeds), trials seconds (an upper
+    bound, since trials are stopped early) and finalists seconds (one training after the other,
+    without start-up). Raises what the run's own settings raise.
+    """
+    config = plan.run.config
+    with tempfile.TemporaryDirectory() as folder:
+        elsewhere = replace(plan, stage=StageFolder(folder, TABLE, "estimate"))
+        features_seconds, seed_seconds = _measure(elsewhere, folder, sample)
+        training_seconds = _training_seconds(elsewhere, folder)
+    sweep = config.sweep
+    at_a_time = sweep.concurrency or min(sweep.trials, os.cpu_count() or 1)
+    finalists = min(sweep.finalists + 1, sweep.trials) if sweep.finalists else 0
+    trial_seconds = seed_seconds * sweep.repeats
+    return {
+        "images": len(plan.images),
+        "labeled images": 0 if plan.validation is None else len(plan.validation),
+        "features seconds": features_seconds,
+        "trials": sweep.trials,
+        "trials at a time": at_a_time,
+        "trial seconds": trial_seconds,
+        "trials seconds": trial_seconds * sweep.trials / at_a_time,
+        "finalists": finalists,
+        "finalists seconds": finalists * training_seconds,
+    }
+
+
+def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
+    """Return the seconds of all images' features and of a trial with one seed."""
+    from hts_ray.config import ImagesConfig
+    from hts_ray.student.features import ensure_features, find_features
+
+    run, scores = plan.run, plan.region_scores.path
+    seed, split = run.config.sweep.seed, run.config.train.split
+    student = start_student(plan, folder)
+    stored = find_features(
+        run.run_dir,
+        student,
+        plan.images,
+        flipped=False,
+        decoding=ImagesConfig.model_validate({}),
+    )
+    ids = read_regions(scores, split, seed, sample).image_ids.tolist()
+    images = plan.images.filter(pc.is_in(plan.images["image_id"], pa.array(ids)))
+    started = time.monotonic()
+    found = stored or ensure_features(
+        run.config.train.features,
+        run_dir=folder,
+        student_path=student,
+        images=images.combine_chunks(),
+    )
+    share = len(plan.images) / len(images)
+    features_seconds = 0.0 if stored else (time.monotonic() - started) * share
+    data = load_sweep_data(run.config, run.class_table, scores, found.path, seed, max_images=sample)
+    names = objectives_of(plan.objective)
+    for _ in range(2):  # the first one warms up
+        started = time.monotonic()
+        one_trial(data, {}, seed, names)
+    return features_seconds, (time.monotonic() - started) * share
+
+
+def _training_seconds(plan: Plan, folder: str) -> float:
+    """Return the seconds of a training in full with the run's own settings."""
+    from hts_ray.student.training import estimate as estimate_training
+
+    run = pipeline.Run(override(plan.run.config, {"run_dir": folder}), plan.run.class_table)
+    labels = pipeline.training_labels(run, pipeline.filter_labels(run, plan.region_scores), None)
+    config = run.config
+    figures = estimate_training(config.train, config.student, run.class_table, labels, config.seed)
+    return float(figures["seconds"])

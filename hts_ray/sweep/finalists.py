@@ -1,0 +1,240 @@
+"""The best trials and the run's own settings, trained in full and compared once more.
+
+Trials keep the tower frozen; what is best there need not be best when it learns too. The
+students lie inside the sweep's folder, so that no later stage takes one of them for the run's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray import pipeline, storage
+from hts_ray.config import TrainConfig, override
+from hts_ray.errors import ConfigError, UserError
+from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome, find_objective
+from hts_ray.sweep.log import OWN, Trial
+from hts_ray.sweep.space import Settings
+from hts_ray.sweep_trial import VALIDATION, pseudo_label, trial_config
+from hts_ray.tables import MANIFEST_SCHEMA, write_table
+
+if TYPE_CHECKING:
+    from hts_ray.sweep.stage import Plan
+    from hts_ray.sweep_trial import SweepData
+
+FOLDER = "finalists"
+_FOLDS = 2
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A trial that was trained in full; `value` is None where that failed, as `message` tells."""
+
+    number: int
+    settings: Settings
+    objective: str
+    trial_value: float | None
+    value: float | None
+    seconds: float
+    message: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, JSON-able."""
+        return asdict(self)
+
+
+def final_objective(name: str) -> str:
+    """Return what finalists are compared by: the sweep's objective, if a student matters to it.
+
+    Objectives of pseudo-labels alone, and those that need students of half the regions, give
+    way to the default one.
+    """
+    if name == VALIDATION:
+        return name
+    found = OBJECTIVES[name]
+    fits = found.needs_students and not (found.needs_view_students or found.needs_views)
+    return name if fits else DEFAULT_OBJECTIVE
+
+
+def run_finalists(
+    plan: Plan, data: SweepData, trials: Sequence[Trial], tell: Callable[[str], None]
+) -> list[Finalist]:
+    """Train every trial's settings in full and compare the students on images they did not see.
+
+    Without labels the images are halved, a student is trained on the pseudo-labels of each half,
+    and the objective compares them as it does in a trial; with labels one student is trained on
+    all images that are not labeled, and its mAP is that of the labeled ones. So many trainings run
+    at a time as the cluster holds. Raises what the training of the run's own settings raises.
+    """
+    name = final_objective(plan.objective)
+    parts = _training_parts(plan, data, name)
+    train = plan.run.config.train
+    pool = _InTurn() if train.num_workers == 0 else ThreadPoolExecutor(training_slots(train))
+    found = []
+    try:
+        students = [[pool.submit(_train, plan, trial, ids) for ids in parts] for trial in trials]
+        for trial, halves in zip(trials, students, strict=True):
+            found.append(_finalist(plan, data, trial, halves, parts, name))
+            last = found[-1]
+            shown = last.message if last.value is None else f"{name} {last.value:.4f}"
+            tell(f"finalist {trial.number}: {shown}, {last.seconds:.0f} s of training")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return found
+
+
+class _InTurn(Executor):
+    """Runs what it is given at once: trainings inside this process share its random state."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except UserError as error:
+            future.set_exception(error)
+        return future
+
+
+def training_slots(train: TrainConfig) -> int:
+    """Return how many trainings run at a time, so that each finds all its workers' resources.
+
+    One CPU is left for the tasks that feed them. On a single machine its real CPUs count.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    cpus = float(resources.get("CPU", 1.0))
+    if sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
+        cpus = min(cpus, float(os.cpu_count() or 1) + 1)
+    slots = int((cpus - 1) // (train.num_workers * train.cpus_per_worker))
+    if train.use_gpu:
+        slots = min(slots, int(resources.get("GPU", 0.0) // train.num_workers))
+    return max(1, slots)
+
+
+def _training_parts(plan: Plan, data: SweepData, name: str) -> list[list[str]]:
+    """Return the ids of the images that each of a finalist's students is trained on."""
+    ids = data.regions.image_ids
+    if name != VALIDATION:
+        random = np.random.default_rng([plan.run.config.sweep.seed, 3])
+        fold_N = random.permutation(np.arange(len(ids)) % _FOLDS)
+        return [ids[fold_N == fold].tolist() for fold in range(_FOLDS)]
+    assert plan.validation is not None
+    labeled_N = np.isin(ids, plan.validation["image_id"].to_pylist())
+    if 2 * labeled_N.sum() > len(ids):
+        raise ConfigError(
+            f"{labeled_N.sum()} of the {len(ids)} images to train on are labeled",
+            field="sweep.validation",
+            value=plan.run.config.sweep.validation,
+            remedy="students are not trained on labeled images: name fewer, or set"
+            " sweep.finalists=0",
+        )
+    return [ids[~labeled_N].tolist()]
+
+
+@dataclass(frozen=True)
+class _Student:
+    path: str
+    seconds: float
+
+
+def _train(plan: Plan, trial: Trial, image_ids: Sequence[str]) -> _Student:
+    """Filter with a trial's settings and train on the pseudo-labels of some of the images."""
+    started = time.monotonic()
+    config = override(
+        trial_config(plan.run.config, trial.settings), {"run_dir": plan.stage.file(FOLDER)}
+    )
+    run = pipeline.Run(config, plan.run.class_table)
+    source = pipeline.filter_labels(run, plan.region_scores)
+    labels = pipeline.training_labels(run, source, None)
+    assert labels is not None
+    labels = labels.filter(pc.is_in(labels["image_id"], pa.array(image_ids))).combine_chunks()
+    return _Student(pipeline.train(run, labels).path, time.monotonic() - started)
+
+
+def _finalist(
+    plan: Plan,
+    data: SweepData,
+    trial: Trial,
+    students: Sequence[Future[_Student]],
+    parts: Sequence[Sequence[str]],
+    name: str,
+) -> Finalist:
+    try:
+        trained = [student.result() for student in students]
+        if name == VALIDATION:
+            value = _labeled_map(plan, trained[0])
+        else:
+            value = _label_free(plan, data, trial, trained, parts, name)
+    except UserError as error:
+        if trial.number == OWN:
+            raise
+        return Finalist(trial.number, trial.settings, name, trial.objective, None, 0.0, str(error))
+    seconds = sum(student.seconds for student in trained)
+    return Finalist(trial.number, trial.settings, name, trial.objective, value, seconds)
+
+
+def _label_free(
+    plan: Plan,
+    data: SweepData,
+    trial: Trial,
+    students: Sequence[_Student],
+    parts: Sequence[Sequence[str]],
+    name: str,
+) -> float:
+    """Return the objective of two students, each trained on one half of the images."""
+    ids = data.regions.image_ids.tolist()
+    logits_2NC = np.stack([_logits(plan, student, plan.images, ids) for student in students])
+    targets_NC = pseudo_label(data, trial_config(data.config, trial.settings)).targets_NC
+    fold_N = np.where(np.isin(ids, parts[0]), 0, 1).astype(np.int8)
+    outcome = Outcome(data.reference, fold_N, targets_NC, logits_2NC=logits_2NC)
+    return find_objective(name).compute(outcome)
+
+
+def _labeled_map(plan: Plan, student: _Student) -> float:
+    """Return the student's mAP on the labeled images."""
+    from hts_ray.evaluation import label_matrix
+    from hts_ray.metrics import hico_average_precision, mean_average_precision
+
+    assert plan.validation is not None
+    logits_VC = _logits(plan, student, plan.validation, plan.validation["image_id"].to_pylist())
+    labels_VC = label_matrix(plan.validation, plan.run.class_table)
+    return mean_average_precision(hico_average_precision(logits_VC, labels_VC))
+
+
+def _logits(plan: Plan, student: _Student, images: pa.Table, ids: Sequence[str]) -> FloatArray:
+    """Return logits (N, C) of images by id; one that cannot be read is below all others."""
+    found, logits_MC = _score(plan, student, images)
+    row_of = {image_id: row for row, image_id in enumerate(found)}
+    rows = np.array([row_of.get(image_id, -1) for image_id in ids])
+    floor = np.float32(logits_MC.min() - 1)
+    return np.where((rows >= 0)[:, None], logits_MC[rows], floor)
+
+
+def _score(plan: Plan, student: _Student, images: pa.Table) -> tuple[list[str], FloatArray]:
+    """Score images: few in this process, as features are, many as `hts predict` does."""
+    from hts_ray.evaluation import read_predictions
+    from hts_ray.student.prediction import score_images
+
+    config = plan.run.config
+    if config.predict.pool.num_gpus == 0 and len(images) <= config.train.features.local_images:
+        return score_images(student.path, images, config.predict)
+    known = {name: images[name] for name in ("image_id", "uri", "split")}
+    columns = [known.get(f.name, pa.nulls(len(images), f.type)) for f in MANIFEST_SCHEMA]
+    manifest = storage.join(plan.stage.file(FOLDER), "images.parquet")
+    write_table(manifest, pa.table(columns, schema=MANIFEST_SCHEMA))
+    values = {"run_dir": plan.stage.file(FOLDER), "predict": {"split": None}}
+    run = pipeline.Run(override(config, values), plan.run.class_table)
+    stage = pipeline.predict(run, student.path, manifest)
+    return read_predictions(stage.path, plan.run.class_table)

@@ -1,0 +1,216 @@
+"""A sweep in the report: every trial over all settings, and the objective over each of them.
+
+Plain SVG in the report's own colours. Values are placed in 0..1 along an axis: numbers between
+their bounds (evenly in the logarithm where the sweep drew them so), choices one beside the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from hts_ray import storage
+from hts_ray.assets import asset_path
+from hts_ray.sweep.log import OWN
+from hts_ray.sweep.stage import FINALISTS_FILE, TABLE, TRIALS_FILE
+from hts_ray.tables import find_stage, read_table
+
+Row = dict[str, Any]
+
+TOP_SHARE = 0.1  # of the complete trials are drawn as the best
+_AXIS_STEP, _HEIGHT, _TOP = 92.0, 250.0, 96.0
+_SMALL_WIDTH, _SMALL_HEIGHT = 220.0, 120.0
+_LABEL_LENGTH = 16
+# Drawn in this order, so that what matters lies on top; each is a class of the style sheet.
+_LAYERS = ("stopped", "complete", "top", "own", "best")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting's scale: `choices` in their order, or numbers from `low` to `high`."""
+
+    name: str
+    low: float
+    high: float
+    log: bool
+    choices: tuple[Any, ...] | None
+
+    @classmethod
+    def of(cls, stored: Sequence[Any]) -> Axis:
+        """Read what `Space.fingerprint` stored of a parameter."""
+        name, low, high, log, _, choices = stored
+        return cls(name, low, high, log, None if choices is None else tuple(choices))
+
+    @property
+    def short(self) -> str:
+        """The setting's name without its section."""
+        return self.name.rpartition(".")[2]
+
+    def place(self, value: Any) -> float | None:
+        """Return where a value lies, 0..1; None for one that the axis does not have.
+
+        The run's own value may lie outside of what was tried; numbers then go to the nearer end.
+        """
+        if self.choices is not None:
+            if value not in self.choices:
+                return None
+            return (self.choices.index(value) + 0.5) / len(self.choices)
+        if value is None:
+            return None
+        low, high, at = self.low, self.high, float(value)
+        if self.log:
+            low, high, at = math.log(low), math.log(high), math.log(max(at, 1e-300))
+        return min(max((at - low) / (high - low), 0.0), 1.0) if high > low else 0.5
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return the places that are named, with their names."""
+        if self.choices is not None:
+            return [
+                ((place + 0.5) / len(self.choices), _shown(value))
+                for place, value in enumerate(self.choices)
+            ]
+        return [(0.0, f"{self.low:.3g}"), (1.0, f"{self.high:.3g}")]
+
+
+def sweep_section(run_dir: str) -> Markup:
+    """Return the report's section about a run's latest sweep; empty without one."""
+    stage = find_stage(run_dir, TABLE)
+    if stage is None:
+        return Markup()
+    stats = stage.stats
+    return render_sweep(
+        read_table(stage.file(TRIALS_FILE)).to_pylist(),
+        [Axis.of(stored) for stored in stats["space"]],
+        stats,
+        storage.read_json(stage.file(FINALISTS_FILE)),
+    )
+
+
+def render_sweep(
+    rows: Sequence[Row],
+    axes: Sequence[Axis],
+    stats: Mapping[str, Any],
+    finalists: Sequence[Mapping[str, Any]],
+) -> Markup:
+    """Return the section: the verdict, the finalists and both kinds of plots.
+
+    `rows` are the rows of `trials`, `stats` those of the stage.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(asset_path("sweep.html.j2").read_text(encoding="utf-8"))
+    drawn = [row for row in rows if row["objective"] is not None]
+    layers = _layer_of(drawn, int(stats["best_trial"]))
+    objective = _objective_axis(drawn, str(stats["objective"]))
+    width = _AXIS_STEP * len(axes)
+    text = template.render(
+        stats=stats,
+        finalists=finalists,
+        own=OWN,
+        counts=", ".join(f"{count} {name}" for name, count in stats["statuses"].items()),
+        size=(width + 150, _TOP + _HEIGHT + 24),
+        top=_TOP,
+        bottom=_TOP + _HEIGHT,
+        axes=_drawn_axes([*axes, objective]),
+        lines=_lines(drawn, [*axes, objective], layers),
+        small_size=(_SMALL_WIDTH, _SMALL_HEIGHT),
+        panels=[_panel(drawn, axis, objective, layers) for axis in axes],
+        layers=_LAYERS,
+    )
+    return Markup(text)  # noqa: S704 - rendered by a template that escapes what it is given
+
+
+def _layer_of(rows: Sequence[Row], best: int) -> dict[int, str]:
+    """Return how each trial is drawn, by its number."""
+    complete = sorted(
+        (row for row in rows if row["status"] == "complete"), key=lambda row: -row["objective"]
+    )
+    top = {row["trial"] for row in complete[: max(1, round(TOP_SHARE * len(complete)))]}
+    layers = {}
+    for row in rows:
+        number = row["trial"]
+        layer = "complete" if row["status"] == "complete" else "stopped"
+        layer = "top" if number in top else layer
+        layer = "own" if number == OWN else layer
+        layers[number] = "best" if number == best else layer
+    return layers
+
+
+def _objective_axis(rows: Sequence[Row], name: str) -> Axis:
+    values = [row["objective"] for row in rows] or [0.0]
+    return Axis(name, min(values), max(values), False, None)
+
+
+def _y(place: float) -> float:
+    return _TOP + _HEIGHT * (1 - place)
+
+
+def _drawn_axes(axes: Sequence[Axis]) -> list[dict[str, Any]]:
+    return [
+        {
+            "x": f"{20 + _AXIS_STEP * place:.0f}",
+            "name": axis.short,
+            "ticks": [(f"{_y(at):.1f}", text) for at, text in axis.ticks()],
+        }
+        for place, axis in enumerate(axes)
+    ]
+
+
+def _lines(
+    rows: Sequence[Row], axes: Sequence[Axis], layers: Mapping[int, str]
+) -> dict[str, list[dict[str, str]]]:
+    """Return one polyline a trial, by layer, past the axes that lack the trial's value."""
+    found: dict[str, list[dict[str, str]]] = {layer: [] for layer in _LAYERS}
+    for row in rows:
+        points = []
+        for number, axis in enumerate(axes):
+            at = axis.place(row["objective"] if number == len(axes) - 1 else row[axis.name])
+            if at is not None:
+                points.append(f"{20 + _AXIS_STEP * number:.0f},{_y(at):.1f}")
+        title = f"trial {row['trial']}: {row['objective']:.4f}"
+        found[layers[row["trial"]]].append({"points": " ".join(points), "title": title})
+    return found
+
+
+def _panel(
+    rows: Sequence[Row], axis: Axis, objective: Axis, layers: Mapping[int, str]
+) -> dict[str, Any]:
+    """Lay out the objective over one setting."""
+    dots: dict[str, list[tuple[str, str]]] = {layer: [] for layer in _LAYERS}
+    for row in rows:
+        x, y = axis.place(row[axis.name]), objective.place(row["objective"])
+        if x is None or y is None:
+            continue
+        if axis.choices is not None:  # side by side, or equal values would hide one another
+            x += (row["trial"] * 0.618 % 1 - 0.5) * 0.6 / len(axis.choices)
+        dots[layers[row["trial"]]].append(
+            (f"{x * _SMALL_WIDTH:.1f}", f"{(1 - y) * _SMALL_HEIGHT:.1f}")
+        )
+    return {
+        "name": axis.name,
+        "dots": dots,
+        "ticks": [(f"{at * _SMALL_WIDTH:.1f}", text, _anchor(at)) for at, text in axis.ticks()],
+        "slanted": axis.choices is not None and len(axis.choices) > 3,
+        "low": f"{objective.low:.3f}",
+        "high": f"{objective.high:.3f}",
+    }
+
+
+def _anchor(at: float) -> str:
+    return "start" if at == 0 else "end" if at == 1 else "middle"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        text = "+".join(_shown(entry) for entry in value)
+    else:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _LABEL_LENGTH else f"{text[: _LABEL_LENGTH - 1]}\u2026"

@@ -1,0 +1,354 @@
+"""Which settings a sweep tries: checked against the typed configuration, drawn by seed and number.
+
+Trial i's settings follow from the sweep's seed and i alone, so a sweep that was cut off goes on
+with the settings that it would have had. No Ray here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from hts_ray import filtering
+from hts_ray.config import HtsConfig, RangeConfig, Section, override, walk_fields
+from hts_ray.errors import ConfigError
+from hts_ray.pseudo_labels import Aggregation
+from hts_ray.sweep_trial import feels
+
+Settings = dict[str, Any]  # dotted name: value
+
+SWEPT = ("filter.", "train.")  # what comes behind the teacher's pass
+TRIES = 200  # draws until the settings of a trial fit together
+_SAMPLE_IMAGES = 200  # whose scores tell where `null_score` may lie
+_NULL_QUANTILES = (0.1, 0.3, 0.5, 0.7)
+_MOST_REGIONS = 6
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One setting that is varied: `choices`, or numbers from `low` to `high`, both included."""
+
+    name: str
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    integer: bool = False
+    choices: tuple[Any, ...] | None = None
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """Return a value, evenly or, with `log`, evenly in its logarithm."""
+        if self.choices is not None:
+            return self.choices[int(rng.integers(len(self.choices)))]
+        if self.integer and not self.log:
+            return int(rng.integers(int(self.low), int(self.high) + 1))
+        if self.log:
+            value = float(np.exp(rng.uniform(np.log(self.low), np.log(self.high))))
+        else:
+            value = float(rng.uniform(self.low, self.high))
+        rounded = round(value) if self.integer else float(f"{value:.6g}")
+        return min(max(rounded, self.low), self.high)
+
+    def describe(self) -> str:
+        """Return the range or the choices in words."""
+        if self.choices is not None:
+            return ", ".join("none" if value is None else str(value) for value in self.choices)
+        return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The parameters of a sweep around the settings of a run."""
+
+    base: HtsConfig
+    parameters: tuple[Parameter, ...]
+
+    def own(self) -> Settings:
+        """Return the run's own settings: what every trial is compared with."""
+        return {p.name: plain(value_of(self.base, p.name)) for p in self.parameters}
+
+    def draw(self, seed: int, trial: int) -> Settings:
+        """Return the settings of a trial, the same for the same seed and number.
+
+        Settings that contradict one another are drawn anew; after many tries the last are
+        returned as they are, and `problem` tells what is wrong with them.
+        """
+        rng = np.random.default_rng([seed, trial])
+        settings: Settings = {}
+        for _ in range(TRIES):
+            settings = {p.name: p.draw(rng) for p in self.parameters}
+            if self.problem(settings) is None:
+                break
+        return settings
+
+    def config(self, settings: Mapping[str, Any]) -> HtsConfig:
+        """Return the run's configuration with these settings; ConfigError if they do not fit."""
+        return override(self.base, nested(settings))
+
+    def problem(self, settings: Mapping[str, Any]) -> str | None:
+        """Return what contradicts itself in the settings, or None."""
+        try:
+            self.config(settings)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """Return (setting, the run's own value, what is tried), for a plan."""
+        own = self.own()
+        return [(p.name, str(own[p.name]), p.describe()) for p in self.parameters]
+
+    def fingerprint(self) -> list[Any]:
+        """Return what identifies the space, JSON-able."""
+        return [
+            [p.name, p.low, p.high, p.log, p.integer, plain(p.choices)] for p in self.parameters
+        ]
+
+
+def build_space(config: HtsConfig, region_scores: str) -> Space:
+    """Return the space of `config.sweep.space`, or the default one for these region scores.
+
+    Raises ConfigError, naming the setting and the nearest right name, for unknown settings, for
+    settings that say how and not what or that a trial cannot feel, and for values that the setting
+    refuses; also when no draw fits together.
+    """
+    ranges = config.sweep.space
+    if ranges is None:
+        parameters = default_parameters(config, region_scores)
+    else:
+        parameters = [_parameter(name, given) for name, given in ranges.items()]
+    if not parameters:
+        raise ConfigError(field="sweep.space", value={}, remedy="name a setting, or leave it out")
+    for parameter in parameters:
+        if not _felt(config, parameter.name):
+            raise ConfigError(
+                field="sweep.space",
+                value=parameter.name,
+                remedy="trials fit the classifier on the student's stored features, which this"
+                " setting does not change: train with each of its values instead",
+            )
+    space = Space(config, tuple(parameters))
+    problem = space.problem(space.draw(config.sweep.seed, 1))
+    if problem is not None:
+        raise ConfigError(f"sweep.space: no settings drawn from it fit together, lastly: {problem}")
+    return space
+
+
+def _felt(config: HtsConfig, name: str) -> bool:
+    """Tell whether a trial can feel a setting; of the rates it has the classifier's alone."""
+    if name == "train.optim.lr":
+        return config.train.optim.head_lr is None
+    return feels(name) and not name.startswith("train.optim.layer_decay")
+
+
+def default_parameters(config: HtsConfig, region_scores: str) -> list[Parameter]:
+    """Return what is worth varying, given what the teacher stored."""
+    info = filtering.read_info(region_scores)
+    found = _Stored.of(region_scores)
+    parameters = [
+        Parameter("filter.positive_threshold", 0.2, 0.9),
+        Parameter("filter.negative_threshold", 0.005, 0.3, log=True),
+        Parameter("filter.per_class_quantile", choices=(None, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)),
+        Parameter("filter.quantile_floor", 0.05, 0.5),
+        Parameter("filter.aggregation", choices=get_args(Aggregation)),
+        Parameter("filter.min_support", choices=(1, 2, 3)),
+    ]
+    if found.most_regions > 1:
+        most = min(found.most_regions, _MOST_REGIONS)
+        parameters.append(Parameter("filter.top_k", 1, most, integer=True))
+    if info.get("score_kind") != "log_probability":
+        parameters += _likelihood_parameters(config, info, found)
+    if len(found.kinds) > 1:
+        parameters.append(Parameter("filter.region_kinds", choices=subsets(found.kinds)))
+    if len(found.margins) > 1:
+        parameters.append(Parameter("filter.margins", choices=subsets(found.margins)))
+    rate = config.train.optim.head_lr or config.train.optim.lr
+    return [
+        *parameters,
+        Parameter("train.loss_temperature", 0.25, 4.0, log=True),
+        Parameter("train.optim.head_lr", rate / 8, rate * 8, log=True),
+    ]
+
+
+def _likelihood_parameters(
+    config: HtsConfig, info: Mapping[str, Any], found: _Stored
+) -> list[Parameter]:
+    """Return the settings that only log-likelihoods of prompts have."""
+    parameters = []
+    prior = info.get("prior_log_likelihoods")
+    if prior is not None:
+        parameters.append(Parameter("filter.prior_alpha", 0.0, 1.0))
+    own = config.filter.null_score
+    levels = {float(f"{v:.3g}") for v in np.quantile(found.best_scores, _NULL_QUANTILES)}
+    choices = (None, *sorted(levels | ({own} if own is not None else set())))
+    return [*parameters, Parameter("filter.null_score", choices=choices)]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What some of the stored regions look like."""
+
+    kinds: tuple[str, ...]
+    margins: tuple[float, ...]
+    most_regions: int
+    best_scores: np.ndarray  # each region's best log-likelihood
+
+    @classmethod
+    def of(cls, region_scores: str) -> _Stored:
+        kinds: set[str] = set()
+        margins: set[float] = set()
+        most = 0
+        best: list[np.ndarray] = []
+        for number, row in enumerate(filtering.iter_region_rows(region_scores)):
+            kinds.update(row["region_kinds"])
+            with_context = np.isin(row["region_kinds"], ("person", "union"))
+            given = np.asarray(row.get("margins") or np.zeros(len(with_context)))
+            margins.update(float(f"{value:.4g}") for value in given[with_context])
+            most = max(most, len(row["region_kinds"]))
+            if number < _SAMPLE_IMAGES:
+                best.append(row["scores"].max(axis=1))
+        scores = np.concatenate(best) if best else np.zeros(1)
+        scores = scores[np.isfinite(scores)]
+        return cls(
+            tuple(sorted(kinds)),
+            tuple(sorted(margins)),
+            most,
+            scores if len(scores) else np.zeros(1),
+        )
+
+
+def subsets(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return None for all, then all but one, then each alone, as lists without repeats."""
+    found = [[value for value in values if value != left_out] for left_out in values]
+    found += [[value] for value in values]
+    unique = [entry for place, entry in enumerate(found) if entry not in found[:place]]
+    return (None, *unique)
+
+
+def _parameter(name: str, given: RangeConfig) -> Parameter:
+    """Check a setting's name, and every value that is given for it."""
+    info = field_of(name)
+    if info is None or not name.startswith(SWEPT):
+        _refuse_name(name, info)
+    assert info is not None
+    # The name stands for "nothing": without any constraint Annotated would miss an argument.
+    annotation: Any = Annotated[(info.annotation, name, *info.metadata)]
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+    if given.choices is not None:
+        choices = tuple(plain(_checked(adapter, name, value)) for value in given.choices)
+        return Parameter(name, choices=choices)
+    numbers = _members(info.annotation) & {int, float}
+    if not numbers:
+        raise ConfigError(
+            field=f"sweep.space.{name}", remedy="it is not a number: give choices: [...]"
+        )
+    integer = float not in numbers
+    low, high = (
+        _checked(adapter, name, value) if not integer else _whole(adapter, name, value)
+        for value in (given.low, given.high)
+    )
+    return Parameter(name, low, high, given.log, integer)
+
+
+def _refuse_name(name: str, info: FieldInfo | None) -> None:
+    if info is not None:
+        raise ConfigError(
+            field="sweep.space",
+            value=name,
+            remedy=f"only {' and '.join(f'{part}*' for part in SWEPT)} can be swept; other"
+            " settings need another teacher's pass or another student",
+        )
+    known = [dotted for dotted, _, _ in walk_fields() if dotted.startswith(SWEPT)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        last = name.rpartition(".")[2]
+        close = [dotted for dotted in known if dotted.rpartition(".")[2] == last]
+    hint = f"; did you mean {close[0]}?" if close else f": known are {', '.join(known)}"
+    raise ConfigError(field="sweep.space", value=name, remedy=f"unknown setting{hint}")
+
+
+def _checked(adapter: TypeAdapter[Any], name: str, value: Any) -> Any:
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(
+            field=f"sweep.space.{name}", value=value, remedy=str(error.errors()[0]["msg"])
+        ) from None
+
+
+def _whole(adapter: TypeAdapter[Any], name: str, value: Any) -> int:
+    if float(value) != int(value):
+        raise ConfigError(field=f"sweep.space.{name}", value=value, remedy="give a whole number")
+    return int(_checked(adapter, name, int(value)))
+
+
+def _members(annotation: Any) -> set[Any]:
+    """Return the types of a union, or the type itself."""
+    if get_origin(annotation) in {Union, types.UnionType}:
+        return set(get_args(annotation))
+    return {annotation}
+
+
+def field_of(name: str) -> FieldInfo | None:
+    """Return the declaration of a dotted setting, or None when there is no such setting.
+
+    ConfigError for a setting that says how a stage runs and not what it answers.
+    """
+    section: Any = HtsConfig
+    info: FieldInfo | None = None
+    for part in name.split("."):
+        if not _is_section(section):
+            return None
+        info = section.model_fields.get(part)
+        if info is None:
+            return None
+        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("execution"):
+            raise ConfigError(
+                field="sweep.space",
+                value=name,
+                remedy="it says how a stage runs, not what it answers",
+            )
+        section = info.annotation
+    return None if _is_section(section) else info
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def value_of(config: HtsConfig, name: str) -> Any:
+    """Return the value of a dotted setting."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted names into nested mappings, as `config.override` and YAML files have them."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        *sections, last = name.split(".")
+        inner = result
+        for part in sections:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return result
+
+
+def plain(value: Any) -> Any:
+    """Return tuples as lists: what JSON, YAML and Parquet give back."""
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def differing(settings: Mapping[str, Any], own: Mapping[str, Any]) -> Settings:
+    """Return the settings that are not the run's own."""
+    return {name: value for name, value in settings.items() if value != own.get(name)}
