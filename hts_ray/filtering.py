@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,11 @@ import pyarrow.dataset as pads
 from hts_ray import pseudo_labels, storage
 from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.review.overrides import Corrected, apply_overrides, read_overrides
 from hts_ray.tables import PSEUDO_LABELS_SCHEMA, StageFolder, write_table
+
+# Changes the probabilities (R, C) of an image's regions, given its id and which were kept.
+Opinion = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
 
 _BATCH_ROWS = 256
 _IGNORED_PREFIXES = [".", "_", "checkpoint", "quarantine", "stats.json", "table.json"]
@@ -64,12 +68,15 @@ def iter_region_rows(path: str, batch_rows: int = _BATCH_ROWS) -> Iterator[dict[
             yield row
 
 
-def image_evidence(path: str, config: FilterConfig) -> ImageEvidence:
+def image_evidence(
+    path: str, config: FilterConfig, opinion: Opinion | None = None
+) -> ImageEvidence:
     """Aggregate every image's regions into class probabilities and support.
 
-    Rows come back sorted by `image_id`, so that the result does not depend on how the files
-    were written. Raises DataError when no region is left, ConfigError for region kinds that were
-    not stored.
+    `opinion(image_id, kept (R,), probabilities)` may change the probabilities of an image's kept
+    regions before they are aggregated. Rows come back sorted by `image_id`, so that the result
+    does not depend on how the files were written. Raises DataError when no region is left,
+    ConfigError for region kinds that were not stored.
     """
     info = read_info(path)
     found: list[tuple[str, str, str]] = []
@@ -82,6 +89,8 @@ def image_evidence(path: str, config: FilterConfig) -> ImageEvidence:
         if not keep.any():
             continue
         probabilities_RC = class_probabilities(row["scores"][keep], info, config)
+        if opinion is not None:
+            probabilities_RC = opinion(row["image_id"], keep, probabilities_RC)
         found.append((row["image_id"], row["uri"], row["split"]))
         probabilities.append(
             pseudo_labels.aggregate(probabilities_RC, config.aggregation, config.top_k)
@@ -173,17 +182,18 @@ def filter_regions(
     class_ids: np.ndarray,
     split: str | None,
     stage: StageFolder,
+    opinion: Opinion | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write `pseudo_labels` for the images of `split` and return the stage's counts.
 
-    The counts hold how many candidates were dropped for each reason. Raises DataError when no
-    image keeps a positive class.
+    `opinion` is what `image_evidence` takes. The counts hold how many candidates were dropped for
+    each reason. Raises DataError when no image keeps a positive class.
     """
     if stage.finished:
         return stage.stats
     started = time.perf_counter()
-    evidence = image_evidence(region_scores_path, config).of_split(split)
+    evidence = image_evidence(region_scores_path, config, opinion).of_split(split)
     if not evidence.image_ids:
         raise DataError(f"no scored image of split {split!r}: check train.split and label.splits")
     selection = pseudo_labels.select(
@@ -196,6 +206,13 @@ def filter_regions(
         min_support=config.min_support,
         max_positives_per_image=config.max_positives_per_image,
     )
+    corrections: dict[str, int] = {}
+    corrected_ids: tuple[str, ...] = ()
+    if config.overrides is not None:
+        evidence, selection, found = corrected(
+            evidence, selection, class_ids, read_overrides(config.overrides)
+        )
+        corrections, corrected_ids = found.counts(), found.image_ids
     table = pseudo_label_table(evidence, selection, class_ids)
     summary = selection.summary()
     if summary["positives"] == 0:
@@ -204,11 +221,22 @@ def filter_regions(
             " lower filter.positive_threshold or filter.min_support"
         )
     write_table(stage.file("part-0.parquet"), table)
+    storage.write_json(
+        stage.file("table.json"),
+        {
+            "class_ids": class_ids.tolist(),
+            "filter": config.answer_settings(),
+            "region_scores": region_scores_path.rstrip("/").rsplit("/", 1)[-1],
+            "split": split,
+            "corrected_ids": list(corrected_ids),
+        },
+    )
     seconds = time.perf_counter() - started
     positives_C = (selection.targets_NC == 1).sum(axis=0)
     stage.publish(
         {
             **summary,
+            **corrections,
             "rows_in": len(table),
             "rows_out": len(table),
             "quarantined": 0,
@@ -222,6 +250,26 @@ def filter_regions(
     if progress is not None:
         progress(f"{summary['positives']} positives on {len(table)} images")
     return stage.stats
+
+
+def corrected(
+    evidence: ImageEvidence,
+    selection: pseudo_labels.Selection,
+    class_ids: np.ndarray,
+    overrides: pa.Table,
+) -> tuple[ImageEvidence, pseudo_labels.Selection, Corrected]:
+    """Put what people decided in place of the selection; a positive of theirs has probability 1.
+
+    Raises DataError when the corrections belong to other images.
+    """
+    found = apply_overrides(overrides, evidence.image_ids, class_ids, selection.targets_NC)
+    given_NC = found.decided_NC & (found.targets_NC == 1)
+    certain_NC = np.where(given_NC, np.float32(1), evidence.probabilities_NC)
+    return (
+        replace(evidence, probabilities_NC=certain_NC),
+        replace(selection, targets_NC=found.targets_NC),
+        found,
+    )
 
 
 def pseudo_label_table(

@@ -25,6 +25,17 @@ from hts_ray.errors import DataError
 
 SCHEMA_VERSION = "2"
 STATS_FILE = "stats.json"
+# Beginnings of names that stand beside a table's own files.
+_NO_ROWS = [
+    ".",
+    "_",
+    "checkpoint",
+    STATS_FILE,
+    "table.json",
+    "quarantine",
+    "overrides",
+    "agreement",
+]
 
 
 def _schema(name: str, fields: list[pa.Field]) -> pa.Schema:
@@ -49,6 +60,17 @@ MANIFEST_SCHEMA = _schema(
     ],
 )
 ANNOTATION_COLUMNS = ("positive_ids", "negative_ids", "ambiguous_ids")
+
+CORRECTIONS_SCHEMA = _schema(
+    "corrections",
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        # As in a manifest: what is in no list was not decided.
+        pa.field("positive_ids", CLASS_IDS),
+        pa.field("negative_ids", CLASS_IDS),
+        pa.field("ambiguous_ids", CLASS_IDS),
+    ],
+)
 
 REGION_SCORES_SCHEMA = _schema(
     "region_scores",
@@ -265,7 +287,7 @@ def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
             format="parquet",
             filesystem=filesystem,
             exclude_invalid_files=False,
-            ignore_prefixes=[".", "_", "checkpoint", STATS_FILE, "table.json", "quarantine"],
+            ignore_prefixes=_NO_ROWS,
         )
         if not dataset.files:
             raise DataError(f"{path} holds no Parquet file: the stage that writes it has no rows")

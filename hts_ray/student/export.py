@@ -24,7 +24,9 @@ from torch import Tensor
 from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.errors import ConfigError, DataError, UserError
+from hts_ray.outputs import new_output, refuse_existing
 from hts_ray.student.checkpoints import (
+    DESCRIPTION,
     description_of,
     find_student,
     load_student,
@@ -32,13 +34,7 @@ from hts_ray.student.checkpoints import (
     student_fingerprint,
 )
 from hts_ray.student.model import Student, _model_cfg, _resolve_name
-from hts_ray.student.official import (
-    HICO_CLASSES,
-    new_output,
-    official_checkpoint,
-    read_official,
-    refuse_existing,
-)
+from hts_ray.student.official import HICO_CLASSES, official_checkpoint, read_official
 from hts_ray.tables import StageFolder
 
 TOLERANCE = 1e-3
@@ -94,7 +90,7 @@ def export_student(path: str, form: str, output: str) -> Exported:
     refuse_existing(output)
     folder = find_student(path)
     source = _Source(load_student(folder), folder, description_of(folder), output)
-    with new_output(output) as target:
+    with new_output(output, last=DESCRIPTION) as target:
         written = _WRITERS[form](source, target)
         difference = _difference(written, source.student)
         if not difference <= TOLERANCE:

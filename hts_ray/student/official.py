@@ -17,12 +17,9 @@ import io
 import math
 import pickle
 import re
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +30,7 @@ from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes, load_class_table
 from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.outputs import new_output, refuse_existing
 from hts_ray.student.checkpoints import DESCRIPTION, save_student
 from hts_ray.student.model import Student, rebuild_student
 
@@ -67,7 +65,7 @@ def import_checkpoint(file: str, output: str, classes: str | None = None) -> dic
         "sha256": _sha256(file),
         "epoch": epoch if isinstance(epoch, int) else None,
     }
-    with new_output(output) as folder:
+    with new_output(output, last=DESCRIPTION) as folder:
         save_student(student, str(folder), {"imported": source})
     vision = student.model_cfg["vision_cfg"]
     return {
@@ -112,51 +110,6 @@ def official_checkpoint(student: Student, epoch: int = 0) -> dict[str, Any]:
     state["logit_scale"] = student.logit_scale.detach().cpu().log()
     optimizer: dict[str, Any] = {"state": {}, "param_groups": []}
     return {"epoch": epoch, "model_state_dict": state, "optimizer_state_dict": optimizer}
-
-
-def refuse_existing(output: str) -> None:
-    """Raise ConfigError when something is at `output` already."""
-    if storage.exists(output):
-        raise ConfigError(
-            "something is there already", field="--output", value=output,
-            remedy="remove it or choose another place",
-        )  # fmt: skip
-
-
-@contextmanager
-def new_output(output: str) -> Iterator[Path]:
-    """Give a local path to write a file or folder at, which becomes `output` after the block.
-
-    That is one rename; to remote storage it is copied, a folder's `student.json` last. A block
-    that fails leaves nothing. Raises ConfigError when something is at `output` already, or
-    nothing can be written there.
-    """
-    refuse_existing(output)
-    target = None if storage.is_remote(output) else Path(storage.resolve(output)[1])
-    try:
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(
-            prefix=".hts-", dir=None if target is None else target.parent
-        )
-    except OSError as error:
-        raise ConfigError(field="--output", value=output, remedy=str(error)) from error
-    with temporary as folder:
-        made = Path(folder) / output.rstrip("/").rsplit("/", 1)[-1]
-        yield made
-        refuse_existing(output)  # it may have appeared meanwhile, and a rename would replace it
-        if target is not None:
-            made.rename(target)
-        else:
-            _upload(made, output)
-
-
-def _upload(made: Path, output: str) -> None:
-    if made.is_file():
-        storage.write_bytes(output, made.read_bytes())
-        return
-    for path in sorted(made.iterdir(), key=lambda path: path.name == DESCRIPTION):
-        storage.write_bytes(storage.join(output, path.name), path.read_bytes())
 
 
 def _load(file: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Labels that people corrected: read, compared with the machine's, and put in their place."""

@@ -1,0 +1,228 @@
+"""Files of corrected labels as other tools write them: Label Studio, COCO and CSV.
+
+Every reader returns what the file says, in its own words: images by the names it has for them,
+classes by their names. What they are in a run is found out by `hts_ray.review.matching`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hts_ray import storage
+from hts_ray.errors import DataError
+from hts_ray.exports import csv_file, label_studio
+
+FORMATS = (
+    "a Label Studio export (JSON: a list of tasks with annotations), COCO JSON (images,"
+    " categories, annotations) or a CSV file with the columns image_id and positive"
+)
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """What a file says of one image.
+
+    `image_id` is the run's own id where the file carries it, `reference` a path or address;
+    `negative` is None where the file lists no negatives, so that the others' meaning is open.
+    """
+
+    reference: str
+    image_id: str | None
+    positive: tuple[str, ...]
+    ambiguous: tuple[str, ...] = ()
+    negative: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An entry that cannot be used: how the file calls the image, and why."""
+
+    reference: str
+    kind: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """The images of a file, its bad entries, and counts of what is neither (not reviewed yet)."""
+
+    images: tuple[ReadImage, ...]
+    problems: tuple[Problem, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def read_labels(path: str) -> Read:
+    """Read corrected labels; the content tells the format. Raises DataError for any other file."""
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError as error:
+        raise DataError(f"no file {path}: check the path") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a text file: give {FORMATS}") from error
+    if not text.lstrip().startswith(("[", "{")):
+        return read_csv(text, path)
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not complete JSON: {error}") from error
+    if isinstance(document, dict) and {"images", "categories"} <= document.keys():
+        return read_coco(document, path)
+    tasks = [document] if isinstance(document, dict) and "data" in document else document
+    if isinstance(tasks, list) and all(_is_task(task) for task in tasks):
+        return read_label_studio(tasks)
+    raise DataError(f"{path} is none of the known formats: give {FORMATS}")
+
+
+def _is_task(task: Any) -> bool:
+    return isinstance(task, dict) and isinstance(task.get("data"), dict)
+
+
+def read_label_studio(tasks: Sequence[Mapping[str, Any]]) -> Read:
+    """Read exported tasks: the last annotation of each that was not cancelled counts.
+
+    One that was marked as ground truth comes before all others. What is ticked in the control
+    `unsure` is ambiguous, what is ticked elsewhere positive. Boxes count only in files that have
+    nothing ticked at all: where they stand for themselves.
+    """
+    chosen, counts = [], Counter({"not_reviewed": 0, "several_annotations": 0})
+    for task in tasks:
+        annotations = [
+            entry
+            for entry in task.get("annotations") or ()
+            if isinstance(entry, dict) and not entry.get("was_cancelled")
+        ]
+        counts["not_reviewed"] += not annotations
+        counts["several_annotations"] += len(annotations) > 1
+        if annotations:
+            last = max(annotations, key=_precedence)
+            chosen.append((task, [r for r in last.get("result") or () if isinstance(r, dict)]))
+    ticked = any(entry.get("type") == "choices" for _, result in chosen for entry in result)
+    images = []
+    for task, result in chosen:
+        data = task["data"]
+        images.append(
+            ReadImage(
+                reference=_image_value(data),
+                image_id=data["image_id"] if isinstance(data.get("image_id"), str) else None,
+                positive=_labels(result, ticked, unsure=False),
+                ambiguous=_labels(result, ticked, unsure=True),
+            )
+        )
+    return Read(tuple(images), counts=counts)
+
+
+def _precedence(annotation: Mapping[str, Any]) -> tuple[bool, str]:
+    when = annotation.get("updated_at") or annotation.get("created_at") or ""
+    return bool(annotation.get("ground_truth")), str(when)
+
+
+def _image_value(data: Mapping[str, Any]) -> str:
+    found = data.get(label_studio.IMAGE)
+    if isinstance(found, str):
+        return found
+    return next((value for value in data.values() if isinstance(value, str)), "")
+
+
+def _labels(result: Iterable[Mapping[str, Any]], ticked: bool, *, unsure: bool) -> tuple[str, ...]:
+    kind = "choices" if ticked else "rectanglelabels"
+    names: list[str] = []
+    for entry in result:
+        value = entry.get("value")
+        is_unsure = entry.get("from_name") == label_studio.UNSURE
+        if entry.get("type") == kind and is_unsure == unsure and isinstance(value, dict):
+            names += [name for name in value.get(kind) or () if isinstance(name, str)]
+    return tuple(dict.fromkeys(names))
+
+
+def read_coco(document: Mapping[str, Any], path: str = "the file") -> Read:
+    """Read COCO JSON: a class with at least one annotation is positive.
+
+    Our own `ignored_category_ids` of an image are ambiguous, LVIS's `neg_category_ids` negative.
+    Raises DataError when entries lack what the format asks for.
+    """
+    try:
+        names = {entry["id"]: str(entry["name"]) for entry in document["categories"]}
+        images = {entry["id"]: entry for entry in document["images"]}
+        positive: defaultdict[Any, dict[str, None]] = defaultdict(dict)
+        strays = 0
+        for annotation in document.get("annotations") or ():
+            if annotation["image_id"] in images:
+                name = names.get(annotation["category_id"], f"#{annotation['category_id']}")
+                positive[annotation["image_id"]][name] = None
+            else:
+                strays += 1
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is not COCO JSON: {type(error).__name__} {error}") from error
+
+    def named(ids: Iterable[Any] | None) -> tuple[str, ...]:
+        return tuple(names.get(i, f"#{i}") for i in ids or ())
+
+    read = []
+    for key, entry in images.items():
+        mine = tuple(positive[key])
+        ignored = named(entry.get("ignored_category_ids"))
+        negatives = entry.get("neg_category_ids")
+        read.append(
+            ReadImage(
+                reference=str(entry.get("file_name", "")),
+                image_id=_text(entry.get("hts_image_id")),
+                positive=mine,
+                ambiguous=tuple(name for name in ignored if name not in mine),
+                negative=None if negatives is None else named(negatives),
+            )
+        )
+    return Read(tuple(read), counts={"annotations_without_image": strays})
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def read_csv(text: str, path: str = "the file") -> Read:
+    """Read a table with one line an image, class names separated by `|`.
+
+    Columns: `image_id` or `uri`; `positive`; `ignored` and `negative` where they are known.
+    Others are left alone. Raises DataError for a missing column.
+    """
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    header = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = header
+    where = [name for name in (csv_file.IMAGE_ID, csv_file.URI) if name in header]
+    if not where or csv_file.POSITIVE not in header:
+        raise DataError(
+            f"{path} has the columns {', '.join(header) or 'none'}: it needs image_id (or uri) and"
+            f" positive; otherwise give {FORMATS}"
+        )
+    images, problems = [], []
+    for row in reader:
+        reference = row.get(csv_file.URI) or row.get(csv_file.IMAGE_ID) or ""
+        if row.get(None) or any(row.get(name) is None for name in header):  # type: ignore[call-overload]
+            error = f"line {reader.line_num} has not as many cells as the header: quote commas"
+            problems.append(Problem(reference, "bad_line", error))
+            continue
+        negative = _split(row[csv_file.NEGATIVE]) if csv_file.NEGATIVE in header else None
+        images.append(
+            ReadImage(
+                reference=reference,
+                image_id=row.get(csv_file.IMAGE_ID) or None,
+                positive=_split(row[csv_file.POSITIVE]),
+                ambiguous=_split(row.get(csv_file.IGNORED) or ""),
+                negative=negative,
+            )
+        )
+    return Read(tuple(images), tuple(problems))
+
+
+def _split(cell: str) -> tuple[str, ...]:
+    names = (name.strip() for name in cell.split(csv_file.SEPARATOR))
+    return tuple(dict.fromkeys(name for name in names if name))
