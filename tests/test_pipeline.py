@@ -11,7 +11,7 @@ import pytest
 from hts_ray import pipeline, storage
 from hts_ray.config import load_config, override
 from hts_ray.data.synthetic import world_class_ids, write_world
-from hts_ray.errors import DataError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.tables import ANNOTATION_COLUMNS, read_table, write_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -152,3 +152,45 @@ def test_jobs_pipeline_runs_the_same(finished, world, monkeypatch, capsys):
         runpy.run_path(str(REPOSITORY / "jobs" / "pipeline.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert f"{100 * metrics['mAP']:.1f}" in out
+
+
+def test_the_student_helps_to_filter_and_is_trained_anew(finished):
+    """Would catch a round without effect, one over other regions, and weight 0 with an effect."""
+    run, manifest, _, _ = finished
+    run = pipeline.Run(override(run.config, {"train": {"trainable": "head"}}), run.class_table)
+    scores = pipeline.region_scores_stage(run)
+    plain = pipeline.filter_labels(run, scores)
+    student = pipeline.train(run, pipeline.training_labels(run, plain, manifest))
+
+    def self_trained(weight, rounds=1):
+        changes = {"self_training": {"rounds": rounds, "student_weight": weight}}
+        changed = pipeline.Run(override(run.config, changes), run.class_table)
+        told = []
+        result = pipeline.self_train(
+            changed, scores, student, on_stage=lambda name, stage: told.append((name, stage))
+        )
+        return result, told
+
+    (labels, second), told = self_trained(0.5)
+    assert [name for name, _ in told] == ["student scores", "filter", "train"]
+    assert told[0][1].stats["rows_in"] == 40  # the training split alone
+    assert {labels, second}.isdisjoint({plain, student})
+    assert len(read_table(labels.path)) == 40
+    # The teacher alone: other folder, same labels, hence the same student.
+    (same, again), _ = self_trained(0.0)
+    assert same != plain
+    assert again == student
+    (_, third), told = self_trained(0.5, rounds=2)
+    assert [stage for name, stage in told if name == "train"] == [second, third]
+    assert third != second
+
+
+def test_self_training_is_refused_where_it_has_nothing_to_do(finished):
+    """Would catch a setting that is quietly without effect, found out after a day of labeling."""
+    run, manifest, _, _ = finished
+    changes = {"self_training": {"rounds": 1}, "train": {"labels": "annotations"}}
+    supervised = pipeline.Run(override(run.config, changes), run.class_table)
+    with pytest.raises(ConfigError, match=r"self_training.rounds = 1.*pseudo-labels only"):
+        pipeline.run_all(supervised, manifest)
+    with pytest.raises(ConfigError, match=r"self_training.rounds = 0: give 1"):
+        pipeline.self_train(run, pipeline.region_scores_stage(run), None)

@@ -228,18 +228,22 @@ def _start(job: dict[str, Any]) -> _Worker:
     )
 
 
-def _moving_average(decay: float) -> Any:
-    """Return the update of an exponential moving average whose decay grows to `decay`.
+def average_decay(steps: int, decay: float) -> float:
+    """Return the decay of a moving average of weights after `steps` steps; it grows to `decay`.
 
-    After n steps the decay is at most (1 + n) / (10 + n), or a short run's average would be its
+    It is 0 at first and then at most (1 + n) / (10 + n), or a short run's average would be its
     start. Source: TensorFlow's ExponentialMovingAverage with num_updates.
     """
+    return min(decay, (1 + steps) / (10 + steps)) if steps else 0.0
+
+
+def _moving_average(decay: float) -> Any:
+    """Return the update of an exponential moving average, as `AveragedModel` takes it."""
     import torch
 
     @torch.no_grad()
     def update(averages: list[Any], values: list[Any], steps: torch.Tensor | int) -> None:
-        n = int(steps)
-        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(averages, values, 1 - average_decay(int(steps), decay))
 
     return update
 

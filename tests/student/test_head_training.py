@@ -1,0 +1,148 @@
+"""`train.trainable=head` on cached features: what the full training gives, and computed once."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from safetensors.torch import load as load_weights
+
+from hts_ray import storage
+from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
+from hts_ray.errors import DataError
+from hts_ray.student import load_student, training
+from hts_ray.student.training import train_student
+from hts_ray.tables import StageFolder, read_table
+
+PLAIN = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
+CONFIG = TrainConfig(
+    trainable="head",
+    epochs=3,
+    batch_size=8,
+    num_workers=0,
+    optim=OptimConfig(lr=1e-5, head_lr=0.03),
+    augment=PLAIN,
+)
+
+
+@pytest.fixture
+def train(student_config, color_table, color_world, tmp_path):
+    def run(name, config=CONFIG, labels=color_world, **arguments):
+        stage = StageFolder(str(tmp_path), "student", name)
+        stats = train_student(
+            config=config,
+            student_config=student_config,
+            class_table=color_table,
+            labels=labels,
+            stage=stage,
+            seed=5,
+            **arguments,
+        )
+        return stage, stats
+
+    return run
+
+
+def changed(**values):
+    return TrainConfig.model_validate({**CONFIG.model_dump(), **values})
+
+
+def test_cached_features_give_what_full_training_gives(
+    ray_session, train, student_config, color_table, color_world, tmp_path
+):
+    """Catches another rate, decode or preprocessing than the loop's; all images in every step."""
+    config = changed(batch_size=48)
+    stage, stats = train("cached", config)
+    full = StageFolder(str(tmp_path), "student", "full")
+    data = training.training_set(color_world, color_table, config, 5)
+    outcome = training._fit(
+        config=config,
+        student_config=student_config,
+        num_classes=3,
+        initial=training._write_initial(student_config, color_table, config, full),
+        data=data,
+        validation=None,
+        stage=full,
+        seed=5,
+        progress=None,
+    )
+    expected = load_weights(outcome["weights"])
+    student = load_student(stage.path)
+    np.testing.assert_allclose(
+        student.classifier.detach(), expected["classifier"], rtol=1e-3, atol=1e-4
+    )
+    history = storage.read_json(stage.file("history.json"))
+    assert [record["loss"] for record in history] == pytest.approx(
+        [record["loss"] for record in outcome["history"]], rel=1e-4
+    )
+    assert {"epoch", "loss", "lr", "images", "images_per_second", "seconds"} <= set(history[0])
+    for name, value in student.state_dict().items():
+        assert name == "classifier" or np.array_equal(value, expected[name]), name
+    assert stats["epochs"] == 3
+    assert (stats["rows_in"], stats["rows_out"], stats["rows_trained"]) == (48, 48, 48)
+
+
+def test_the_same_images_are_encoded_once(train, color_world, tmp_path):
+    """Catches a tower that runs again for other labels, and a fit that ignores the labels."""
+    first, _ = train("first", changed(epochs=2))
+    folder = next(name for name in storage.list_names(str(tmp_path)) if "features-" in name)
+    stamp = storage.read_bytes(str(tmp_path / folder / "stats.json"))
+    swapped = pa.array([[11]] * 24, pa.list_(pa.int16()))
+    labels = color_world.slice(10, 24).set_column(2, "positive_ids", swapped)
+    second, stats = train("second", labels=labels)
+    assert stats["rows_in"] == 24
+    folders = [name for name in storage.list_names(str(tmp_path)) if "features-" in name]
+    assert folders == [folder]
+    assert storage.read_bytes(str(tmp_path / folder / "stats.json")) == stamp
+    again, _ = train("third", changed(epochs=2))
+    weights = [storage.read_bytes(s.file("model.safetensors")) for s in (first, second, again)]
+    assert weights[0] == weights[2] != weights[1]
+
+
+def test_flips_soft_labels_and_validation_reach_the_fit(train, color_world):
+    """Catches settings of the training that the short way forgets."""
+    weights = [storage.read_bytes(train("plain")[0].file("model.safetensors"))]
+    flips = changed(augment=AugmentConfig(flip=True))
+    weights.append(storage.read_bytes(train("flips", flips)[0].file("model.safetensors")))
+    lengths = [len(ids) for ids in color_world["positive_ids"].to_pylist()]
+    probability = pa.array([[0.3] * n for n in lengths], pa.list_(pa.float32()))
+    labels = color_world.append_column("probability", probability)
+    soft, _ = train("soft", changed(soft_labels=True), labels)
+    weights.append(storage.read_bytes(soft.file("model.safetensors")))
+    assert len(set(weights)) == 3
+    empty = pa.array([[]] * 48, pa.list_(pa.int16()))
+    annotated = color_world.select(["image_id", "uri", "positive_ids"])
+    for name in ("negative_ids", "ambiguous_ids"):
+        annotated = annotated.append_column(name, empty)
+    told = []
+    measured, stats = train(
+        "measured",
+        changed(validation_split="val", validate_every=2),
+        validation=annotated,
+        progress=told.append,
+    )
+    assert storage.read_bytes(measured.file("model.safetensors")) == weights[0]
+    found = [record["validation_mAP"] for record in told]
+    assert found[0] is None
+    assert 0.5 < found[1] <= found[2] + 0.1
+    assert stats["validation_mAP"] == found[2]
+
+
+def test_bad_images_and_infinite_losses_are_told(train, color_world, tmp_path):
+    """Catches one broken file that ends the run, is dropped silently, or spoils the weights."""
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    uris = color_world["uri"].to_pylist()
+    uris[3], uris[9], uris[12] = str(tmp_path / "broken.png"), "/nowhere.png", None
+    labels = color_world.set_column(1, "uri", pa.array(uris, pa.string()))
+    stage, stats = train("bad", changed(min_positives_per_class=40), labels)
+    assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (48, 45, 3)
+    bad = read_table(stage.file("quarantine", "part-0.parquet")).to_pylist()
+    kinds = {row["image_id"]: row["error_kind"] for row in bad}
+    assert kinds == {"i003": "not_an_image", "i009": "missing", "i012": "missing"}
+    assert {row["stage"] for row in bad} == {"train"}
+    assert json.loads(storage.read_bytes(stage.file("history.json")))[0]["images"] > 45
+    with pytest.raises(DataError, match=r"not finite in epoch 0; images i\d+"):
+        train("wild", changed(loss_temperature=1e-38))
+    assert not StageFolder(str(tmp_path), "student", "wild").finished
