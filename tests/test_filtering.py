@@ -156,3 +156,28 @@ def test_classes_that_a_search_left_out_are_negative():
     found = class_probabilities(scores_RC, info, FilterConfig(prior_alpha=0.5))
     assert found[0, 1] == 0
     np.testing.assert_allclose(found.sum(), 1, rtol=1e-6)
+
+
+def test_an_opinion_changes_the_regions_that_count(scores, tmp_path):
+    """Would catch a second opinion that is asked and dropped, or that meets other regions."""
+    asked = {}
+
+    def opinion(image_id, keep_R, probabilities_RC):
+        asked[image_id] = (keep_R.tolist(), probabilities_RC.shape)
+        return probabilities_RC[:, [1, 0, 2]] if image_id == "b" else probabilities_RC
+
+    config = PLAIN.model_copy(update={"region_kinds": ("grid", "whole")})
+    stage = StageFolder(str(tmp_path), "pseudo_labels", "opinion")
+    filter_regions(
+        config,
+        region_scores_path=scores.path,
+        class_ids=IDS,
+        split="train",
+        stage=stage,
+        opinion=opinion,
+    )
+    labels = {r["image_id"]: r["positive_ids"] for r in read_table(stage.path).to_pylist()}
+    assert labels == {"a": [11], "b": [3]}
+    assert asked["b"] == ([True] * 3, (3, 3))
+    image_evidence(scores.path, PLAIN.model_copy(update={"region_kinds": ("grid",)}), opinion)
+    assert asked["b"] == ([False, True, True], (2, 3))
