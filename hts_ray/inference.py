@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,12 @@ from hts_ray.data.images import DecodedImage, ImageError, decode_image, read_ima
 from hts_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from hts_ray.student.model import Student
     from hts_ray.teacher.regions import Region
+
+    ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
@@ -104,7 +108,7 @@ class Classifier:
 
     def predict(
         self,
-        images: Any,
+        images: ImageLike | Iterable[ImageLike],
         top_k: int | None = 5,
         threshold: float | None = None,
         *,
@@ -120,7 +124,7 @@ class Classifier:
         on_error="keep" its prediction has `error` instead.
         """
         if isinstance(images, str | Path | bytes | np.ndarray) or not isinstance(images, Iterable):
-            images = [images]
+            images = cast("list[ImageLike]", [images])
         return list(
             self.iterate(
                 images,
@@ -134,7 +138,7 @@ class Classifier:
 
     def iterate(
         self,
-        images: Iterable[Any],
+        images: Iterable[ImageLike],
         top_k: int | None = 5,
         threshold: float | None = None,
         *,

@@ -170,10 +170,11 @@ def export_command(
 ) -> None:
     """Write labels in a format of `hts_ray.exports.writing.FORMATS` and print what was counted."""
     from hts_ray.exports.source import read_labels
-    from hts_ray.exports.writing import check_output, export_labels
+    from hts_ray.exports.writing import FORMATS, check_output, export_labels
 
     check_output(form, output, force)
-    rows = read_labels(run, labels, manifest, split=split, limit=limit)
+    boxes = FORMATS[form].boxes
+    rows = read_labels(run, labels, manifest, split=split, limit=limit, regions=boxes)
     if dry_run:
         plan = {"read": rows.origin.name, "images": len(rows), "format": form, "write": output}
         print_mapping("plan", plan)

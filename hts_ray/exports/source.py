@@ -82,12 +82,13 @@ def read_labels(
     *,
     split: str | None = None,
     limit: int | None = None,
+    regions: bool = True,
 ) -> LabelRows:
     """Return the pseudo-labels at `labels` or the run's latest; with `manifest` its annotations.
 
     `manifest` may be "" for the run's own. `split` keeps one split, `limit` draws so many images
-    at random, the same for the same `seed` of the run. Raises ConfigError for both sources at
-    once, DataError when no labeled image is left.
+    at random, the same for the same `seed` of the run. Without `regions` the teacher's scores are
+    not read. Raises ConfigError for both sources at once, DataError when no labeled image is left.
     """
     if manifest is not None:
         if labels is not None:
@@ -97,7 +98,7 @@ def read_labels(
         stage = require_stage(run.run_dir, "pseudo_labels", "filter")
     else:
         stage = pipeline.given_stage(labels, "pseudo_labels")
-    return _pseudo_labels(run, stage, split, limit)
+    return _pseudo_labels(run, stage, split, limit, regions)
 
 
 def _annotations(run: pipeline.Run, path: str, split: str | None, limit: int | None) -> LabelRows:
@@ -116,7 +117,7 @@ def _annotations(run: pipeline.Run, path: str, split: str | None, limit: int | N
 
 
 def _pseudo_labels(
-    run: pipeline.Run, stage: StageFolder, split: str | None, limit: int | None
+    run: pipeline.Run, stage: StageFolder, split: str | None, limit: int | None, with_regions: bool
 ) -> LabelRows:
     table = check_table(
         read_table(stage.path, columns=[*_COLUMNS, "dropped"]), PSEUDO_LABELS_SCHEMA, stage.path
@@ -131,7 +132,7 @@ def _pseudo_labels(
     scores = _region_scores(run, stage, made)
     regions: Mapping[str, tuple[SupportRegion, ...]] = {}
     notes: tuple[str, ...] = ()
-    if run.config.export.region_boxes:
+    if run.config.export.region_boxes and with_regions:
         if scores is None:
             notes = ("no region boxes: the teacher pass of these labels is not in the run",)
         else:
@@ -139,7 +140,7 @@ def _pseudo_labels(
     return LabelRows(
         table,
         frozenset(run.class_table.positions),
-        _origin(run, stage, scores, made),
+        _origin(run, stage, scores, made, table),
         regions,
         None if path is None else _root(path),
         notes,
@@ -232,7 +233,11 @@ def supporting_regions(
 
 
 def _origin(
-    run: pipeline.Run, stage: StageFolder, scores: StageFolder | None, made: Mapping[str, Any]
+    run: pipeline.Run,
+    stage: StageFolder,
+    scores: StageFolder | None,
+    made: Mapping[str, Any],
+    table: pa.Table,
 ) -> Origin:
     info = read_info(scores.path) if scores is not None else {}
     teacher = str(info.get("model", ""))
@@ -247,7 +252,7 @@ def _origin(
         teacher=teacher.rstrip("/").rsplit("/", 1)[-1] if _is_path(teacher) else teacher,
         teacher_revision=fingerprint.rpartition("@")[2],
         settings=settings or {},
-        corrected=int(stage.stats.get("corrected_images", 0)),
+        corrected=len(set(made.get("corrected_ids", ())) & set(table["image_id"].to_pylist())),
         details={"settings hash": stage.key, **_details(run)},
     )
 

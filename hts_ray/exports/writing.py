@@ -33,24 +33,26 @@ MARKER = "hts_export.json"  # in every folder that an export makes: what it is a
 class Format:
     """How a format is written; a suffix means one file, none a folder.
 
-    Of `labels`, `sized` and `files` one is set: what the images come with.
+    Of `labels`, `sized` and `files` one is set: what the images come with. `boxes` tells whether
+    it has a place for regions.
     """
 
     suffix: str = ""
+    boxes: bool = False
     labels: Callable[[Iterable[LabeledImage], Context, Path], None] | None = None
     sized: Callable[[Iterable[LabeledImage], Context, Path], None] | None = None
     files: Callable[[Iterable[tuple[LabeledImage, ImageFile]], Context, Path], None] | None = None
 
 
 FORMATS: dict[str, Format] = {
-    "coco": Format(".json", sized=write_coco),
-    "fiftyone": Format(files=write_fiftyone),
+    "coco": Format(".json", boxes=True, sized=write_coco),
+    "fiftyone": Format(boxes=True, files=write_fiftyone),
     "huggingface": Format(files=write_huggingface),
     "webdataset": Format(files=write_webdataset),
     "anno-mat": Format(".mat", labels=write_anno_mat),
     "csv": Format(".csv", labels=write_csv),
     "parquet": Format(".parquet", labels=write_parquet),
-    "label-studio": Format(sized=write_label_studio),
+    "label-studio": Format(boxes=True, sized=write_label_studio),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice
 from urllib.parse import unquote, urlsplit
 
 from hts_ray.classes import ClassTable
@@ -12,12 +13,14 @@ from hts_ray.review.reading import Problem, ReadImage
 
 UNKNOWN_IMAGE, AMBIGUOUS_IMAGE, UNKNOWN_CLASS = "unknown_image", "ambiguous_image", "unknown_class"
 CONTRADICTION, REPEATED = "contradiction", "repeated_image"
+_HINTS, _SEARCHED_IDS = 20, 20_000
 
 
 class ImageIndex:
     """Finds images by their id, by their uri, or by the end of a path or address."""
 
     def __init__(self, image_ids: Sequence[str], uris: Sequence[str]) -> None:
+        self._hints_left = _HINTS
         self._ids = {image_id: row for row, image_id in enumerate(image_ids)}
         self._uris = {uri: row for row, uri in enumerate(uris)}
         self._tails: defaultdict[str, list[tuple[list[str], int]]] = defaultdict(list)
@@ -41,8 +44,7 @@ class ImageIndex:
         candidates = self._tails.get(parts[-1], []) if parts else []
         called = image.image_id or image.reference or "(no name)"
         if not candidates:
-            near = difflib.get_close_matches(called, list(self._ids)[:20_000], n=1, cutoff=0.8)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = self._nearest(called)
             return Problem(called, UNKNOWN_IMAGE, f"the manifest has no such image{hint}")
         agreement = {row: 0 for _, row in candidates}
         for known, row in candidates:
@@ -53,6 +55,15 @@ class ImageIndex:
             reason = f"{len(rows)} images of the manifest go by this name: write image ids"
             return Problem(called, AMBIGUOUS_IMAGE, reason)
         return rows[0]
+
+    def _nearest(self, name: str) -> str:
+        """Suggest an image for the first few unknown names only: the search takes long."""
+        if self._hints_left == 0:
+            return ""
+        self._hints_left -= 1
+        some = list(islice(self._ids, _SEARCHED_IDS))
+        near = difflib.get_close_matches(name, some, n=1, cutoff=0.8)
+        return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _parts(reference: str) -> list[str]:

@@ -194,9 +194,12 @@ def read_csv(text: str, path: str = "the file") -> Read:
     Columns: `image_id` or `uri`; `positive`; `ignored` and `negative` where they are known.
     Others are left alone. Raises DataError for a missing column.
     """
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    header = [name.strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = header
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if any(cells)]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}: check the quotes") from error
+    header = [name.strip() for name in lines[0][1]] if lines else []
     where = [name for name in (csv_file.IMAGE_ID, csv_file.URI) if name in header]
     if not where or csv_file.POSITIVE not in header:
         raise DataError(
@@ -204,11 +207,12 @@ def read_csv(text: str, path: str = "the file") -> Read:
             f" positive; otherwise give {FORMATS}"
         )
     images, problems = [], []
-    for row in reader:
+    for line, cells in lines[1:]:
+        row = dict(zip(header, cells, strict=False))
         reference = row.get(csv_file.URI) or row.get(csv_file.IMAGE_ID) or ""
-        if row.get(None) or any(row.get(name) is None for name in header):  # type: ignore[call-overload]
-            error = f"line {reader.line_num} has not as many cells as the header: quote commas"
-            problems.append(Problem(reference, "bad_line", error))
+        if len(cells) != len(header):
+            reason = f"line {line} has {len(cells)} cells, the header {len(header)}: quote commas"
+            problems.append(Problem(reference, "bad_line", reason))
             continue
         negative = _split(row[csv_file.NEGATIVE]) if csv_file.NEGATIVE in header else None
         images.append(

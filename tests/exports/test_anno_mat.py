@@ -63,7 +63,7 @@ def test_the_command_writes_matlab_version_5(labeled, tmp_path):
 
 def test_two_images_of_one_name_are_refused(labeled, tmp_path):
     """Catches labels of one image that silently belong to another afterwards."""
-    with pytest.raises(DataError, match="2 file names occur more than once .'1'"):
+    with pytest.raises(DataError, match=r"2 file names occur more than once .'1'"):
         export_labels(labeled, read_labels(labeled), "anno-mat", str(tmp_path / "a.mat"))
     assert not list(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ from labeled_run import save_run
 
 from hts_ray import pipeline
 from hts_ray.config import override
+from hts_ray.exports.source import read_labels
 from hts_ray.review.importing import import_labels, write_import
 from hts_ray.review.measuring import corrections_of, review
 from hts_ray.review.reading import Read, ReadImage
@@ -61,6 +62,8 @@ def test_the_filter_takes_the_corrections(run, tmp_path):
     assert labels.stats["corrected_labels"] == 3
     again, content = review(own, path, labels)
     assert again.overall.precision == 1.0
+    assert read_labels(own, labels.path).origin.corrected == 5
+    assert read_labels(own, labels.path, limit=1).origin.corrected <= 1
     assert content["applied"]
     # The same corrections elsewhere are the same labels; other ones are not.
     moved = imported(run, str(tmp_path / "copy"))

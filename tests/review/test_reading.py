@@ -101,6 +101,8 @@ def test_csv_from_a_spreadsheet():
     ]
     assert [(p.reference, p.kind) for p in read.problems] == [("c", "bad_line"), ("d", "bad_line")]
     assert read_csv("uri,positive,negative\n/x.jpg,a,\n").images[0].negative == ()
+    with pytest.raises(DataError, match="line 2: field larger than field limit"):
+        read_csv(f"image_id,positive\na,{'x' * 200_000}\n")
     with pytest.raises(DataError, match="columns image, label: it needs image_id"):
         read_csv("image,label\na,b\n")
 
