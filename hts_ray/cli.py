@@ -480,12 +480,19 @@ def evaluate(
 @cli.command()
 @click.argument("run_dir", metavar="RUN")
 @click.option("--output", metavar="FILE", help="Where to write (default RUN/report.html).")
-def report(run_dir: str, output: str | None) -> None:
+@click.option(
+    "--images",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Images of the gallery, at most.",
+)
+def report(run_dir: str, output: str | None, images: int) -> None:
     """Write one self-contained HTML page about a run."""
     from hts_ray.report import report_for_run, write_report
 
     path = output or storage.join(run_dir, "report.html")
-    write_report(path, report_for_run(run_dir))
+    write_report(path, report_for_run(run_dir, images))
     console.print(f"[bold]report[/bold] -> {path}")
 
 

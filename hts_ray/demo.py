@@ -273,7 +273,7 @@ def write_demo_report(run: pipeline.Run, rows: Sequence[Row]) -> str:
     }  # fmt: skip
     main = next(row for row in rows if row.name == HTS.name)
     found = report.report_for_run(run.run_dir, labels_stage=main.labels)
-    order = {row.name: place for place, row in enumerate(rows)}
+    place = _place({row.name: number for number, row in enumerate(rows)})
     data = replace(
         found,
         title=f"HTS demo, world {run.config.seed}",
@@ -298,14 +298,13 @@ def write_demo_report(run: pipeline.Run, rows: Sequence[Row]) -> str:
             for row in rows
         ],
         per_class=[
-            replace(entry, ap={n: entry.ap[n] for n in sorted(entry.ap, key=_place(order))})
+            replace(entry, ap={n: entry.ap[n] for n in sorted(entry.ap, key=place)})
             for entry in found.per_class
         ],
-        history={
-            row.name: [float(epoch["loss"]) for epoch in storage.read_json(path)]
-            for row in rows
-            if row.student is not None and storage.exists(path := row.student.file("history.json"))
+        precision_recall={
+            name: found.precision_recall[name] for name in sorted(found.precision_recall, key=place)
         },
+        training=sorted(found.training, key=lambda curve: place(curve.name)),
     )
     path = storage.join(run.run_dir, "report.html")
     report.write_report(path, data)

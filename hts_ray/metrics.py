@@ -1,6 +1,6 @@
 """The HICO classification protocol: 11-point average precision over partly known labels.
 
-Shapes: N images, C classes, B classes of one block, P positives of one class.
+Shapes: N images, C classes, B classes of one block, P positives of one class, T recalls.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ class Evaluation:
 
     `ap` and `ap_known_object` are (C,); `mean_ap` and `mean_ap_known_object` average them over
     the `num_classes` classes that have a positive; `few_shot` and `few_shot_known_object` map n to
-    the mean AP over the few-shot classes Few@n.
+    the mean AP over the few-shot classes Few@n. `interpolated_precision` (C, 11) is the best
+    precision at each of RECALL_THRESHOLDS or above, by default setting: its mean is the AP.
     """
 
     ap: FloatArray
     ap_known_object: FloatArray
+    interpolated_precision: FloatArray
     mean_ap: float
     mean_ap_known_object: float
     num_classes: int
@@ -64,6 +66,10 @@ class Evaluation:
             "num_images": self.num_images,
             "ap": [_plain(value) for value in self.ap.tolist()],
             "ap_known_object": [_plain(value) for value in self.ap_known_object.tolist()],
+            "interpolated_precision": [
+                None if math.isnan(curve[0]) else [round(value, 4) for value in curve]
+                for curve in self.interpolated_precision.tolist()
+            ],
         }
 
 
@@ -96,7 +102,7 @@ def hico_average_precision(
         annotations_NC = _reveal_negatives(annotations_NC, objects)
     ap_C = np.full(scores_NC.shape[1], np.nan)
     for c, labels_N in _ranked_labels(scores_NC, annotations_NC):
-        ap_C[c] = _interpolated_ap(labels_N, setting)
+        ap_C[c] = _mean_precision(_interpolated_precision(labels_N, setting))
     return ap_C
 
 
@@ -123,12 +129,15 @@ def evaluate(
         masks[int(n)] = mask_C
     ap_C = np.full(scores_NC.shape[1], np.nan)
     known_C = ap_C.copy()
+    precision_CT = np.full((len(ap_C), len(RECALL_THRESHOLDS)), np.nan)
     for c, labels_N in _ranked_labels(scores_NC, annotations_NC):
-        ap_C[c] = _interpolated_ap(labels_N, "default")
-        known_C[c] = _interpolated_ap(labels_N, "known_object")
+        precision_CT[c] = _interpolated_precision(labels_N, "default")
+        ap_C[c] = _mean_precision(precision_CT[c])
+        known_C[c] = _mean_precision(_interpolated_precision(labels_N, "known_object"))
     return Evaluation(
         ap=ap_C,
         ap_known_object=known_C,
+        interpolated_precision=precision_CT,
         mean_ap=mean_average_precision(ap_C),
         mean_ap_known_object=mean_average_precision(known_C),
         num_classes=int(np.isfinite(ap_C).sum()),
@@ -268,14 +277,13 @@ def _descending_order(scores_BN: NDArray[Any]) -> NDArray[np.intp]:
     return (keys_BN & _LOW_BITS).astype(np.intp)
 
 
-def _interpolated_ap(labels_N: NDArray[np.int8], setting: Setting) -> float:
-    """11-point AP of one class from its annotations (N,) in descending order of score.
+def _interpolated_precision(labels_N: NDArray[np.int8], setting: Setting) -> FloatArray:
+    """Best precision (T,) at each of T recalls or above, from annotations in falling score.
 
     Precision only ever falls between one positive and the next, so its maximum over "recall >= t"
     is attained at a positive, and the ranks of the P positives are all that is needed. For the
     same reason unknowns moved behind all others have no effect: every positive lies before
-    them. They are left out here, and the result is upstream's to the last bit, except that
-    eleven times 1 / 11, which adds up to 1.0000000000000002, is 1.
+    them. They are left out here. NaN without a positive.
     """
     if setting == "default":
         labels_N = labels_N[labels_N != AMBIGUOUS]
@@ -283,13 +291,19 @@ def _interpolated_ap(labels_N: NDArray[np.int8], setting: Setting) -> float:
         labels_N = labels_N[(labels_N == POSITIVE) | (labels_N == NEGATIVE)]
     ranks_P = np.flatnonzero(labels_N == POSITIVE) + 1
     if not ranks_P.size:
-        return math.nan
+        return np.full(len(RECALL_THRESHOLDS), np.nan)
     found_P = np.arange(1, ranks_P.size + 1)
     recall_P = found_P / ranks_P.size
     best_P = np.maximum.accumulate((found_P / ranks_P)[::-1])[::-1]
-    precisions = best_P[np.searchsorted(recall_P, RECALL_THRESHOLDS)]
-    # Added one by one, as upstream does; a pairwise sum could differ in the last bit.
-    return min(float(np.add.accumulate(precisions / 11)[-1]), 1.0)
+    precision_T: FloatArray = best_P[np.searchsorted(recall_P, RECALL_THRESHOLDS)]
+    return precision_T
+
+
+def _mean_precision(precision_T: FloatArray) -> float:
+    """AP as upstream adds it up, to the last bit, but 1 where it comes to 1.0000000000000002."""
+    # One by one: a pairwise sum could differ in the last bit. NaN stays NaN.
+    total = float(np.add.accumulate(precision_T / 11)[-1])
+    return total if math.isnan(total) else min(total, 1.0)
 
 
 def _plain(value: float) -> float | None:

@@ -198,12 +198,16 @@ def test_evaluate_agrees_with_its_parts_and_makes_json():
     assert result.mean_ap == pytest.approx(np.nanmean(ap))
     assert result.mean_ap_known_object == pytest.approx(np.nanmean(known))
     assert result.mean_ap < result.mean_ap_known_object
+    np.testing.assert_allclose(result.interpolated_precision.mean(axis=1), ap, rtol=1e-12)
+    assert not (np.diff(result.interpolated_precision) > 0).any()
     assert (result.num_classes, result.num_images) == (np.isfinite(ap).sum(), 50)
     assert result.few_shot[5] == few_shot_mean(ap, counts, 5)
     assert result.few_shot_known_object[5] == few_shot_mean(known, counts, 5)
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["few@10"] is None
     assert plain["ap"][4] is None
+    assert plain["interpolated_precision"][4] is None
+    assert np.mean(plain["interpolated_precision"][5]) == pytest.approx(ap[5], abs=1e-4)
     assert plain["mAP"] == result.mean_ap
     assert plain["few@1_known_object"] == result.few_shot_known_object[1]
 

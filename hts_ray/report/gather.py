@@ -1,0 +1,202 @@
+"""Everything a run directory has to show so far, as `ReportData`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray import storage, tables
+from hts_ray.evaluation import few_shot_masks
+from hts_ray.report.data import ClassRow, FunnelStep, ReportData, Section
+from hts_ray.report.evaluations import (
+    by_class,
+    comparison_rows,
+    last_part,
+    precision_recall,
+    read_object,
+    read_training,
+)
+from hts_ray.report.formatting import count, percent
+from hts_ray.report.found import ROWS_AT_ONCE, Found, read_columns, read_found
+from hts_ray.report.quality import reliability
+from hts_ray.report.run_gallery import run_gallery
+from hts_ray.report.stages import FinishedStages, read_quarantine, run_facts, stage_rows
+
+DEFAULT_IMAGES = 200
+DROP_REASONS = {
+    "ignored_band": "below the class's threshold",
+    "below_support": "too few regions agree",
+    "over_cap": "over the cap of one image",
+}
+_TRAIN = "train"  # the split whose annotations decide what is few-shot, as in the evaluation
+
+
+def report_for_run(
+    run_dir: str,
+    max_images: int = DEFAULT_IMAGES,
+    *,
+    labels_stage: tables.StageFolder | None = None,
+) -> ReportData:
+    """Gather what a run directory holds so far; a stage that has not run is left out.
+
+    `max_images` bounds the gallery. `labels_stage` names the pseudo_labels folder where the run
+    has several; the latest counts otherwise. Raises DataError when a table that is there cannot be
+    read.
+    """
+    stages = FinishedStages.of(run_dir)
+    found = read_found(run_dir, stages, labels_stage)
+    student = stages.latest("student")
+    provenance = read_object(storage.join(run_dir, "provenance.json"))
+    curves = {
+        name: precision_recall(values, list(found.names)) for name, values in found.metrics.items()
+    }
+    return ReportData(
+        title=f"HTS report: {last_part(run_dir)}",
+        intro=_intro(found),
+        settings=found.config_text,
+        provenance=provenance,
+        facts=run_facts(stages, found.config, provenance),
+        comparison=comparison_rows(found.metrics, "" if student is None else student.path),
+        funnel=_funnel(found),
+        stages=stage_rows(stages, found.config),
+        per_class=_class_rows(found),
+        precision_recall={name: curve for name, curve in curves.items() if curve},
+        reliability=reliability(found.quality.judged),
+        confusions=found.quality.confusions,
+        training=read_training(run_dir, found.metrics),
+        sections=[section for make in SECTIONS for section in make(run_dir)],
+        quarantine=read_quarantine(stages),
+        gallery=run_gallery(found, max_images),
+    )
+
+
+def _sweep(run_dir: str) -> list[Section]:
+    from hts_ray.sweep.plots import sweep_section
+
+    html = sweep_section(run_dir)
+    return [Section("sweep", "Sweep", html)] if html else []
+
+
+# Parts of the page that other modules make: each returns those of a run directory.
+SECTIONS: tuple[Callable[[str], Sequence[Section]], ...] = (_sweep,)
+
+
+def _intro(found: Found) -> list[str]:
+    lines = []
+    if found.manifest is not None:
+        known = f", {count(len(found.annotations))} of them annotated" if found.annotations else ""
+        of_classes = f", {count(len(found.names))} classes" if found.names else ""
+        lines.append(f"{count(len(found.manifest))} images{known}{of_classes}.")
+    right, wrong = found.quality.total("right"), found.quality.total("wrong")
+    true_labels = found.quality.annotated.total()
+    if right + wrong and true_labels:
+        lines.append(
+            f"Of the pseudo-labels on annotated images {percent(right / (right + wrong))} % are"
+            f" right (precision); they find {percent(right / true_labels)} % of the"
+            " annotated labels (recall). Annotations are used here to judge the pseudo-labels,"
+            " never to make them."
+        )
+    return lines
+
+
+def _funnel(found: Found) -> list[FunnelStep]:
+    steps = []
+    if found.manifest is not None:
+        steps.append(FunnelStep("images", len(found.manifest)))
+    scored = read_columns(found.regions, ["status", "region_kinds"])
+    if scored is not None:
+        usable = scored.filter(pc.equal(scored["status"], "ok"))
+        regions = pc.sum(pc.list_value_length(usable["region_kinds"])).as_py() or 0
+        steps.append(FunnelStep("images scored", len(usable), of="images"))
+        steps.append(FunnelStep("regions", regions, of="images scored"))
+    if found.labels is None:
+        return steps
+    dropped: Counter[str] = Counter()
+    for batch in found.labels.select(["dropped"]).to_batches(max_chunksize=ROWS_AT_ONCE):
+        for reasons in batch["dropped"].to_pylist():
+            dropped.update(dict(reasons or ()))
+    positive = pc.sum(pc.list_value_length(found.labels["positive_ids"])).as_py() or 0
+    pairs, decided = "candidate classes", "images filtered"
+    steps += [
+        FunnelStep(decided, len(found.labels), of="images scored"),
+        FunnelStep(
+            pairs, positive + dropped.total(), of=decided, note="at or above the negative threshold"
+        ),
+        FunnelStep("positives kept", positive, of=pairs),
+        FunnelStep("ignored", dropped.total(), of=pairs, note="left out of the loss"),
+    ]
+    return steps + [
+        FunnelStep(f"ignored: {DROP_REASONS.get(reason, reason)}", number, of=pairs)
+        for reason, number in dropped.most_common()
+        if number
+    ]
+
+
+def _class_rows(found: Found) -> list[ClassRow]:
+    """Return one row a class; precision and recall count annotated images only."""
+    ap = {name: by_class(values, "ap", list(found.names)) for name, values in found.metrics.items()}
+    if found.classes is None or (found.labels is None and not any(ap.values())):
+        return []
+    pseudo, agreeing = _pseudo_counts(found.labels)
+    few_shot = _few_shot(found)
+    verdicts, annotated = found.quality.verdicts, found.quality.annotated
+    rows = []
+    for class_id, name in found.names.items():
+        right, wrong = verdicts[class_id, "right"], verdicts[class_id, "wrong"]
+        rows.append(
+            ClassRow(
+                class_id=class_id,
+                name=name,
+                annotated=annotated[class_id] if annotated else None,
+                pseudo=pseudo[class_id] if found.labels is not None else None,
+                precision=right / (right + wrong) if right + wrong else None,
+                recall=right / annotated[class_id] if annotated[class_id] else None,
+                ap={method: values.get(class_id) for method, values in ap.items() if values},
+                support=agreeing[class_id] / pseudo[class_id] if pseudo[class_id] else None,
+                few_shot=few_shot.get(class_id),
+            )
+        )
+    return rows
+
+
+def _pseudo_counts(labels: pa.Table | None) -> tuple[Counter[int], Counter[int]]:
+    """Return the pseudo-labels of each class id, and how many regions agree on them in all."""
+    if labels is None:
+        return Counter(), Counter()
+    ids, inverse = np.unique(_flat(labels["positive_ids"]), return_inverse=True)
+    numbers = np.bincount(inverse, minlength=len(ids))
+    regions = np.bincount(inverse, weights=_flat(labels["support"]), minlength=len(ids))
+    return (
+        Counter(dict(zip(ids.tolist(), numbers.tolist(), strict=True))),
+        Counter(dict(zip(ids.tolist(), regions.astype(int).tolist(), strict=True))),
+    )
+
+
+def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    values: npt.NDArray[Any] = pc.list_flatten(column).to_numpy()
+    return values
+
+
+def _few_shot(found: Found) -> dict[int, int]:
+    """Return the smallest n of Few@n of each class that is in one, counted as the metrics do."""
+    if found.classes is None:
+        return {}
+    counts_C = None
+    if found.manifest is not None:
+        train = found.manifest.filter(pc.equal(found.manifest["split"], _TRAIN))
+        train = train.filter(train["positive_ids"].is_valid())
+        if len(train):
+            counts = Counter(_flat(train["positive_ids"]).tolist())
+            counts_C = np.array([counts[int(class_id)] for class_id in found.classes.ids])
+    masks = few_shot_masks(counts_C, found.classes)
+    return {
+        int(class_id): min(levels)
+        for place, class_id in enumerate(found.classes.ids)
+        if (levels := [level for level, mask_C in masks.items() if mask_C[place]])
+    }

@@ -1,0 +1,195 @@
+"""A report as one HTML document that needs no other file and no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from hts_ray import storage
+from hts_ray.assets import asset_path
+from hts_ray.metrics import mean_average_precision
+from hts_ray.report import formatting
+from hts_ray.report.charts import (
+    Chart,
+    legend,
+    precision_recall_chart,
+    reliability_chart,
+    training_charts,
+)
+from hts_ray.report.comparison import by_role, gap_sentence, method_of, row_gap, wins_sentence
+from hts_ray.report.data import (
+    VERDICTS,
+    Confusion,
+    FunnelStep,
+    GalleryItem,
+    ReportData,
+    StageRow,
+    Verdict,
+)
+from hts_ray.report.gallery import gallery_classes, gallery_data
+from hts_ray.report.quality import expected_calibration_error
+
+MAX_QUARANTINE_ROWS = 200
+MAX_CONFUSED_PAIRS = 12
+OPEN_CONFUSIONS = 1  # tables that are unfolded from the start
+
+Curves = Mapping[str, Mapping[int, Sequence[float]]]
+
+
+def render_report(data: ReportData) -> str:
+    """Return the report as one HTML document that needs no other file and no network."""
+    script, style = _asset("report.js"), _asset("report.css")
+    methods = list(dict.fromkeys(name for row in data.per_class for name in row.ap))
+    zero, hts = (
+        method_of("zero_shot", methods, data.comparison),
+        method_of("hts", methods, data.comparison),
+    )
+    main = by_role(data.comparison).get("hts")
+    series = _series(data)
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            data=data,
+            script=Markup(script),  # noqa: S704 - packaged
+            style=Markup(style),  # noqa: S704 - packaged
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            comparison=[
+                (row, row is main, row_gap(row, data.comparison)) for row in data.comparison
+            ],
+            gap_sentence=gap_sentence(data.comparison),
+            wins_sentence=wins_sentence(data.per_class, zero, hts),
+            funnel=_funnel_view(data.funnel),
+            methods=[(name, name == hts) for name in methods],
+            precision_recall=_precision_recall_chart(data.precision_recall, series),
+            curve_data=_curve_data(data.precision_recall),
+            curve_classes=_curve_classes(data),
+            reliability=reliability_chart(data.reliability) if data.reliability else None,
+            calibration_error=expected_calibration_error(data.reliability),
+            confused_pairs=_confused_pairs(data.confusions),
+            open_confusions=OPEN_CONFUSIONS,
+            training=training_charts(data.training, series),
+            totals=_totals(data.stages),
+            kinds=Counter(row.error_kind for row in data.quarantine).most_common(),
+            max_quarantine=MAX_QUARANTINE_ROWS,
+            provenance=list(formatting.flat(data.provenance)),
+            verdicts=_used_verdicts(data.gallery),
+            all_verdicts=VERDICTS,
+            gallery_classes=gallery_classes(data.gallery),
+            gallery_data=gallery_data(data.gallery),
+        )
+    )
+
+
+def write_report(path: str, data: ReportData) -> None:
+    """Render a report and write it to a path or URI in one step."""
+    storage.write_bytes(path, render_report(data).encode("utf-8"))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(asset_path("report")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=formatting.percent,
+        count=formatting.count,
+        seconds=formatting.seconds,
+        figure=formatting.figure,
+        width=formatting.width,
+        plural=lambda number, word: formatting.plural(word, number),
+        legend=legend,
+    )
+    return environment
+
+
+def _asset(name: str) -> str:
+    return asset_path(f"report/{name}").read_text(encoding="utf-8")
+
+
+def _series(data: ReportData) -> dict[str, int]:
+    """Number the methods, so that each looks the same in all charts."""
+    names = [row.name for row in data.comparison]
+    names += [*data.precision_recall, *(curve.name for curve in data.training)]
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _funnel_view(steps: Sequence[FunnelStep]) -> list[tuple[FunnelStep, float | None, str]]:
+    """Each step with its share of the step it refers to (None above 1) and that in words."""
+    counts = {step.name: step.count for step in steps}
+    view: list[tuple[FunnelStep, float | None, str]] = []
+    for step in steps:
+        whole = counts.get(step.of, 0)
+        if not whole:
+            view.append((step, None, ""))
+        elif step.count <= whole:
+            part = step.count / whole
+            view.append((step, part, f"{formatting.share(part)} of {step.of}"))
+        else:
+            view.append((step, None, f"{step.count / whole:,.1f} \u00d7 {step.of}"))
+    return view
+
+
+def _precision_recall_chart(curves: Curves, series: Mapping[str, int]) -> Chart | None:
+    if not curves:
+        return None
+    means = {
+        name: [sum(points) / len(points) for points in zip(*by_class.values(), strict=True)]
+        for name, by_class in curves.items()
+    }
+    mean_ap = {
+        name: mean_average_precision([sum(curve) / len(curve) for curve in by_class.values()])
+        for name, by_class in curves.items()
+    }
+    return precision_recall_chart(means, mean_ap, series)
+
+
+def _curve_data(curves: Curves) -> dict[str, list[list[int] | None]]:
+    """Return, by class id, each method's curve in thousandths: what the page's script draws."""
+    ids = dict.fromkeys(class_id for by_class in curves.values() for class_id in by_class)
+    return {
+        str(class_id): [
+            [round(1000 * value) for value in by_class[class_id]] if class_id in by_class else None
+            for by_class in curves.values()
+        ]
+        for class_id in ids
+    }
+
+
+def _curve_classes(data: ReportData) -> list[tuple[int, str]]:
+    known = {class_id for by_class in data.precision_recall.values() for class_id in by_class}
+    named = [(row.class_id, row.name) for row in data.per_class if row.class_id in known]
+    return sorted(named, key=lambda entry: entry[1].casefold())
+
+
+def _confused_pairs(confusions: Sequence[Confusion]) -> list[tuple[str, str, int]]:
+    """Return (annotated class, labeled class, images) of the most frequent mistakes."""
+    pairs = [
+        (table.names[row], table.names[column], number)
+        for table in confusions
+        for row, values in enumerate(table.counts[: len(table.verbs)])
+        for column, number in enumerate(values[: len(table.verbs)])
+        if row != column and number
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])[:MAX_CONFUSED_PAIRS]
+
+
+def _totals(stages: Sequence[StageRow]) -> dict[str, float | None]:
+    hours = [row.gpu_hours for row in stages if row.gpu_hours is not None]
+    return {
+        "seconds": sum(row.seconds or 0.0 for row in stages),
+        "gpu_hours": sum(hours) if hours else None,
+    }
+
+
+def _used_verdicts(gallery: Sequence[GalleryItem]) -> list[tuple[Verdict, str, str]]:
+    used = {label.verdict for item in gallery for label in item.labels}
+    return [(name, mark, text) for name, (mark, text) in VERDICTS.items() if name in used]
