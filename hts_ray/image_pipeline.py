@@ -294,6 +294,8 @@ def _may_pass(error: ImageError, uri: str) -> bool:
     number = getattr(error.__cause__, "errno", None)
     if number in {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}:
         return False
+    if storage.is_refusal(error.__cause__):
+        return False
     return storage.is_remote(uri) or number in _TRANSIENT
 
 

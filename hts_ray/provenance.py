@@ -49,10 +49,11 @@ def git_commit() -> str | None:
     root = Path(hts_ray.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    commit = command_output(["git", "-C", str(root), "rev-parse", "HEAD"])
     if commit is None:
         return None
-    dirty = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    status = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
+    dirty = command_output(status)
     return commit + ("+changes" if dirty else "")
 
 
@@ -111,11 +112,13 @@ def _processor() -> str:
 
 
 def _gpus() -> list[str]:
-    listed = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    listed = command_output(query)
     return listed.splitlines() if listed else []
 
 
-def _output(command: list[str]) -> str | None:
+def command_output(command: list[str]) -> str | None:
+    """Return what a command prints; None when it is not there, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):

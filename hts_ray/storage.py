@@ -1,20 +1,95 @@
 """Files by path or URI: one small layer over pyarrow's file systems.
 
-Every path of a run may be local or remote (`s3://`, `gs://`, ...). Small files become
-visible in one step: a local file by rename, a remote one because object stores show an
-object only when it is complete.
+Every path of a run may be local or remote (`s3://`, `gs://`, `hf://`, and what pyarrow or fsspec
+know besides). Small files become visible in one step: a local file by rename, a remote one
+because object stores show an object only when it is complete.
+
+Endpoints, regions and anonymous access come from environment variables, so that settings and
+code are the same everywhere; ENVIRONMENT names them. Credentials come from where the store's own
+tools look for them. Failures of remote storage are DataErrors that say what to mend; a missing
+file stays a FileNotFoundError, and a local failure an OSError.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import re
+import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs as pafs
 
 from hts_ray.errors import DataError
+
+Result = TypeVar("Result")
+
+ENVIRONMENT = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_NO_SIGN_REQUEST",
+    "STORAGE_EMULATOR_HOST",
+    "GS_NO_SIGN_REQUEST",
+)
+_ATTEMPTS, _PAUSE_SECONDS = 4, 0.5  # the pauses double
+_CONNECT_SECONDS = 10.0
+_SILENCE_SECONDS = 60.0  # until a request counts as lost; the client's own 3 are too few for load
+_GCS_RETRY_SECONDS = 60  # the client's own limit is 15 minutes
+# An object of these appears when its upload is complete; elsewhere a file is renamed into place.
+_OBJECT_STORES = {"s3", "gs", "gcs", "abfs", "abfss", "az", "hf", "oss"}
+_NATIVE = {"file", "abfs", "abfss", "hdfs", "viewfs", "mock"}
+_DEFAULT_REGION = "us-east-1"  # what stores with an endpoint of their own expect
+
+# Words in the messages of pyarrow's file systems, the reason they stand for and what helps.
+_REASONS = (
+    (
+        r"NO_SUCH_BUCKET|Bucket '[^']*' not found|bucket does not exist|NoSuchBucket",
+        "the bucket does not exist",
+        "check its name, or create it",
+    ),
+    (
+        r"REQUEST_TIME_TOO_SKEWED|RequestTimeTooSkewed",
+        "this machine's clock is wrong",
+        "set the clock (NTP)",
+    ),
+    (
+        r"PERMANENT_?REDIRECT|HTTP status 301|AuthorizationHeaderMalformed",
+        "the bucket is in another region",
+        "set AWS_REGION to the bucket's region",
+    ),
+    (
+        r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN"
+        r"|ExpiredToken|UNRECOGNIZED_CLIENT|HTTP status 401|UNAUTHENTICATED",
+        "the credentials are not valid",
+        "renew them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a role, or"
+        " GOOGLE_APPLICATION_CREDENTIALS)",
+    ),
+    (
+        r"ACCESS_DENIED|AccessDenied|HTTP status 403|PERMISSION_DENIED|Forbidden",
+        "access is denied",
+        "give the role or key of every node the right to list, read, write and delete there; for"
+        " public data set AWS_NO_SIGN_REQUEST=yes or GS_NO_SIGN_REQUEST=yes",
+    ),
+    (
+        r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|HTTP status 5\d\d|UNAVAILABLE|throttl",
+        "the storage fails or is throttling",
+        "run the same command again later, it goes on where it was",
+    ),
+    (
+        r"NETWORK_CONNECTION|curlCode|Could ?n[o']t (?:resolve|connect)|timed? ?out|Timeout",
+        "the storage cannot be reached",
+        "check the network and AWS_ENDPOINT_URL",
+    ),
+)
+_REFUSALS = re.compile("|".join(pattern for pattern, _, _ in _REASONS[:5]))
 
 
 def is_remote(path: str) -> bool:
@@ -23,14 +98,120 @@ def is_remote(path: str) -> bool:
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the file system and the path inside it; local paths become absolute."""
+    """Return the file system and the path inside it; local paths become absolute.
+
+    Raises DataError for a scheme that nothing here reads, a missing package, or a bucket that
+    cannot be looked up.
+    """
     if "://" not in path:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+    parts = urlsplit(path)
     try:
-        filesystem, inner = pafs.FileSystem.from_uri(path)
+        if parts.scheme in {"s3", "gs", "gcs"} and not (parts.query or "@" in parts.netloc):
+            scheme, bucket = parts.scheme, parts.netloc
+            filesystem = patiently(path, lambda: _bucket(scheme, bucket, _environment()))
+            # Not part of the key: a slash at its end. Part of it: what URIs read otherwise.
+            return filesystem, unquote(bucket + parts.path).rstrip("/")
+        if parts.scheme in _NATIVE or parts.scheme in {"s3", "gs", "gcs"}:
+            filesystem, inner = pafs.FileSystem.from_uri(path)
+            return filesystem, str(inner)
+        return _fsspec(path)
+    except ImportError as error:
+        raise DataError(
+            f"{parts.scheme}:// needs a package that is not installed: {error}; install it here"
+            " and on every node"
+        ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot open the storage of {path!r}: {error}") from error
-    return filesystem, str(inner)
+        raise DataError(
+            f"cannot open the storage of {path!r}: {error}; known are local paths, s3://, gs://,"
+            " hf://, abfs://, hdfs:// and the protocols of fsspec"
+        ) from error
+
+
+def _fsspec(path: str) -> tuple[pafs.FileSystem, str]:
+    import fsspec
+
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(inner)
+
+
+def _environment() -> tuple[str | None, ...]:
+    return tuple(os.environ.get(name) for name in ENVIRONMENT)
+
+
+@lru_cache(maxsize=64)
+def _bucket(scheme: str, bucket: str, _environment: tuple[str | None, ...]) -> pafs.FileSystem:
+    """Return the file system of a bucket; made once, because its region is looked up.
+
+    `_environment` makes a change of the variables count.
+    """
+    return _s3(bucket) if scheme == "s3" else _gcs()
+
+
+def _s3(bucket: str) -> pafs.FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if not region:
+        region = _DEFAULT_REGION if endpoint else pafs.resolve_s3_region(bucket)
+    return pafs.S3FileSystem(
+        region=region,
+        endpoint_override=endpoint or None,
+        anonymous=_is_set("AWS_NO_SIGN_REQUEST"),
+        connect_timeout=_CONNECT_SECONDS,
+        request_timeout=_SILENCE_SECONDS,
+        # A small file is then one request instead of the three of a multipart upload.
+        allow_delayed_open=True,
+    )
+
+
+def _gcs() -> pafs.FileSystem:
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    scheme, _, host = emulator.rpartition("://")
+    return pafs.GcsFileSystem(
+        anonymous=bool(emulator) or _is_set("GS_NO_SIGN_REQUEST"),
+        scheme=(scheme or "http") if emulator else None,
+        endpoint_override=host or None,
+        retry_time_limit=timedelta(seconds=_GCS_RETRY_SECONDS),
+    )
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in {"1", "true", "yes", "on"}
+
+
+def patiently(path: str, action: Callable[[], Result]) -> Result:
+    """Do something with a path's storage, and again after growing pauses where it may yet work.
+
+    The clients' own retries are not enough: Arrow reads a busy store's answer into the buffer of
+    the few bytes that it asked for, and gives up at once when that overflows. Raises DataError for
+    remote storage that keeps failing or refuses; FileNotFoundError and local errors pass.
+    """
+    for attempt in range(_ATTEMPTS if is_remote(path) else 1):
+        try:
+            return action()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError) and not is_refusal(error)
+            if missing or not is_remote(path):
+                raise
+            if attempt == _ATTEMPTS - 1 or is_refusal(error):
+                raise DataError(explain(path, error)) from error
+            # Spread, so that a thousand workers do not come back in step.
+            time.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
+    raise AssertionError("the last attempt returns or raises")
+
+
+def explain(path: str, error: BaseException) -> str:
+    """Return in one line what a remote storage's error means and what helps."""
+    text = " ".join(str(error).split())
+    for pattern, reason, remedy in _REASONS:
+        if re.search(pattern, text):
+            return f"{path}: {reason}: {remedy} ({text[:300]})"
+    return f"{path}: {text[:500]}"
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Return whether asking again would meet the same answer: denied, no bucket, a wrong key."""
+    return error is not None and _REFUSALS.search(str(error)) is not None
 
 
 def absolute(path: str) -> str:
@@ -46,27 +227,46 @@ def join(path: str, *parts: str) -> str:
 def exists(path: str) -> bool:
     """Return whether a file or folder is there."""
     filesystem, inner = resolve(path)
-    return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
+    info = patiently(path, lambda: filesystem.get_file_info(inner))
+    return bool(info.type != pafs.FileType.NotFound)
 
 
 def read_bytes(path: str) -> bytes:
-    """Return a file's bytes; FileNotFoundError or OSError when it cannot be read."""
+    """Return a file's bytes.
+
+    Raises FileNotFoundError, OSError when a local file cannot be read, DataError for a remote one.
+    """
     filesystem, inner = resolve(path)
-    with filesystem.open_input_stream(inner) as stream:
-        return bytes(stream.read())
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(inner) as stream:
+            return bytes(stream.read())
+
+    return patiently(path, read)
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a file so that no reader ever sees a part of it."""
+    """Write a file so that no reader ever sees a part of it; folders are made as needed."""
     filesystem, inner = resolve(path)
-    parent = os.path.dirname(inner)
-    filesystem.create_dir(parent, recursive=True)
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    target = os.path.join(parent, f".{uuid.uuid4().hex}.tmp") if local else inner
-    with filesystem.open_output_stream(target) as stream:
-        stream.write(data)
-    if local:
-        os.replace(target, inner)
+    parent, in_place = os.path.dirname(inner), urlsplit(path).scheme in _OBJECT_STORES
+    target = inner if in_place else os.path.join(parent, f".{uuid.uuid4().hex}.tmp")
+
+    def write() -> None:
+        if not in_place:
+            filesystem.create_dir(parent, recursive=True)
+        with filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+        if not in_place:
+            _rename(filesystem, target, inner)
+
+    patiently(path, write)
+
+
+def _rename(filesystem: pafs.FileSystem, source: str, target: str) -> None:
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        os.replace(source, target)
+    else:
+        filesystem.move(source, target)
 
 
 def read_json(path: str) -> Any:
@@ -82,14 +282,28 @@ def write_json(path: str, value: Any) -> None:
 def list_names(path: str) -> list[str]:
     """Return the sorted names inside a folder; none when it is not there or is a file."""
     filesystem, inner = resolve(path)
-    if filesystem.get_file_info(inner).type == pafs.FileType.File:
-        return []
-    selector = pafs.FileSelector(inner, allow_not_found=True)
-    return sorted(info.base_name for info in filesystem.get_file_info(selector))
+
+    def names() -> list[str]:
+        if filesystem.get_file_info(inner).type == pafs.FileType.File:
+            return []
+        selector = pafs.FileSelector(inner, allow_not_found=True)
+        return sorted(info.base_name for info in filesystem.get_file_info(selector))
+
+    return patiently(path, names)
+
+
+def delete_file(path: str) -> None:
+    """Remove a file; FileNotFoundError when it is not there."""
+    filesystem, inner = resolve(path)
+    patiently(path, lambda: filesystem.delete_file(inner))
 
 
 def remove_tree(path: str) -> None:
     """Remove a folder and what is in it; nothing happens when it is not there."""
     filesystem, inner = resolve(path)
-    if filesystem.get_file_info(inner).type == pafs.FileType.Directory:
-        filesystem.delete_dir(inner)
+
+    def remove() -> None:
+        if filesystem.get_file_info(inner).type == pafs.FileType.Directory:
+            filesystem.delete_dir(inner)
+
+    patiently(path, remove)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))  # pytest's import mode hides what lies beside
+import servers
 import tiny_models
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # both are read when ray is imported
@@ -66,6 +67,20 @@ def ray_session() -> Iterator[None]:
                 raise
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Start a head node of 4 logical CPUs with tokens; gives the environment of its clients."""
+    with servers.ray_head(tmp_path_factory.mktemp("head")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Start an S3 server with one bucket; gives the environment of its clients."""
+    with servers.s3_server(tmp_path_factory.mktemp("s3")) as environment:
+        yield environment
 
 
 @pytest.fixture(scope="session")
