@@ -8,6 +8,7 @@ users stand in the legend, which is HTML and escaped, and never in the drawing.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -89,14 +90,14 @@ def draw(
     they are, in light and dark. Groups whose gid begins with `mark:` can be found by the page's
     scripts as `data-mark`; `data-plot` holds the place of the first axes in the view box.
     """
-    import io
-
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     salt = hashlib.sha256(description.encode()).hexdigest()
     settings: Any = {**_THEME, "svg.hashsalt": salt}
-    with mpl.rc_context(settings):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a page must not depend on the user's own matplotlibrc
+        mpl.rcParams.update(settings)
         drawing = Figure(figsize=size, layout="constrained")
         paint(drawing)
         sink = io.StringIO()

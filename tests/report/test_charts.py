@@ -55,6 +55,19 @@ def test_drawings_can_stand_beside_each_other():
     assert one == report.draw(lambda drawing: drawing.subplots().plot([1, 2], marker="o"), "one")
 
 
+def test_drawings_ignore_the_users_own_style():
+    """Catches a page that fails or looks otherwise where matplotlib is set up for papers."""
+    import matplotlib as mpl
+
+    def paint(drawing):
+        drawing.subplots().plot([1, 2])
+
+    plain = report.draw(paint, "a line")
+    with mpl.rc_context({"text.usetex": True, "axes.grid": False, "svg.fonttype": "path"}):
+        assert report.draw(paint, "a line") == plain
+        assert mpl.rcParams["text.usetex"]
+
+
 def test_plot_box_is_where_the_axes_are():
     """Catches a box upside down: the page's script draws classes into it."""
     chart = charts.precision_recall_chart({"a": [1.0] * 11}, {"a": 1.0}, {"a": 0})
