@@ -31,6 +31,7 @@ from hts_ray.console import (
 )
 from hts_ray.errors import ConfigError, UserError
 from hts_ray.tables import find_stage
+from hts_ray.telemetry import log_as, run_tag
 
 _CONFIG_FILE = "config.yaml"
 
@@ -114,6 +115,8 @@ def stage_command(
             if print_config:
                 click.echo(settings.config.to_yaml(), nl=False)
                 return
+            stage = click.get_current_context().info_name or ""
+            log_as(settings.config.ray.log_format, run_tag(settings.config.run_dir), stage)
             function(settings, **options)
 
         if not from_sweep:

@@ -649,6 +649,15 @@ class RayConfig(Section):
         ge=0.1,
         description="memory of a local cluster's object store; Ray's choice if not set",
     )
+    gpu_hour_price: float | None = execution(
+        None,
+        gt=0.0,
+        description="what a GPU costs in an hour, in your currency; no spending is estimated"
+        " if not set",
+    )
+    log_format: Literal["text", "json"] = execution(
+        "text", description="of this package's logs; json: a line each, with run and stage"
+    )
 
 
 class HtsConfig(Section):

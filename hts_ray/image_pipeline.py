@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import ray.data
 
     from hts_ray.data.images import ImageError
+    from hts_ray.telemetry import Meter
 
 OK = "ok"
 QUARANTINED = "quarantined"
@@ -213,6 +214,7 @@ def decode_batch(
     *,
     retries: int = 0,
     attempts: Log | None = None,
+    meter: Meter | None = None,
 ) -> pa.Table:
     """Add the decoded pixels of each row's `uri`, or the reason why there are none.
 
@@ -220,10 +222,11 @@ def decode_batch(
     original's `width` and `height`, `error_kind` and `error`; a bad row has null pixels.
     `square` squashes the pixels to `square` x `square`, which is all that a student looks at.
     Storage that fails is asked again up to `retries` times. With a log of `attempts`, a batch
-    that has killed its worker is decoded in a process apart.
+    that has killed its worker is decoded in a process apart. A `meter` counts what is
+    asked again.
     """
     uris = table["uri"].to_pylist()
-    work = partial(_decode_row, images=images, square=square, retries=retries)
+    work = partial(_decode_row, images=images, square=square, retries=retries, meter=meter)
     ids = [f"decode {image_id}" for image_id in table["image_id"].to_pylist()] if attempts else []
     if attempts is not None and attempts.begin(ids) is not None:
         rows = each_in_a_process(work, uris, _killed_by)
@@ -245,7 +248,11 @@ def _killed_by(_uri: str | None) -> dict[str, Any]:
 
 
 def _decode_row(
-    uri: str | None, images: ImagesConfig, square: int | None, retries: int = 0
+    uri: str | None,
+    images: ImagesConfig,
+    square: int | None,
+    retries: int = 0,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     from hts_ray.data.images import ImageError, decode_image
 
@@ -253,7 +260,7 @@ def _decode_row(
         if not uri:
             raise ImageError("missing", "the row has no uri")
         image = decode_image(
-            _read_patiently(uri, retries),
+            _read_patiently(uri, retries, meter),
             max_pixels=images.max_pixels,
             min_side=images.min_side,
             max_side=images.max_side,
@@ -272,7 +279,7 @@ def _decode_row(
     }
 
 
-def _read_patiently(uri: str, retries: int) -> bytes:
+def _read_patiently(uri: str, retries: int, meter: Meter | None = None) -> bytes:
     """Read a file, and again after growing pauses where the storage failed as it may for once."""
     from hts_ray.data.images import ImageError, read_image_bytes
 
@@ -282,6 +289,8 @@ def _read_patiently(uri: str, retries: int) -> bytes:
         except ImageError as error:
             if attempt == retries or not _may_pass(error, uri):
                 raise
+            if meter is not None:
+                meter.count(retries=1)
             # Spread, so that a thousand tasks do not come back in step.
             time.sleep(_RETRY_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
     raise AssertionError("the last attempt returns or raises")

@@ -15,6 +15,7 @@ from pathlib import Path
 from hts_ray.config import PoolConfig, RayConfig
 from hts_ray.errors import ConfigError, UserError
 from hts_ray.preflight import CPUS_BESIDE
+from hts_ray.telemetry import configured
 
 # The newer Parquet reader starts 32 actors that read footers, however small the input. A
 # manifest is one file: the older reader saves these processes, and where the newer one is asked
@@ -55,7 +56,8 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
     import ray.data  # sets its own log level when imported, so before the levels below
 
     if ray.is_initialized():
-        yield
+        with configured(config):
+            yield
         return
     where = (
         {"address": config.address}
@@ -78,7 +80,8 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        yield
+        with configured(config):
+            yield
     finally:
         ray.shutdown()
 

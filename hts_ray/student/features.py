@@ -49,6 +49,7 @@ from hts_ray.tables import (
     settings_hash,
     write_table,
 )
+from hts_ray.telemetry import Meter
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int, int], None]
@@ -307,6 +308,7 @@ def _encode_on_ray(
         dataset.write_parquet(stage.path)
 
 
+            meter=Meter.of(stage, TABLE),
 class FeatureEncoder(StudentWorker):
     """Encodes decoded batches, and their mirror images where `flipped` asks for them."""
 

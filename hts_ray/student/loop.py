@@ -36,6 +36,7 @@ from hts_ray.student.resume import (
     write_local,
 )
 from hts_ray.student.validation import share_of, validation_mean_ap
+from hts_ray.telemetry import HeldGpus, Meter
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,8 @@ class _Worker:
     loss: Any
     rank: int
     world: int
+    meter: Meter
+    held: HeldGpus
     curves: CurveLog | None = None
 
     @property
@@ -164,6 +167,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
                 while position.epoch < worker.config.epochs:
                     position = _run_epoch(worker, shard, position)
                     _report(worker, position)
+                    worker.held.tick()  # validating and storing take time too
             except _BadLossError as error:
                 return {"error": error.error}
     return {"error": None}
@@ -182,6 +186,8 @@ def _start(job: dict[str, Any]) -> _Worker:
     from hts_ray.student.model import checkpoint_activations, parameter_groups, set_trainable
 
     config = TrainConfig.model_validate(job["config"])
+    meter = Meter(**job["meter"])
+    held = HeldGpus(meter, float(config.use_gpu))
     if job["local"] is not None:
         # The driver's process may have trained with other settings, and its threads would fight
         # with the processes that decode; Ray limits a worker's own threads likewise.
@@ -225,6 +231,8 @@ def _start(job: dict[str, Any]) -> _Worker:
         loss=loss.to(accelerator.device),
         rank=context.get_world_rank(),
         world=context.get_world_size(),
+        meter=meter,
+        held=held,
     )
 
 
@@ -276,7 +284,10 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
             continue
         torch.manual_seed(_seed(worker, epoch, step))
         lr = _set_learning_rate(worker, first + step)
-        result = _train_step(worker, batch, epoch)
+        with worker.meter.busy():
+            result = _train_step(worker, batch, epoch)
+        worker.meter.count(images=len(batch["rows"]))
+        worker.held.tick()
         totals += result.totals
         if worker.curves is not None and (first + step) % worker.config.log_every == 0:
             worker.curves.log(result.values(lr), first + step)

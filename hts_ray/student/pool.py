@@ -21,6 +21,7 @@ import pyarrow as pa
 from hts_ray.config import PoolConfig
 from hts_ray.image_pipeline import OK, QUARANTINED, Pixels
 from hts_ray.student.checkpoints import load_student, student_fingerprint
+from hts_ray.telemetry import HeldGpus, Meter
 
 if TYPE_CHECKING:
     import ray.data
@@ -63,6 +64,36 @@ class StudentWorker(ABC):
         return result
 
 
+class MeteredActor:
+    """The stateful UDF of Ray Data on GPUs: a student's worker, and a count of what it does."""
+
+    def __init__(
+        self,
+        worker: type[StudentWorker],
+        folder: str,
+        fingerprint: str,
+        pool: PoolConfig,
+        meter: Meter,
+        **arguments: Any,
+    ) -> None:
+        self._meter = meter
+        self._held = HeldGpus(meter, pool.num_gpus)
+        self._worker = worker(folder, fingerprint, pool, **arguments)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return what the worker makes of a batch."""
+        result = _metered(self._worker, table, self._meter)
+        self._held.tick()
+        return result
+
+
+def _metered(worker: StudentWorker, table: pa.Table, meter: Meter) -> pa.Table:
+    with meter.busy():
+        result = worker(table)
+    meter.count_rows(result)
+    return result
+
+
 def map_on_students(
     decoded: ray.data.Dataset,
     worker: type[StudentWorker],
@@ -70,9 +101,13 @@ def map_on_students(
     folder: str,
     pool: PoolConfig,
     batch_images: int,
+    meter: Meter,
     **arguments: Any,
 ) -> ray.data.Dataset:
-    """Hand decoded rows to workers made with `arguments` (hashable), `batch_images` at a time."""
+    """Hand decoded rows to workers made with `arguments` (hashable), `batch_images` at a time.
+
+    `meter` counts their work.
+    """
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     memory = None if pool.memory_gib is None else pool.memory_gib * 2**30
@@ -84,8 +119,8 @@ def map_on_students(
     fingerprint = student_fingerprint(folder)
     if pool.num_gpus > 0:
         return decoded.map_batches(
-            worker,
-            fn_constructor_args=(folder, fingerprint, pool),
+            MeteredActor,
+            fn_constructor_args=(worker, folder, fingerprint, pool, meter),
             fn_constructor_kwargs=arguments,
             num_gpus=pool.num_gpus,
             compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
@@ -99,6 +134,7 @@ def map_on_students(
         folder=folder,
         fingerprint=fingerprint,
         threads=pool.threads,
+        meter=meter,
         arguments=tuple(sorted(arguments.items())),
     )
     return decoded.map_batches(
@@ -113,9 +149,11 @@ def _work(
     folder: str,
     fingerprint: str,
     threads: int,
+    meter: Meter,
     arguments: tuple[tuple[str, Any], ...],
 ) -> pa.Table:
-    return _cached_worker(worker, folder, fingerprint, threads, arguments)(table)
+    cached = _cached_worker(worker, folder, fingerprint, threads, arguments)
+    return _metered(cached, table, meter)
 
 
 @lru_cache(maxsize=1)

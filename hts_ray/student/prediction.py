@@ -35,6 +35,7 @@ from hts_ray.student.checkpoints import (
 )
 from hts_ray.student.pool import StudentWorker, map_on_students, vector_rows
 from hts_ray.tables import StageFolder, predictions_schema
+from hts_ray.telemetry import Meter
 
 if TYPE_CHECKING:
     import ray.data
@@ -67,7 +68,7 @@ def predict_images(
         blocks = read_manifest(manifest_path, splits).repartition(
             target_num_rows_per_block=rows_per_block(len(expected), config.batch_images)
         )
-        dataset = _scored(blocks, config, folder, description)
+        dataset = _scored(blocks, config, folder, description, Meter.of(stage, "predict"))
     with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
         # Appending, because overwriting would delete what a resumed run counts as done.
         dataset.write_parquet(stage.path)
@@ -85,7 +86,11 @@ def predict_images(
 
 
 def _scored(
-    dataset: ray.data.Dataset, config: PredictConfig, folder: str, description: dict[str, Any]
+    dataset: ray.data.Dataset,
+    config: PredictConfig,
+    folder: str,
+    description: dict[str, Any],
+    meter: Meter,
 ) -> ray.data.Dataset:
     """Add decoding on CPU tasks and scoring on an actor pool, or on CPU tasks without GPUs."""
     decoded = dataset.map_batches(
@@ -99,6 +104,7 @@ def _scored(
         folder=folder,
         pool=config.pool,
         batch_images=config.batch_images,
+        meter=meter,
     )
 
 

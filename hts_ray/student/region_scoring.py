@@ -39,6 +39,7 @@ from hts_ray.tables import STUDENT_SCORES_SCHEMA, StageFolder, read_table, write
 from hts_ray.teacher.crops import pixel_span
 from hts_ray.teacher.regions import Region
 from hts_ray.teacher.teaching import decoded_image
+from hts_ray.telemetry import Meter
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int, int], None]
@@ -78,7 +79,8 @@ def score_regions(
     source = stage.file(_INPUT, "regions.parquet")
     write_table(source, regions)
     with data_context(stage.file(CHECKPOINT)):
-        dataset = _scored(source, len(regions), config, images, folder)
+        meter = Meter.of(stage, TABLE)
+        dataset = _scored(source, len(regions), config, images, folder, meter)
     with row_progress(stage, len(regions), progress), users_mistakes_unwrapped():
         # Appending, because overwriting would delete what a resumed run counts as done.
         dataset.write_parquet(stage.path)
@@ -110,7 +112,12 @@ def _regions(path: str, split: str | None) -> pa.Table:
 
 
 def _scored(
-    source: str, rows: int, config: SelfTrainingConfig, images: ImagesConfig, folder: str
+    source: str,
+    rows: int,
+    config: SelfTrainingConfig,
+    images: ImagesConfig,
+    folder: str,
+    meter: Meter,
 ) -> Any:
     """Read the regions, decode their images on CPU tasks and score them on students."""
     import ray.data
@@ -129,6 +136,7 @@ def _scored(
         folder=folder,
         pool=config.pool,
         batch_images=config.batch_images,
+        meter=meter,
         batch_regions=config.batch_regions,
     )
 

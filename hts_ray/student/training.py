@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import dense_targets, train_loop
 from hts_ray.student.resume import KEPT_CHECKPOINTS, MODEL, STATE, read_files, read_local
 from hts_ray.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
+from hts_ray.telemetry import Meter
 
 if TYPE_CHECKING:
     import ray.data
@@ -127,6 +128,7 @@ def train_student(
             progress=progress,
         )
         bad = _gather_quarantine(stage)
+        Meter.of(stage, "train").count(quarantined=bad)
         counts = {
             "rows_in": data.images,
             "rows_out": data.images - bad,
@@ -445,6 +447,7 @@ def _fit(
         names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()
         raise DataError(
             f"{error['message']}; images {', '.join(names)}: lower train.optim.lr, raise"
+        "meter": asdict(Meter.of(stage, "train")),
             " train.loss_temperature or set train.optim.grad_clip"
         )
     return {"history": weights["history"], "rows": rows, "weights": weights["model"]}

@@ -48,6 +48,7 @@ from hts_ray.teacher.teaching import (
     region_scorer,
     table_info,
 )
+from hts_ray.telemetry import HeldGpus, Meter
 
 if TYPE_CHECKING:
     import ray.data
@@ -97,7 +98,8 @@ def label_images(
     if resumed < len(expected):
         with data_context(stage.file(CHECKPOINT)):
             images = read_manifest(manifest_path, config.splits, config.limit, config.limit_seed)
-            dataset = _scored(images, teaching, block_rows(config, len(expected)))
+            rows_per_block = block_rows(config, len(expected))
+            dataset = _scored(images, teaching, rows_per_block, Meter.of(stage, STAGE))
         with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
             dataset.write_parquet(stage.path)
     remove_uncommitted(stage)
@@ -140,8 +142,9 @@ def _bad_boxes(stage: StageFolder) -> pa.Table:
 class RemoteLog:
     """An AttemptLog in an actor; it forgets rather than fails when that actor is lost."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, meter: Meter) -> None:
         self.handle = handle
+        self.meter = meter
 
     def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
         """See AttemptLog."""
@@ -151,6 +154,8 @@ class RemoteLog:
             answer: list[Deaths] | None = ray.get(self.handle.begin.remote(list(ids), alone))
         except ray.exceptions.RayActorError:
             return None
+        if answer is not None:
+            self.meter.count(retries=len(ids))
         return answer
 
     def end(self, ids: Sequence[str]) -> None:
@@ -158,22 +163,24 @@ class RemoteLog:
         self.handle.end.remote(list(ids))
 
 
-def start_log() -> RemoteLog:
+def start_log(meter: Meter) -> RemoteLog:
     """Start the log of a run on the driver's node, beside whatever else runs there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(AttemptLog).options(num_cpus=0, scheduling_strategy=node)
-    return RemoteLog(actor.remote())
+    return RemoteLog(actor.remote(), meter)
 
 
 class TeacherActor:
     """The stateful UDF of Ray Data: loads the teacher once, scores batch after batch."""
 
-    def __init__(self, teaching: Teaching, attempts: Log) -> None:
+    def __init__(self, teaching: Teaching, attempts: Log, meter: Meter) -> None:
         self.teaching = teaching
         self.attempts = attempts
+        self.meter = meter
+        self._held = HeldGpus(meter, teaching.config.pool.num_gpus)
         captioner, device = load_on_device(teaching.config)
         if not storage.exists(teaching.info_path):
             storage.write_json(teaching.info_path, table_info(captioner, teaching))
@@ -185,6 +192,14 @@ class TeacherActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return rows of REGION_SCORES_SCHEMA for rows of decoded images, one for one."""
+        with self.meter.busy():
+            table = self._teach(batch)
+        regions = pc.sum(pc.list_value_length(table["region_kinds"])).as_py() or 0
+        self.meter.count_rows(table, regions=regions)
+        self._held.tick()
+        return table
+
+    def _teach(self, batch: pa.Table) -> pa.Table:
         readable = np.flatnonzero(batch["error_kind"].is_null().to_numpy()).tolist()
         tasks = [image_task(batch, row) for row in readable]
         found = survive(
@@ -245,7 +260,9 @@ def block_rows(config: LabelConfig, images: int) -> int:
     return min(config.block_rows, max(config.batch_images, share))
 
 
-def _scored(images: ray.data.Dataset, teaching: Teaching, rows: int) -> ray.data.Dataset:
+def _scored(
+    images: ray.data.Dataset, teaching: Teaching, rows: int, meter: Meter
+) -> ray.data.Dataset:
     """Add decoding on CPU tasks, in blocks of `rows`, and scoring on the actor pool.
 
     Every step maps rows one for one: Ray's checkpoints count on it.
@@ -261,7 +278,7 @@ def _scored(images: ray.data.Dataset, teaching: Teaching, rows: int) -> ray.data
     if pool.memory_gib is not None:
         resources["memory"] = int(pool.memory_gib * _GIB)
     _warn_of_waiting(config, ray.cluster_resources())
-    attempts = start_log()
+    attempts = start_log(meter)
     return (
         images.repartition(target_num_rows_per_block=rows)
         .map_batches(
@@ -270,6 +287,7 @@ def _scored(images: ray.data.Dataset, teaching: Teaching, rows: int) -> ray.data
                 "images": config.images,
                 "retries": config.transient_retries,
                 "attempts": attempts,
+                "meter": meter,
             },
             batch_size=config.batch_images,
             batch_format="pyarrow",
@@ -278,7 +296,7 @@ def _scored(images: ray.data.Dataset, teaching: Teaching, rows: int) -> ray.data
         )
         .map_batches(
             TeacherActor,
-            fn_constructor_args=(teaching, attempts),
+            fn_constructor_args=(teaching, attempts, meter),
             batch_size=config.batch_images,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(

@@ -10,25 +10,18 @@ import promql_parser
 import pytest
 import ray.dashboard.modules.metrics.dashboards as ray_dashboards
 
+from hts_ray.telemetry import PROMETHEUS_NAMES as OURS
+from hts_ray.telemetry import TAGS
+
 DASHBOARD = json.loads((check.FOLDER / "grafana-dashboard.json").read_text())
 PANELS = DASHBOARD["panels"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
-# What the package sends, tagged with the stage and the run.
-OURS = {
-    "ray_hts_images_total",
-    "ray_hts_regions_total",
-    "ray_hts_quarantined_total",
-    "ray_hts_retries_total",
-    "ray_hts_stage_busy_seconds_total",
-    "ray_hts_gpu_hours_total",
-    "ray_hts_spend_estimate",
-}
-TAGS = {"stage", "run"}
 
 
 def selectors(query):
     """Return (metric, labels) of every selector in a query with Grafana's variables filled in."""
-    filled = query.replace("$__rate_interval", "1m").replace("$run", ".*").replace("$stage", ".*")
+    filled = query.replace("$__rate_interval", "1m").replace("$__range", "3h")
+    filled = filled.replace("$run", ".*").replace("$stage", ".*")
     promql_parser.parse(filled)
     found = re.findall(r"\b((?:ray|autoscaler)_\w+)(?:\{([^}]*)\})?", filled)
     return [(metric, set(re.findall(r"(\w+)=", labels))) for metric, labels in found]
@@ -44,7 +37,7 @@ def test_every_query_asks_for_a_metric_that_is_sent(query):
     for metric, labels in selectors(query):
         if metric.startswith("ray_hts_"):
             assert metric in OURS
-            assert labels == TAGS, "run and stage are chosen above the panels"
+            assert labels == set(TAGS), "run and stage are chosen above the panels"
         else:
             assert metric in panels, f"{metric} is none of Ray's own panels"
 
@@ -71,6 +64,17 @@ def test_counters_are_read_as_rates_or_sums():
                 assert "rate(" in target["expr"], panel["title"]
 
 
+def test_totals_count_what_removed_nodes_did():
+    """Would catch a total that falls when an autoscaled node, and its counters, go away."""
+    for panel in PANELS:
+        for target in panel["targets"]:
+            if panel["type"] == "stat":
+                bare = re.sub(
+                    r"max_over_time\(ray_hts_\w+\{[^}]*\}\[\$__range\]\)", "", target["expr"]
+                )
+                assert "ray_hts_" not in bare, panel["title"]
+
+
 def test_the_panels_are_told_apart_and_do_not_overlap():
     """Would catch a copied panel: Grafana shows one of two with the same id or place."""
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
@@ -87,5 +91,5 @@ def test_the_panels_are_told_apart_and_do_not_overlap():
 def test_the_variables_of_the_queries_are_defined():
     """Would catch a query that filters by a variable that nobody can choose."""
     defined = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
-    used = set(re.findall(r"\$\{?(\w+)", json.dumps(PANELS))) - {"__rate_interval"}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(PANELS))) - {"__rate_interval", "__range"}
     assert used == defined == {"datasource", "run", "stage"}
