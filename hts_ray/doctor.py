@@ -28,6 +28,7 @@ from typing import Any, Literal
 import click
 from rich.markup import escape
 
+import hts_ray
 from hts_ray import storage
 from hts_ray.config import HtsConfig
 from hts_ray.console import console
@@ -82,21 +83,36 @@ def examine(config: HtsConfig) -> list[Finding]:
 
     Raises UserError when the cluster cannot be joined.
     """
-    probe = probe_path(config.run_dir)
+    probe, names = probe_path(config.run_dir), [name for name, _ in _requirements()]
     if not (config.ray.address or os.environ.get("RAY_ADDRESS")):
-        facts = [node_facts(probe)]
+        facts = [node_facts(probe, names)]
         return [*_judge_versions(facts), *judge_nodes(facts, config), judge_auth(facts, False)]
     from hts_ray.runtime import ray_cluster
 
-    with ray_cluster(config.ray):
-        return _examine_cluster(config, probe)
+    with ray_cluster(config.ray), _mark(probe):
+        return _examine_cluster(config, probe, names)
 
 
-def _examine_cluster(config: HtsConfig, probe: str) -> list[Finding]:
+@contextlib.contextmanager
+def _mark(probe: str) -> Iterator[None]:
+    """Leave a file for the nodes to find, as far as storage lets this machine."""
+    kept = _existing_folder(probe)
+    with contextlib.suppress(OSError, UserError):
+        storage.write_bytes(probe, b"hts doctor")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, UserError):
+            storage.delete_file(probe)
+        if kept is not None:
+            _remove_empty_folders(Path(storage.resolve(probe)[1]).parent, Path(kept))
+
+
+def _examine_cluster(config: HtsConfig, probe: str, names: Sequence[str]) -> list[Finding]:
     import ray
 
     cluster = joined_cluster(config.ray)
-    facts, silent = _facts_of_all_nodes(probe)
+    facts, silent = _facts_of_all_nodes(probe, names)
     url = ray._private.worker.global_worker.node.address_info.get("webui_url")
     return [
         Finding("cluster", "ok", f"{cluster}{', autoscaling' if cluster.autoscaling else ''}"),
@@ -110,12 +126,14 @@ def _examine_cluster(config: HtsConfig, probe: str) -> list[Finding]:
     ]
 
 
-def _facts_of_all_nodes(probe: str) -> tuple[list[dict[str, Any]], list[Finding]]:
+def _facts_of_all_nodes(
+    probe: str, names: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[Finding]]:
     """Gather the facts of every live node at the same time, and name those that do not answer."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    pending = [_on_node(node["NodeID"], node_facts).remote(probe) for node in nodes]
+    pending = [_on_node(node["NodeID"], node_facts).remote(probe, names) for node in nodes]
     facts, silent = [], []
     deadline = time.monotonic() + _NODE_TIMEOUT_S
     for node, reference in zip(nodes, pending, strict=True):
@@ -166,15 +184,16 @@ def _now() -> float:
 # ---- what a node tells of itself; runs anywhere, needs no Ray
 
 
-def node_facts(probe: str) -> dict[str, Any]:
-    """Return what one machine tells of itself, JSON-able; `probe` is a file to write and remove.
+def node_facts(probe: str, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what one machine tells of itself, JSON-able, sizes in bytes.
 
-    Sizes are bytes.
+    `probe` is a file that the driver may have written, and whose namesakes are written and removed;
+    `names` are the packages whose versions are asked for.
     """
     folder = _existing_folder(probe)
     return {
         "host": socket.gethostname(),
-        "versions": _versions(),
+        "versions": _versions(names),
         "gpus": _gpus(),
         "torch": _torch_facts(),
         "shm": _space("/dev/shm"),  # noqa: S108
@@ -185,23 +204,23 @@ def node_facts(probe: str) -> dict[str, Any]:
         "token": _token_facts(),
         "run_dir": None if folder is None else _space(folder),
         "storage": probe_storage(probe),
+        "sees_driver": _sees(probe),
         "object_store": None,
         "logical_gpus": None,
     }
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    names = {"hts_ray", *(name for name, _ in _requirements())}
-    for name in sorted(names | set(_SAME_EVERYWHERE)):
+def _versions(names: Sequence[str]) -> dict[str, str | None]:
+    # Of this package what runs, which a job may have brought, and not what is installed.
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "hts_ray": hts_ray.__version__,
+    }
+    for name in sorted({*names, *_SAME_EVERYWHERE} - found.keys()):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    if found["hts_ray"] is None:  # shipped with the job instead of installed
-        import hts_ray
-
-        found["hts_ray"] = hts_ray.__version__
     return found
 
 
@@ -308,11 +327,18 @@ def probe_storage(probe: str) -> dict[str, Any]:
         step = "delete"
         storage.delete_file(path)
     except (OSError, UserError) as error:
-        return {"step": step, "error": str(error) or type(error).__name__}
+        reason = str(error).replace(path, "it") or type(error).__name__
+        return {"step": step, "error": reason.removeprefix("it: ")}
     finally:
         if kept is not None:
             _remove_empty_folders(Path(storage.resolve(path)[1]).parent, Path(kept))
     return {"seconds": time.monotonic() - started}
+
+
+def _sees(path: str) -> bool:
+    with contextlib.suppress(OSError, UserError):
+        return storage.exists(path)
+    return False
 
 
 def _remove_empty_folders(folder: Path, kept: Path) -> None:
@@ -540,6 +566,11 @@ def judge_storage(fact: Mapping[str, Any], config: HtsConfig) -> Finding:
         return Finding(
             "storage", "problem", f"cannot {found['step']} under {run_dir}: {found['error']}",
             "" if storage.is_remote(run_dir) else "choose another run_dir, or mend its permissions",
+        )  # fmt: skip
+    if fact["sees_driver"] is False and fact["object_store"] is not None:
+        return Finding(
+            "storage", "problem", f"does not see what the driver writes under {run_dir}",
+            "mount the same folder on every node, or use s3:// or gs://",
         )  # fmt: skip
     if found["seconds"] > _SLOW_STORAGE_S:
         return Finding(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray import storage
-from hts_ray.config import HtsConfig, PoolConfig, RayConfig
+from hts_ray.config import HtsConfig, PoolConfig, RayConfig, TrainConfig
 from hts_ray.errors import ConfigError
 from hts_ray.tables import read_table
 
@@ -28,10 +28,6 @@ CPUS_BESIDE = 3
 _NODE_GROUP = "ray.io/node-group"
 _ANONYMOUS_NODE = "node_"  # how Ray's own bookkeeping calls nodes that were started by hand
 _GIB = 1 << 30
-_STAGES_OF = {
-    "pipeline": ("label", "train", "predict"),
-    "demo": ("label", "train", "predict"),
-}
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,8 @@ class Cluster:
         return sum(node.resources.get(resource, 0.0) for node in self.nodes)
 
     def __str__(self) -> str:
-        cpus, gpus = self.total("CPU"), self.total("GPU")
-        nodes = f"{len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''}"
-        return f"{nodes} with {cpus:g} CPUs and {gpus:g} GPUs"
+        cpus, gpus = _count(self.total("CPU"), "CPU"), _count(self.total("GPU"), "GPU")
+        return f"{_count(len(self.nodes), 'node')} with {cpus} and {gpus}"
 
     @classmethod
     def of_nodes(
@@ -81,6 +76,10 @@ class Cluster:
             grouped = any(_NODE_GROUP in (row.get("labels") or {}) for row in rows)
             found = grouped or _reports_node_types(status)
         return cls(tuple(Node(row["host"], dict(row["resources"])) for row in rows), found)
+
+
+def _count(number: float, name: str) -> str:
+    return f"{number:g} {name}{'' if number == 1 else 's'}"
 
 
 def _reports_node_types(status: str | bytes | None) -> bool:
@@ -152,27 +151,46 @@ class Demand:
 def demands(config: HtsConfig, command: str) -> list[Demand]:
     """Return what a command needs at the least; none for what runs in the driver alone."""
     found = []
-    for stage in _STAGES_OF.get(command, (command,)):
+    for stage in _stages(config, command):
         if stage == "label":
-            found.append(pool_demand("label.pool.min_size", config.label.pool))
+            found.append(_actors("label.pool", config.label.pool))
         elif stage == "predict":
-            pool = config.predict.pool
-            demand = pool_demand("predict.pool.min_size", pool)
-            # Without GPUs these are tasks, which come and go; only the filter holds its CPU.
-            tasks = Demand("predict.pool.num_cpus", 1, pool.num_cpus, 0.0, demand.memory, beside=1)
-            found.append(demand if pool.num_gpus else tasks)
+            found.append(_students("predict.pool", config.predict.pool))
+        elif stage == "rounds":
+            found.append(_students("self_training.pool", config.self_training.pool))
+        elif stage == "train" and config.train.trainable == "head":
+            found.append(_students("train.features.pool", config.train.features.pool))
         elif stage == "train":
-            train = config.train
-            cpus = train.cpus_per_worker if train.num_workers else 0.0
-            gpus = 1.0 if train.use_gpu and train.num_workers else 0.0
-            found.append(Demand("train.num_workers", train.num_workers, cpus, gpus, beside=1))
+            found.append(_trainers(config.train))
     return found
 
 
-def pool_demand(setting: str, pool: PoolConfig) -> Demand:
-    """Return what the smallest allowed actor pool needs."""
+def _stages(config: HtsConfig, command: str) -> tuple[str, ...]:
+    """Return the stages with workers that a command runs."""
+    rounds = ("rounds",) if config.self_training.rounds else ()
+    if command in {"pipeline", "demo"}:
+        return ("label", "train", *rounds, "predict")
+    return ("train", "rounds") if command == "self-train" else (command,)
+
+
+def _actors(section: str, pool: PoolConfig) -> Demand:
     memory = (pool.memory_gib or 0.0) * _GIB
-    return Demand(setting, pool.min_size, pool.actor_cpus, pool.num_gpus, memory)
+    return Demand(f"{section}.min_size", pool.min_size, pool.actor_cpus, pool.num_gpus, memory)
+
+
+def _students(section: str, pool: PoolConfig) -> Demand:
+    demand = _actors(section, pool)
+    if pool.num_gpus:
+        return demand
+    # Without GPUs these are tasks, which come and go; only the filter holds its CPU.
+    return Demand(f"{section}.num_cpus", 1, pool.num_cpus, 0.0, demand.memory, beside=1)
+
+
+def _trainers(train: TrainConfig) -> Demand:
+    if not train.num_workers:  # the driver trains
+        return Demand("train.num_workers", 0, 0.0, beside=1)
+    gpus = 1.0 if train.use_gpu else 0.0
+    return Demand("train.num_workers", train.num_workers, train.cpus_per_worker, gpus, beside=1)
 
 
 def check_room(cluster: Cluster, needed: Iterable[Demand]) -> list[str]:
@@ -185,44 +203,57 @@ def check_room(cluster: Cluster, needed: Iterable[Demand]) -> list[str]:
         lack = _lack(cluster, demand)
         if lack is None:
             continue
-        message, remedy = lack
         if not cluster.autoscaling:
             raise ConfigError(
-                f"{message}: it would wait for ever",
-                field=demand.setting,
-                value=demand.workers,
-                remedy=remedy + ", or set ray.autoscaling=true if nodes come by themselves",
+                f"{lack.message}: it would wait for ever",
+                field=lack.field,
+                value=lack.value,
+                remedy=f"{lack.remedy}; if nodes come by themselves, set ray.autoscaling=true",
             )
-        notes.append(f"{demand.setting}={demand.workers}: {message}; waiting for more nodes")
+        notes.append(f"{lack.field}={lack.value}: {lack.message}; waiting for more nodes")
     return notes
 
 
-def _lack(cluster: Cluster, demand: Demand) -> tuple[str, str] | None:
+@dataclass(frozen=True)
+class _Lack:
+    field: str
+    value: object
+    message: str
+    remedy: str
+
+
+def _lack(cluster: Cluster, demand: Demand) -> _Lack | None:
     """Return what is missing and what to do about it, None when the demand can be met."""
-    room = demand.room(cluster)
-    if room < demand.workers:
-        message = (
-            f"{demand.workers} worker{'s' if demand.workers != 1 else ''} of {demand.worker()}"
-            f" wanted, and {cluster} hold {room}"
-        )
+    room, count = demand.room(cluster), demand.workers
+    if room < count:
+        workers = _count(count, "worker")
+        message = f"{workers} of {demand.worker()} wanted, and {cluster} can hold {room}"
         if demand.gpus and not cluster.total("GPU"):
-            section = demand.setting.partition(".")[0]
-            setting = "train.use_gpu=false" if section == "train" else f"{section}.pool.num_gpus=0"
-            return message, f"add nodes with GPUs, or set {setting}"
-        return message, f"set {demand.setting} to {room} or less, or add nodes" if room else (
-            "ask for less in one worker than the largest node has, or add nodes"
-        )
-    taken, cpus = demand.workers * demand.cpus, cluster.total("CPU")
-    if taken + demand.beside > cpus:
+            return _no_gpus(demand, message)
+        if room:
+            remedy = f"set {demand.setting} to {room} or less, or add nodes"
+        else:
+            remedy = "ask for less in one worker than the largest node has, or add larger nodes"
+        return _Lack(demand.setting, count, message, remedy)
+    taken, cpus = count * demand.cpus, cluster.total("CPU")
+    wanted = taken + demand.beside
+    if wanted > cpus:
         message = (
-            f"its workers take {taken:g} CPUs, and reading, decoding and resuming"
-            f" {demand.beside} more, {taken + demand.beside:g} in all; {cluster} have {cpus:g}"
+            f"the workers take {taken:g} CPUs, and reading, decoding and resuming {demand.beside}"
+            f" more, {wanted:g} in all; there are {cpus:g} ({cluster})"
         )
-        return message, (
-            f"start Ray with more (logical) CPUs, `ray start --num-cpus={taken + demand.beside:g}`"
-            + (f", or set {demand.setting} to less" if demand.workers > 1 else "")
-        )
+        remedy = f"start Ray with more (logical) CPUs, `ray start --num-cpus={wanted:g}`"
+        remedy += f", or set {demand.setting} to less" if count > 1 else ""
+        return _Lack(demand.setting, count, message, remedy)
     return None
+
+
+def _no_gpus(demand: Demand, message: str) -> _Lack:
+    section = demand.setting.rpartition(".")[0]
+    if section == "train":
+        return _Lack("train.use_gpu", True, message, "add nodes with GPUs, or set it to false")
+    field = f"{section}.num_gpus"
+    return _Lack(field, demand.gpus, message, "add nodes with GPUs, or set it to 0")
 
 
 def is_shared(path: str, prefixes: Sequence[str]) -> bool:
@@ -291,7 +322,7 @@ def _shared_remedy(path: str) -> str:
 def worker_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
     """Yield (field, path) of what the settings let workers of a command open."""
     yield "run_dir", config.run_dir
-    stages = _STAGES_OF.get(command, (command,))
+    stages = _stages(config, command)
     if "label" in stages:
         yield from _model_path("label.teacher.model", config.label.teacher.model)
         yield from _model_path("label.regions.detector", config.label.regions.detector)
@@ -299,7 +330,7 @@ def worker_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
 
 def driver_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
     """Yield (field, path) of what the settings let the driver of a command open."""
-    stages = _STAGES_OF.get(command, (command,))
+    stages = _stages(config, command)
     if config.classes.source != "hico":
         yield "classes.source", config.classes.source
     if "label" in stages and config.label.regions.boxes:

@@ -26,7 +26,7 @@ def fact(**changes):
         "shm": (16 * GIB, 16 * GIB), "temporary": (100 * GIB, 60 * GIB),
         "temporary_path": "/tmp/ray", "run_dir": None, "files": (1024, 1048576),
         "storage": {"seconds": 0.1}, "object_store": 4 * GIB, "logical_gpus": 0.0,
-        "clock_skew": 0.0, **changes,
+        "clock_skew": 0.0, "sees_driver": True, **changes,
     }  # fmt: skip
 
 
@@ -74,6 +74,9 @@ def test_storage_that_cannot_be_written_is_a_problem(tmp_path):
     judged = doctor.judge_storage(fact(storage=found), config(f"run_dir={blocked}/run"))
     assert judged.level == "problem"
     assert "another run_dir" in judged.remedy
+    apart = doctor.judge_storage(fact(sees_driver=False), config())
+    assert apart.level == "problem"
+    assert "does not see" in apart.found
     slow = doctor.judge_storage(fact(storage={"seconds": 9.0}), config())
     assert slow.level == "warning"
 
@@ -196,6 +199,7 @@ def test_a_cluster_s_nodes_are_examined(ray_session, monkeypatch, tmp_path):
     assert found["room to label"].level == "problem"
     assert "label.pool.min_size = 9" in found["room to label"].found
     assert found["room to predict"].level == "ok"
+    assert not list(tmp_path.iterdir())
     assert time.monotonic() - started < doctor._NODE_TIMEOUT_S
 
 

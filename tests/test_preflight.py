@@ -30,7 +30,7 @@ def test_an_actor_pool_leaves_room_for_what_feeds_and_resumes_it():
     """Would catch the known hang: a pool on every CPU, none for the filter of a resumed run."""
     needs = label_needs("label.pool.min_size=4", "label.pool.max_size=4")
     check_room(cluster(("a", 7, 0)), needs)
-    told = r"label.pool.min_size = 4: .*7 in all; .* have 6.*num-cpus=7"
+    told = r"label.pool.min_size = 4: .*7 in all; there are 6.*num-cpus=7"
     with pytest.raises(ConfigError, match=told):
         check_room(cluster(("a", 6, 0)), needs)
 
@@ -39,10 +39,10 @@ def test_gpus_that_are_not_there_are_told_apart_from_too_few():
     """Would catch waiting for ever, or advice that does not help."""
     one = label_needs("label.pool.num_gpus=1")
     check_room(TWO_HOSTS, one)
-    with pytest.raises(ConfigError, match=r"0 GPUs hold 0.*label.pool.num_gpus=0"):
+    with pytest.raises(ConfigError, match=r"label.pool.num_gpus = 1.0: .*0 GPUs can hold 0.*to 0"):
         check_room(cluster(("a", 8, 0)), one)
     three = label_needs("label.pool.num_gpus=1", "label.pool.min_size=3", "label.pool.max_size=3")
-    told = r"3 workers of 1 CPU \+ 1 GPU wanted.*hold 1.*to 1 or less"
+    told = r"3 workers of 1 CPU \+ 1 GPU wanted.*can hold 1.*to 1 or less"
     with pytest.raises(ConfigError, match=told):
         check_room(TWO_HOSTS, three)
 
@@ -76,7 +76,7 @@ def test_where_nodes_come_by_themselves_nothing_is_refused():
 def test_training_needs_its_workers_and_a_cpu_to_decode_on():
     """Would catch a trainer that waits for a placement group for ever."""
     config = load_config(overrides=["train.num_workers=4", "train.use_gpu=true"])
-    with pytest.raises(ConfigError, match=r"train.num_workers = 4.*hold 1"):
+    with pytest.raises(ConfigError, match=r"train.num_workers = 4.*can hold 1"):
         check_room(TWO_HOSTS, demands(config, "train"))
     local = load_config(overrides=["train.num_workers=0"])
     check_room(cluster(("a", 1, 0)), demands(local, "train"))
@@ -96,6 +96,13 @@ def test_the_pipeline_needs_what_its_stages_need():
     with pytest.raises(ConfigError, match=r"predict\.pool"):
         check_room(cluster(("a", 8, 0)), demands(config, "pipeline"))
     assert demands(config, "filter") == []
+    rounds = load_config(overrides=["self_training.rounds=1", "self_training.pool.num_gpus=1"])
+    for command in ("pipeline", "self-train"):
+        with pytest.raises(ConfigError, match=r"self_training\.pool\.num_gpus"):
+            check_room(cluster(("a", 8, 0)), demands(rounds, command))
+    head = load_config(overrides=["train.trainable=head", "train.features.pool.num_gpus=1"])
+    with pytest.raises(ConfigError, match=r"train\.features\.pool\.num_gpus"):
+        check_room(cluster(("a", 8, 0)), demands(head, "train"))
 
 
 def test_local_paths_are_refused_on_several_machines_only():
@@ -170,5 +177,5 @@ def test_the_cluster_that_was_joined_is_described(ray_session):
     assert not found.several_hosts
     pool = ["label.pool.num_gpus=1", "label.pool.min_size=3", "label.pool.max_size=3"]
     config = load_config(overrides=pool)
-    with pytest.raises(ConfigError, match="1 node with 4 CPUs and 2 GPUs hold 2"):
+    with pytest.raises(ConfigError, match="1 node with 4 CPUs and 2 GPUs can hold 2"):
         preflight.check_joined(config, "label")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -227,8 +228,8 @@ def hts_submit(environment, *arguments, **options):
     """Run `hts submit` from another folder than the repository; return its process."""
     return subprocess.Popen(
         [sys.executable, "-m", "hts_ray.cli", "submit", *arguments],
-        env={**environment, "PYTHONPATH": str(REPOSITORY)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **options,
+        env={**environment, "PYTHONPATH": str(REPOSITORY)}, text=True, stdout=subprocess.PIPE,
+        **{"stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options},
     )  # fmt: skip
 
 
@@ -269,7 +270,7 @@ def test_a_killed_label_pass_goes_on_on_object_storage(head, s3, tmp_path, monke
         Image.new("RGB", (40, 30), (number * 5, 0, 0)).save(path)
         storage.write_bytes(f"{root}/{number:02d}.png", path.read_bytes())
     (tmp_path / "classes.csv").write_text("name\na red thing\na blue thing\n")
-    settings = ["classes.source=classes.csv", "label.teacher.model=builtin:dummy:0.2",
+    settings = ["classes.source=classes.csv", "label.teacher.model=builtin:dummy:0.02",
                 "label.block_rows=4", "label.batch_images=4"]  # fmt: skip
     subprocess.run(
         [sys.executable, "-m", "hts_ray.cli", "prepare", "folder", "--root", root,
@@ -333,9 +334,15 @@ def test_detaching_attaching_and_stopping(head, tmp_path):
     assert follower.returncode == DETACHED, err
     assert f"--attach {job_id}" in err
     assert ask(head, "GET", f"/api/jobs/{job_id}")["status"] == "RUNNING"
-    follower = hts_submit(head, "--attach", job_id, cwd=tmp_path)
+    terminal, inside = pty.openpty()
+    follower = hts_submit(head, "--attach", job_id, cwd=tmp_path, stdin=inside, stderr=inside)
     assert "up\n" in iter(follower.stdout.readline, "")
-    ask(head, "POST", f"/api/jobs/{job_id}/stop")
-    _, err = follower.communicate(timeout=240)
-    assert follower.returncode == STOPPED, err
-    assert "stopped" in err
+    follower.send_signal(signal.SIGINT)
+    os.write(terminal, b"stop\n")
+    follower.communicate(timeout=240)
+    os.close(inside)
+    shown = os.read(terminal, 1 << 16).decode()
+    assert follower.returncode == STOPPED, shown
+    assert "stop the job, or detach" in shown
+    assert "stopped" in shown
+    assert ask(head, "GET", f"/api/jobs/{job_id}")["status"] == "STOPPED"
