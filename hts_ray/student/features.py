@@ -13,7 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -188,6 +188,13 @@ def encoder_fingerprint(student_path: str) -> str:
     do not.
     """
     folder = find_student(student_path)
+    return _encoder_fingerprint(folder, student_fingerprint(folder))
+
+
+@lru_cache(maxsize=8)
+def _encoder_fingerprint(folder: str, fingerprint: str) -> str:
+    """Read the weights once; the fingerprint sees a folder that was written anew."""
+    del fingerprint
     description = description_of(folder)
     names = ("model_cfg", "image_size", "image_mean", "image_std")
     settings = {name: description["student"][name] for name in ("feature_space", "precision")}
@@ -301,6 +308,7 @@ def _encode_on_ray(
             folder=folder,
             pool=config.pool,
             batch_images=config.batch_images,
+            meter=Meter.of(stage, TABLE),
             flipped=flipped,
         )
     with row_progress(stage, len(images), progress), users_mistakes_unwrapped():
@@ -308,7 +316,6 @@ def _encode_on_ray(
         dataset.write_parquet(stage.path)
 
 
-            meter=Meter.of(stage, TABLE),
 class FeatureEncoder(StudentWorker):
     """Encodes decoded batches, and their mirror images where `flipped` asks for them."""
 

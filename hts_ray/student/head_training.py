@@ -6,6 +6,7 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 
 from hts_ray import storage
 from hts_ray.config import TrainConfig
@@ -21,11 +23,14 @@ from hts_ray.metrics import hico_average_precision
 from hts_ray.student.checkpoints import WEIGHTS
 from hts_ray.student.features import Features, ensure_features, read_feature_table
 from hts_ray.student.head import HeadFit, fit_head, head_logits
+from hts_ray.student.loggers import CurveLog
 from hts_ray.student.loop import dense_targets, dense_weights
 from hts_ray.tables import StageFolder, read_table, write_table
 
 if TYPE_CHECKING:
     from hts_ray.student.training import TrainingSet, ValidationSet
+
+_CURVES = ("loss", "images_per_second", "validation_mAP")
 
 
 def fit_on_features(
@@ -37,14 +42,16 @@ def fit_on_features(
     validation: ValidationSet | None,
     run_dir: str,
     bad_folders: tuple[str, str],
+    curves: str,
     seed: int,
     progress: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
     """Fit the classifier of the student at `initial`; returns history, rows and weights (bytes).
 
     Features that the run has of these images already are used again. Images that cannot be read
-    are written to `bad_folders`, of the training and of the validation. Raises DataError when no
-    image can be read or the loss stops being finite.
+    are written to `bad_folders`, of the training and of the validation; the epochs' curves go to
+    `config.loggers`, with `curves` as their folder. Raises DataError when no image can be read or
+    the loss stops being finite.
     """
     found = _features(
         config, initial, data.table, config.split, run_dir, bad_folders[0], config.augment.flip
@@ -57,25 +64,36 @@ def fit_on_features(
     if "weight" in table.column_names:
         weights_NC = dense_weights(positive, table["weight"].combine_chunks(), num_classes)
     validate = _validator(config, initial, validation, run_dir, bad_folders[1])
+    log = CurveLog(
+        Accelerator(cpu=True),
+        config.loggers,
+        folder=curves,
+        settings=config.model_dump(mode="json"),
+    )
 
     def on_epoch(fit: HeadFit) -> Mapping[str, Any]:
         values = validate(fit)
+        record = {**fit.history[-1], **values}
+        steps = -(-record["images"] // config.batch_size)
+        shown = {f"epoch/{name}": record[name] for name in _CURVES if record.get(name) is not None}
+        log.log(shown, len(fit.history) * steps)
         if progress is not None:
-            progress({**fit.history[-1], **values})
+            progress(record)
         return values
 
-    fit = fit_head(
-        found.features_ND,
-        dense_targets(positive, ignored, num_classes),
-        state["classifier"].numpy(),
-        logit_scale=float(state["logit_scale"]),
-        config=config,
-        seed=seed,
-        label_weights_NC=weights_NC,
-        flipped_ND=found.flipped_ND,
-        image_ids=found.image_ids,
-        on_epoch=on_epoch,
-    )
+    with closing(log):
+        fit = fit_head(
+            found.features_ND,
+            dense_targets(positive, ignored, num_classes),
+            state["classifier"].numpy(),
+            logit_scale=float(state["logit_scale"]),
+            config=config,
+            seed=seed,
+            label_weights_NC=weights_NC,
+            flipped_ND=found.flipped_ND,
+            image_ids=found.image_ids,
+            on_epoch=on_epoch,
+        )
     state["classifier"] = torch.from_numpy(fit.classifier_CD)
     state["logit_scale"] = torch.tensor(fit.logit_scale)
     weights = safetensors.torch.save(state)

@@ -174,8 +174,13 @@ def estimate(
     workers = max(1, config.num_workers)
     share = max(1, config.batch_size // workers)
     steps = config.epochs * max(1, -(-(len(data.table) // workers) // share))
-    device, per_step = _time_steps(config, student_config, class_table, share)
-    seconds = steps * per_step
+    passes, gpus = steps, float(workers * config.use_gpu)
+    if config.trainable == "head":  # an image and its mirror image pass through the tower once
+        pool = config.features.pool
+        passes = -(-data.images * (1 + config.augment.flip) // (share * pool.max_size))
+        gpus = pool.num_gpus * pool.max_size
+    device, per_step = _time_steps(config, student_config, class_table, share, gpus > 0)
+    seconds = passes * per_step
     return {
         "images": data.images,
         "images_per_epoch": len(data.table),
@@ -185,12 +190,16 @@ def estimate(
         "device": device,
         "seconds_per_step": round(per_step, 4),
         "seconds": seconds,
-        "gpu_hours": seconds * workers / 3600 if config.use_gpu else 0.0,
+        "gpu_hours": seconds * gpus / 3600,
     }
 
 
 def _time_steps(
-    config: TrainConfig, student_config: StudentConfig, class_table: ClassTable, batch: int
+    config: TrainConfig,
+    student_config: StudentConfig,
+    class_table: ClassTable,
+    batch: int,
+    use_gpu: bool,
 ) -> tuple[str, float]:
     """Return the device and the seconds of the second of two steps on a worker's batch."""
     import torch
@@ -198,7 +207,7 @@ def _time_steps(
     from hts_ray.losses import make_loss
     from hts_ray.student.model import build_student, parameter_groups, set_trainable
 
-    device = "cuda" if config.use_gpu and torch.cuda.is_available() else "cpu"
+    device = "cuda" if use_gpu and torch.cuda.is_available() else "cpu"
     student = build_student(student_config, class_table).to(device)
     set_trainable(student, config.trainable, config.trainable_blocks)
     student.train()
@@ -438,6 +447,7 @@ def _fit(
         "stored_size": size,
         "validation": None if validation is None else validation.annotations_NC,
         "history": stage.file("history.json"),
+        "meter": asdict(Meter.of(stage, "train")),
         "curves": stage.file("curves"),
         "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,
     }
@@ -447,7 +457,6 @@ def _fit(
         names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()
         raise DataError(
             f"{error['message']}; images {', '.join(names)}: lower train.optim.lr, raise"
-        "meter": asdict(Meter.of(stage, "train")),
             " train.loss_temperature or set train.optim.grad_clip"
         )
     return {"history": weights["history"], "rows": rows, "weights": weights["model"]}
@@ -477,6 +486,7 @@ def _fit_head(
         validation=validation,
         run_dir=stage.run_dir,
         bad_folders=(_bad(stage), _bad(stage, "validation")),
+        curves=stage.file("curves"),
         seed=seed,
         progress=progress,
     )

@@ -128,6 +128,9 @@ def test_flips_soft_labels_and_validation_reach_the_fit(train, color_world):
     assert found[0] is None
     assert 0.5 < found[1] <= found[2] + 0.1
     assert stats["validation_mAP"] == found[2]
+    assert any(
+        "tfevents" in name for name in storage.list_names(measured.file("curves", "hts_ray"))
+    )
 
 
 def test_bad_images_and_infinite_losses_are_told(train, color_world, tmp_path):
@@ -146,3 +149,14 @@ def test_bad_images_and_infinite_losses_are_told(train, color_world, tmp_path):
     with pytest.raises(DataError, match=r"not finite in epoch 0; images i\d+"):
         train("wild", changed(loss_temperature=1e-38))
     assert not StageFolder(str(tmp_path), "student", "wild").finished
+
+
+def test_a_plan_counts_every_image_once(student_config, color_table, color_world):
+    """Catches a plan that has the frozen tower run in every epoch."""
+    many = changed(epochs=500, min_positives_per_class=100, augment=AugmentConfig(flip=True))
+    figures = training.estimate(many, student_config, color_table, color_world)
+    assert figures["images"] == 48
+    assert figures["steps"] >= 500 * 12
+    # 48 images and their mirror images in batches of 8
+    assert figures["seconds"] == pytest.approx(12 * figures["seconds_per_step"], rel=0.01, abs=1e-3)
+    assert figures["gpu_hours"] == 0
