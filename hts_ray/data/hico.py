@@ -6,8 +6,6 @@ ICCV 2015.
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import scipy.io
 
 from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes
+from hts_ray.data.mat5 import Mat5Error, read_mat5
 from hts_ray.data.prepared import Candidate, Prepared, inspect_images, manifest_table
 from hts_ray.errors import ConfigError, DataError
 
@@ -133,13 +131,10 @@ def _load(path: str) -> dict[str, Any]:
     _check_format(data, path)
     names = ["list_action", *(f"{kind}_{split}" for kind in ("list", "anno") for split in SPLITS)]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = scipy.io.loadmat(io.BytesIO(data), variable_names=names)
-    except Exception as error:  # scipy raises nearly every type for a damaged file
+        loaded = read_mat5(data, names)
+    except Mat5Error as error:
         raise DataError(
-            f"{path} is damaged or cut short ({len(data)} bytes): {_reason(error)}:"
-            " download it again"
+            f"{path} is damaged or cut short ({len(data)} bytes): {error}: download it again"
         ) from error
     return {name: loaded[name] for name in names if name in loaded}
 
@@ -163,11 +158,6 @@ def _check_format(data: bytes, path: str) -> None:
         raise DataError(
             f"{path} is not a MATLAB v5 file (it begins with {data[:16]!r}): give HICO's anno.mat"
         )
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _read_splits(variables: dict[str, Any], splits: Sequence[str], path: str) -> list[_Split]:
@@ -248,8 +238,10 @@ def _check_actions(actions: Any, classes: ClassTable, path: str) -> None:
 
 
 def _field(action: Any, name: str) -> str | None:
-    # A struct array gives records; cells of structs give 1x1 arrays of records.
+    # A struct array gives dictionaries; cells of structs give 1x1 arrays of them.
     try:
+        while isinstance(action, np.ndarray) and action.size == 1:
+            action = action.ravel()[0]
         value = action[name]
         while isinstance(value, np.ndarray) and value.size == 1:
             value = value.ravel()[0]
