@@ -28,6 +28,7 @@ from hts_ray.assets import asset_path
 from hts_ray.errors import ConfigError
 
 _EXECUTION = "execution"
+_MOST_VALUES = 100_000  # of a settings file, aliases written out
 
 
 def execution(default: Any, **constraints: Any) -> Any:
@@ -741,12 +742,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
         value = yaml.safe_load(storage.read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(field="--config", value=path, remedy="no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # Of dates and numbers that are none PyYAML raises ValueError, of deep nesting RecursionError.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             field="--config", value=path, remedy=f"not readable as YAML: {error}"
         ) from None
     if value is None:
         return {}
+    if _is_endless(value):
+        raise ConfigError(
+            field="--config", value=path, remedy="its aliases repeat each other: write them out"
+        )
     if not isinstance(value, dict):
         raise ConfigError(
             field="--config",
@@ -756,6 +762,19 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return value
 
 
+def _is_endless(value: Any) -> bool:
+    """Tell whether aliases (`&a [*a, *a]`) make more of a small file than anybody has settings."""
+    waiting, seen = [value], 0
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, Mapping | list):
+            waiting.extend(inner.values() if isinstance(inner, Mapping) else inner)
+            seen += len(inner)
+        if seen > _MOST_VALUES:
+            return True
+    return False
+
+
 def _parse_override(override: str) -> dict[str, Any]:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
@@ -763,7 +782,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(field="override", value=override, remedy="write it as section.name=value")
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         value = text
     if isinstance(value, str):
         value = _number(value)

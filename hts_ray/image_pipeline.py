@@ -31,8 +31,10 @@ from hts_ray.attempts import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.config import ImagesConfig
 from hts_ray.errors import DataError, UserError
 from hts_ray.tables import (
+    MANIFEST_SCHEMA,
     QUARANTINE_SCHEMA,
     StageFolder,
+    check_table,
     read_table,
     require_unique_ids,
     write_table,
@@ -48,6 +50,9 @@ OK = "ok"
 QUARANTINED = "quarantined"
 CHECKPOINT = "checkpoint"  # the folder in a stage where Ray keeps the ids of written rows
 MANIFEST_COLUMNS = ("image_id", "uri", "split")
+_MANIFEST = pa.schema(
+    [MANIFEST_SCHEMA.field(name) for name in MANIFEST_COLUMNS], MANIFEST_SCHEMA.metadata
+)
 DECODED_FIELDS = (
     pa.field("pixels", pa.large_binary()),
     pa.field("pixel_height", pa.int32()),
@@ -76,9 +81,10 @@ def manifest_rows(
 
     `splits` None takes all; `limit` draws so many at random, the same for the same `seed`.
     Annotations are not read. Raises DataError when no image is left, naming the splits that
-    exist, or when an id occurs twice.
+    exist, when an id occurs twice, or when a row lacks one of the three.
     """
     table = read_table(manifest_path, columns=list(MANIFEST_COLUMNS))
+    table = check_table(table, _MANIFEST, manifest_path)
     chosen = table if splits is None else table.filter(pc.is_in(table["split"], pa.array(splits)))
     if not len(chosen):
         found = ", ".join(sorted(str(name) for name in table["split"].unique().to_pylist()))

@@ -43,6 +43,10 @@ def _schema(name: str, fields: list[pa.Field]) -> pa.Schema:
 
 
 CLASS_IDS = pa.list_(pa.int16())
+# Without it a flipped bit can give another label; files without checksums are read as they are.
+_CHECKED_PARQUET = pads.ParquetFileFormat(
+    default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
 BOX = pa.list_(pa.float32(), 4)
 
 MANIFEST_SCHEMA = _schema(
@@ -267,16 +271,16 @@ def require_stage(run_dir: str, table: str, command: str) -> StageFolder:
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write one Parquet file in one step."""
+    """Write one Parquet file in one step, with checksums that `read_table` looks at."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     storage.write_bytes(path, sink.getvalue())
 
 
 def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
     """Read a Parquet file, or every Parquet file below a folder, with its schema's metadata.
 
-    Raises DataError when there is nothing to read or the files are not Parquet.
+    Raises DataError when there is nothing to read, or the files are damaged or not Parquet.
     """
     filesystem, inner = storage.resolve(path)
     if not storage.exists(path):
@@ -284,14 +288,16 @@ def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
     try:
         dataset = pads.dataset(
             inner,
-            format="parquet",
+            format=_CHECKED_PARQUET,
             filesystem=filesystem,
             exclude_invalid_files=False,
             ignore_prefixes=_NO_ROWS,
         )
         if not dataset.files:
             raise DataError(f"{path} holds no Parquet file: the stage that writes it has no rows")
-        return dataset.to_table(columns=list(columns) if columns is not None else None)
+        table = dataset.to_table(columns=list(columns) if columns is not None else None)
+        table.validate(full=True)  # texts that are no UTF-8 would come up somewhere else
+        return table
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
@@ -299,7 +305,7 @@ def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
 def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
     """Return `table` with exactly the columns of `schema`, in its order and types.
 
-    Raises DataError naming the first missing column or the wrong type.
+    Raises DataError naming the first missing column, the wrong type or the values that lack.
     """
     name = (schema.metadata or {}).get(b"hts_table", b"table").decode()
     missing = [field.name for field in schema if field.name not in table.column_names]
@@ -312,6 +318,12 @@ def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
         columns = [table[field.name].cast(field.type) for field in schema]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{path} is not a {name} table: {error}") from error
+    for field, column in zip(schema, columns, strict=True):
+        if not field.nullable and column.null_count:
+            raise DataError(
+                f"{path} is not a {name} table: {field.name} is missing in {column.null_count} of"
+                f" {len(column)} rows"
+            )
     return pa.table(columns, schema=schema.with_metadata(table.schema.metadata or schema.metadata))
 
 
