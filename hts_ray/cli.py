@@ -108,8 +108,8 @@ def stage_command(
             if config_file is None and preset is None:
                 preset = default_preset
             if paths:
-                options["paths"] = tuple(entry for entry in overrides if not _is_setting(entry))
-                overrides = tuple(entry for entry in overrides if _is_setting(entry))
+                options["paths"] = tuple(entry for entry in overrides if not is_setting(entry))
+                overrides = tuple(entry for entry in overrides if is_setting(entry))
             best = _sweep_overrides(options.get("from_sweep"))
             settings = Settings(config_file, preset, run_dir, [*best, *overrides], dry_run)
             if print_config:
@@ -127,7 +127,7 @@ def stage_command(
     return decorate
 
 
-def _is_setting(argument: str) -> bool:
+def is_setting(argument: str) -> bool:
     """Tell `section.name=value` from a path, which may hold an equals sign too."""
     name, equals, _ = argument.partition("=")
     named = re.fullmatch(r"\w+(\.\w+)*", name) is not None

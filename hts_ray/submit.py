@@ -13,6 +13,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
@@ -53,6 +54,8 @@ _LOST_SECONDS = 300.0  # without an answer until the client gives up; the job go
 _STOP_SECONDS = 60.0
 _PATH_METAVARS = {"PATH", "DIR", "FILE", "RUN"}
 _NOT_JOBS = {"submit"}
+_NAMED_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
+_NO_COMMAND = 127  # how a shell ends that finds no such program
 
 Tell = Callable[[str], None]
 
@@ -123,7 +126,7 @@ def plan_job(job: Job) -> Plan:
 
 def _parsed(arguments: Sequence[str]) -> tuple[click.Command, dict[str, Any]]:
     """Return the command that the arguments name, and its parameters, without running it."""
-    from hts_ray.cli import cli
+    from hts_ray.cli import cli, is_setting
 
     name = arguments[0] if arguments else ""
     known = sorted(set(cli.commands) - _NOT_JOBS)
@@ -134,8 +137,12 @@ def _parsed(arguments: Sequence[str]) -> tuple[click.Command, dict[str, Any]]:
             remedy=f"name a command of hts behind --, one of {', '.join(known)}",
         )
     command = cli.commands[name]
-    context = command.make_context(name, list(arguments[1:]))
-    return command, context.params
+    params = dict(command.make_context(name, list(arguments[1:])).params)
+    if name == "predict":  # it takes images between its settings
+        given = params["overrides"]
+        params["overrides"] = tuple(entry for entry in given if is_setting(entry))
+        params["paths"] = tuple(entry for entry in given if not is_setting(entry))
+    return command, params
 
 
 def _settings(params: Mapping[str, Any]) -> HtsConfig:
@@ -162,6 +169,8 @@ def _given_paths(command: click.Command, params: Mapping[str, Any]) -> Iterator[
             continue  # it is one of the settings
         if isinstance(value, str) and parameter.metavar in _PATH_METAVARS:
             yield parameter.opts[0], value
+    for path in params.get("paths", ()):
+        yield "PATH", path
 
 
 def _is_shipped(name: str, path: str, shipped: set[str]) -> bool:
@@ -253,6 +262,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def _last_line(error: BaseException) -> str:
+    """Return the line that says what is wrong, of a traceback that a server sent."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if _NAMED_ERROR.match(line)]
+    return (named or lines or [type(error).__name__])[-1][:500]
+
+
 def open_token_note(client: JobSubmissionClient) -> str | None:
     """Return a warning when the token would cross a network unencrypted, None otherwise."""
     parts = urlsplit(client.get_address())
@@ -305,7 +321,7 @@ def start(plan: Plan, client: JobSubmissionClient) -> str:
                 )
             )
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the cluster does not take the job: {_one_line(error)}") from error
+            raise UserError(f"the cluster does not take the job: {_last_line(error)}") from error
 
 
 def how_to_go_on(client: JobSubmissionClient, job_id: str) -> list[str]:
@@ -339,6 +355,8 @@ def wait(
         tell(info.message)  # it never ran, so that no log tells why
     code = exit_code(info)
     tell(f"job {job_id}: {str(info.status).lower()}" + (f", exit code {code}" if code else ""))
+    if code == _NO_COMMAND:
+        tell("start Ray on the head node in an activated environment, or name its --python")
     return code
 
 

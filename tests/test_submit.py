@@ -64,6 +64,10 @@ def test_relative_paths_are_refused_unless_they_travel(tmp_path):
     with pytest.raises(ConfigError, match=r"classes.source = 'none.csv'"):
         planned(tmp_path, "label", *run, "classes.source=none.csv")
     assert planned(tmp_path, "report", "s3://b/r").config is None
+    plan = planned(tmp_path, "predict", *run, "s3://b/1.png", "predict.batch_images=8")
+    assert ("PATH", "s3://b/1.png") in plan.paths
+    with pytest.raises(ConfigError, match=r"PATH = 'photos/1.png'"):
+        planned(tmp_path, "predict", *run, "photos/1.png")
 
 
 def test_a_run_directory_that_only_the_cluster_may_open_is_no_obstacle(tmp_path, monkeypatch):
@@ -144,6 +148,15 @@ def test_arguments_reach_the_job_as_they_were_given():
     assert job.entrypoint == (
         "python -m hts_ray.cli label --run-dir 's3://b/a b' 'classes.ids=[1, 2]' 'x=$HOME'"
     )
+
+
+def test_a_server_s_traceback_is_told_in_its_last_line():
+    """Would catch a page of a server's code in place of the reason."""
+    text = "Request failed with status code 500: Traceback (most recent call last):\n  File x\n"
+    text += "ValueError: Job with submission_id one already exists.\n."
+    told = submit._last_line(RuntimeError(text))
+    assert told == "ValueError: Job with submission_id one already exists."
+    assert submit._last_line(RuntimeError("refused")) == "refused"
 
 
 class _Client:
