@@ -4,13 +4,14 @@
 
 Everything is real but the model: Ray Data's pipeline, reading, decoding, checkpoints, Parquet.
 Each of n actors holds one logical GPU and sleeps `--seconds` an image. The largest pool gets all
-the images and, in a second run, a tenth of them, which shows whether memory grows with them; a
-smaller pool gets `--images-per-actor` for each actor. Every run has a driver and a Ray cluster of
-its own.
+the images, a smaller one `--images-per-actor` for each actor. Every run has a driver and a Ray
+cluster of its own, and rows of earlier calls with the same settings are kept.
 
 Efficiency is images/s over n / seconds: `steady` between a quarter and nine tenths of the images,
-`whole` from the first to the last second, the start of the workers included. The table goes to
-stdout, the numbers with hardware, versions, settings and date to benchmarks/results/scale.json.
+`whole` from the first to the last second, the start of the workers included. Memory is that of the
+driver and of all processes: the median while the second tenth of the images is made, and while the
+last tenth is, which shows whether it grows with their number. The table goes to stdout, the
+numbers with hardware, versions, settings and date to benchmarks/results/scale.json.
 """
 
 from __future__ import annotations
@@ -46,18 +47,17 @@ MIB = 1 << 20
 class MemoryWatch(threading.Thread):
     """Samples this process and all that it started, the object store included, in MiB."""
 
-    def __init__(self, interval: float = 15.0) -> None:
+    def __init__(self, interval: float = 10.0) -> None:
         super().__init__(daemon=True)
         self.interval = interval
-        self.driver: list[float] = []
-        self.total: list[float] = []
+        self.images = 0  # done so far; the run sets it
+        self._samples: list[tuple[int, float, float]] = []
         self._stopped = threading.Event()
 
     def run(self) -> None:
         """Sample until stopped."""
         me = psutil.Process()
         while not self._stopped.wait(self.interval):
-            self.driver.append(me.memory_info().rss / MIB)
             total = 0.0
             for process in [me, *me.children(recursive=True)]:
                 try:
@@ -65,17 +65,19 @@ class MemoryWatch(threading.Thread):
                     total += process.memory_full_info().pss / MIB
                 except psutil.Error:
                     continue
-            self.total.append(total)
+            self._samples.append((self.images, me.memory_info().rss / MIB, total))
 
-    def stop(self) -> dict[str, float]:
-        """Return the median over the second half of the run, when everything is up."""
+    def stop(self, images: int) -> dict[str, float]:
+        """Return the medians early and late in a run over so many images."""
         self._stopped.set()
         self.join()
-        half = slice(len(self.driver) // 2, None)
-        return {
-            "driver_mib": float(np.median(self.driver[half])) if self.driver else float("nan"),
-            "total_mib": float(np.median(self.total[half])) if self.total else float("nan"),
-        }
+        found = {}
+        for name, low, high in (("early", 0.1, 0.2), ("late", 0.9, 1.0)):
+            chosen = [s for s in self._samples if low * images <= s[0] <= high * images]
+            values = np.median(chosen, axis=0) if chosen else np.full(3, np.nan)
+            found[f"driver_mib_{name}"] = float(values[1])
+            found[f"total_mib_{name}"] = float(values[2])
+        return found
 
 
 def write_images(folder: Path, count: int) -> str:
@@ -116,6 +118,11 @@ def run_one(actors: int, images: int, seconds: float) -> dict[str, Any]:
     )
     done: list[tuple[float, int]] = []
     watch = MemoryWatch()
+
+    def told(count: int, _total: int, _bad: int) -> None:
+        done.append((time.monotonic(), count))
+        watch.images = count
+
     with (
         tempfile.TemporaryDirectory() as folder,
         ray_cluster(RayConfig(num_gpus=actors), [config.pool]),
@@ -129,10 +136,10 @@ def run_one(actors: int, images: int, seconds: float) -> dict[str, Any]:
             manifest_path=manifest,
             class_table=hico_classes().subset(range(CLASSES)),
             stage=stage,
-            progress=lambda count, _total, _bad: done.append((time.monotonic(), count)),
+            progress=told,
         )
         wall = time.monotonic() - started
-        memory = watch.stop()
+        memory = watch.stop(images)
     assert stats["rows_out"] == images, stats
     times, counts = np.array(done).T
     first, last = (np.searchsorted(counts, share * images) for share in (0.25, 0.9))
@@ -155,38 +162,47 @@ def main() -> None:
     """Print and store the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000, help="of the largest pool")
     parser.add_argument("--images-per-actor", type=int, default=300, help="of smaller pools")
     parser.add_argument("--seconds", type=float, default=0.5, help="a GPU's time an image")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", type=int, nargs=2, metavar=("ACTORS", "IMAGES"))
     options = parser.parse_args()
     if options.one:
-        actors, images = options.one
-        print(json.dumps(run_one(actors, images, options.seconds)))
+        print(json.dumps(run_one(*options.one, options.seconds)))
         return
-    most = max(options.actors)
-    plan = [(n, n * options.images_per_actor) for n in options.actors if n != most]
-    plan += [(most, options.images // 10), (most, options.images)]
-    rows = []
-    print(" actors   images  ideal/s  steady/s  efficiency  whole run  driver MiB  total MiB")
-    for actors, images in plan:
-        command = [sys.executable, __file__, "--one", str(actors), str(images)]
+    actors, most = sorted(options.actors), max(options.actors)
+    plan = [(n, options.images if n == most else n * options.images_per_actor) for n in actors]
+    settings = {"seconds": options.seconds, "classes": CLASSES}
+    rows = earlier_rows(options.out, settings)
+    print(" actors   images  ideal/s  steady/s  efficiency  whole run  driver MiB      total MiB")
+    for count, images in plan:
+        command = [sys.executable, __file__, "--one", str(count), str(images)]
         command += ["--seconds", str(options.seconds)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        row = json.loads(output.strip().splitlines()[-1])
-        rows.append(row)
+        row = {**json.loads(output.strip().splitlines()[-1]), "date": measured_on()["date"]}
+        rows = [old for old in rows if old["actors"] != count] + [row]
         print(
-            f"{row['actors']:7d} {row['images']:8d} {row['ideal_images_per_second']:8.1f}"
+            f"{count:7d} {images:8d} {row['ideal_images_per_second']:8.1f}"
             f" {row['steady_images_per_second']:9.1f} {row['steady_efficiency']:11.3f}"
-            f" {row['whole_efficiency']:10.3f} {row['driver_mib']:11.0f}"
-            f" {row['total_mib']:10.0f}",
+            f" {row['whole_efficiency']:10.3f}"
+            f" {row['driver_mib_early']:5.0f} {row['driver_mib_late']:5.0f}"
+            f" {row['total_mib_early']:7.0f} {row['total_mib_late']:6.0f}",
             flush=True,
         )
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "one")}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {**measured_on(), "settings": settings, "rows": rows}
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = {**measured_on(), "settings": settings}
+        report["rows"] = sorted(rows, key=lambda row: row["actors"])
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def earlier_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of an earlier call with the same settings."""
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = report["rows"] if report["settings"] == settings else []
+    return rows
 
 
 if __name__ == "__main__":
