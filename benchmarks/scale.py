@@ -169,7 +169,8 @@ def main() -> None:
     parser.add_argument("--one", type=int, nargs=2, metavar=("ACTORS", "IMAGES"))
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(run_one(*options.one, options.seconds)))
+        count, images = options.one
+        print(json.dumps(run_one(count, images, options.seconds)))
         return
     actors, most = sorted(options.actors), max(options.actors)
     plan = [(n, options.images if n == most else n * options.images_per_actor) for n in actors]

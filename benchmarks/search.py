@@ -143,7 +143,7 @@ class TwinDecoder(TrieDecoder):
         """Return what `answers` says."""
         return self.both[0].reference(torch.stack([pair[0] for pair in images]), sequence)
 
-    def region_bytes(self, image: Any) -> int:
+    def region_bytes(self, image: Any, nodes: int | None = None) -> int:
         """Return the bytes of the larger one."""
         return self.both[1].region_bytes(image[1])
 

@@ -275,7 +275,7 @@ def validation_rows(run: Run, manifest: str | None) -> pa.Table | None:
         pc.and_(pc.equal(table["split"], split), table["positive_ids"].is_valid())
     )
     if not len(chosen):
-        raise DataError(f"train.validation_split={split}: the manifest has no annotated image in it")
+        raise DataError(f"train.validation_split={split}: no image of the manifest is annotated")
     return chosen
 
 
