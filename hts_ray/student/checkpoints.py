@@ -1,6 +1,6 @@
 """The student's folder: a description, weights and classes, enough to rebuild it anywhere.
 
-`student.json` (architecture, preprocessing, settings, hashes of the other two files),
+`student.json` (architecture, preprocessing, settings, hashes of itself and the other two files),
 `model.safetensors` and `classes.csv`. The description is written last, so a folder holds a
 whole student or none. Nothing is pickled.
 """
@@ -36,7 +36,7 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
     """
     weights = safetensors.torch.save(_state(student))
     classes = _class_csv(student.class_table)
-    description = {
+    description: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "student": student.config.model_dump(mode="json"),
@@ -49,6 +49,7 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
         "sha256": {WEIGHTS: _sha256(weights), CLASSES: _sha256(classes)},
         "info": dict(info or {}),
     }
+    description["sha256"][DESCRIPTION] = description_hash(description)
     target = storage.join(path, DESCRIPTION)
     if storage.exists(target):  # an old description must not stand beside new weights
         filesystem, inner = storage.resolve(target)
@@ -133,7 +134,20 @@ def description_of(folder: str) -> dict[str, Any]:
     missing = sorted((needed | {"class_ids", "class_fingerprint"}) - description.keys())
     if missing:
         raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
+    hashes = description["sha256"]
+    # Students that earlier versions wrote have no hash of their own description.
+    known = hashes.get(DESCRIPTION) if isinstance(hashes, dict) else ""
+    if known is not None and known != description_hash(description):
+        raise DataError(f"{path} was changed or damaged: copy or train the student again")
     return description
+
+
+def description_hash(description: Mapping[str, Any]) -> str:
+    """Return a sha256 in hex of what a description says, `info` and this hash itself left out."""
+    said = {name: value for name, value in description.items() if name != "info"}
+    if isinstance(said.get("sha256"), dict):
+        said["sha256"] = {n: v for n, v in said["sha256"].items() if n != DESCRIPTION}
+    return _sha256(json.dumps(said, sort_keys=True).encode())
 
 
 def _checked(folder: str, name: str, description: Mapping[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ import math
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -119,6 +120,7 @@ def _load(file: str) -> dict[str, Any]:
     try:
         local = not storage.is_remote(file)
         source = storage.resolve(file)[1] if local else io.BytesIO(storage.read_bytes(file))
+        _check_sums(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of, it refuses in the next line
             content = torch.load(source, map_location="cpu", weights_only=True)
@@ -132,6 +134,17 @@ def _load(file: str) -> dict[str, Any]:
             f"{file} is not in the paper's format: model_state_dict is missing (found {found})"
         )
     return content
+
+
+def _check_sums(source: str | io.BytesIO) -> None:
+    """Raise BadZipFile for an archive with a damaged part: torch does not look at its checksums."""
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged, its checksum differs")
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
 
 
 def _why_unreadable(file: str, error: Exception) -> str:
@@ -217,6 +230,8 @@ def _tensors(stored: Mapping[Any, Any], file: str) -> dict[str, Tensor]:
         if not dense or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise DataError(f"{file}: {key} is not a tensor of floats but {kind}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise DataError(f"{file}: {key} claims {value.numel()} values, the file holds fewer")
         state[name] = value.detach().float().contiguous()
         if not state[name].isfinite().all():
             raise DataError(f"{file}: {key} holds values that are not finite")

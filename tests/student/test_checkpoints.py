@@ -11,7 +11,7 @@ from hts_ray import storage
 from hts_ray.config import StudentConfig
 from hts_ray.errors import DataError
 from hts_ray.student import load_student
-from hts_ray.student.checkpoints import save_student, student_fingerprint
+from hts_ray.student.checkpoints import description_hash, save_student, student_fingerprint
 from hts_ray.student.model import build_student
 from hts_ray.tables import StageFolder
 
@@ -112,7 +112,11 @@ def test_damaged_and_foreign_files_are_named(folder, tmp_path):
     parsed = json.loads(good[description])
     description.write_text(json.dumps({**parsed, "format_version": 99}))
     refused("format version 99")
-    description.write_text(json.dumps({**parsed, "image_size": 64}))
+    changed = {**parsed, "image_size": 64}
+    description.write_text(json.dumps(changed))
+    refused("student.json was changed or damaged")
+    changed["sha256"] = {**parsed["sha256"], "student.json": description_hash(changed)}
+    description.write_text(json.dumps(changed))
     refused("does not fit its description")
     (tmp_path / "official.pt").write_bytes(b"x")
     with pytest.raises(DataError, match="import-checkpoint"):
