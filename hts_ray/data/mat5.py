@@ -124,7 +124,7 @@ class _Elements:
         kind, body = self.take()
         if kind not in kinds:
             raise Mat5Error(f"an element of type {kind} where numbers belong")
-        dtype = np.dtype(_STORED[kind]).newbyteorder(self._order)  # type: ignore[call-overload]
+        dtype: np.dtype[Any] = np.dtype(f"{self._order}{_STORED[kind]}")
         if len(body) % dtype.itemsize:
             raise Mat5Error(f"{len(body)} bytes for numbers of {dtype.itemsize}")
         return np.frombuffer(body, dtype)
