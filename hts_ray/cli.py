@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,6 +32,9 @@ from hts_ray.console import (
 from hts_ray.errors import ConfigError, UserError
 from hts_ray.tables import find_stage
 from hts_ray.telemetry import log_as, run_tag
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _CONFIG_FILE = "config.yaml"
 
@@ -324,7 +327,7 @@ def train(
         print_mapping("plan", {"write": stage.path, **_readable(figures)})
         return
     settings.record(run, student_model=settings.config.student.model)
-    with _ray(settings.config, "train"):
+    with _ray(settings.config, "train", labels=labels):
         pipeline.train(run, labels, _print_epoch, validation)
     print_stage("train", stage)
     _next("predict", run)
@@ -557,7 +560,12 @@ def _swept_scores(from_sweep: str | None) -> str | None:
 
 @contextmanager
 def _ray(
-    config: HtsConfig, command: str, *, manifest: str = "", student: str = ""
+    config: HtsConfig,
+    command: str,
+    *,
+    manifest: str = "",
+    student: str = "",
+    labels: pa.Table | None = None,
 ) -> Iterator[None]:
     """Join or start Ray for a command, and refuse a cluster that could never run it."""
     from hts_ray.preflight import check_joined
@@ -567,7 +575,7 @@ def _ray(
     pools += [config.train.features.pool, config.self_training.pool]
     paths = [("--student", student)] if student else []
     with ray_cluster(config.ray, pools):
-        for note in check_joined(config, command, paths, manifest):
+        for note in check_joined(config, command, paths, manifest=manifest, labels=labels):
             console.print(f"note: {note}", markup=False)
         yield
 
@@ -728,7 +736,7 @@ def review(settings: Settings, corrections: str, **chosen: str | None) -> None:
 @click.option("--uv", metavar="FILE", help="requirements.txt that uv adds on the nodes.")
 @click.option("--pip", metavar="FILE", help="requirements.txt that pip adds on the nodes.")
 @click.option("--working-dir", default=".", metavar="DIR", help="What is shipped (default: here).")
-@click.option("--max-upload", default=64.0, show_default=True, metavar="MIB", help="Refuse more.")
+@click.option("--max-upload", type=float, metavar="MIB", help="Refuse more (default 64).")
 @click.option("--python", default="python", show_default=True, help="Interpreter on the head node.")
 @click.option("--submission-id", metavar="ID", help="Name of the job, once a cluster.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")

@@ -278,18 +278,21 @@ def check_paths(cluster: Cluster, shared: Sequence[str], paths: Iterable[tuple[s
             )
 
 
-def check_uris(cluster: Cluster, shared: Sequence[str], manifest: str) -> None:
-    """Raise ConfigError when images of a manifest lie where only one machine of several is."""
-    if not cluster.several_hosts:
-        return
-    uris = pc.unique(read_table(manifest, columns=["uri"])["uri"]).drop_null()
+def check_uris(
+    cluster: Cluster, shared: Sequence[str], column: pa.ChunkedArray, source: str
+) -> None:
+    """Raise ConfigError when images, by their URIs, lie where only one machine of several is.
+
+    `source` names the table that the URIs are from.
+    """
+    uris = pc.unique(column).drop_null()
     suspects = uris.filter(pc.invert(_has_scheme(uris))).to_pylist()
     # Only folders differ in whether they are shared; images are many.
     folders = {uri.rpartition("/")[0]: uri for uri in suspects}
     bad = [uri for folder, uri in folders.items() if not is_shared(folder or uri, shared)]
     if bad:
         raise ConfigError(
-            f"the images of {manifest} lie at local paths, and workers run on other machines too"
+            f"the images of {source} lie at local paths, and workers run on other machines too"
             f" ({_machines(cluster)})",
             field="uri",
             value=bad[0],
@@ -348,17 +351,25 @@ def _model_path(field: str, name: str | None) -> Iterator[tuple[str, str]]:
 
 
 def check_joined(
-    config: HtsConfig, command: str, paths: Iterable[tuple[str, str]] = (), manifest: str = ""
+    config: HtsConfig,
+    command: str,
+    paths: Iterable[tuple[str, str]] = (),
+    *,
+    manifest: str = "",
+    labels: pa.Table | None = None,
 ) -> list[str]:
     """Check the cluster that this process has joined for a command; returns notes for the user.
 
     `paths` are (field, path) that come from elsewhere than the settings; the images of `manifest`
-    are looked at too. Raises ConfigError for what would fail late or wait for ever.
+    and of `labels` (a table with `uri`) are looked at too. Raises ConfigError for what would fail
+    late or wait for ever.
     """
     cluster = joined_cluster(config.ray)
     shared = config.ray.shared_paths
     check_paths(cluster, shared, [*worker_paths(config, command), *paths])
-    if manifest:
+    if manifest and cluster.several_hosts:
         check_paths(cluster, shared, [("manifest", manifest)])
-        check_uris(cluster, shared, manifest)
+        check_uris(cluster, shared, read_table(manifest, columns=["uri"])["uri"], manifest)
+    if labels is not None and cluster.several_hosts:
+        check_uris(cluster, shared, labels["uri"], "the labels")
     return check_room(cluster, demands(config, command))

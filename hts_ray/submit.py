@@ -505,7 +505,7 @@ def submit_command(
     uv: str | None,
     pip: str | None,
     working_dir: str,
-    max_upload: float,
+    max_upload: float | None,
     python: str,
     submission_id: str | None,
 ) -> int:
@@ -524,7 +524,7 @@ def submit_command(
         requirements=read_requirements(Path(file)) if file else (),
         installer="pip" if pip else "uv",
         python=python,
-        max_upload_mib=max_upload,
+        max_upload_mib=max_upload or MAX_UPLOAD_MIB,
         submission_id=submission_id,
     )
     plan = plan_job(job)

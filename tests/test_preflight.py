@@ -127,18 +127,24 @@ def test_a_shared_folder_is_not_its_namesake():
     assert is_shared("file:///data/x", ["/data"])
 
 
-def test_images_at_local_paths_are_found_in_the_manifest(tmp_path):
+def test_images_at_local_paths_are_found(tmp_path, monkeypatch):
     """Would catch a pass over a million images that quarantines every one on the other nodes."""
     uris = ["s3://b/1.png", "/mnt/images/2.png", "/home/me/3.png"]
-    path = str(tmp_path / "manifest.parquet")
-    rows = [(Candidate(str(i), uri, "train"), None) for i, uri in enumerate(uris)]
-    write_table(path, manifest_table(rows))
-    check_uris(cluster(("a", 8, 0)), (), path)
+    table = manifest_table([(Candidate(u, u, "train"), None) for u in uris])
     with pytest.raises(ConfigError, match=r"/home/me/3.png.*shared_paths=\[/home\]"):
-        check_uris(TWO_HOSTS, ("/mnt",), path)
-    check_uris(TWO_HOSTS, ("/mnt", "/home/me"), path)
-    write_table(path, manifest_table(rows[:1]))
-    check_uris(TWO_HOSTS, (), path)
+        check_uris(TWO_HOSTS, ("/mnt",), table["uri"], "it")
+    check_uris(TWO_HOSTS, ("/mnt", "/home/me"), table["uri"], "it")
+    check_uris(TWO_HOSTS, (), table["uri"][:1], "it")
+    # The same through the manifest's file and a table of labels, on a cluster that was joined.
+    path = str(tmp_path / "manifest.parquet")
+    write_table(path, table)
+    monkeypatch.setattr(preflight, "joined_cluster", lambda _: TWO_HOSTS)
+    config = load_config(overrides=["run_dir=s3://b/r", f"ray.shared_paths=[{tmp_path}]"])
+    for images in ({"manifest": path}, {"labels": table}):
+        with pytest.raises(ConfigError, match="lie at local paths"):
+            preflight.check_joined(config, "label", **images)
+    monkeypatch.setattr(preflight, "joined_cluster", lambda _: cluster(("a", 8, 0)))
+    assert preflight.check_joined(config, "label", manifest=path, labels=table) == []
 
 
 def test_model_folders_are_told_from_hub_ids(tmp_path):
