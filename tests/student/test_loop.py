@@ -15,6 +15,7 @@ from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.losses import make_loss
 from hts_ray.student import loop
 from hts_ray.student.loop import dense_targets, dense_weights, learning_rate_factor
+from hts_ray.telemetry import HeldGpus, Meter
 
 PLAIN = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
 
@@ -143,6 +144,7 @@ def test_uneven_shards_give_the_gradient_of_the_global_mean(tmp_path):
 
 def make_worker(config, accelerator, student, model, optimizer, loss, rank=0, world=1):
     """Return what the loop's steps need, with a rate of 1."""
+    meter = Meter("train", "test")
     return loop._Worker(
         job={},
         config=config,
@@ -153,6 +155,8 @@ def make_worker(config, accelerator, student, model, optimizer, loss, rank=0, wo
         optimizer=optimizer,
         base_lrs=[1.0],
         loss=loss,
+        meter=meter,
+        held=HeldGpus(meter, 0.0),
         rank=rank,
         world=world,
     )
