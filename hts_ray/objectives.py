@@ -3,8 +3,8 @@
 Every objective is a function of one `Outcome`, what a setting led to, and returns one number;
 higher is better. They compare students and pseudo-labels with a `Reference`, the teacher's evidence
 read in a fixed way, which is made once a sweep and does not know the settings. That is what keeps
-the obvious cheats from paying: a filter that keeps almost nothing cannot lower the bar it is
-measured by, and an image is only ever scored by students that were not trained on it.
+the obvious cheat from paying: a filter that keeps almost nothing cannot lower the bar it is
+measured by. docs/sweep.md tells how well each of them ranks settings, and which do not.
 
 Shapes: N images, C classes, 2 disjoint halves of the images (folds) or of each image's regions
 (views).
@@ -37,14 +37,14 @@ class Reference:
     """What is believed of N images whatever the setting: it stays the same for a whole sweep.
 
     Probabilities (N, C) float32 in [0, 1]: `consensus_NC` of all stored regions; `calibrated_NC`
-    and `zero_shot_NC` the same after calibration by the other half of the regions and by the
-    zero-shot student; `views_2NC` (2, N, C) from two disjoint halves of every image's regions.
-    `start_NC` are the zero-shot student's logits.
+    the same, calibrated by the agreement of two disjoint halves of every image's regions;
+    `views_2NC` (2, N, C) what each of these halves says, NaN where an image has none of it;
+    `agreed_NC` what both say. `start_NC` are the zero-shot student's logits.
     """
 
     consensus_NC: FloatArray
     calibrated_NC: FloatArray
-    zero_shot_NC: FloatArray
+    agreed_NC: FloatArray
     views_2NC: FloatArray
     start_NC: FloatArray
 
@@ -56,7 +56,8 @@ class Outcome:
     `targets_NC` int8 are its pseudo-labels (1 positive, 0 ignored, -1 negative) and
     `view_targets_2NC` those that it draws from each half of the regions alone. `fold_N` int8 in
     {0, 1} splits the images. `logits_2NC` are of two students, each trained on the pseudo-labels
-    of one fold; `view_logits_2NC` likewise, with the pseudo-labels of view 0 on fold 0 and of view
+    of one fold, in as many steps as one that is trained on all images; `whole_NC` are of that one.
+    `view_logits_2NC` are like `logits_2NC`, with the pseudo-labels of view 0 on fold 0 and of view
     1 on fold 1. What no objective asked for is None.
     """
 
@@ -66,6 +67,7 @@ class Outcome:
     view_targets_2NC: Labels | None = None
     logits_2NC: FloatArray | None = None
     view_logits_2NC: FloatArray | None = None
+    whole_NC: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,11 @@ class Objective:
     needs_views: bool = False
     needs_students: bool = False
     needs_view_students: bool = False
+    needs_whole: bool = False
 
 
 def make_reference(consensus_NC: ArrayLike, views_2NC: ArrayLike, start_NC: ArrayLike) -> Reference:
-    """Calibrate the teacher's evidence in two ways and keep it with what it was made of.
+    """Derive what objectives compare with from the teacher's evidence.
 
     `consensus_NC` (N, C) and `views_2NC` (2, N, C) are probabilities, NaN in a view where an image
     has no region of it; `start_NC` are the zero-shot student's logits. Raises DataError when the
@@ -89,7 +92,6 @@ def make_reference(consensus_NC: ArrayLike, views_2NC: ArrayLike, start_NC: Arra
     """
     consensus = np.asarray(consensus_NC, dtype=np.float32)
     views = np.asarray(views_2NC, dtype=np.float32)
-    start = np.asarray(start_NC, dtype=np.float32)
     if not (consensus.sum(axis=0) >= _LEAST_EXPECTED).any():
         raise DataError(
             "the teacher expects less than one positive of every class: no label-free objective"
@@ -98,10 +100,22 @@ def make_reference(consensus_NC: ArrayLike, views_2NC: ArrayLike, start_NC: Arra
     return Reference(
         consensus,
         calibrate_by_views(consensus, views),
-        calibrate_by_zero_shot(consensus, start),
+        pool_views(consensus, views),
         views,
-        start,
+        np.asarray(start_NC, dtype=np.float32),
     )
+
+
+def pool_views(consensus_NC: FloatArray, views_2NC: FloatArray) -> FloatArray:
+    """Geometric mean (N, C) of what two halves of the regions say: sure only where both are.
+
+    A class that is seen in a stray region is in one half alone and almost vanishes, while a mean
+    would keep half of it; small probabilities everywhere, which add up to many positives that
+    are not there, stay small. An image without a region in one of the halves keeps its consensus.
+    Source: logarithmic opinion pool with equal weights, Genest and Zidek 1986, not normalised.
+    """
+    pooled_NC = np.sqrt(views_2NC[0] * views_2NC[1])
+    return np.asarray(np.where(np.isnan(pooled_NC), consensus_NC, pooled_NC), dtype=np.float32)
 
 
 def calibrate_by_views(consensus_NC: FloatArray, views_2NC: FloatArray) -> FloatArray:
@@ -123,51 +137,18 @@ def calibrate_by_views(consensus_NC: FloatArray, views_2NC: FloatArray) -> Float
     return isotonic_map(evidence, agrees, consensus_NC)
 
 
-def calibrate_by_zero_shot(consensus_NC: FloatArray, start_NC: FloatArray) -> FloatArray:
-    """Replace each probability by what the zero-shot student's scores say of it, (N, C).
-
-    Among entries with teacher probability p the zero-shot student's standardised logit has the
-    mean mu_neg + pi(p) (mu_pos - mu_neg), where pi(p) is the share of true positives, if its
-    errors do not depend on the teacher's. pi is the isotonic regression of that logit on p,
-    scaled so that the lowest level is 0 and the highest 1 (the teacher's surest labels are taken
-    to be right). Classes weigh by how far the zero-shot student tells the teacher's sure
-    positives from the rest. A weak but independent witness is enough: only means are compared.
-    Source: mixture proportion by a second view, in the spirit of Blum and Mitchell 1998; ours.
-    """
-    scale_C = np.maximum(start_NC.std(axis=0), 1e-6)
-    standard_NC = (start_NC - start_NC.mean(axis=0)) / scale_C
-    mass_C = np.maximum(consensus_NC.sum(axis=0), 1e-6)
-    lift_C = (consensus_NC * standard_NC).sum(axis=0) / mass_C
-    weight_C = np.where(mass_C >= _LEAST_EXPECTED, np.maximum(lift_C, 0), 0)
-    if not weight_C.any():
-        return consensus_NC
-    weights_NC = np.broadcast_to(weight_C, consensus_NC.shape)
-    # Divided by its class's lift, every class has about the same distance of the two means.
-    level_NC = standard_NC / np.where(weight_C > 0, lift_C, 1)
-    fitted_NC = isotonic_map(
-        consensus_NC.ravel(), level_NC.ravel(), consensus_NC, (weights_NC**2).ravel()
-    )
-    low, high = fitted_NC.min(), fitted_NC.max()
-    return consensus_NC if high <= low else (fitted_NC - low) / (high - low)
-
-
-def isotonic_map(
-    x: FloatArray, y: NDArray[Any], at: FloatArray, weights: FloatArray | None = None
-) -> FloatArray:
+def isotonic_map(x: FloatArray, y: NDArray[Any], at: FloatArray) -> FloatArray:
     """Fit y (M,) by a rising function of x (M,), least squares, and return it at `at`, float32.
 
     Between the fitted points it is interpolated, beyond them constant; equal x count as one point
-    with their weights added. Source: pool adjacent violators (Barlow et al. 1972), by SciPy.
+    with as many times the weight. Source: pool adjacent violators (Barlow et al. 1972), by SciPy.
     """
     from scipy.optimize import isotonic_regression
 
-    weights = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=np.float64)
     points, place = np.unique(x, return_inverse=True)
-    total = np.bincount(place, weights=weights)
-    sums = np.bincount(place, weights=weights * y)
-    known = total > 0
-    fitted = isotonic_regression(sums[known] / total[known], weights=total[known]).x
-    return np.asarray(np.interp(at, points[known], fitted), dtype=np.float32)
+    counts = np.bincount(place).astype(np.float64)
+    fitted = isotonic_regression(np.bincount(place, weights=y) / counts, weights=counts).x
+    return np.asarray(np.interp(at, points, fitted), dtype=np.float32)
 
 
 def expected_average_precision(scores_NC: ArrayLike, probabilities_NC: ArrayLike) -> FloatArray:
@@ -218,7 +199,7 @@ def _centred_ranks(scores_NC: ArrayLike) -> FloatArray:
     from scipy.stats import rankdata
 
     ranks: FloatArray = rankdata(np.asarray(scores_NC), axis=0)
-    return ranks - ranks.mean(axis=0)
+    return np.asarray(ranks - ranks.mean(axis=0))
 
 
 def expected_f1(targets_NC: Labels, probabilities_NC: FloatArray) -> FloatArray:
@@ -240,14 +221,16 @@ def expected_f1(targets_NC: Labels, probabilities_NC: FloatArray) -> FloatArray:
 def overlap(first_NC: Labels, second_NC: Labels, expected_C: FloatArray) -> FloatArray:
     """Share (C,) in [0, 1] of positives that two labelings have in common.
 
-    |A and B| / max(|A or B|, expected): Jaccard's index, whose denominator cannot fall below the
-    number of positives that the class is expected to have, so that two labelings do not agree
-    perfectly by naming one image each.
+    min(|A and B|, expected) / max(|A or B|, expected): Jaccard's index, bounded by the number of
+    positives that the class is expected to have, so that two labelings agree perfectly neither
+    by naming one image each nor by naming all.
     """
     first, second = first_NC == 1, second_NC == 1
-    common_C = (first & second).sum(axis=0)
+    common_C = np.minimum((first & second).sum(axis=0), expected_C)
     union_C = np.maximum((first | second).sum(axis=0), expected_C)
-    return np.divide(common_C, union_C, out=np.zeros(len(union_C)), where=union_C > 0)
+    shares_C = np.zeros(len(union_C))
+    np.divide(common_C, union_C, out=shares_C, where=union_C > 0)
+    return shares_C
 
 
 def soft_neighborhood_density(logits_NC: FloatArray, temperature: float = 0.05) -> float:
@@ -285,44 +268,62 @@ def _entropy(probabilities: FloatArray) -> FloatArray:
     return np.asarray(-(probabilities * logs).sum(axis=1))
 
 
-def _heldout_ap(
-    logits_2NC: FloatArray | None, outcome: Outcome, references_2NC: list[FloatArray]
-) -> float:
-    """Mean expected AP of each fold's student on the other fold, which it was not trained on.
+def mean_expected_ap(logits_NC: FloatArray | None, reference_NC: FloatArray) -> float:
+    """Mean expected AP over the classes of which the reference expects a positive; 0 if of none."""
+    assert logits_NC is not None
+    p_NC = np.nan_to_num(reference_NC)
+    ap_C = expected_average_precision(logits_NC, p_NC)
+    counted_C = p_NC.sum(axis=0) >= _LEAST_EXPECTED
+    return float(ap_C[counted_C].mean()) if counted_C.any() else 0.0
 
-    `references_2NC[f]` is what fold f's student is compared with.
-    """
+
+def heldout_logits(logits_2NC: FloatArray | None, fold_N: NDArray[np.int8]) -> FloatArray:
+    """Logits (N, C) of every image by the student of the fold that it is not in."""
     assert logits_2NC is not None
-    values = []
-    for f in (0, 1):
-        other_N = outcome.fold_N != f
-        p_NC = np.nan_to_num(references_2NC[f][other_N])
-        ap_C = expected_average_precision(logits_2NC[f][other_N], p_NC)
-        values.append(ap_C[p_NC.sum(axis=0) >= _LEAST_EXPECTED])
-    found = np.concatenate(values)
-    return float(found.mean()) if found.size else 0.0
+    return np.asarray(np.where(fold_N[:, None] == 0, logits_2NC[1], logits_2NC[0]))
+
+
+def _unseen(outcome: Outcome) -> FloatArray:
+    return heldout_logits(outcome.logits_2NC, outcome.fold_N)
+
+
+def _unseen_ap(outcome: Outcome) -> float:
+    return mean_expected_ap(_unseen(outcome), outcome.reference.agreed_NC)
+
+
+def _seen_ap(outcome: Outcome) -> float:
+    return mean_expected_ap(outcome.whole_NC, outcome.reference.agreed_NC)
+
+
+def _blended_ap(outcome: Outcome) -> float:
+    """Mean of `_unseen_ap` and `_seen_ap`; the former alone where only halves were trained on.
+
+    The one is measured on students of half the images, which learn less; the other on images
+    that the student was trained on, where it looks too good. Efron's .632 estimator mixes the two
+    for the same reason.
+    """
+    unseen = _unseen_ap(outcome)
+    return unseen if outcome.whole_NC is None else (unseen + _seen_ap(outcome)) / 2
 
 
 def _expected_ap(outcome: Outcome) -> float:
-    return _heldout_ap(outcome.logits_2NC, outcome, [outcome.reference.consensus_NC] * 2)
+    return mean_expected_ap(_unseen(outcome), outcome.reference.consensus_NC)
 
 
 def _calibrated_ap(outcome: Outcome) -> float:
-    return _heldout_ap(outcome.logits_2NC, outcome, [outcome.reference.calibrated_NC] * 2)
-
-
-def _zero_shot_calibrated_ap(outcome: Outcome) -> float:
-    return _heldout_ap(outcome.logits_2NC, outcome, [outcome.reference.zero_shot_NC] * 2)
+    return mean_expected_ap(_unseen(outcome), outcome.reference.calibrated_NC)
 
 
 def _unused_region_ap(outcome: Outcome) -> float:
+    # An image of fold 0 is scored by the student of fold 1, which was taught by view 1.
     views = outcome.reference.views_2NC
-    return _heldout_ap(outcome.view_logits_2NC, outcome, [views[1], views[0]])
+    unused_NC = np.where(outcome.fold_N[:, None] == 0, views[0], views[1])
+    unseen_NC = heldout_logits(outcome.view_logits_2NC, outcome.fold_N)
+    return mean_expected_ap(unseen_NC, unused_NC)
 
 
 def _own_label_ap(outcome: Outcome) -> float:
-    own = (outcome.targets_NC == 1).astype(np.float32)
-    return _heldout_ap(outcome.logits_2NC, outcome, [own] * 2)
+    return mean_expected_ap(_unseen(outcome), (outcome.targets_NC == 1).astype(np.float32))
 
 
 def _view_agreement(outcome: Outcome) -> float:
@@ -347,30 +348,36 @@ def _label_f1(outcome: Outcome) -> float:
     return float(f1_C[expected_C >= _LEAST_EXPECTED].mean())
 
 
-def _heldout_logits(outcome: Outcome) -> FloatArray:
-    """Logits (N, C) of every image by the student that was not trained on it."""
-    assert outcome.logits_2NC is not None
-    fold_N = outcome.fold_N
-    return np.where(fold_N[:, None] == 0, outcome.logits_2NC[1], outcome.logits_2NC[0])
-
-
 _ALL = (
     Objective(
+        "blended_ap",
+        "mean of unseen_ap and seen_ap",
+        _blended_ap,
+        needs_students=True,
+        needs_whole=True,
+    ),
+    Objective(
+        "unseen_ap",
+        "expected AP of students on images they did not see, where both halves of the regions agree",
+        _unseen_ap,
+        needs_students=True,
+    ),
+    Objective(
+        "seen_ap",
+        "the same of the student of all images, on these images",
+        _seen_ap,
+        needs_whole=True,
+    ),
+    Objective(
         "expected_ap",
-        "expected AP of students on images they did not see, under the teacher's consensus",
+        "as unseen_ap, compared with the mean over all regions and aggregations",
         _expected_ap,
         needs_students=True,
     ),
     Objective(
         "calibrated_ap",
-        "the same, with the consensus calibrated by the agreement of two halves of the regions",
+        "as expected_ap, calibrated by how often one half of the regions confirms the other",
         _calibrated_ap,
-        needs_students=True,
-    ),
-    Objective(
-        "zero_shot_calibrated_ap",
-        "the same, with the consensus calibrated by the zero-shot student",
-        _zero_shot_calibrated_ap,
         needs_students=True,
     ),
     Objective(
@@ -406,18 +413,18 @@ _ALL = (
     Objective(
         "soft_neighborhood_density",
         "entropy of the similarities of the student's outputs (Saito et al. 2021)",
-        lambda outcome: soft_neighborhood_density(_heldout_logits(outcome)),
+        lambda outcome: soft_neighborhood_density(_unseen(outcome)),
         needs_students=True,
     ),
     Objective(
         "information_maximization",
         "mutual information of image and predicted class (Krause et al. 2010)",
-        lambda outcome: information_maximization(_heldout_logits(outcome)),
+        lambda outcome: information_maximization(_unseen(outcome)),
         needs_students=True,
     ),
 )
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _ALL}
-DEFAULT_OBJECTIVE = "calibrated_ap"
+DEFAULT_OBJECTIVE = "blended_ap"
 
 
 def find_objective(name: str) -> Objective:

@@ -11,10 +11,11 @@ images.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,10 @@ from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, HtsConfig, TrainConfig, override
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.objectives import OBJECTIVES, Outcome, Reference, find_objective, make_reference
+from hts_ray.review.overrides import read_overrides
+
+if TYPE_CHECKING:
+    from hts_ray.student.features import Features
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -33,8 +38,11 @@ VALIDATION = "mAP_validation"
 # What a trial without a single pseudo-label is worth by every criterion: it cannot be trained.
 WORST = -1.0
 _BLOCK_BYTES = 64 << 20  # of scores that are turned into probabilities at a time
-# Of `train`, what a fit of the classifier on stored features does not feel.
-_UNFELT = ("trainable", "augment.crop", "augment.color", "labels", "split", "learn_logit", "ema")
+# Of `train`, what a fit of the classifier on stored features feels.
+_FELT = re.compile(
+    r"loss(_temperature)?|positive_weight|focal_\w+|asl_\w+|class_balance|epochs|batch_size"
+    r"|min_positives_per_class|soft_labels|augment\.flip|optim\.(?!layer_decay)\w+"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +76,19 @@ class SweepData:
     """Everything a trial reads: arrays and the run's own settings, which a trial's are laid over.
 
     `feature_row_N` is an image's row of `features_MD` (M images), or -1 where it has no features;
-    `classifier_CD` is the zero-shot classifier.
+    `flipped_MD` are those of the mirrored images, None where none are stored; `classifier_CD` is
+    the zero-shot classifier; `overrides` are the corrections of `filter.overrides`.
     """
 
     config: HtsConfig
     regions: StoredRegions
     feature_row_N: npt.NDArray[np.int64]
     features_MD: FloatArray
+    flipped_MD: FloatArray | None
     classifier_CD: FloatArray
     reference: Reference
     validation: Validation | None
+    overrides: pa.Table | None
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +97,8 @@ class SweepData:
         arrays = [self.regions.scores_GC, self.features_MD, self.classifier_CD]
         arrays += [reference.consensus_NC, reference.calibrated_NC, reference.zero_shot_NC]
         arrays += [reference.views_2NC, reference.start_NC]
+        if self.flipped_MD is not None:
+            arrays.append(self.flipped_MD)
         if self.validation is not None:
             arrays.append(self.validation.features_VD)
         return sum(array.nbytes for array in arrays)
@@ -134,27 +147,53 @@ def load_sweep_data(
     DataError when no image has scores and features, when classes differ, or when no labeled
     image has features.
     """
+    from hts_ray.student.features import read_feature_table
+
     regions = read_regions(region_scores_path, config.train.split, seed, max_images)
     _check_classes(regions.info, class_table, region_scores_path)
-    stored = _read_features(features_path)
-    feature_row_N = stored.rows(regions.image_ids)
-    if not (feature_row_N >= 0).any():
+    stored = read_feature_table(features_path)
+    feature_row_N, wanted = _feature_rows(regions.image_ids, stored)
+    if not len(wanted):
         raise DataError(
             f"{features_path} has features of no image in split {config.train.split!r}"
             f" of {region_scores_path}"
         )
-    wanted = np.unique(feature_row_N[feature_row_N >= 0])
-    features_MD = stored.features_ND[wanted]
-    feature_row_N = np.where(feature_row_N >= 0, np.searchsorted(wanted, feature_row_N), -1)
-    classifier_CD = _zero_shot_classifier(config, class_table)
+    return make_data(
+        config,
+        regions,
+        feature_row_N,
+        stored.features_ND[wanted],
+        None if stored.flipped_ND is None else stored.flipped_ND[wanted],
+        _zero_shot_classifier(config, class_table),
+        _validation(validation, stored, class_table, features_path),
+    )
+
+
+def make_data(
+    config: HtsConfig,
+    regions: StoredRegions,
+    feature_row_N: npt.NDArray[np.int64],
+    features_MD: FloatArray,
+    flipped_MD: FloatArray | None,
+    classifier_CD: FloatArray,
+    validation: Validation | None = None,
+) -> SweepData:
+    """Return arrays, as `SweepData` describes them, with the reference that objectives need.
+
+    Raises DataError when the teacher expects no positive of any class.
+    """
+    reference = _reference(config, regions, features_MD, feature_row_N, classifier_CD)
+    overrides = config.filter.overrides
     return SweepData(
         config=config,
         regions=regions,
         feature_row_N=feature_row_N,
         features_MD=features_MD,
+        flipped_MD=flipped_MD,
         classifier_CD=classifier_CD,
-        reference=_reference(config, regions, features_MD, feature_row_N, classifier_CD),
-        validation=_validation(validation, stored, class_table, features_path),
+        reference=reference,
+        validation=validation,
+        overrides=None if overrides is None else read_overrides(overrides),
     )
 
 
@@ -225,7 +264,9 @@ def trial_config(base: HtsConfig, settings: Mapping[str, Any]) -> HtsConfig:
 def feels(name: str) -> bool:
     """Tell whether a setting, by its dotted name, can change what a trial measures."""
     section, _, rest = name.partition(".")
-    return section == "filter" or (section == "train" and not rest.startswith(_UNFELT))
+    if name == "filter.overrides":
+        return False  # people's word is not for a sweep to choose
+    return section == "filter" or (section == "train" and _FELT.fullmatch(rest) is not None)
 
 
 def read_regions(
@@ -299,7 +340,9 @@ def aggregate_regions(
     `chosen_G` narrows them further. Images with equally many counting regions are aggregated
     together: laid side by side they look like one image with more classes.
     """
-    row = {"region_kinds": regions.kinds_G, "margins": regions.margins_G}
+    row: dict[str, Any] = {"region_kinds": regions.kinds_G}
+    if config.margins is not None:
+        row["margins"] = regions.margins_G.tolist()
     keep_G = filtering.kept_regions(row, config)
     if chosen_G is not None:
         keep_G &= chosen_G
@@ -363,12 +406,30 @@ def pseudo_label(
         min_support=settings.min_support,
         max_positives_per_image=settings.max_positives_per_image,
     )
-    targets_NC = np.zeros(evidence.probabilities_NC.shape, np.int8)
+    probabilities_NC = evidence.probabilities_NC
+    if data.overrides is not None:
+        selection, probabilities_NC[seen_N] = _corrected(data, evidence, selection)
+    targets_NC = np.zeros(probabilities_NC.shape, np.int8)
     targets_NC[seen_N] = selection.targets_NC
     weights_NC = None
     if config.train.soft_labels:
-        weights_NC = np.where(targets_NC == 1, evidence.probabilities_NC, np.float32(1))
+        weights_NC = np.where(targets_NC == 1, probabilities_NC, np.float32(1))
     return PseudoLabels(targets_NC, weights_NC, seen_N, selection)
+
+
+def _corrected(
+    data: SweepData, evidence: Evidence, selection: pseudo_labels.Selection
+) -> tuple[pseudo_labels.Selection, FloatArray]:
+    """Put what people decided in place of the selection, as the filter stage does."""
+    assert data.overrides is not None
+    seen_N = evidence.seen_N
+    ids = data.regions.image_ids[seen_N].tolist()
+    found = filtering.ImageEvidence(
+        ids, ids, ids, evidence.probabilities_NC[seen_N], evidence.support_NC[seen_N]
+    )
+    class_ids = np.asarray(data.regions.info["class_ids"], dtype=np.int16)
+    corrected, selection, _ = filtering.corrected(found, selection, class_ids, data.overrides)
+    return selection, corrected.probabilities_NC
 
 
 def fit_classifier(
@@ -380,25 +441,30 @@ def fit_classifier(
 ) -> FloatArray:
     """Fit the classifier (C, D) on the pseudo-labels of the images that have features.
 
-    `chosen_N` narrows them. The zero-shot classifier comes back where no positive is left.
+    `chosen_N` narrows them; they are then repeated until there are as many rows as without it.
+    The zero-shot classifier comes back where no positive is left.
     """
     from hts_ray.student.head import fit_head
 
     use_N = labels.seen_N & (data.feature_row_N >= 0)
-    if chosen_N is not None:
-        use_N &= chosen_N
-    targets = labels.targets_NC[use_N]
+    used = np.flatnonzero(use_N)
+    if chosen_N is not None and chosen_N[used].any():
+        # Few steps can be worse than none, so a part takes as many steps as the whole would.
+        used = np.resize(used[chosen_N[used]], len(used))
+    targets = labels.targets_NC[used]
     if not (targets == 1).any():
         return data.classifier_CD
+    rows = data.feature_row_N[used]
     fit = fit_head(
-        data.features_MD[data.feature_row_N[use_N]],
+        data.features_MD[rows],
         targets,
         data.classifier_CD,
         logit_scale=data.config.student.logit_scale,
         config=config,
         seed=seed,
-        label_weights_NC=None if labels.weights_NC is None else labels.weights_NC[use_N],
-        image_ids=data.regions.image_ids[use_N].tolist(),
+        label_weights_NC=None if labels.weights_NC is None else labels.weights_NC[used],
+        flipped_ND=None if data.flipped_MD is None else data.flipped_MD[rows],
+        image_ids=data.regions.image_ids[used].tolist(),
     )
     return fit.classifier_CD
 
@@ -520,24 +586,17 @@ def _consensus(
         for reading in _READINGS
     ]
     mean_NC = np.mean([evidence.probabilities_NC for evidence in found], axis=0, dtype=np.float32)
-    return Evidence(mean_NC, found[0].support_NC, found[0].seen_N)
+    return Evidence(np.asarray(mean_NC), found[0].support_NC, found[0].seen_N)
 
 
-@dataclass(frozen=True, eq=False)
-class _Features:
-    row_of: dict[str, int]
-    features_ND: FloatArray
-
-    def rows(self, ids: Sequence[str] | npt.NDArray[np.str_]) -> npt.NDArray[np.int64]:
-        """Row of each id, -1 where it has none."""
-        return np.array([self.row_of.get(str(i), -1) for i in ids], dtype=np.int64)
-
-
-def _read_features(path: str) -> _Features:
-    from hts_ray.student.features import read_features
-
-    ids, _, features_ND = read_features(path)
-    return _Features({str(i): row for row, i in enumerate(ids)}, np.asarray(features_ND))
+def _feature_rows(
+    ids: Sequence[str] | npt.NDArray[np.str_], stored: Features
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return each image's place among the rows that are needed, -1 without one, and those rows."""
+    row_of = {image_id: row for row, image_id in enumerate(stored.image_ids)}
+    row_N = np.array([row_of.get(str(image_id), -1) for image_id in ids], dtype=np.int64)
+    wanted = np.unique(row_N[row_N >= 0])
+    return np.where(row_N >= 0, np.searchsorted(wanted, row_N), -1), wanted
 
 
 def _zero_shot_classifier(config: HtsConfig, class_table: ClassTable) -> FloatArray:
@@ -548,22 +607,22 @@ def _zero_shot_classifier(config: HtsConfig, class_table: ClassTable) -> FloatAr
 
 
 def _validation(
-    rows: pa.Table | None, stored: _Features, class_table: ClassTable, path: str
+    rows: pa.Table | None, stored: Features, class_table: ClassTable, path: str
 ) -> Validation | None:
     if rows is None:
         return None
     from hts_ray.evaluation import label_matrix
 
     annotated = rows.filter(rows["positive_ids"].is_valid())
-    feature_rows = stored.rows(annotated["image_id"].to_pylist())
-    known = feature_rows >= 0
+    place_V, wanted = _feature_rows(annotated["image_id"].to_pylist(), stored)
+    known = place_V >= 0
     labels_VC = label_matrix(annotated, class_table)[known]
     if not (labels_VC == metrics.POSITIVE).any():
         raise DataError(
             f"none of {len(rows)} validation images has features in {path} and a positive class:"
             " compute the features of their split too"
         )
-    return Validation(stored.features_ND[feature_rows[known]], labels_VC)
+    return Validation(stored.features_ND[wanted][place_V[known]], labels_VC)
 
 
 def _check_classes(info: Mapping[str, Any], class_table: ClassTable, path: str) -> None:

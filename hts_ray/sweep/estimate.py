@@ -13,8 +13,16 @@ import pyarrow.compute as pc
 
 from hts_ray import pipeline
 from hts_ray.config import override
-from hts_ray.sweep.stage import TABLE, Plan, objectives_of, one_trial, start_student
-from hts_ray.sweep_trial import load_sweep_data, read_regions
+from hts_ray.sweep.finalists import FOLDS, final_objective
+from hts_ray.sweep.stage import (
+    TABLE,
+    Plan,
+    needs_flipped,
+    objectives_of,
+    one_trial,
+    start_student,
+)
+from hts_ray.sweep_trial import VALIDATION, load_sweep_data, read_regions
 from hts_ray.tables import StageFolder
 
 
@@ -35,6 +43,7 @@ def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
     sweep = config.sweep
     at_a_time = sweep.concurrency or min(sweep.trials, os.cpu_count() or 1)
     finalists = min(sweep.finalists + 1, sweep.trials) if sweep.finalists else 0
+    trainings = 1 if final_objective(plan.objective) == VALIDATION else FOLDS
     trial_seconds = seed_seconds * sweep.repeats
     return {
         "images": len(plan.images),
@@ -45,7 +54,7 @@ def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
         "trial seconds": trial_seconds,
         "trials seconds": trial_seconds * sweep.trials / at_a_time,
         "finalists": finalists,
-        "finalists seconds": finalists * training_seconds,
+        "finalists seconds": finalists * trainings * training_seconds,
     }
 
 
@@ -61,7 +70,7 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
         run.run_dir,
         student,
         plan.images,
-        flipped=False,
+        flipped=needs_flipped(plan),
         decoding=ImagesConfig.model_validate({}),
     )
     ids = read_regions(scores, split, seed, sample).image_ids.tolist()
@@ -72,6 +81,7 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
         run_dir=folder,
         student_path=student,
         images=images.combine_chunks(),
+        flipped=needs_flipped(plan),
     )
     share = len(plan.images) / len(images)
     features_seconds = 0.0 if stored else (time.monotonic() - started) * share

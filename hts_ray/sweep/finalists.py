@@ -7,7 +7,6 @@ students lie inside the sweep's folder, so that no later stage takes one of them
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from hts_ray.sweep_trial import SweepData
 
 FOLDER = "finalists"
-_FOLDS = 2
+FOLDS = 2
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -72,10 +71,11 @@ def run_finalists(
 ) -> list[Finalist]:
     """Train every trial's settings in full and compare the students on images they did not see.
 
-    Without labels the images are halved, a student is trained on the pseudo-labels of each half,
-    and the objective compares them as it does in a trial; with labels one student is trained on
-    all images that are not labeled, and its mAP is that of the labeled ones. So many trainings run
-    at a time as the cluster holds. Raises what the training of the run's own settings raises.
+    Without labels the images are halved, a student is trained on the pseudo-labels of each half
+    for twice the epochs, which are as many steps, and the objective compares them as it does in a
+    trial; with labels one student is trained on all images that are not labeled, and its mAP is
+    that of the labeled ones. So many trainings run at a time as the cluster holds. Raises what the
+    training of the run's own settings raises.
     """
     name = final_objective(plan.objective)
     parts = _training_parts(plan, data, name)
@@ -83,7 +83,9 @@ def run_finalists(
     pool = _InTurn() if train.num_workers == 0 else ThreadPoolExecutor(training_slots(train))
     found = []
     try:
-        students = [[pool.submit(_train, plan, trial, ids) for ids in parts] for trial in trials]
+        students = [
+            [pool.submit(_train, plan, t, ids, len(parts)) for ids in parts] for t in trials
+        ]
         for trial, halves in zip(trials, students, strict=True):
             found.append(_finalist(plan, data, trial, halves, parts, name))
             last = found[-1]
@@ -109,15 +111,16 @@ class _InTurn(Executor):
 def training_slots(train: TrainConfig) -> int:
     """Return how many trainings run at a time, so that each finds all its workers' resources.
 
-    One CPU is left for the tasks that feed them. On a single machine its real CPUs count.
+    Each needs its workers' CPUs and GPUs, and a CPU for the tasks that feed them. On a single
+    machine its real CPUs count, since a local cluster may have more logical ones.
     """
     import ray
 
     resources = ray.cluster_resources()
     cpus = float(resources.get("CPU", 1.0))
     if sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
-        cpus = min(cpus, float(os.cpu_count() or 1) + 1)
-    slots = int((cpus - 1) // (train.num_workers * train.cpus_per_worker))
+        cpus = min(cpus, float(os.cpu_count() or 1))
+    slots = int(cpus // (train.num_workers * train.cpus_per_worker + 1))
     if train.use_gpu:
         slots = min(slots, int(resources.get("GPU", 0.0) // train.num_workers))
     return max(1, slots)
@@ -128,8 +131,8 @@ def _training_parts(plan: Plan, data: SweepData, name: str) -> list[list[str]]:
     ids = data.regions.image_ids
     if name != VALIDATION:
         random = np.random.default_rng([plan.run.config.sweep.seed, 3])
-        fold_N = random.permutation(np.arange(len(ids)) % _FOLDS)
-        return [ids[fold_N == fold].tolist() for fold in range(_FOLDS)]
+        fold_N = random.permutation(np.arange(len(ids)) % FOLDS)
+        return [ids[fold_N == fold].tolist() for fold in range(FOLDS)]
     assert plan.validation is not None
     labeled_N = np.isin(ids, plan.validation["image_id"].to_pylist())
     if 2 * labeled_N.sum() > len(ids):
@@ -149,18 +152,19 @@ class _Student:
     seconds: float
 
 
-def _train(plan: Plan, trial: Trial, image_ids: Sequence[str]) -> _Student:
-    """Filter with a trial's settings and train on the pseudo-labels of some of the images."""
-    started = time.monotonic()
-    config = override(
-        trial_config(plan.run.config, trial.settings), {"run_dir": plan.stage.file(FOLDER)}
-    )
+def _train(plan: Plan, trial: Trial, image_ids: Sequence[str], parts: int) -> _Student:
+    """Filter with a trial's settings and train on the pseudo-labels of one of `parts` parts."""
+    config = trial_config(plan.run.config, trial.settings)
+    optim = {"restart_epochs": config.train.optim.restart_epochs * parts}
+    longer = {"epochs": config.train.epochs * parts, "optim": optim}
+    config = override(config, {"run_dir": plan.stage.file(FOLDER), "train": longer})
     run = pipeline.Run(config, plan.run.class_table)
     source = pipeline.filter_labels(run, plan.region_scores)
     labels = pipeline.training_labels(run, source, None)
     assert labels is not None
     labels = labels.filter(pc.is_in(labels["image_id"], pa.array(image_ids))).combine_chunks()
-    return _Student(pipeline.train(run, labels).path, time.monotonic() - started)
+    stage = pipeline.train(run, labels)
+    return _Student(stage.path, float(stage.stats["seconds"]))
 
 
 def _finalist(

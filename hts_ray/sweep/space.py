@@ -58,8 +58,14 @@ class Parameter:
     def describe(self) -> str:
         """Return the range or the choices in words."""
         if self.choices is not None:
-            return ", ".join("none" if value is None else str(value) for value in self.choices)
+            return ", ".join(_shown(value) for value in self.choices)
         return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return "none" if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Space:
     def describe(self) -> list[tuple[str, str, str]]:
         """Return (setting, the run's own value, what is tried), for a plan."""
         own = self.own()
-        return [(p.name, str(own[p.name]), p.describe()) for p in self.parameters]
+        return [(p.name, _shown(own[p.name]), p.describe()) for p in self.parameters]
 
     def fingerprint(self) -> list[Any]:
         """Return what identifies the space, JSON-able."""
@@ -144,7 +150,7 @@ def _felt(config: HtsConfig, name: str) -> bool:
     """Tell whether a trial can feel a setting; of the rates it has the classifier's alone."""
     if name == "train.optim.lr":
         return config.train.optim.head_lr is None
-    return feels(name) and not name.startswith("train.optim.layer_decay")
+    return feels(name)
 
 
 def default_parameters(config: HtsConfig, region_scores: str) -> list[Parameter]:

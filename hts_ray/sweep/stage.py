@@ -92,13 +92,11 @@ def plan_sweep(run: pipeline.Run, region_scores: StageFolder) -> Plan:
         space.fingerprint(),
         objective,
         None if validation is None else content_hash(validation),
-        config.filter.answer_settings(),
+        pipeline.filter_stage(run, region_scores).key,  # scores, classes, corrections, settings
         config.train.answer_settings(),
         config.student.answer_settings(),
         pipeline.student_source_fingerprint(run),
         config.seed,
-        run.class_table.fingerprint(),
-        region_scores.key,
     )
     stage = run.stage(TABLE, key)
     return Plan(run, region_scores, space, objective, images, validation, stage)
@@ -211,6 +209,7 @@ def load_data(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> Sw
         run_dir=plan.run.run_dir,
         student_path=student,
         images=all_images(plan),
+        flipped=needs_flipped(plan),
     )
     tell(f"features of {features.stats['rows_out']} images -> {features.path}")
     return load_sweep_data(
@@ -221,6 +220,12 @@ def load_data(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> Sw
         config.sweep.seed,
         plan.validation,
     )
+
+
+def needs_flipped(plan: Plan) -> bool:
+    """Tell whether some trial trains on mirrored images."""
+    own = plan.run.config.train.augment.flip
+    return own or any(p.name == "train.augment.flip" for p in plan.space.parameters)
 
 
 def start_student(plan: Plan, folder: str) -> str:

@@ -1,0 +1,395 @@
+"""How well objectives without labels rank a sweep's settings, measured with test annotations.
+
+    python benchmarks/objectives.py [--seeds 0 1 2] [--trials 64] [--fine-tuned 12] [--out FILE]
+
+On each world the demo preset's own setting and settings drawn from the sweep's default space are
+tried as `hts sweep` tries them. The truth is the test mAP of the same student, its classifier
+fitted on all training images, and for some settings that of the student fine-tuned in full. Every
+objective is compared with it by rank correlation and by what its choice would have cost; so is
+mAP on a few labeled images. The same is done with teachers made worse by noise, because the
+built-in teacher is better than most. Prints tables; writes them with hardware, versions, settings
+and date to benchmarks/results/objectives.json. Seeds 110, 111 and 114 were used to choose the
+default objective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+from scipy.stats import kendalltau, spearmanr
+
+from hts_ray import metrics, pipeline
+from hts_ray.config import HtsConfig, load_config
+from hts_ray.console import print_rows
+from hts_ray.demo import ZERO_SHOT, Variant, demo_config, make_world, train_here
+from hts_ray.evaluation import label_matrix
+from hts_ray.image_pipeline import manifest_rows
+from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
+from hts_ray.provenance import measured_on
+from hts_ray.runtime import ray_cluster
+from hts_ray.student.features import ensure_features, read_feature_table
+from hts_ray.student.head import head_logits
+from hts_ray.sweep.space import Space, build_space, nested
+from hts_ray.sweep_trial import (
+    SweepData,
+    fit_classifier,
+    load_sweep_data,
+    make_data,
+    pseudo_label,
+    run_trial,
+    trial_config,
+)
+from hts_ray.tables import StageFolder
+
+RESULTS = Path(__file__).parent / "results" / "objectives.json"
+LABELED = (50, 200)  # images with annotations, a criterion to compare with
+DRAWS = 20  # of the labeled images
+SUBSET = 20  # settings of the sweeps that are drawn from those measured
+RESAMPLES = 1000
+SPACE_SEED = 0
+
+FloatArray = npt.NDArray[np.float64]
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Noise in nats added to the stored scores: of an image's class, or of each region's."""
+
+    name: str
+    shared: float = 0.0
+    own: float = 0.0
+
+
+TEACHERS = (
+    Teacher("as it is"),
+    Teacher("noise in each region", own=4.0),
+    Teacher("noise shared by an image's regions", shared=4.0),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """A world's stages, and what its annotations say of the test and training images."""
+
+    run: pipeline.Run
+    manifest: str
+    scores: StageFolder
+    data: SweepData
+    space: Space
+    test: Labeled
+    train: Labeled
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """Features (N, D) and annotations (N, C) of images."""
+
+    features_ND: npt.NDArray[np.float32]
+    labels_NC: npt.NDArray[np.int8]
+
+    def mean_ap(self, classifier_CD: npt.NDArray[np.float32], scale: float) -> float:
+        """Return HICO's mAP of a classifier on these images."""
+        logits_NC = head_logits(self.features_ND, classifier_CD, scale)
+        return metrics.mean_average_precision(
+            metrics.hico_average_precision(logits_NC, self.labels_NC)
+        )
+
+    def sample(self, size: int, seed: int) -> Labeled:
+        """Return so many of the images, drawn at random."""
+        rows = np.random.default_rng(seed).choice(len(self.labels_NC), size, replace=False)
+        return Labeled(self.features_ND[rows], self.labels_NC[rows])
+
+
+def open_world(config: HtsConfig, seed: int) -> World:
+    """Render, label and encode the world of a seed, where that is not done yet."""
+    run = pipeline.open_run(demo_config(config, seed))
+    manifest = make_world(run)
+    scores = pipeline.label(run, manifest)
+    zero_shot = train_here(run, manifest, scores, ZERO_SHOT).student
+    assert zero_shot is not None
+    features = ensure_features(
+        run.config.train.features,
+        run_dir=run.run_dir,
+        student_path=zero_shot.path,
+        images=manifest_rows(manifest),
+        flipped=True,
+    )
+    data = load_sweep_data(run.config, run.class_table, scores.path, features.path, SPACE_SEED)
+    space = build_space(run.config, scores.path)
+    stored = read_feature_table(features.path)
+    table = pipeline.read_manifest(manifest)
+
+    def labeled(split: str) -> Labeled:
+        rows = table.filter(pc.equal(table["split"], split))
+        found = stored.take(rows["image_id"].to_pylist())
+        return Labeled(found.features_ND, label_matrix(rows, run.class_table))
+
+    return World(run, manifest, scores, data, space, labeled("test"), labeled("train"))
+
+
+def with_noise(data: SweepData, teacher: Teacher, seed: int) -> SweepData:
+    """Return the data as a worse teacher would have left them."""
+    if not (teacher.shared or teacher.own):
+        return data
+    regions = data.regions
+    rng = np.random.default_rng([seed, 7])
+    counts_N = np.diff(regions.offsets_N1)
+    classes = regions.scores_GC.shape[1]
+    shared_NC = teacher.shared * rng.standard_normal((len(counts_N), classes), dtype=np.float32)
+    noise_GC = np.repeat(shared_NC, counts_N, axis=0)
+    noise_GC += teacher.own * rng.standard_normal(noise_GC.shape, dtype=np.float32)
+    noisy = replace(regions, scores_GC=regions.scores_GC + noise_GC)
+    return make_data(
+        data.config,
+        noisy,
+        data.feature_row_N,
+        data.features_MD,
+        data.flipped_MD,
+        data.classifier_CD,
+    )
+
+
+def measure(
+    world: World, data: SweepData, settings: Sequence[Settings], seed: int
+) -> dict[str, Any]:
+    """Return every criterion's value of every setting, the truth, and seconds a trial."""
+    names = [*OBJECTIVES, *(f"mAP of {size} labeled" for size in LABELED)]
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    truth, counts, seconds = [], [], []
+    draws = {size: [world.train.sample(size, draw) for draw in range(DRAWS)] for size in LABELED}
+    for entry in settings:
+        found = run_trial(data, entry, seed)
+        seconds.append(found["seconds"])
+        for name in OBJECTIVES:
+            values[name].append(found[name])
+        counts.append(found["positives_per_image"])
+        config = trial_config(data.config, entry)
+        labels = pseudo_label(data, config)
+        classifier_CD = fit_classifier(data, config.train, labels, seed)
+        scale = config.student.logit_scale
+        truth.append(world.test.mean_ap(classifier_CD, scale))
+        for size, samples in draws.items():
+            values[f"mAP of {size} labeled"].append(
+                [sample.mean_ap(classifier_CD, scale) for sample in samples]
+            )
+    return {
+        "truth": truth,
+        "values": values,
+        "positives_per_image": counts,
+        "seconds_per_trial": statistics.median(seconds),
+    }
+
+
+def fine_tune(
+    world: World, settings: Sequence[Settings], chosen: Sequence[int]
+) -> dict[str, float]:
+    """Return test mAP of the student trained in full with some of the settings, by number."""
+    return {
+        str(i): train_here(
+            world.run,
+            world.manifest,
+            world.scores,
+            Variant(f"sweep {i}", "", nested(settings[i]), uses_teacher=True),
+        ).metrics["mAP"]
+        for i in chosen
+    }
+
+
+def spread_out(truth: Sequence[float], count: int) -> list[int]:
+    """Return the run's own setting (0) and others, evenly from the worst to the best."""
+    order = np.argsort(truth)
+    places = np.linspace(0, len(order) - 1, max(count - 1, 1)).round().astype(int)
+    others = [int(order[place]) for place in places if order[place] != 0]
+    return [0, *others][:count]
+
+
+def columns(values: Sequence[Any]) -> FloatArray:
+    """Return values (S,) or draws (S, K) as (S, K): one column for each time it is measured."""
+    array = np.asarray(values, dtype=np.float64)
+    return array[:, None] if array.ndim == 1 else array
+
+
+def correlations(measured: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Mean rank correlation with the truth over worlds, and its bootstrap interval (95%)."""
+    pairs = [
+        (np.asarray(entry["truth"]), column)
+        for entry in measured
+        for column in columns(entry["values"][name]).T
+    ]
+    result: dict[str, Any] = {}
+    for key, statistic in (("spearman", spearmanr), ("kendall", kendalltau)):
+        by_pair = [float(statistic(truth, value).statistic) for truth, value in pairs]
+        rng = np.random.default_rng(0)
+        size = len(pairs[0][0])
+        resampled = []
+        for _ in range(RESAMPLES // (1 if len(pairs) <= 3 else 10)):
+            rows = rng.integers(size, size=size)
+            found = [statistic(truth[rows], value[rows]).statistic for truth, value in pairs]
+            resampled.append(np.nanmean(found))
+        low, high = np.nanquantile(resampled, (0.025, 0.975))
+        result[key] = {
+            "mean": statistics.fmean(by_pair),
+            "interval": [float(low), float(high)],
+            "by_world": by_pair if len(by_pair) <= len(measured) else None,
+        }
+    return result
+
+
+def choices(measured: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """What choosing by a criterion costs, in mAP: over all settings, and in small sweeps.
+
+    `gain` is the chosen setting's true mAP above the own setting's, `regret` the best's above the
+    chosen one's; `small` draws `SUBSET` settings at random, the own one among them, many times.
+    """
+    gains, regrets, small_gains, small_regrets = [], [], [], []
+    rng = np.random.default_rng(0)
+    for entry in measured:
+        truth = np.asarray(entry["truth"])
+        for column in columns(entry["values"][name]).T:
+            best = int(column.argmax())
+            gains.append(truth[best] - truth[0])
+            regrets.append(truth.max() - truth[best])
+            for _ in range(RESAMPLES):
+                drawn = 1 + rng.choice(len(truth) - 1, min(SUBSET, len(truth)) - 1, replace=False)
+                rows = np.concatenate([[0], drawn])
+                pick = rows[column[rows].argmax()]
+                small_gains.append(truth[pick] - truth[0])
+                small_regrets.append(truth[rows].max() - truth[pick])
+    return {
+        "gain": float(np.mean(gains)),
+        "gain_worst": float(np.min(gains)),
+        "regret": float(np.mean(regrets)),
+        "below_own": float(np.mean(np.asarray(gains) < 0)),
+        "small": {
+            "gain": float(np.mean(small_gains)),
+            "regret": float(np.mean(small_regrets)),
+            "below_own": float(np.mean(np.asarray(small_gains) < 0)),
+        },
+    }
+
+
+def with_full_training(measured: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Mean Spearman correlation with the fully trained students' test mAP, where measured."""
+    found = []
+    for entry in measured:
+        tuned: Mapping[str, float] = entry.get("fine_tuned") or {}
+        if not tuned:
+            continue
+        rows = [int(i) for i in tuned]
+        for column in columns(entry["truth"] if name == "truth" else entry["values"][name]).T:
+            found.append(float(spearmanr(column[rows], list(tuned.values())).statistic))
+    return statistics.fmean(found) if found else None
+
+
+def summarize(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row a criterion, the best correlation first."""
+    rows = [
+        {
+            "name": name,
+            **correlations(measured, name),
+            **choices(measured, name),
+            "fine_tuned_spearman": with_full_training(measured, name),
+        }
+        for name in measured[0]["values"]
+    ]
+    return sorted(rows, key=lambda row: -row["spearman"]["mean"])
+
+
+def print_summary(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table of the criteria."""
+    header = [
+        "", "Spearman", "95%", "Kendall", "full training", "gain", "worst", "regret",
+        f"gain of {SUBSET}", "below own",
+    ]  # fmt: skip
+    cells = []
+    for row in rows:
+        low, high = row["spearman"]["interval"]
+        full = row["fine_tuned_spearman"]
+        cells.append(
+            [
+                row["name"],
+                f"{row['spearman']['mean']:.2f}",
+                f"{low:.2f} to {high:.2f}",
+                f"{row['kendall']['mean']:.2f}",
+                "-" if full is None else f"{full:.2f}",
+                f"{100 * row['gain']:+.1f}",
+                f"{100 * row['gain_worst']:+.1f}",
+                f"{100 * row['regret']:.1f}",
+                f"{100 * row['small']['gain']:+.1f}",
+                f"{row['small']['below_own']:.0%}",
+            ]
+        )
+    print_rows(title, header, cells)
+
+
+def run_seed(
+    config: HtsConfig, seed: int, trials: int, fine_tuned: int
+) -> tuple[list[Settings], dict[str, dict[str, Any]]]:
+    """Measure one world with every teacher; returns the settings and the measurements."""
+    world = open_world(config, seed)
+    settings = [world.space.own()]
+    settings += [world.space.draw(SPACE_SEED, trial) for trial in range(1, trials)]
+    found = {}
+    for teacher in TEACHERS:
+        data = with_noise(world.data, teacher, seed)
+        found[teacher.name] = measure(world, data, settings, seed)
+    clean = found[TEACHERS[0].name]
+    if fine_tuned:
+        chosen = spread_out(clean["truth"], fine_tuned)
+        clean["fine_tuned"] = fine_tune(world, settings, chosen)
+    return settings, found
+
+
+def main() -> None:
+    """Run the seeds, print the tables and write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--fine-tuned", type=int, default=12)
+    parser.add_argument("--run-dir", default="runs/objectives")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    config = load_config(preset="demo", extra={"run_dir": options.run_dir})
+    started = time.perf_counter()
+    with ray_cluster(config.ray):
+        runs = [
+            run_seed(config, seed, options.trials, options.fine_tuned) for seed in options.seeds
+        ]
+    tables = {}
+    for teacher in TEACHERS:
+        measured = [found[teacher.name] for _, found in runs]
+        tables[teacher.name] = summarize(measured)
+        own = ", ".join(f"{100 * entry['truth'][0]:.1f}" for entry in measured)
+        best = ", ".join(f"{100 * max(entry['truth']):.1f}" for entry in measured)
+        title = f"teacher {teacher.name}: own setting {own}, best {best} (test mAP in %)"
+        print_summary(title, tables[teacher.name])
+    report = {
+        **measured_on(),
+        "seconds": time.perf_counter() - started,
+        "seeds": options.seeds,
+        "default_objective": DEFAULT_OBJECTIVE,
+        "settings": config.model_dump(mode="json"),
+        "teachers": {teacher.name: [teacher.shared, teacher.own] for teacher in TEACHERS},
+        "summary": tables,
+        "worlds": [
+            {"seed": seed, "tried": settings, **found}
+            for seed, (settings, found) in zip(options.seeds, runs, strict=True)
+        ],
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
