@@ -581,7 +581,7 @@ class SweepConfig(Section):
     )
     objective: str | None = Field(
         None,
-        description="what is compared, see docs/sweep.md; if not set, calibrated_ap, or"
+        description="what is compared, see docs/sweep.md; if not set, blended_ap, or"
         " mAP_validation with a validation set",
     )
     validation: str | None = Field(

@@ -92,7 +92,8 @@ def make_reference(consensus_NC: ArrayLike, views_2NC: ArrayLike, start_NC: Arra
     """
     consensus = np.asarray(consensus_NC, dtype=np.float32)
     views = np.asarray(views_2NC, dtype=np.float32)
-    if not (consensus.sum(axis=0) >= _LEAST_EXPECTED).any():
+    agreed = pool_views(consensus, views)
+    if not (agreed.sum(axis=0) >= _LEAST_EXPECTED).any():
         raise DataError(
             "the teacher expects less than one positive of every class: no label-free objective"
             " can tell settings apart; look at `hts label --preview`"
@@ -100,7 +101,7 @@ def make_reference(consensus_NC: ArrayLike, views_2NC: ArrayLike, start_NC: Arra
     return Reference(
         consensus,
         calibrate_by_views(consensus, views),
-        pool_views(consensus, views),
+        agreed,
         views,
         np.asarray(start_NC, dtype=np.float32),
     )
@@ -328,7 +329,7 @@ def _own_label_ap(outcome: Outcome) -> float:
 
 def _view_agreement(outcome: Outcome) -> float:
     assert outcome.view_targets_2NC is not None
-    expected_C = outcome.reference.calibrated_NC.sum(axis=0)
+    expected_C = outcome.reference.agreed_NC.sum(axis=0)
     first, second = outcome.view_targets_2NC
     return float(overlap(first, second, expected_C)[expected_C >= _LEAST_EXPECTED].mean())
 
@@ -342,9 +343,8 @@ def _half_agreement(outcome: Outcome) -> float:
 
 
 def _label_f1(outcome: Outcome) -> float:
-    reference = outcome.reference.calibrated_NC
-    expected_C = reference.sum(axis=0)
-    f1_C = expected_f1(outcome.targets_NC, reference)
+    expected_C = outcome.reference.agreed_NC.sum(axis=0)
+    f1_C = expected_f1(outcome.targets_NC, outcome.reference.agreed_NC)
     return float(f1_C[expected_C >= _LEAST_EXPECTED].mean())
 
 
@@ -358,7 +358,7 @@ _ALL = (
     ),
     Objective(
         "unseen_ap",
-        "expected AP of students on images they did not see, where both halves of the regions agree",
+        "expected AP of students on images they did not see, by what both halves of regions say",
         _unseen_ap,
         needs_students=True,
     ),
@@ -401,7 +401,7 @@ _ALL = (
     ),
     Objective(
         "label_f1",
-        "expected F1 of the pseudo-labels under the calibrated consensus; no student",
+        "expected F1 of the pseudo-labels by what both halves of the regions say; no student",
         _label_f1,
     ),
     Objective(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hts_ray import filtering, metrics, objectives, pseudo_labels
 from hts_ray.classes import ClassTable
@@ -95,7 +96,7 @@ class SweepData:
         """Memory of the arrays in bytes, what the object store has to hold."""
         reference = self.reference
         arrays = [self.regions.scores_GC, self.features_MD, self.classifier_CD]
-        arrays += [reference.consensus_NC, reference.calibrated_NC, reference.zero_shot_NC]
+        arrays += [reference.consensus_NC, reference.calibrated_NC, reference.agreed_NC]
         arrays += [reference.views_2NC, reference.start_NC]
         if self.flipped_MD is not None:
             arrays.append(self.flipped_MD)
@@ -214,19 +215,17 @@ def run_trial(
     stops being finite.
     """
     started = time.perf_counter()
-    chosen = [find_objective(name) for name in (OBJECTIVES if names is None else names)]
+    names = list(OBJECTIVES) if names is None else names
+    chosen = [find_objective(name) for name in names]
     config = trial_config(data.config, settings)
     labels = pseudo_label(data, config)
     summary = labels.selection.summary()
     result = {name: float(summary[name]) for name in _COUNTS}
-    usable = summary["positives"] > 0
-    if usable:
-        outcome = _outcome(data, config, labels, seed, chosen)
-        result.update({objective.name: objective.compute(outcome) for objective in chosen})
+    criteria = [*names, *([] if data.validation is None else [VALIDATION])]
+    if summary["positives"] == 0:
+        result.update(dict.fromkeys(criteria, WORST))
     else:
-        result.update({objective.name: WORST for objective in chosen})
-    if data.validation is not None:
-        result[VALIDATION] = _validation_map(data, config, labels, seed) if usable else WORST
+        result.update(_judge(data, config, labels, seed, chosen))
     return {**result, "seconds": time.perf_counter() - started}
 
 
@@ -407,7 +406,7 @@ def pseudo_label(
         max_positives_per_image=settings.max_positives_per_image,
     )
     probabilities_NC = evidence.probabilities_NC
-    if data.overrides is not None:
+    if data.overrides is not None and seen_N.any():
         selection, probabilities_NC[seen_N] = _corrected(data, evidence, selection)
     targets_NC = np.zeros(probabilities_NC.shape, np.int8)
     targets_NC[seen_N] = selection.targets_NC
@@ -424,11 +423,12 @@ def _corrected(
     assert data.overrides is not None
     seen_N = evidence.seen_N
     ids = data.regions.image_ids[seen_N].tolist()
+    known = data.overrides.filter(pc.is_in(data.overrides["image_id"], pa.array(ids)))
     found = filtering.ImageEvidence(
         ids, ids, ids, evidence.probabilities_NC[seen_N], evidence.support_NC[seen_N]
     )
     class_ids = np.asarray(data.regions.info["class_ids"], dtype=np.int16)
-    corrected, selection, _ = filtering.corrected(found, selection, class_ids, data.overrides)
+    corrected, selection, _ = filtering.corrected(found, selection, class_ids, known)
     return selection, corrected.probabilities_NC
 
 
@@ -486,14 +486,17 @@ def _image_logits(
     return np.where((feature_row_N >= 0)[:, None], logits_MC[feature_row_N], np.float32(0))
 
 
-def _outcome(
+def _judge(
     data: SweepData,
     config: HtsConfig,
     labels: PseudoLabels,
     seed: int,
     chosen: Sequence[objectives.Objective],
-) -> Outcome:
-    """Fit what the chosen objectives ask for."""
+) -> dict[str, float]:
+    """Fit what the chosen objectives and the labeled images ask for, and measure them."""
+    whole_CD = None
+    if data.validation is not None or any(objective.needs_whole for objective in chosen):
+        whole_CD = fit_classifier(data, config.train, labels, seed)
     fold_N = _folds(len(data.feature_row_N), seed)
     view_labels: list[PseudoLabels] = []
     if any(objective.needs_views for objective in chosen):
@@ -503,14 +506,19 @@ def _outcome(
         logits = _fold_logits(data, config, [labels, labels], fold_N, seed)
     if any(objective.needs_view_students for objective in chosen):
         view_logits = _fold_logits(data, config, view_labels, fold_N, seed)
-    return Outcome(
+    outcome = Outcome(
         data.reference,
         fold_N,
         labels.targets_NC,
         np.stack([view.targets_NC for view in view_labels]) if view_labels else None,
         logits,
         view_logits,
+        None if whole_CD is None else image_logits(data, whole_CD),
     )
+    result = {objective.name: objective.compute(outcome) for objective in chosen}
+    if data.validation is not None and whole_CD is not None:
+        result[VALIDATION] = _validation_map(data.validation, config, whole_CD)
+    return result
 
 
 def _folds(images: int, seed: int) -> npt.NDArray[np.int8]:
@@ -535,14 +543,12 @@ def _fold_logits(
     )
 
 
-def _validation_map(data: SweepData, config: HtsConfig, labels: PseudoLabels, seed: int) -> float:
-    """Mean AP (HICO's protocol) on the labeled images of the student trained on all images."""
+def _validation_map(validation: Validation, config: HtsConfig, classifier_CD: FloatArray) -> float:
+    """Mean AP (HICO's protocol) of a classifier on the labeled images."""
     from hts_ray.student.head import head_logits
 
-    assert data.validation is not None
-    classifier_CD = fit_classifier(data, config.train, labels, seed)
-    logits_VC = head_logits(data.validation.features_VD, classifier_CD, config.student.logit_scale)
-    ap_C = metrics.hico_average_precision(logits_VC, data.validation.labels_VC)
+    logits_VC = head_logits(validation.features_VD, classifier_CD, config.student.logit_scale)
+    ap_C = metrics.hico_average_precision(logits_VC, validation.labels_VC)
     return metrics.mean_average_precision(ap_C)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,10 +170,12 @@ def outcome(rng, truth, reference, quality=1.0, targets=None):
     fold = (np.arange(len(truth)) % 2).astype(np.int8)
     views = np.where(reference.views_2NC > 0.5, 1, -1).astype(np.int8)
     views = np.where(targets == 0, np.int8(0), views)
-    return Outcome(reference, fold, targets, views, students, students)
+    return Outcome(reference, fold, targets, views, students, students, students[0])
 
 
-TRUSTED = ["expected_ap", "calibrated_ap", "zero_shot_calibrated_ap", "unused_region_ap"]
+TRUSTED = [
+    "blended_ap", "unseen_ap", "seen_ap", "expected_ap", "calibrated_ap", "unused_region_ap",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TRUSTED)
@@ -209,15 +212,15 @@ def test_students_that_learned_nothing_agree_about_nothing():
 def test_calibration_moves_probabilities_towards_the_truth():
     """Catches a calibration that makes the word of a teacher that is too confident worse."""
     _, truth, reference = world(confidence=-1.5)
-    for name in ("calibrated_NC", "zero_shot_NC"):
-        calibrated = getattr(reference, name)
-        assert calibrated.min() >= 0
-        assert calibrated.max() <= 1
-        before = np.mean((reference.consensus_NC - truth) ** 2)
-        assert np.mean((calibrated - truth) ** 2) < before
-        # it keeps the teacher's order
-        order = np.argsort(reference.consensus_NC.ravel())
-        assert (np.diff(calibrated.ravel()[order]) >= -1e-6).all()
+    before = np.mean((reference.consensus_NC - truth) ** 2)
+    for name in ("calibrated_NC", "agreed_NC"):
+        found = getattr(reference, name)
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert np.mean((found - truth) ** 2) < before
+    # calibration keeps the teacher's order
+    order = np.argsort(reference.consensus_NC.ravel())
+    assert (np.diff(reference.calibrated_NC.ravel()[order]) >= -1e-6).all()
 
 
 def test_an_image_is_not_scored_by_the_student_that_saw_it():
@@ -259,3 +262,24 @@ def test_names_and_missing_evidence_are_told():
     nothing = np.full((4, 3), 0.01, np.float32)
     with pytest.raises(DataError, match="less than one positive"):
         make_reference(nothing, np.stack([nothing, nothing]), nothing)
+
+
+def test_one_stray_region_convinces_nobody():
+    """Catches a reference that a single region makes, and images with one region that lose it."""
+    consensus = np.array([[0.6, 0.9], [0.5, 0.8]], np.float32)
+    views = np.array([[[0.98, 0.9], [0.5, 0.8]], [[0.01, 0.9], [np.nan, np.nan]]], np.float32)
+    agreed = make_reference(consensus, views, np.zeros((2, 2))).agreed_NC
+    np.testing.assert_allclose(agreed, [[0.099, 0.9], [0.5, 0.8]], atol=1e-3)
+
+
+def test_the_blend_is_the_mean_of_both_sides():
+    """Catches a blend that forgets a side, or that fails where only halves were trained on."""
+    rng, truth, reference = world()
+    both = outcome(rng, truth, reference)
+    values = {
+        name: OBJECTIVES[name].compute(both) for name in ("blended_ap", "unseen_ap", "seen_ap")
+    }
+    assert values["unseen_ap"] != values["seen_ap"]
+    assert values["blended_ap"] == pytest.approx((values["unseen_ap"] + values["seen_ap"]) / 2)
+    halves = replace(both, whole_NC=None)
+    assert OBJECTIVES["blended_ap"].compute(halves) == values["unseen_ap"]
