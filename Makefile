@@ -51,6 +51,7 @@ benchmarks: install
 	$(BIN)/python benchmarks/pipeline_efficiency.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/world.py
 
 clean:

@@ -10,7 +10,9 @@ from PIL import Image
 from hts_ray import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STAGES = ["prepare", "label", "filter", "train", "predict", "evaluate", "pipeline", "demo"]
+STAGES = [
+    "prepare", "label", "filter", "train", "sweep", "predict", "evaluate", "pipeline", "demo"
+]  # fmt: skip
 
 
 def hts(*arguments, capsys):

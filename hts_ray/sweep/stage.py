@@ -130,9 +130,10 @@ def scored_images(region_scores: StageFolder, split: str) -> pa.Table:
 
 
 def labeled_images(run: pipeline.Run, path: str) -> pa.Table:
-    """Return the annotated rows of a manifest, or of an `anno.mat` by way of the run's manifest.
+    """Return the annotated rows of a manifest, by id; an `anno.mat` takes paths from the run's.
 
-    DataError when there is none.
+    `path` may be a folder that holds `manifest.parquet`, as `hts import-labels` writes one.
+    DataError when there is no such row.
     """
     if path.endswith(".mat"):
         from hts_ray.data.hico import read_anno_table
@@ -142,7 +143,7 @@ def labeled_images(run: pipeline.Run, path: str) -> pa.Table:
         joined = annotated.drop_columns(["uri"]).join(known, "image_id", join_type="inner")
         table = joined.select(annotated.column_names).cast(annotated.schema)
     else:
-        table = pipeline.read_manifest(path)
+        table = pipeline.read_manifest(pipeline.manifest_path(run, path))
     table = table.filter(table["positive_ids"].is_valid())
     if not len(table):
         raise DataError(f"sweep.validation={path}: no annotated image that the run knows")

@@ -200,7 +200,9 @@ def test_labels_without_a_positive_annotation_column_are_refused(swept_run, tmp_
     write_table(path, table.set_column(place, table.schema.field(place), empty))
     with pytest.raises(DataError, match="no annotated image"):
         labeled_images(swept_run, path)
-    kept = labeled_images(swept_run, pipeline.manifest_path(swept_run))
+    folder = pipeline.manifest_path(swept_run).rpartition("/")[0]
+    kept = labeled_images(swept_run, folder)
+    assert kept.equals(labeled_images(swept_run, f"{folder}/manifest.parquet"))
     assert (label_matrix(kept, swept_run.class_table) == 1).any()
 
 
