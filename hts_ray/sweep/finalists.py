@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from hts_ray import pipeline, storage
 from hts_ray.config import TrainConfig, override
 from hts_ray.errors import ConfigError, UserError
-from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome, find_objective
+from hts_ray.objectives import OBJECTIVES, Outcome, find_objective
 from hts_ray.sweep.log import OWN, Trial
 from hts_ray.sweep.space import Settings
 from hts_ray.sweep_trial import VALIDATION, pseudo_label, trial_config
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hts_ray.sweep_trial import SweepData
 
 FOLDER = "finalists"
+HELD_OUT = "unseen_ap"
 FOLDS = 2
 
 FloatArray = npt.NDArray[np.float32]
@@ -54,16 +55,16 @@ class Finalist:
 
 
 def final_objective(name: str) -> str:
-    """Return what finalists are compared by: the sweep's objective, if a student matters to it.
+    """Return what finalists are compared by: the sweep's objective, if held-out images decide it.
 
-    Objectives of pseudo-labels alone, and those that need students of half the regions, give
-    way to the default one.
+    Others give way to `HELD_OUT`: those of pseudo-labels alone, and those that would take further
+    trainings, on half of the regions or on all images at once.
     """
     if name == VALIDATION:
         return name
     found = OBJECTIVES[name]
-    fits = found.needs_students and not (found.needs_view_students or found.needs_views)
-    return name if fits else DEFAULT_OBJECTIVE
+    more = found.needs_views or found.needs_view_students or found.needs_whole
+    return name if found.needs_students and not more else HELD_OUT
 
 
 def run_finalists(

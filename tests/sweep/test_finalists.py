@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from hts_ray.config import TrainConfig
-from hts_ray.objectives import DEFAULT_OBJECTIVE
-from hts_ray.sweep.finalists import _training_parts, final_objective, training_slots
+from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
+from hts_ray.sweep.finalists import (
+    HELD_OUT,
+    _training_parts,
+    final_objective,
+    training_slots,
+)
 from hts_ray.sweep_trial import VALIDATION
 
 
@@ -15,8 +20,9 @@ def test_finalists_are_compared_by_what_a_student_changes():
     """Would catch finalists whose training makes no difference to what they are compared by."""
     assert final_objective(VALIDATION) == VALIDATION
     assert final_objective("expected_ap") == "expected_ap"
-    assert final_objective("label_f1") == DEFAULT_OBJECTIVE
-    assert final_objective("unused_region_ap") == DEFAULT_OBJECTIVE
+    for name in (DEFAULT_OBJECTIVE, "label_f1", "seen_ap", "unused_region_ap"):
+        assert final_objective(name) == HELD_OUT
+    assert OBJECTIVES[HELD_OUT].needs_students
 
 
 def test_each_image_is_left_out_once():

@@ -14,6 +14,7 @@ from hts_ray.evaluation import label_matrix
 from hts_ray.objectives import DEFAULT_OBJECTIVE
 from hts_ray.sweep import stage as sweep_stage
 from hts_ray.sweep.estimate import estimate
+from hts_ray.sweep.finalists import HELD_OUT
 from hts_ray.sweep.log import OWN, Trial
 from hts_ray.sweep.plots import sweep_section
 from hts_ray.sweep.progress import print_sweep
@@ -120,7 +121,7 @@ def test_a_sweep_publishes_trials_finalists_and_the_best(swept):
     finalists = storage.read_json(stage.file(FINALISTS_FILE))
     assert finalists[0]["number"] == OWN
     assert len(finalists) == 2
-    assert all(entry["objective"] == DEFAULT_OBJECTIVE for entry in finalists)
+    assert all(entry["objective"] == HELD_OUT for entry in finalists)
     assert all(0 < entry["value"] <= 1 for entry in finalists)
     values = {entry["number"]: entry["value"] for entry in finalists}
     best = stage.stats["best_trial"]
