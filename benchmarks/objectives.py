@@ -3,13 +3,14 @@
     python benchmarks/objectives.py [--seeds 0 1 2] [--trials 64] [--fine-tuned 12] [--out FILE]
 
 On each world the demo preset's own setting and settings drawn from the sweep's default space are
-tried as `hts sweep` tries them. The truth is the test mAP of the same student, its classifier
-fitted on all training images, and for some settings that of the student fine-tuned in full. Every
-objective is compared with it by rank correlation and by what its choice would have cost; so is
-mAP on a few labeled images. The same is done with teachers made worse by noise, because the
-built-in teacher is better than most. Prints tables; writes them with hardware, versions, settings
-and date to benchmarks/results/objectives.json. Seeds 110, 111 and 114 were used to choose the
-default objective.
+tried as `hts sweep` tries them; once more with the filter's settings alone varied. The truth is the
+test mAP of the same student, its classifier fitted on all training images. Every objective is
+compared with it by rank correlation and by what its choice would have cost; so is mAP on a few
+labeled images. The same is done with teachers made worse by noise, because the built-in teacher is
+better than most. Some settings are also trained in full: how well trials foretell that, and, on
+the first world, how well the finalists' comparison does. Prints tables; writes them with hardware,
+versions, settings and date to benchmarks/results/objectives.json. Seeds 110, 111 and 114 were used
+to choose the default objective.
 """
 
 from __future__ import annotations
@@ -25,20 +26,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import kendalltau, spearmanr
 
 from hts_ray import metrics, pipeline
-from hts_ray.config import HtsConfig, load_config
+from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.console import print_rows
 from hts_ray.demo import ZERO_SHOT, Variant, demo_config, make_world, train_here
 from hts_ray.evaluation import label_matrix
 from hts_ray.image_pipeline import manifest_rows
-from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
+from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
 from hts_ray.provenance import measured_on
 from hts_ray.runtime import ray_cluster
 from hts_ray.student.features import ensure_features, read_feature_table
 from hts_ray.student.head import head_logits
+from hts_ray.student.prediction import score_images
 from hts_ray.sweep.space import Space, build_space, nested
 from hts_ray.sweep_trial import (
     SweepData,
@@ -54,6 +57,7 @@ from hts_ray.tables import StageFolder
 RESULTS = Path(__file__).parent / "results" / "objectives.json"
 LABELED = (50, 200)  # images with annotations, a criterion to compare with
 DRAWS = 20  # of the labeled images
+TIMED = 8  # trials that compute the default objective alone
 SUBSET = 20  # settings of the sweeps that are drawn from those measured
 RESAMPLES = 1000
 SPACE_SEED = 0
@@ -76,6 +80,9 @@ TEACHERS = (
     Teacher("noise in each region", own=4.0),
     Teacher("noise shared by an image's regions", shared=4.0),
 )
+
+
+SPACES = {"filter and training": "", "filter alone": "filter."}  # prefix of what is varied
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ def open_world(config: HtsConfig, seed: int) -> World:
     table = pipeline.read_manifest(manifest)
 
     def labeled(split: str) -> Labeled:
-        rows = table.filter(pc.equal(table["split"], split))
+        rows = table.filter(pc.equal(table["split"], split)).sort_by("image_id")
         found = stored.take(rows["image_id"].to_pylist())
         return Labeled(found.features_ND, label_matrix(rows, run.class_table))
 
@@ -163,47 +170,90 @@ def with_noise(data: SweepData, teacher: Teacher, seed: int) -> SweepData:
 def measure(
     world: World, data: SweepData, settings: Sequence[Settings], seed: int
 ) -> dict[str, Any]:
-    """Return every criterion's value of every setting, the truth, and seconds a trial."""
-    names = [*OBJECTIVES, *(f"mAP of {size} labeled" for size in LABELED)]
-    values: dict[str, list[Any]] = {name: [] for name in names}
-    truth, counts, seconds = [], [], []
-    draws = {size: [world.train.sample(size, draw) for draw in range(DRAWS)] for size in LABELED}
+    """Return every criterion's value of every setting, and the truth."""
+    values: dict[str, list[Any]] = {name: [] for name in OBJECTIVES}
+    draws = {
+        f"mAP of {size} labeled": [world.train.sample(size, draw) for draw in range(DRAWS)]
+        for size in LABELED
+    }
+    truth, counts = [], []
     for entry in settings:
         found = run_trial(data, entry, seed)
-        seconds.append(found["seconds"])
         for name in OBJECTIVES:
             values[name].append(found[name])
         counts.append(found["positives_per_image"])
         config = trial_config(data.config, entry)
-        labels = pseudo_label(data, config)
-        classifier_CD = fit_classifier(data, config.train, labels, seed)
+        classifier_CD = fit_classifier(data, config.train, pseudo_label(data, config), seed)
         scale = config.student.logit_scale
         truth.append(world.test.mean_ap(classifier_CD, scale))
-        for size, samples in draws.items():
-            values[f"mAP of {size} labeled"].append(
-                [sample.mean_ap(classifier_CD, scale) for sample in samples]
-            )
+        for name, samples in draws.items():
+            found_draws = [sample.mean_ap(classifier_CD, scale) for sample in samples]
+            values.setdefault(name, []).append(found_draws)
+    return {"truth": truth, "values": values, "positives_per_image": counts}
+
+
+def time_trials(data: SweepData, settings: Sequence[Settings]) -> dict[str, float]:
+    """Return seconds and CPU seconds of a trial that computes the default objective alone."""
+    started, cpu = time.perf_counter(), time.process_time()
+    for entry in settings[:TIMED]:
+        run_trial(data, entry, 0, [DEFAULT_OBJECTIVE])
+    count = len(settings[:TIMED])
     return {
-        "truth": truth,
-        "values": values,
-        "positives_per_image": counts,
-        "seconds_per_trial": statistics.median(seconds),
+        "seconds": (time.perf_counter() - started) / count,
+        "cpu_seconds": (time.process_time() - cpu) / count,
+        "megabytes": data.nbytes / 1e6,
     }
 
 
 def fine_tune(
-    world: World, settings: Sequence[Settings], chosen: Sequence[int]
-) -> dict[str, float]:
-    """Return test mAP of the student trained in full with some of the settings, by number."""
-    return {
-        str(i): train_here(
-            world.run,
-            world.manifest,
-            world.scores,
-            Variant(f"sweep {i}", "", nested(settings[i]), uses_teacher=True),
-        ).metrics["mAP"]
-        for i in chosen
-    }
+    world: World, settings: Sequence[Settings], chosen: Sequence[int], halves: bool
+) -> dict[str, dict[str, float]]:
+    """Train students in full with some of the settings; returns test mAP and more by number.
+
+    With `halves` also what finalists are compared by: students of both halves of the images.
+    """
+    result = {}
+    for i in chosen:
+        variant = Variant(f"sweep {i}", "", nested(settings[i]), uses_teacher=True)
+        row = train_here(world.run, world.manifest, world.scores, variant)
+        assert row.student is not None
+        result[str(i)] = {"mAP": row.metrics["mAP"]}
+        if halves:
+            outcome = finalist_outcome(world, settings[i], row.student.path)
+            for name in ("unseen_ap", "seen_ap", "blended_ap"):
+                result[str(i)][name] = OBJECTIVES[name].compute(outcome)
+    return result
+
+
+def finalist_outcome(world: World, settings: Settings, student: str) -> Outcome:
+    """Train a student on each half of the images, and score all images with them and `student`."""
+    data, ids = world.data, world.data.regions.image_ids
+    config = trial_config(world.run.config, settings)
+    longer = {"num_workers": 0, "epochs": 2 * config.train.epochs}
+    run = pipeline.Run(override(config, {"train": longer}), world.run.class_table)
+    table = pipeline.read_manifest(world.manifest)
+    images = table.filter(pc.is_in(table["image_id"], pa.array(ids))).sort_by("image_id")
+    fold_N = np.random.default_rng(SPACE_SEED).permutation(np.arange(len(ids)) % 2)
+
+    def logits(path: str) -> npt.NDArray[np.float32]:
+        found, logits_NC = score_images(path, images, run.config.predict)
+        assert found == ids.tolist()
+        return logits_NC
+
+    source = pipeline.filter_labels(run, world.scores)
+    labels = pipeline.training_labels(run, source, None)
+    assert labels is not None
+    halves = []
+    for fold in (0, 1):
+        half = labels.filter(pc.is_in(labels["image_id"], pa.array(ids[fold_N == fold])))
+        halves.append(logits(pipeline.train(run, half.combine_chunks()).path))
+    return Outcome(
+        data.reference,
+        fold_N.astype(np.int8),
+        pseudo_label(data, config).targets_NC,
+        logits_2NC=np.stack(halves),
+        whole_NC=logits(student),
+    )
 
 
 def spread_out(truth: Sequence[float], count: int) -> list[int]:
@@ -279,17 +329,29 @@ def choices(measured: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     }
 
 
-def with_full_training(measured: Sequence[dict[str, Any]], name: str) -> float | None:
-    """Mean Spearman correlation with the fully trained students' test mAP, where measured."""
+def with_full_training(measured: Sequence[dict[str, Any]], name: str) -> list[float] | None:
+    """Spearman correlation with the fully trained students' test mAP in each world, averaged."""
     found = []
     for entry in measured:
-        tuned: Mapping[str, float] = entry.get("fine_tuned") or {}
+        tuned: Mapping[str, Mapping[str, float]] = entry.get("fine_tuned") or {}
         if not tuned:
             continue
-        rows = [int(i) for i in tuned]
-        for column in columns(entry["truth"] if name == "truth" else entry["values"][name]).T:
-            found.append(float(spearmanr(column[rows], list(tuned.values())).statistic))
-    return statistics.fmean(found) if found else None
+        rows, full = [int(i) for i in tuned], [value["mAP"] for value in tuned.values()]
+        values = entry["truth"] if name == "truth" else entry["values"][name]
+        by_draw = [float(spearmanr(column[rows], full).statistic) for column in columns(values).T]
+        found.append(statistics.fmean(by_draw))
+    return found or None
+
+
+def finalists(measured: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Spearman correlation of the finalists' comparison with the test mAP of full training."""
+    tuned = list((measured[0].get("fine_tuned") or {}).values())
+    full = [value["mAP"] for value in tuned]
+    return {
+        name: float(spearmanr([value[name] for value in tuned], full).statistic)
+        for name in (tuned[0] if tuned else {})
+        if name != "mAP"
+    }
 
 
 def summarize(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -322,7 +384,7 @@ def print_summary(title: str, rows: Sequence[dict[str, Any]]) -> None:
                 f"{row['spearman']['mean']:.2f}",
                 f"{low:.2f} to {high:.2f}",
                 f"{row['kendall']['mean']:.2f}",
-                "-" if full is None else f"{full:.2f}",
+                "-" if full is None else f"{statistics.fmean(full):.2f}",
                 f"{100 * row['gain']:+.1f}",
                 f"{100 * row['gain_worst']:+.1f}",
                 f"{100 * row['regret']:.1f}",
@@ -333,22 +395,39 @@ def print_summary(title: str, rows: Sequence[dict[str, Any]]) -> None:
     print_rows(title, header, cells)
 
 
+def settings_of(space: Space, prefix: str, trials: int) -> list[Settings]:
+    """Return the run's own setting and draws of the space's settings that begin with `prefix`."""
+    own = space.own()
+    drawn = [space.draw(SPACE_SEED, trial) for trial in range(1, trials)]
+    return [own] + [
+        {name: value if name.startswith(prefix) else own[name] for name, value in entry.items()}
+        for entry in drawn
+    ]
+
+
 def run_seed(
-    config: HtsConfig, seed: int, trials: int, fine_tuned: int
-) -> tuple[list[Settings], dict[str, dict[str, Any]]]:
-    """Measure one world with every teacher; returns the settings and the measurements."""
+    config: HtsConfig, seed: int, trials: int, fine_tuned: int, halves: bool
+) -> dict[str, Any]:
+    """Measure one world with every teacher and every space."""
     world = open_world(config, seed)
-    settings = [world.space.own()]
-    settings += [world.space.draw(SPACE_SEED, trial) for trial in range(1, trials)]
-    found = {}
+    tried = {name: settings_of(world.space, prefix, trials) for name, prefix in SPACES.items()}
+    measured: dict[str, dict[str, dict[str, Any]]] = {}
     for teacher in TEACHERS:
         data = with_noise(world.data, teacher, seed)
-        found[teacher.name] = measure(world, data, settings, seed)
-    clean = found[TEACHERS[0].name]
+        annotated = np.where(world.train.labels_NC == metrics.POSITIVE, 1, -1)
+        ap_C = metrics.hico_average_precision(data.reference.consensus_NC, annotated)
+        print(f"seed {seed}, teacher {teacher.name}: mAP {100 * np.nanmean(ap_C):.1f}", flush=True)
+        measured[teacher.name] = {
+            name: {"teacher_map": float(np.nanmean(ap_C)), **measure(world, data, settings, seed)}
+            for name, settings in tried.items()
+        }
+    first = next(iter(SPACES))
+    clean = measured[TEACHERS[0].name][first]
     if fine_tuned:
         chosen = spread_out(clean["truth"], fine_tuned)
-        clean["fine_tuned"] = fine_tune(world, settings, chosen)
-    return settings, found
+        clean["fine_tuned"] = fine_tune(world, tried[first], chosen, halves)
+    timing = time_trials(world.data, tried[first])
+    return {"seed": seed, "tried": tried, "measured": measured, "trial": timing}
 
 
 def main() -> None:
@@ -363,17 +442,20 @@ def main() -> None:
     config = load_config(preset="demo", extra={"run_dir": options.run_dir})
     started = time.perf_counter()
     with ray_cluster(config.ray):
-        runs = [
-            run_seed(config, seed, options.trials, options.fine_tuned) for seed in options.seeds
+        worlds = [
+            run_seed(config, seed, options.trials, options.fine_tuned, halves=number == 0)
+            for number, seed in enumerate(options.seeds)
         ]
-    tables = {}
+    tables: dict[str, dict[str, Any]] = {}
     for teacher in TEACHERS:
-        measured = [found[teacher.name] for _, found in runs]
-        tables[teacher.name] = summarize(measured)
-        own = ", ".join(f"{100 * entry['truth'][0]:.1f}" for entry in measured)
-        best = ", ".join(f"{100 * max(entry['truth']):.1f}" for entry in measured)
-        title = f"teacher {teacher.name}: own setting {own}, best {best} (test mAP in %)"
-        print_summary(title, tables[teacher.name])
+        for space in SPACES:
+            measured = [world["measured"][teacher.name][space] for world in worlds]
+            tables.setdefault(teacher.name, {})[space] = summarize(measured)
+            own = ", ".join(f"{100 * entry['truth'][0]:.1f}" for entry in measured)
+            best = ", ".join(f"{100 * max(entry['truth']):.1f}" for entry in measured)
+            title = f"teacher {teacher.name}, {space}: own setting {own}, best {best}"
+            print_summary(title, tables[teacher.name][space])
+    clean = [world["measured"][TEACHERS[0].name][next(iter(SPACES))] for world in worlds]
     report = {
         **measured_on(),
         "seconds": time.perf_counter() - started,
@@ -382,11 +464,13 @@ def main() -> None:
         "settings": config.model_dump(mode="json"),
         "teachers": {teacher.name: [teacher.shared, teacher.own] for teacher in TEACHERS},
         "summary": tables,
-        "worlds": [
-            {"seed": seed, "tried": settings, **found}
-            for seed, (settings, found) in zip(options.seeds, runs, strict=True)
-        ],
+        "full_training": {
+            "spearman_of_trial_truth": with_full_training(clean, "truth"),
+            "spearman_of_finalists": finalists(clean),
+        },
+        "worlds": worlds,
     }
+    print(report["full_training"], [world["trial"] for world in worlds])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
