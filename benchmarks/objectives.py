@@ -442,10 +442,13 @@ def main() -> None:
     config = load_config(preset="demo", extra={"run_dir": options.run_dir})
     started = time.perf_counter()
     with ray_cluster(config.ray):
-        worlds = [
-            run_seed(config, seed, options.trials, options.fine_tuned, halves=number == 0)
-            for number, seed in enumerate(options.seeds)
-        ]
+        worlds = []
+        for number, seed in enumerate(options.seeds):
+            kept = Path(options.run_dir) / f"measured-{seed}-{options.trials}.json"
+            if not kept.exists():  # a run that was cut off goes on with the next world
+                world = run_seed(config, seed, options.trials, options.fine_tuned, number == 0)
+                kept.write_text(json.dumps(world), encoding="utf-8")
+            worlds.append(json.loads(kept.read_text(encoding="utf-8")))
     tables: dict[str, dict[str, Any]] = {}
     for teacher in TEACHERS:
         for space in SPACES:

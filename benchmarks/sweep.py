@@ -7,8 +7,9 @@ but region scores) in turn on the first world; 100 full runs are extrapolated fr
 ones. CPU seconds of all processes are told beside the clock, which other load on the machine
 slows. Quality: on every world the preset, the best of a label-free sweep and the best of a sweep
 with 200 labeled training images, each trained on all pseudo-labels and scored on the test split,
-which no sweep sees. Prints tables; writes them with hardware, versions, settings and date to
-benchmarks/results/sweep.json.
+which no sweep sees; trainings run in this process. Prints tables; writes them with hardware,
+versions, settings and date to benchmarks/results/sweep.json, and keeps there what was not measured
+again (--rounds 0, or no seed).
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def labeled_sample(run: pipeline.Run, manifest: str) -> str:
 
 def measure_quality(config: HtsConfig, seed: int) -> dict[str, Any]:
     """Return test mAP, and the gap closed, of the preset and of both sweeps' choices."""
-    run = pipeline.open_run(demo_config(config, seed))
+    run = pipeline.open_run(demo_config(override(config, {"train": {"num_workers": 0}}), seed))
     manifest = make_world(run)
     scores = pipeline.label(run, manifest)
     mean_ap = {
@@ -175,54 +176,57 @@ def measure_quality(config: HtsConfig, seed: int) -> dict[str, Any]:
     return {"seed": seed, "mAP": mean_ap, "gap_closed": closed, "sweeps": verdicts}
 
 
-def print_results(timing: dict[str, Any] | None, quality: list[dict[str, Any]]) -> None:
-    """Print what was measured."""
-    if timing is not None:
-        clock, cpu = timing["seconds"], timing["cpu_seconds"]
-        cells = [[name, f"{clock[name]:.1f}", f"{cpu[name]:.1f}"] for name in clock]
-        print_rows("seconds", ["", "clock", "CPU"], cells)
-    names = list(quality[0]["mAP"]) if quality else []
+def print_time(timing: dict[str, Any]) -> None:
+    """Print what runs and sweeps took."""
+    clock, cpu = timing["seconds"], timing["cpu_seconds"]
+    cells = [[name, f"{clock[name]:.1f}", f"{cpu[name]:.1f}"] for name in clock]
+    print_rows("seconds", ["", "clock", "CPU"], cells)
+
+
+def print_quality(worlds: list[dict[str, Any]]) -> None:
+    """Print the test mAP and the gap closed in every world."""
     cells = []
-    for name in names:
-        values = [entry["mAP"][name] for entry in quality]
-        gaps = [entry["gap_closed"].get(name) for entry in quality]
+    for name in worlds[0]["mAP"]:
+        gaps = [world["gap_closed"].get(name) for world in worlds]
         shown = [f"{gap:.2f}" if gap is not None else "-" for gap in gaps]
-        cells.append([name, *(percent(value) for value in values), *shown])
-    seeds = [str(entry["seed"]) for entry in quality]
+        cells.append([name, *(percent(world["mAP"][name]) for world in worlds), *shown])
+    seeds = [str(world["seed"]) for world in worlds]
     header = ["", *(f"mAP, seed {s}" for s in seeds), *(f"gap, seed {s}" for s in seeds)]
     print_rows("test mAP in % and gap closed", header, cells)
 
 
 def main() -> None:
-    """Measure, print the tables and write the JSON."""
+    """Measure, print the tables and write the JSON, each part as soon as it is known."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2, help="sweeps that are timed; 0: none")
     parser.add_argument("--run-dir", default="runs/sweep")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("overrides", nargs="*", metavar="section.name=value")
     options = parser.parse_args()
     config = load_config(
         preset="demo",
-        overrides=[f"sweep.trials={options.trials}", *options.overrides],
+        overrides=[f"sweep.trials={options.trials}"],
         extra={"run_dir": options.run_dir},
     )
+    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    results["settings"] = config.model_dump(mode="json")
+
+    def keep(part: str, value: dict[str, Any]) -> None:
+        results[part] = {**measured_on(), **value}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
     with ray_cluster(config.ray):
-        timing = None
         if options.rounds:
-            timing = measure_time(config, options.seeds[0], options.rounds)
-        quality = [measure_quality(config, seed) for seed in options.seeds]
-    print_results(timing, quality)
-    results = {
-        **measured_on(),
-        "trials": options.trials,
-        "settings": config.model_dump(mode="json"),
-        "time": timing,
-        "quality": quality,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            timing = measure_time(config, (options.seeds or [0])[0], options.rounds)
+            keep("time", timing)
+            print_time(timing)
+        worlds: list[dict[str, Any]] = []
+        for seed in options.seeds:
+            worlds.append(measure_quality(config, seed))
+            keep("quality", {"worlds": worlds})
+            print_quality(worlds)
 
 
 if __name__ == "__main__":
