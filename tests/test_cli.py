@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hts_ray import cli
+from hts_ray import cli, pipeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = [
@@ -122,7 +122,7 @@ def test_unexpected_faults_keep_their_traceback_for_debugging_only(monkeypatch, 
     def fail(*_):
         raise RuntimeError("boom [bold]")
 
-    monkeypatch.setattr(cli.pipeline, "open_run", fail)
+    monkeypatch.setattr(pipeline, "open_run", fail)
     code, _, err = hts("label", capsys=capsys)
     assert code == 1
     assert "RuntimeError: boom [bold]" in err

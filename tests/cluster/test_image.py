@@ -89,7 +89,7 @@ def test_what_is_copied_installs(tmp_path):
     )  # fmt: skip
     (wheel,) = tmp_path.glob("hts_ray-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"hts_ray/cli.py", "hts_ray/assets/presets/hico-vitb32.yaml"} <= names
+    assert {"hts_ray/cli/stages.py", "hts_ray/assets/presets/hico-vitb32.yaml"} <= names
     assert any(name.startswith("hts_ray/assets/world_captioner/") for name in names)
 
 

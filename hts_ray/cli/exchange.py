@@ -1,0 +1,110 @@
+"""Commands that exchange students and labels with people and other tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from hts_ray.cli.app import cli
+from hts_ray.cli.options import Settings, stage_command
+from hts_ray.console import console, print_mapping
+from hts_ray.errors import ConfigError
+
+
+@cli.command("import-checkpoint")
+@click.argument("file", metavar="FILE")
+@click.option("--output", required=True, metavar="DIR", help="Student folder to write.")
+@click.option("--classes", metavar="FILE", help="Class list (default: HICO's 600, if 600 fit).")
+def import_command(file: str, output: str, classes: str | None) -> None:
+    """Turn a checkpoint of the paper's own code into a student."""
+    from hts_ray.student.official import import_checkpoint
+
+    print_mapping("read", import_checkpoint(file, output, classes))
+    console.print(f"[bold]student[/bold] -> {output}")
+    console.print(f"next: [bold]hts predict --student {output} --images DIR[/bold]")
+
+
+@cli.command("export")
+@click.option("--format", "form", required=True,
+              help="Of a student: safetensors, open_clip, onnx, hts. Of labels: coco, fiftyone,"
+              " huggingface, webdataset, anno-mat, csv, parquet, label-studio.")  # fmt: skip
+@click.option("--output", required=True, metavar="PATH", help="File or folder to write.")
+@click.option("--student", metavar="DIR", help="Run or student folder (default: the run's).")
+@click.option("--labels", metavar="DIR", help="Pseudo-labels to write (default: the latest).")
+@click.option("--manifest", metavar="PATH", help="Write the annotations of this manifest instead.")
+@click.option("--split", metavar="NAME", help="Images of this split only.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="A seeded sample only.")
+@click.option("--force", is_flag=True, help="Replace an earlier export of labels.")
+@stage_command()
+def export_command(
+    settings: Settings, form: str, output: str, student: str | None, **chosen: Any
+) -> None:
+    """Write labels in the format of another tool, or a student in another form."""
+    from hts_ray.exports.writing import FORMATS
+
+    if form in FORMATS:
+        if student is not None:
+            remedy = f"leave it out: --format {form} writes labels"
+            raise ConfigError(field="--student", value=student, remedy=remedy)
+        from hts_ray.label_commands import export_command as write_labels
+
+        write_labels(settings.open(), form, output, dry_run=settings.dry_run, **chosen)
+        return
+    _export_student(settings, form, output, student, chosen)
+
+
+def _export_student(
+    settings: Settings, form: str, output: str, student: str | None, chosen: dict[str, Any]
+) -> None:
+    """Write a student and say what was compared, and how to use it."""
+    from hts_ray.exports.writing import FORMATS as LABEL_FORMATS
+    from hts_ray.student.export import FORMATS, export_student
+
+    if form not in FORMATS:
+        remedy = f"choose {', '.join(FORMATS)} (a student) or {', '.join(LABEL_FORMATS)} (labels)"
+        raise ConfigError(field="--format", value=form, remedy=remedy)
+    for name, value in chosen.items():
+        if value not in (None, False):
+            remedy = f"leave it out: --format {form} writes a student"
+            raise ConfigError(field=f"--{name}", value=value, remedy=remedy)
+    source = student or settings.config.run_dir
+    if settings.dry_run:
+        print_mapping("plan", {"student": source, "format": form, "write": output})
+        return
+    done = export_student(source, form, output)
+    console.print(f"[bold]export[/bold] -> {done.path}")
+    console.print(f"largest difference of {done.compared} when read again: {done.difference:.2g}")
+    for note in done.notes:
+        console.print(note, markup=False)
+
+
+@cli.command("import-labels")
+@click.argument("file", metavar="FILE")
+@click.option("--output", required=True, metavar="DIR", help="Folder to write.")
+@click.option("--manifest", metavar="PATH", help="The images meant (default: the run's manifest).")
+@click.option("--labels", metavar="DIR", help="Pseudo-labels to compare with (default: latest).")
+@click.option("--unmarked", type=click.Choice(["negative", "unknown"]), default="negative",
+              show_default=True, help="What a class is that the file does not list.")  # fmt: skip
+@click.option("--split", default="validation", show_default=True, help="Split of the manifest.")
+@click.option("--validation-share", type=float, metavar="S",
+              help="Part the images: this share to validate, the rest to override.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an earlier import.")
+@stage_command()
+def import_labels_command(settings: Settings, file: str, output: str, **chosen: Any) -> None:
+    """Read labels that people corrected: Label Studio JSON, COCO JSON or CSV."""
+    from hts_ray.label_commands import import_command as read_labels
+
+    read_labels(settings.open(), file, output, dry_run=settings.dry_run, **chosen)
+
+
+@cli.command()
+@click.argument("corrections", metavar="DIR")
+@click.option("--labels", metavar="DIR", help="Pseudo-labels to compare (default: the latest).")
+@click.option("--json", "json_file", metavar="FILE", help="Also write the figures here.")
+@stage_command()
+def review(settings: Settings, corrections: str, **chosen: str | None) -> None:
+    """Compare pseudo-labels with corrections that `hts import-labels` wrote to DIR."""
+    from hts_ray.label_commands import review_command
+
+    review_command(settings.open(), corrections, dry_run=settings.dry_run, **chosen)

@@ -1,0 +1,197 @@
+"""What the commands of `hts` share: settings from options, and lines that several print."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hts_ray import pipeline, storage
+from hts_ray.config import HtsConfig, load_config
+from hts_ray.console import console, duration, percent, print_rows
+from hts_ray.tables import find_stage
+from hts_ray.telemetry import log_as, run_tag
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_CONFIG_FILE = "config.yaml"
+
+
+class Settings:
+    """The common options of every stage command, resolved.
+
+    Without --config and --preset a run directory that has a `config.yaml` continues with it.
+    """
+
+    def __init__(
+        self,
+        config_file: str | None,
+        preset: str | None,
+        run_dir: str | None,
+        overrides: Sequence[str],
+        dry_run: bool,
+    ) -> None:
+        self.dry_run = dry_run
+        self.remembered = None
+        if config_file is None and preset is None and run_dir:
+            path = storage.join(run_dir, _CONFIG_FILE)
+            self.remembered = path if storage.exists(path) else None
+        self.config = load_config(
+            preset=preset,
+            file=config_file or self.remembered,
+            overrides=overrides,
+            extra={"run_dir": run_dir} if run_dir else {},
+        )
+
+    def open(self) -> pipeline.Run:
+        """Load the classes; say so when the settings come from the run directory."""
+        if self.remembered:
+            console.print(f"settings: {self.remembered}")
+        return pipeline.open_run(self.config)
+
+    def record(self, run: pipeline.Run, **more: Any) -> None:
+        """Write config.yaml, classes.csv and provenance.json."""
+        from hts_ray.provenance import write_provenance
+
+        write_provenance(self.config, run.class_table, **more)
+
+
+def stage_command(
+    default_preset: str | None = None,
+    *,
+    from_sweep: bool = False,
+    paths: bool = False,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that all stages share, and hand it their `Settings`.
+
+    `from_sweep` adds that option, whose settings go below those of the command line. With `paths`
+    arguments that are no settings are handed over as `paths`.
+    """
+    arguments = "[PATH]... [section.name=value]..." if paths else "[section.name=value]..."
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
+        @click.option("--preset", metavar="NAME", help="Start from a packaged preset.")
+        @click.option("--run-dir", metavar="DIR", help="Where the run lives.")
+        @click.option("--print-config", is_flag=True, help="Print the resolved settings and stop.")
+        @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, and stop.")
+        @click.argument("overrides", nargs=-1, metavar=arguments)
+        @functools.wraps(function)
+        def command(
+            config_file: str | None,
+            preset: str | None,
+            run_dir: str | None,
+            print_config: bool,
+            dry_run: bool,
+            overrides: tuple[str, ...],
+            **options: Any,
+        ) -> None:
+            if config_file is None and preset is None:
+                preset = default_preset
+            if paths:
+                options["paths"] = tuple(entry for entry in overrides if not is_setting(entry))
+                overrides = tuple(entry for entry in overrides if is_setting(entry))
+            best = _sweep_overrides(options.get("from_sweep"))
+            settings = Settings(config_file, preset, run_dir, [*best, *overrides], dry_run)
+            if print_config:
+                click.echo(settings.config.to_yaml(), nl=False)
+                return
+            stage = click.get_current_context().info_name or ""
+            log_as(settings.config.ray.log_format, run_tag(settings.config.run_dir), stage)
+            function(settings, **options)
+
+        if not from_sweep:
+            return command
+        text = "Take the best settings of this sweep, or of a run's latest."
+        return click.option("--from-sweep", metavar="DIR", help=text)(command)
+
+    return decorate
+
+
+def is_setting(argument: str) -> bool:
+    """Tell `section.name=value` from a path, which may hold an equals sign too."""
+    name, equals, _ = argument.partition("=")
+    named = re.fullmatch(r"\w+(\.\w+)*", name) is not None
+    return bool(equals) and named and not storage.exists(argument)
+
+
+def _sweep_overrides(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    from hts_ray.sweep.stage import best_overrides, find_sweep
+
+    return best_overrides(find_sweep(path))
+
+
+@contextmanager
+def ray_for(
+    config: HtsConfig,
+    command: str,
+    *,
+    manifest: str = "",
+    student: str = "",
+    labels: pa.Table | None = None,
+) -> Iterator[None]:
+    """Join or start Ray for a command, and refuse a cluster that could never run it."""
+    from hts_ray.preflight import check_joined
+    from hts_ray.runtime import ray_cluster
+
+    pools = [config.label.pool, config.predict.pool]
+    pools += [config.train.features.pool, config.self_training.pool]
+    paths = [("--student", student)] if student else []
+    with ray_cluster(config.ray, pools):
+        for note in check_joined(config, command, paths, manifest=manifest, labels=labels):
+            console.print(f"note: {note}", markup=False)
+        yield
+
+
+def print_epoch(record: Any) -> None:
+    """Print one line on a finished epoch of a training."""
+    loss, epoch = record.get("loss"), record.get("epoch")
+    rate = record.get("images_per_second")
+    speed = f", {rate:.0f} images/s" if rate else ""
+    measured = record.get("validation_mAP")
+    quality = "" if measured is None else f", validation mAP {percent(measured)}"
+    if loss is not None:
+        console.print(f"train: epoch {epoch + 1}, loss {loss:.4f}{speed}{quality}")
+
+
+def print_metrics(result: dict[str, Any]) -> None:
+    """Print the mean average precisions of an evaluation."""
+    rows = [
+        ["mAP", percent(result["mAP"]), percent(result["mAP_known_object"])],
+        *(
+            [name, percent(result[name]), percent(result.get(f"{name}_known_object"))]
+            for name in ("few@1", "few@5", "few@10")
+            if name in result
+        ),
+    ]
+    title = f"{result['num_images']} images, {result['num_classes']} classes with a positive"
+    print_rows(title, ["%", "default", "known object"], rows)
+
+
+def readable(figures: dict[str, Any]) -> dict[str, str]:
+    """Return figures of an estimate as a person reads them; those of seconds as times."""
+    return {name: _figure(name, value) for name, value in figures.items()}
+
+
+def _figure(name: str, value: Any) -> str:
+    if value is None:
+        return "not measured"
+    if name.endswith("seconds"):
+        return duration(float(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def next_command(command: str, run: pipeline.Run) -> None:
+    """Print the command to run next."""
+    target = run.config.run_dir
+    line = f"hts report {target}" if command == "report" else f"hts {command} --run-dir {target}"
+    if command == "label" and find_stage(run.run_dir, "manifest") is None:
+        return
+    console.print(f"next: [bold]{line}[/bold]")

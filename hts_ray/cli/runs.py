@@ -1,0 +1,83 @@
+"""Commands about a run as a whole: pipeline, demo, report."""
+
+from __future__ import annotations
+
+import click
+
+from hts_ray import pipeline, storage
+from hts_ray.cli.app import cli
+from hts_ray.cli.options import (
+    Settings,
+    next_command,
+    print_epoch,
+    print_metrics,
+    ray_for,
+    stage_command,
+)
+from hts_ray.console import console, image_progress, print_mapping, print_stage
+
+
+@cli.command("pipeline")
+@click.option("--manifest", metavar="PATH", help="Manifest to start from (default: the run's).")
+@stage_command()
+def pipeline_command(settings: Settings, manifest: str | None) -> None:
+    """Run label, filter, train, predict and (with annotations) evaluate."""
+    run = settings.open()
+    path = pipeline.manifest_path(run, manifest)
+    if settings.dry_run:
+        scores = pipeline.label_stage(run, path)
+        rows = len(pipeline.read_manifest(path))
+        print_mapping("plan", {"read": path, "images": rows, "write first": scores.path})
+        return
+    settings.record(run)
+    cluster = ray_for(settings.config, "pipeline", manifest=path)
+    with cluster, image_progress("images") as progress:
+        result = pipeline.run_all(
+            run, path, on_stage=print_stage, progress=progress, train_progress=print_epoch
+        )
+    if result:
+        print_metrics(result)
+    else:
+        console.print("no annotated image in the predicted split: nothing to evaluate")
+    next_command("report", run)
+
+
+@cli.command()
+@click.option("--seed", default=0, show_default=True, help="Seed of the rendered world.")
+@click.option("--pretrain", "pretrain_to", metavar="DIR", help="Reproduce the shipped models here.")
+@stage_command("demo")
+def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
+    """Run everything on the built-in synthetic world; nothing is downloaded."""
+    if pretrain_to:
+        from hts_ray.pretraining import pretrain
+
+        pretrain(pretrain_to)
+        console.print(f"[bold]pretrained[/bold] -> {pretrain_to}")
+        return
+    from hts_ray.demo import demo_config, run_demo
+
+    config = demo_config(settings.config, seed)
+    if settings.dry_run:
+        print_mapping("plan", {"write": config.run_dir, "seed": seed})
+        return
+    with ray_for(config, "demo"):
+        run_demo(config)
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN")
+@click.option("--output", metavar="FILE", help="Where to write (default RUN/report.html).")
+@click.option(
+    "--images",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Images of the gallery, at most.",
+)
+def report(run_dir: str, output: str | None, images: int) -> None:
+    """Write one self-contained HTML page about a run."""
+    from hts_ray.report import report_for_run, write_report
+
+    path = output or storage.join(run_dir, "report.html")
+    write_report(path, report_for_run(run_dir, images))
+    console.print(f"[bold]report[/bold] -> {path}")

@@ -1,0 +1,363 @@
+"""The stages as commands, in their order."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from hts_ray import pipeline, storage
+from hts_ray.cli.app import cli
+from hts_ray.cli.options import (
+    Settings,
+    next_command,
+    print_epoch,
+    print_metrics,
+    ray_for,
+    readable,
+    stage_command,
+)
+from hts_ray.config import override
+from hts_ray.console import (
+    console,
+    image_progress,
+    percent,
+    print_mapping,
+    print_rows,
+    print_stage,
+)
+from hts_ray.errors import ConfigError
+
+
+@cli.command()
+@click.argument("source", type=click.Choice(["hico", "folder"]))
+@click.option("--root", required=True, metavar="DIR", help="Folder of the download or images.")
+@stage_command()
+def prepare(settings: Settings, source: str, root: str) -> None:
+    """List images in a manifest: a HICO download or any folder."""
+    run = settings.open()
+    if settings.dry_run:
+        print_mapping(
+            "plan", {"read": f"{source} {root}", "write": storage.join(run.run_dir, "manifest-*")}
+        )
+        if not storage.exists(root):
+            raise ConfigError(field="--root", value=root, remedy="no such folder")
+        return
+    stage = pipeline.prepare(run, source, root)
+    settings.record(run)
+    print_stage("prepare", stage)
+    counts = {k: v for k, v in stage.stats.items() if isinstance(v, int) and "rows" not in k}
+    print_mapping("counted", counts)
+    next_command("label", run)
+
+
+@cli.command()
+@click.option("--manifest", metavar="PATH", help="Manifest to label (default: the run's).")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Label a seeded sample only.")
+@click.option("--sample", default=4, type=click.IntRange(1), metavar="N",
+              help="Images that --dry-run measures (default 4).")  # fmt: skip
+@click.option("--preview", metavar="FILE", help="With --dry-run: an HTML page of the sample.")
+@stage_command()
+def label(
+    settings: Settings, manifest: str | None, limit: int | None, sample: int, preview: str | None
+) -> None:
+    """Score every class prompt on every region of every image (the teacher)."""
+    if preview and not settings.dry_run:
+        raise ConfigError(field="--preview", value=preview, remedy="give --dry-run with it")
+    run = settings.open()
+    path = pipeline.manifest_path(run, manifest)
+    if settings.dry_run:
+        _preview_label(_limited(run, limit), path, sample, preview)
+        return
+    settings.record(run, teacher_model=settings.config.label.teacher.model)
+    # Behind `record`: what the run directory remembers must not be limited.
+    run = _limited(run, limit)
+    stage = pipeline.label_stage(run, path)
+    cluster = ray_for(settings.config, "label", manifest=path)
+    with cluster, image_progress("label") as progress:
+        pipeline.label(run, path, progress)
+    print_stage("label", stage)
+    stats = stage.stats
+    if stats.get("bad_boxes"):
+        console.print(f"{stats['bad_boxes']} boxes could not be used: see the quarantine table")
+    if stats.get("agreement"):
+        found = stats["agreement"]["top_1"]
+        console.print(f"search=objects kept the best class of {percent(found)} % of the regions")
+    next_command("filter", run)
+
+
+def _short(text: str) -> str:
+    """Cut a table's cell, so that the columns before it keep their width."""
+    return textwrap.shorten(text, 60, placeholder=" ...")
+
+
+def _limited(run: pipeline.Run, limit: int | None) -> pipeline.Run:
+    if limit is None:
+        return run
+    return replace(run, config=override(run.config, {"label": {"limit": limit}}))
+
+
+def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str | None) -> None:
+    """Measure the teacher on a sample, and show what it says of it."""
+    from hts_ray.teacher.estimate import estimate
+
+    stage = pipeline.label_stage(run, manifest)
+    config = run.config
+    measured = estimate(
+        config.label, manifest, run.class_table, sample=sample, filtering=config.filter
+    )
+    for example in measured.examples:
+        rows = [
+            [
+                f"{shown.region.kind} +{shown.region.margin:g}" if shown.region.margin
+                else shown.region.kind,
+                " ".join(f"{side:.0f}" for side in shown.region.box),
+                _short(", ".join(f"{name} {percent(p)}" for name, p in shown.top_classes)),
+                _short(shown.caption),
+            ]
+            for shown in example.regions
+        ]  # fmt: skip
+        title = f"{example.uri} ({example.image.width} x {example.image.height})"
+        header = ["region", "box", "likeliest classes, %", "caption"]
+        print_rows(title, header, rows, text_columns=4)
+    figures = readable(measured.figures())
+    print_mapping("plan", {"read": manifest, "write": stage.path, **figures})
+    if preview:
+        from hts_ray.teacher.preview import write_preview
+
+        write_preview(preview, measured)
+        console.print(f"[bold]preview[/bold] -> {preview}")
+
+
+@cli.command("filter")
+@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@stage_command(from_sweep=True)
+def filter_command(settings: Settings, region_scores: str | None, from_sweep: str | None) -> None:
+    """Turn regional scores into positives, ignored and negatives."""
+    run = settings.open()
+    source = pipeline.region_scores_stage(run, region_scores or _swept_scores(from_sweep))
+    stage = pipeline.filter_stage(run, source)
+    if settings.dry_run:
+        rows = source.stats.get("rows_out")
+        print_mapping("plan", {"read": source.path, "images": rows, "write": stage.path})
+        return
+    pipeline.filter_labels(run, source)
+    settings.record(run)
+    print_stage("filter", stage)
+    names = ("positives", "positives_per_image", "images_without_positive",
+             "classes_without_positive", "ignored_band", "below_support", "over_cap")  # fmt: skip
+    corrections = ("corrected_images", "corrected_labels", "overrides_unused")
+    counts = {name: stage.stats.get(name) for name in names}
+    counts |= {name: stage.stats[name] for name in corrections if name in stage.stats}
+    print_mapping("counted", counts)
+    next_command("train", run)
+
+
+@cli.command()
+@click.option("--pseudo-labels", metavar="DIR", help="Labels to learn (default: the latest).")
+@click.option("--manifest", metavar="PATH", help="Manifest, for train.labels=annotations.")
+@stage_command(from_sweep=True)
+def train(
+    settings: Settings, pseudo_labels: str | None, manifest: str | None, from_sweep: str | None
+) -> None:
+    """Fine-tune the student (train.labels: pseudo, annotations or none)."""
+    run = settings.open()
+    source = pipeline.given_stage(pseudo_labels, "pseudo_labels") if pseudo_labels else None
+    if from_sweep and source is None and run.config.train.labels == "pseudo":
+        # The run's latest labels may be those of other settings.
+        scores = pipeline.region_scores_stage(run, _swept_scores(from_sweep))
+        source = pipeline.filter_stage(run, scores)
+        if settings.dry_run and not source.finished:
+            print_mapping("plan", {"filter": scores.path, "write first": source.path})
+            return
+        pipeline.filter_labels(run, scores)
+    labels = pipeline.training_labels(run, source, manifest)
+    validation = pipeline.validation_rows(run, manifest)
+    stage = pipeline.train_stage(run, labels)
+    if settings.dry_run:
+        from hts_ray.student.training import estimate
+
+        figures = estimate(settings.config.train, settings.config.student, run.class_table, labels)
+        print_mapping("plan", {"write": stage.path, **readable(figures)})
+        return
+    settings.record(run, student_model=settings.config.student.model)
+    with ray_for(settings.config, "train", labels=labels):
+        pipeline.train(run, labels, print_epoch, validation)
+    print_stage("train", stage)
+    next_command("predict", run)
+
+
+@cli.command("self-train")
+@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@click.option("--manifest", metavar="PATH", help="Manifest, for train.validation_split.")
+@stage_command()
+def self_train(settings: Settings, region_scores: str | None, manifest: str | None) -> None:
+    """Let the trained student help to filter, and train anew (self_training.rounds times)."""
+    if settings.config.self_training.rounds == 0:  # asking for it by name is asking for a round
+        settings.config = override(settings.config, {"self_training": {"rounds": 1}})
+    pipeline.check_self_training(settings.config)
+    run = settings.open()
+    source = pipeline.region_scores_stage(run, region_scores)
+    validation = pipeline.validation_rows(run, manifest)
+    if settings.dry_run:
+        rounds, regions = run.config.self_training.rounds, source.stats.get("regions")
+        print_mapping("plan", {"read": source.path, "regions": regions, "rounds": rounds})
+        return
+    settings.record(run, student_model=settings.config.student.model)
+    # Both return at once where they are finished, and the rounds go on from there.
+    labels = pipeline.filter_labels(run, source)
+    with ray_for(settings.config, "self-train"), image_progress("student") as progress:
+        student = pipeline.train(
+            run, pipeline.training_labels(run, labels, None), print_epoch, validation
+        )
+        pipeline.self_train(
+            run,
+            source,
+            student,
+            validation=validation,
+            on_stage=print_stage,
+            progress=progress,
+            train_progress=print_epoch,
+        )
+    next_command("predict", run)
+
+
+@cli.command()
+@click.option("--student", metavar="DIR", help="Student to use (default: the run's latest).")
+@click.option("--manifest", metavar="PATH", help="Images to score (default: the run's manifest).")
+@click.option("--images", metavar="DIR", help="Score this folder of images instead.")
+@click.option("--top-k", type=click.IntRange(1), help="Of PATHs: so many labels (default 5).")
+@click.option("--threshold", type=float, help="Of PATHs: labels from this logit on.")
+@click.option("--regions", is_flag=True, help="Of PATHs: score crops too, and locate the labels.")
+@click.option("--draw", metavar="DIR", help="Of PATHs: write pictures with the labels drawn.")
+@click.option("--json-lines", is_flag=True, help="Of PATHs: print JSON, a line an image.")
+@stage_command(paths=True)
+def predict(
+    settings: Settings,
+    student: str | None,
+    manifest: str | None,
+    images: str | None,
+    paths: tuple[str, ...],
+    **shown: Any,
+) -> None:
+    """Label images at PATHs, or score a manifest, with a trained student.
+
+    PATHs are images, folders or URIs of storage; they are labeled in this process and printed.
+    Without them a table with the scores of all classes is written to the run.
+    """
+    if paths:
+        if manifest or images:
+            given = "--manifest" if manifest else "--images"
+            raise ConfigError(field=given, value=manifest or images, remedy="leave the PATHs out")
+        from hts_ray.label_commands import predict_paths
+
+        source = student or storage.absolute(settings.config.run_dir)
+        predict_paths(source, paths, dry_run=settings.dry_run, **shown)
+        return
+    for name, value in shown.items():
+        if value not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(field=option, value=value, remedy="name images: hts predict PATH")
+    run = settings.open()
+    if manifest and images:
+        raise ConfigError(field="--images", value=images, remedy="give --manifest or --images")
+    source = pipeline.student_path(run, student)
+    if images:
+        manifest, run = _folder_manifest(settings, run, images)
+    path = pipeline.manifest_path(run, manifest)
+    stage = pipeline.predict_stage(run, source, path)
+    if settings.dry_run:
+        from hts_ray.student.prediction import estimate
+
+        figures = estimate(run.config.predict, source, path)
+        print_mapping("plan", {"student": source, "write": stage.path, **readable(figures)})
+        return
+    cluster = ray_for(settings.config, "predict", manifest=path, student=source)
+    with cluster, image_progress("predict") as progress:
+        pipeline.predict(run, source, path, progress)
+    print_stage("predict", stage)
+    if not images:
+        next_command("evaluate", run)
+
+
+@cli.command()
+@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@stage_command()
+def sweep(settings: Settings, region_scores: str | None) -> None:
+    """Try many settings of filter and training over one teacher pass, and keep the best."""
+    from hts_ray.sweep.stage import plan_sweep, run_sweep
+
+    run = settings.open()
+    plan = plan_sweep(run, pipeline.region_scores_stage(run, region_scores))
+    if settings.dry_run:
+        from hts_ray.sweep.estimate import estimate
+
+        rows = [list(row) for row in plan.space.describe()]
+        print_rows("settings", ["setting", "own", "tried"], rows, text_columns=3)
+        figures = readable(estimate(plan))
+        objective = {"objective": plan.objective, "write": plan.stage.path}
+        print_mapping("plan", {"read": plan.region_scores.path, **objective, **figures})
+        return
+    from hts_ray.sweep.progress import print_sweep, sweep_progress
+
+    settings.record(run)
+    with ray_for(settings.config, "sweep"), sweep_progress(plan) as on_trial:
+        stage = run_sweep(plan, on_trial=on_trial, tell=console.print)
+    print_stage("sweep", stage)
+    print_sweep(stage)
+    line = f"hts train --run-dir {run.config.run_dir} --from-sweep {stage.path}"
+    console.print(f"next: [bold]{line}[/bold]")
+
+
+@cli.command()
+@click.option("--predictions", metavar="DIR", help="Predictions (default: the run's latest).")
+@click.option("--annotations", metavar="PATH", help="anno.mat or manifest (default: the run's).")
+@click.option("--split", default="test", help="Annotated split to compare with.")
+@click.option("--json", "json_file", metavar="FILE", help="Also write the metrics here.")
+@stage_command()
+def evaluate(
+    settings: Settings,
+    predictions: str | None,
+    annotations: str | None,
+    split: str,
+    json_file: str | None,
+) -> None:
+    """Compare predictions with annotations by HICO's official protocol."""
+    from hts_ray.tables import require_stage
+
+    run = settings.open()
+    source = predictions or require_stage(run.run_dir, "predictions", "predict").path
+    truth = annotations or pipeline.manifest_path(run)
+    if settings.dry_run:
+        print_mapping("plan", {"predictions": source, "annotations": truth, "split": split})
+        return
+    result = pipeline.evaluate(run, source, truth, split)
+    if json_file:
+        storage.write_json(json_file, result)
+    print_metrics(result)
+
+
+def _swept_scores(from_sweep: str | None) -> str | None:
+    """Return the region scores that a sweep was over; None without a sweep."""
+    if from_sweep is None:
+        return None
+    from hts_ray.sweep.stage import find_sweep
+
+    return str(find_sweep(from_sweep).stats["region_scores"])
+
+
+def _folder_manifest(
+    settings: Settings, run: pipeline.Run, images: str
+) -> tuple[str, pipeline.Run]:
+    """Prepare a folder of images inside the run, and predict all of it."""
+    values = settings.config.model_dump()
+    values["predict"]["split"] = None
+    from hts_ray.config import parse_config
+
+    run = pipeline.Run(parse_config(values), run.class_table)
+    inner = parse_config({**values, "run_dir": storage.join(run.run_dir, "images")})
+    stage = pipeline.prepare(pipeline.Run(inner, run.class_table), "folder", images)
+    print_stage("prepare", stage)
+    return stage.file("manifest.parquet"), run
