@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hts_ray.classes import hico_classes
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.teacher.matching import match_captions
 
 ROOT = Path(__file__).resolve().parent
@@ -109,8 +109,7 @@ def main() -> None:
         "first_counts": FIRST_COUNTS,
         "splits": splits,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ benchmarks/results/head_fit.json.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.console import print_rows
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.student.head import fit_head
 
 RESULTS = Path(__file__).parent / "results" / "head_fit.json"
@@ -82,8 +81,7 @@ def main() -> None:
     ]
     print_rows(f"fits of the classifier, {options.threads} threads", list(names), rows)
     report = {**measured_on(), "threads": options.threads, "results": results}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

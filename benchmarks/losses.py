@@ -12,7 +12,6 @@ a world. Writes benchmarks/results/losses.json with hardware, versions, settings
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from hts_ray import pipeline
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.console import percent, print_rows
 from hts_ray.demo import Variant, demo_config, make_world, train_here
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.runtime import ray_cluster
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
@@ -162,8 +161,7 @@ def main() -> None:
         "tuning_mAP": tuned,
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

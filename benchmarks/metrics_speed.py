@@ -12,7 +12,6 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hts_ray.metrics import RECALL_THRESHOLDS, evaluate, hico_average_precision
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 
 RESULTS = Path(__file__).parent / "results" / "metrics_speed.json"
 Sort = Literal["stable", "quicksort"]
@@ -125,14 +124,13 @@ def main() -> None:
                 flush=True,
             )
     settings = {key: value for key, value in vars(options).items() if key != "out"}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         **measured_on(),
         "load_average": os.getloadavg()[0],
         "settings": settings,
         "rows": rows,
     }
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from hts_ray.demo import ZERO_SHOT, Variant, demo_config, make_world, train_here
 from hts_ray.evaluation import label_matrix
 from hts_ray.image_pipeline import manifest_rows
 from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.runtime import ray_cluster
 from hts_ray.student.features import ensure_features, read_feature_table
 from hts_ray.student.head import head_logits
@@ -474,8 +474,7 @@ def main() -> None:
         "worlds": worlds,
     }
     print(report["full_training"], [world["trial"] for world in worlds])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

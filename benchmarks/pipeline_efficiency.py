@@ -17,7 +17,6 @@ images/s in one process. JSON goes to benchmarks/results/pipeline_efficiency.jso
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ from PIL import Image
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import CaptionConfig, LabelConfig, RayConfig
 from hts_ray.image_pipeline import decode_batch
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.runtime import ray_cluster
 from hts_ray.tables import MANIFEST_SCHEMA, StageFolder, write_table
 from hts_ray.teacher.crops import CropBatch
@@ -217,8 +216,7 @@ def main() -> None:
         "captions_images_per_second": captions,
         "rounds": rounds,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 def prompts(class_table: ClassTable) -> list[str]:

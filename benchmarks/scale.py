@@ -33,7 +33,7 @@ from PIL import Image
 
 from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig, RayConfig
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, read_results, write_results
 from hts_ray.runtime import ray_cluster
 from hts_ray.tables import MANIFEST_SCHEMA, StageFolder, write_table
 from hts_ray.teacher.labeling import label_images
@@ -193,16 +193,13 @@ def main() -> None:
         )
         report = {**measured_on(), "settings": settings}
         report["rows"] = sorted(rows, key=lambda row: row["actors"])
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_results(options.out, report)
 
 
 def earlier_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of an earlier call with the same settings."""
-    if not path.exists():
-        return []
-    report = json.loads(path.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = report["rows"] if report["settings"] == settings else []
+    report = read_results(path)
+    rows: list[dict[str, Any]] = report["rows"] if report.get("settings") == settings else []
     return rows
 
 

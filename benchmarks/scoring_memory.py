@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import threading
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import psutil
 import torch
 from trie_speed import END, START, hico_tokens
 
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.teacher.readers import GitDecoder
 
 RESULTS = Path(__file__).parent / "results" / "scoring_memory.json"
@@ -87,8 +86,7 @@ def main() -> None:
     for name, value in row.items():
         print(f"{name:26} {value:.3g}" if isinstance(value, float) else f"{name:26} {value}")
     report = {**measured_on(), "settings": {"threads": 1, "dtype": "float32"}, **row}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

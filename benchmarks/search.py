@@ -23,7 +23,6 @@ Shapes: R regions, C classes, O objects.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -40,7 +39,7 @@ from hts_ray.classes import ClassTable, hico_classes, load_class_table
 from hts_ray.config import TeacherConfig, load_config
 from hts_ray.data.images import DecodedImage
 from hts_ray.data.synthetic import TEST_EXPONENT, render_scene, sample_scene, world_class_ids
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.teacher.captioner import FloatArray, Pixels
 from hts_ray.teacher.crops import CropBatch
 from hts_ray.teacher.decoders import Prefix, TrieDecoder
@@ -383,8 +382,7 @@ def main() -> None:
         "rows": rows,
         "agreement": checks,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ benchmarks/results/self_training.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ from hts_ray.config import HtsConfig, SelfTrainingConfig, load_config, override
 from hts_ray.console import print_rows
 from hts_ray.demo import FEW, demo_config, make_world
 from hts_ray.evaluation import evaluate_scores, label_matrix, read_annotations
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, read_results, write_results
 from hts_ray.runtime import ray_cluster
 from hts_ray.student.prediction import score_images
 from hts_ray.tables import StageFolder, read_table
@@ -194,7 +193,7 @@ def main() -> None:
         ]
     summary = summarize(records)
     print_summary(f"gain in points, mean ± standard error over worlds {seeds}", summary)
-    report = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
+    report = read_results(options.out)
     report[options.part] = {
         **measured_on(),
         "seeds": seeds,
@@ -203,8 +202,7 @@ def main() -> None:
         "summary": summary,
         "runs": records,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

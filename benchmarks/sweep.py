@@ -15,7 +15,6 @@ again (--rounds 0, or no seed).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import threading
@@ -34,7 +33,7 @@ from hts_ray import pipeline, report, storage
 from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.console import percent, print_rows
 from hts_ray.demo import HTS, SUPERVISED, ZERO_SHOT, Variant, demo_config, make_world, train_here
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, read_results, write_results
 from hts_ray.runtime import ray_cluster
 from hts_ray.sweep.space import nested
 from hts_ray.sweep.stage import TRIALS_FILE, plan_sweep, run_sweep
@@ -209,13 +208,12 @@ def main() -> None:
         overrides=[f"sweep.trials={options.trials}"],
         extra={"run_dir": options.run_dir},
     )
-    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    results = read_results(options.out)
     results["settings"] = config.model_dump(mode="json")
 
     def keep(part: str, value: dict[str, Any]) -> None:
         results[part] = {**measured_on(), **value}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_results(options.out, results)
 
     with ray_cluster(config.ray):
         if options.rounds:

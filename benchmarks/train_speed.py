@@ -31,7 +31,7 @@ from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import RayConfig, StudentConfig, TrainConfig
 from hts_ray.losses import make_loss
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.runtime import ray_cluster
 from hts_ray.student.model import build_student, parameter_groups, set_trainable
 from hts_ray.student.training import train_student
@@ -170,8 +170,7 @@ def main() -> None:
         "efficiency": shares,
         "rounds": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

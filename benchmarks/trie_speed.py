@@ -14,7 +14,6 @@ The largest difference of the scores is printed too.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hts_ray.classes import hico_classes
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.teacher.decoders import BatchedDecoder, Decoder
 from hts_ray.teacher.readers import (
     BatchedCrossAttentionDecoder,
@@ -163,8 +162,7 @@ def main() -> None:
             )
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     report = {**measured_on(), "settings": {**settings, "threads": 1}, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ with hardware, versions, settings and date to benchmarks/results/world.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from hts_ray.demo import (
     make_world,
     run_variants,
 )
-from hts_ray.provenance import measured_on
+from hts_ray.provenance import measured_on, write_results
 from hts_ray.runtime import ray_cluster
 
 RESULTS = Path(__file__).parent / "results" / "world.json"
@@ -124,8 +123,7 @@ def main() -> None:
         "settings": config.model_dump(mode="json"),
         "rows": summary,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, report)
 
 
 if __name__ == "__main__":
