@@ -50,8 +50,13 @@ benchmarks: install
 	$(BIN)/python benchmarks/caption_matching.py
 	$(BIN)/python benchmarks/pipeline_efficiency.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/head_fit.py
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/self_training.py choice
+	$(BIN)/python benchmarks/self_training.py result
 	$(BIN)/python benchmarks/world.py
 
 clean:
