@@ -1,0 +1,537 @@
+"""Write docs/benchmarks.md from the results that are committed.
+
+    python benchmarks/render.py
+
+What a benchmark measures is told by its script's docstring; the columns of its tables are declared
+here. A result without a declaration, and one whose form is another, is an error: nothing that was
+measured is left out in silence. Needs nothing but Python, and gives the same page for the same
+files.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+PAGE = ROOT.parent / "docs" / "benchmarks.md"
+INTRODUCTION = """\
+# Benchmarks
+
+Every figure about quality or speed in this repository comes from a script in `benchmarks/`. This
+page is written by `benchmarks/render.py` (`make docs`) from the JSON files that they left in
+`benchmarks/results/`, and is not edited by hand. Words are those of the scripts. A commit that ends
+in `+changes` was measured on a working tree that had more in it than the commit.
+
+No GPU could be had: everything here ran on processor cores, most of it while other work kept the
+machine busy. Where two things are compared they ran in turn, in one process or one call, so
+ratios hold better than seconds do. [limits.md](limits.md) says what was not measured.
+"""
+
+Json = Mapping[str, Any]
+Show = Callable[[Any], str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, where a row keeps its value (`a.b`), and how it is shown.
+
+    A value that is null, not a number or, with `optional`, not there is shown as a dash.
+    """
+
+    heading: str
+    path: str
+    show: Show = str
+    optional: bool = False
+
+    def cell(self, row: Json) -> str:
+        """Return what stands in a row's cell; KeyError where the row's form is another."""
+        value: Any = row
+        for name in self.path.split("."):
+            if self.optional and name not in value:
+                return "-"
+            value = value[name]
+            if value is None:
+                return "-"
+        if isinstance(value, float) and math.isnan(value):
+            return "-"
+        return self.show(value)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as it stands on the page."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines in Markdown; numbers are set to the right of the first column."""
+        if self.caption:
+            yield from (f"**{self.caption}**", "")
+        yield _line(self.header)
+        yield _line(["---", *["---:"] * (len(self.header) - 1)])
+        yield from map(_line, self.rows)
+        yield ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def grid(columns: Sequence[Column], rows: Iterable[Json], caption: str = "") -> Grid:
+    """Return the table of some rows."""
+    header = [column.heading for column in columns]
+    return Grid(caption, header, [[column.cell(row) for column in columns] for row in rows])
+
+
+def number(digits: int = 2, factor: float = 1.0, sign: str = "") -> Show:
+    """Show a number times `factor`; `sign` "+" also shows a plus."""
+    return lambda value: f"{factor * value:{sign},.{digits}f}"
+
+
+def small(value: float) -> str:
+    """Show a number that may be tiny."""
+    return f"{value:.1e}"
+
+
+def spread(digits: int = 1, factor: float = 100.0) -> Show:
+    """Show {mean, sd}; the deviation only where there is one."""
+
+    def show(value: Json) -> str:
+        if value["mean"] is None:
+            return "-"
+        mean = f"{factor * value['mean']:,.{digits}f}"
+        return mean if value["sd"] is None else f"{mean} ± {factor * value['sd']:,.{digits}f}"
+
+    return show
+
+
+def interval(value: Json) -> str:
+    """Show {mean, low, high} in points."""
+    mean = f"{100 * value['mean']:.1f}"
+    if value["low"] is None:
+        return mean
+    return f"{mean} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+
+
+def gain(value: Json) -> str:
+    """Show {gain, standard_error} in points."""
+    error = value["standard_error"]
+    return f"{100 * value['gain']:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Return the mean."""
+    return sum(values) / len(values)
+
+
+PERCENT = number(1, 100)
+POINTS = number(1, 100, "+")
+
+
+def _world(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("test mAP, %", "name"),
+        Column("default", "mAP", spread()),
+        Column("known object", "mAP_known_object", spread()),
+        Column("few@10", "few@10", spread()),
+        Column("few@5", "few@5", spread()),
+        Column("gap closed", "gap_closed", spread(2, 1)),
+        Column("seconds", "seconds", spread(0, 1)),
+    ]
+    yield grid(columns, report["rows"], f"Mean ± standard deviation over worlds {report['seeds']}")
+
+
+def _losses(report: Json) -> Iterator[Grid]:
+    if "values" in report:  # the form before losses were compared on worlds of their own
+        rows = [
+            {"name": name, **{metric: mean_of(v) for metric, v in found.items()}}
+            for name, found in report["values"].items()
+        ]
+        columns = [Column(m, m, PERCENT) for m in ("mAP", "few@5", "few@10")]
+        caption = f"Tuning alone: AP in %, mean over validation worlds {report['seeds']}"
+        yield grid([Column("loss, temperature, rate", "name"), *columns], rows, caption)
+        return
+    rows = [{"loss": loss, **row} for loss, row in report["rows"].items()]
+    columns = [
+        Column("test AP, %", "loss"),
+        Column("T", "temperature", number(4)),
+        Column("rate", "rate_factor", number(1)),
+        Column("mAP", "mAP", interval),
+        Column("known object", "mAP_known_object", interval),
+        Column("few@5", "few@5", interval, optional=True),
+        Column("few@10", "few@10", interval, optional=True),
+        Column("mAP, less LSE-Sign's", "mAP_minus_lse_sign", interval),
+    ]
+    yield grid(columns, rows, f"Mean and 95 % interval over worlds {report['seeds']}")
+    tuning: Mapping[str, Mapping[str, float]] = report["tuning_mAP"]
+    names = {name for found in tuning.values() for name in found}
+    tried = [
+        {"name": name, **{loss: found.get(name) for loss, found in tuning.items()}}
+        for name in sorted(names, key=lambda name: [float(part) for part in name.split()])
+    ]
+    columns = [Column("temperature, rate", "name"), *(Column(n, n, PERCENT) for n in tuning)]
+    yield grid(columns, tried, f"Tuning: mAP in %, mean over worlds {report['tuned_on']}")
+
+
+def _objectives(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("criterion", "name"),
+        Column("Spearman", "spearman.mean", number()),
+        Column("95 %", "spearman.interval", lambda pair: f"{pair[0]:.2f} to {pair[1]:.2f}"),
+        Column("Kendall", "kendall.mean", number()),
+        Column("full training", "fine_tuned_spearman", lambda found: f"{mean_of(found):.2f}"),
+        Column("gain", "gain", POINTS),
+        Column("worst gain", "gain_worst", POINTS),
+        Column("regret", "regret", PERCENT),
+        Column("gain of 20", "small.gain", POINTS),
+        Column("below own, %", "small.below_own", number(0, 100)),
+    ]
+    for teacher, spaces in report["summary"].items():
+        for space, rows in spaces.items():
+            found = [world["measured"][teacher][space]["truth"] for world in report["worlds"]]
+            own = ", ".join(f"{100 * truth[0]:.1f}" for truth in found)
+            best = ", ".join(f"{100 * max(truth):.1f}" for truth in found)
+            caption = f"Teacher {teacher}; {space} varied. mAP of own setting {own}; of best {best}"
+            yield grid(columns, rows, caption)
+    full = report["full_training"]
+    rows = [{"name": "trial's true mAP", "value": full["spearman_of_trial_truth"]}]
+    rows += [
+        {"name": f"finalists' {n}", "value": v} for n, v in full["spearman_of_finalists"].items()
+    ]
+    columns = [
+        Column("Spearman with the mAP of full training", "name"),
+        Column("", "value", lambda v: f"{v if isinstance(v, float) else mean_of(v):.2f}"),
+    ]
+    yield grid(columns, rows)
+
+
+def _sweep(report: Json) -> Iterator[Grid]:
+    if "time" in report:
+        names = {
+            "full_run": "one run of label, filter and train",
+            "as_many_full_runs": "as many such runs as the sweep has trials",
+            "sweep": "the whole sweep",
+            "times_faster": "times faster",
+        }
+        timing = report["time"]
+        rows = [
+            {"name": text, **{unit: timing[unit][name] for unit in ("seconds", "cpu_seconds")}}
+            for name, text in names.items()
+        ]
+        columns = [
+            Column("", "name"),
+            Column("seconds", "seconds", number(1)),
+            Column("CPU seconds", "cpu_seconds", number(1)),
+        ]
+        yield grid(columns, rows, f"Time, {len(timing['sweeps'])} sweeps")
+    if "quality" in report:
+        worlds = report["quality"]["worlds"]
+        rows = [
+            {
+                "name": name,
+                **{str(world["seed"]): 100 * world["mAP"][name] for world in worlds},
+                **{f"gap {world['seed']}": world["gap_closed"].get(name) for world in worlds},
+            }
+            for name in worlds[0]["mAP"]
+        ]
+        seeds = [str(world["seed"]) for world in worlds]
+        columns = [Column("test mAP, %", "name")]
+        columns += [Column(f"world {seed}", seed, number(1)) for seed in seeds]
+        columns += [Column(f"gap closed, world {seed}", f"gap {seed}", number()) for seed in seeds]
+        yield grid(columns, rows, "Quality")
+
+
+def _self_training(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("teacher", "teacher"),
+        Column("setting", "setting"),
+        Column("runs", "runs"),
+        Column("mAP before", "mAP.before", PERCENT),
+        Column("gain", "mAP", gain),
+        Column("known object", "mAP_known_object", gain),
+        Column("few@10", "few@10", gain),
+        Column("labels' precision", "label_precision", gain),
+        Column("labels' recall", "label_recall", gain),
+    ]
+    titles = {"choice": "The choice, on validation worlds", "result": "The result, on other worlds"}
+    for part, title in titles.items():
+        if part in report:
+            seeds = report[part]["seeds"]
+            caption = f"{title} {seeds}: gains in points, mean ± standard error"
+            yield grid(columns, report[part]["summary"], caption)
+
+
+def _train_speed(report: Json) -> Iterator[Grid]:
+    kinds = {"kept": "decoded once, kept", "decoded": "decoded in every epoch"}
+    rows = [
+        {
+            "name": text,
+            "rates": mean_of([entry[kind] for entry in report["rounds"]]),
+            "bare": mean_of([entry[f"bare_{kind}"] for entry in report["rounds"]]),
+            "share": report["efficiency"][kind],
+        }
+        for kind, text in kinds.items()
+    ]
+    columns = [
+        Column("images", "name"),
+        Column("images/s", "rates", number()),
+        Column("bare loop, images/s", "bare", number()),
+        Column("share, median of rounds", "share", number(3)),
+    ]
+    yield grid(columns, rows)
+
+
+def _head_fit(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("preset", "preset"),
+        Column("images", "images", number(0)),
+        Column("features", "features"),
+        Column("classes", "classes"),
+        Column("epochs", "epochs"),
+        Column("seconds", "seconds", number(1)),
+        Column("CPU seconds", "cpu_seconds", number(1)),
+        Column("images/s", "images_per_second", number(0)),
+        Column("peak GiB", "peak_gib", number(1)),
+    ]
+    yield grid(columns, report["results"], f"{report['threads']} threads, the best of the rounds")
+
+
+def _pipeline_efficiency(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("round", "round"),
+        Column("bare", "bare", number()),
+        Column("pipeline", "pipeline", number()),
+        Column("whole", "whole", number()),
+        Column("pipeline / bare", "efficiency", number(3)),
+    ]
+    rows = [
+        {**entry, "round": place, "efficiency": entry["pipeline"] / entry["bare"]}
+        for place, entry in enumerate(report["rounds"])
+    ]
+    median = f"{report['efficiency']:.3f}"
+    yield grid(columns, rows, f"Regions/s; median efficiency {median}")
+    captions = [{"by": k, "rate": v} for k, v in report["captions_images_per_second"].items()]
+    columns = [
+        Column("captions by", "by", lambda name: name.replace("_", " ")),
+        Column("images/s", "rate", number(1)),
+    ]
+    yield grid(columns, captions)
+
+
+def _scale(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("actors", "actors"),
+        Column("images", "images", number(0)),
+        Column("ideal/s", "ideal_images_per_second", number(1)),
+        Column("steady/s", "steady_images_per_second", number(1)),
+        Column("steady efficiency", "steady_efficiency", number(3)),
+        Column("whole run", "whole_efficiency", number(3)),
+        Column("driver MiB, early", "driver_mib_early", number(0)),
+        Column("late", "driver_mib_late", number(0)),
+        Column("all processes MiB, early", "total_mib_early", number(0)),
+        Column("late", "total_mib_late", number(0)),
+        Column("date", "date", lambda date: str(date)[:10]),
+    ]
+    yield grid(columns, report["rows"])
+
+
+def _trie_speed(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("model", "model"),
+        Column("end scored", "append_eos", lambda value: "yes" if value else "no"),
+        Column("encode, s", "encode_s", number()),
+        Column("trie, s", "trie_s", number()),
+        Column("batched, s", "batched_s", number(1)),
+        Column("naive, s", "naive_s", number(0)),
+        Column("batched / trie", "batched_over_trie", number(1)),
+        Column("naive / trie", "naive_over_trie", number(0)),
+        Column("largest difference, nats", "max_difference_nats", small),
+    ]
+    yield grid(columns, report["rows"])
+
+
+def _scoring_memory(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("regions", "regions"),
+        Column("prompts", "prompts"),
+        Column("vocabulary", "vocabulary", number(0)),
+        Column("fed nodes", "fed_nodes", number(0)),
+        Column("model, GB", "model_gb", number()),
+        Column("peak above it, GB", "peak_above_model_gb", number()),
+        Column("all logits at once, GB", "all_logits_would_take_gb", number(1)),
+    ]
+    yield grid(columns, [report])
+
+
+def _search(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("model", "setting"),
+        Column("search", "row"),
+        Column("all, s", "all_s", number()),
+        Column("encoding, s", "encode_s", number()),
+        Column("search / all", "ratio", number()),
+        Column("decoding alone", "decoding_ratio", number()),
+        Column("nodes a region", "nodes", number(0)),
+        Column("of", "full_nodes"),
+        Column("forwards", "forwards"),
+    ]
+    yield grid(columns, report["rows"], "Cost")
+    columns = [
+        Column("model", "setting"),
+        Column("search", "row"),
+        Column("regions", "regions"),
+        Column("classes kept, %", "kept", PERCENT),
+        Column("best class kept, %", "top_1", PERCENT),
+        Column("best ten kept, %", "top_k", PERCENT),
+        Column("probability lost, %", "lost_mass", PERCENT),
+        Column("worst region, %", "worst_lost_mass", PERCENT),
+    ]
+    yield grid(columns, report["agreement"], "What it keeps")
+
+
+def _caption_matching(report: Json) -> Iterator[Grid]:
+    rates = [Column("precision", "precision", number()), Column("recall", "recall", number())]
+    first = [{"part": part, **found} for part, found in report["first_counts"].items()]
+    caption = "First counts of each part: what new captions should expect"
+    yield grid([Column("part", "part"), *rates], first, caption)
+    columns = [
+        Column("part", "part"),
+        Column("captions", "captions"),
+        Column("right", "right"),
+        Column("wrong", "wrong"),
+        Column("missed", "missed"),
+        *rates,
+    ]
+    rows = [{"part": part, **found["kinds"]["all"]} for part, found in report["splits"].items()]
+    speed = f"{report['captions_per_cpu_second']:,.0f}"
+    yield grid(columns, rows, f"Today, after all were read; {speed} captions a CPU second")
+
+
+def _metrics_speed(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("scores", "scores"),
+        Column("loop sorts", "loop_sort"),
+        Column("loop, s", "loop_s", number(3)),
+        Column("ours, s", "ours_s", number(3)),
+        Column("ours / loop", "ratio", number()),
+        Column("least", "ratio_min", number()),
+        Column("most", "ratio_max", number()),
+        Column("both settings, s", "evaluate_both_settings_s", number(3)),
+        Column("largest difference of AP", "max_ap_difference", small),
+    ]
+    yield grid(columns, report["rows"])
+
+
+def _node_loss(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("round", "round"),
+        Column("unbroken, s", "unbroken_s", number(1)),
+        Column("a node killed, s", "broken_s", number(1)),
+        Column("lost, s", "lost_s", number(1)),
+        Column("detection, s", "detection_s", number(1)),
+        Column("block, s", "block_s", number(1)),
+        Column("lost / (detection + block)", "lost_over_aim", number()),
+    ]
+    rows = [{**entry, "round": place} for place, entry in enumerate(report["rounds"])]
+    yield grid(columns, rows)
+
+
+# Result -> title and tables, in the order of the page.
+TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
+    "world": ("What each part of the method gains", _world),
+    "losses": ("Losses", _losses),
+    "sweep": ("Sweep", _sweep),
+    "objectives": ("Objectives without labels", _objectives),
+    "self_training": ("Self-training", _self_training),
+    "caption_matching": ("Captions to classes", _caption_matching),
+    "pipeline_efficiency": ("The teacher pass beside a bare loop", _pipeline_efficiency),
+    "scale": ("Scale, by simulation", _scale),
+    "node_loss": ("A node that dies", _node_loss),
+    "trie_speed": ("Prompts by trie", _trie_speed),
+    "scoring_memory": ("Memory of scoring", _scoring_memory),
+    "search": ("Search for the best classes", _search),
+    "train_speed": ("Training beside a bare loop", _train_speed),
+    "head_fit": ("Fitting the classifier alone", _head_fit),
+    "metrics_speed": ("The metric beside a plain loop", _metrics_speed),
+}
+
+
+def render(results: Path = RESULTS, scripts: Path = ROOT) -> str:
+    """Return the page of all results in a folder.
+
+    ValueError names a result that no table is declared for, or whose form is another.
+    """
+    found = {path.stem: path for path in results.glob("*.json")}
+    if unknown := sorted(set(found) - set(TABLES)):
+        raise ValueError(f"{unknown[0]}.json: declare its tables in benchmarks/render.py")
+    parts = [INTRODUCTION]
+    for name, (title, tables) in TABLES.items():
+        if name not in found:
+            continue
+        report = json.loads(found[name].read_text(encoding="utf-8"))
+        try:
+            lines = [line for table in tables(report) for line in table.lines()]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{name}.json has another form than benchmarks/render.py declares: {error!r}"
+            ) from error
+        measured = [f"_{text}_" for text in provenance(report)]
+        about = described(scripts / f"{name}.py")
+        parts.append("\n".join([f"## {title}", "", about, "", *lines, *measured, ""]))
+    return "\n".join(parts)
+
+
+def described(script: Path) -> str:
+    """Return a script's docstring."""
+    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
+    if not text:
+        raise ValueError(f"{script} has no docstring that says what it measures")
+    return text
+
+
+def provenance(report: Json) -> Iterator[str]:
+    """Yield when, where and with what a report, or each of its parts, was measured."""
+    if "machine" in report:  # one file of the first day
+        machine = report["machine"]
+        words = (machine["cores"], machine["cpu"], machine["python"], machine["numpy"])
+        yield "Measured {} on {} cores of {}; python {}, numpy {}.".format(
+            machine["date"][:10], *words
+        )
+        return
+    if "date" not in report:
+        parts = {n: v for n, v in report.items() if isinstance(v, Mapping) and "date" in v}
+        for name, part in parts.items():
+            yield from (f"{name}: {line}" for line in provenance(part))
+        return
+    hardware = report["hardware"]
+    gpus = ", ".join(map(str, hardware["gpus"])) or "no GPU"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    commit, _, changes = str(report["git_commit"]).partition("+")
+    yield (
+        f"Measured {report['date'][:10]} on {hardware['cores']} cores of {hardware['processor']},"
+        f" {hardware['memory_gib']} GiB, {gpus}; commit {commit[:7]}"
+        f"{'+' + changes if changes else ''}; {versions}{_settings(report.get('settings'))}."
+    )
+
+
+def _settings(settings: Json | None) -> str:
+    """Show the settings of a script; those of a whole run stay in the file."""
+    if not settings:
+        return ""
+    if "run_dir" in settings:
+        return "; settings of the run: in the file"
+    return "; settings: " + ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"wrote {PAGE}")
