@@ -242,6 +242,10 @@ class StageFolder:
         assert isinstance(stats, dict)
         return stats
 
+    def read(self, columns: Iterable[str] | None = None) -> pa.Table:
+        """Return the stage's rows, of some columns or all; DataError where there is nothing."""
+        return read_table(self.path, columns)
+
     def publish(self, stats: Mapping[str, Any]) -> None:
         """Make the folder's contents a result; `stats` holds rows in, out, quarantined, seconds."""
         storage.write_json(
@@ -250,8 +254,8 @@ class StageFolder:
         )
 
 
-def find_stage(run_dir: str, table: str) -> StageFolder | None:
-    """Return the most recently finished folder of `table`, or None."""
+def finished_stages(run_dir: str, table: str) -> list[StageFolder]:
+    """Return every finished folder of `table`, the latest last."""
     prefix = f"{table}-"
     folders = [
         StageFolder(run_dir, table, name[len(prefix) :])
@@ -259,7 +263,12 @@ def find_stage(run_dir: str, table: str) -> StageFolder | None:
         if name.startswith(prefix)
     ]
     finished = [folder for folder in folders if folder.finished]
-    return max(finished, key=lambda folder: folder.stats["finished_at"], default=None)
+    return sorted(finished, key=lambda folder: float(folder.stats["finished_at"]))
+
+
+def find_stage(run_dir: str, table: str) -> StageFolder | None:
+    """Return the most recently finished folder of `table`, or None."""
+    return next(reversed(finished_stages(run_dir, table)), None)
 
 
 def require_stage(run_dir: str, table: str, command: str) -> StageFolder:

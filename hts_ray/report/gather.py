@@ -83,8 +83,14 @@ def _sweep(run_dir: str) -> list[Section]:
     return [Section("sweep", "Sweep", html)] if html else []
 
 
+def _review(run_dir: str) -> list[Section]:
+    from hts_ray.review.section import review_sections
+
+    return review_sections(run_dir)
+
+
 # Parts of the page that other modules make: each returns those of a run directory.
-SECTIONS: tuple[Callable[[str], Sequence[Section]], ...] = (_sweep,)
+SECTIONS: tuple[Callable[[str], Sequence[Section]], ...] = (_sweep, _review)
 
 
 def _intro(found: Found) -> list[str]:

@@ -52,7 +52,7 @@ def render_report(data: ReportData) -> str:
     main = by_role(data.comparison).get("hts")
     series = _series(data)
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             data=data,
@@ -91,15 +91,16 @@ def write_report(path: str, data: ReportData) -> None:
     storage.write_bytes(path, render_report(data).encode("utf-8"))
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return what renders the templates of the page: escaped, with the page's filters."""
+    made = Environment(
         loader=FileSystemLoader(asset_path("report")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    made.filters.update(
         percent=formatting.percent,
         count=formatting.count,
         seconds=formatting.seconds,
@@ -108,7 +109,7 @@ def _environment() -> Environment:
         plural=lambda number, word: formatting.plural(word, number),
         legend=legend,
     )
-    return environment
+    return made
 
 
 def _asset(name: str) -> str:

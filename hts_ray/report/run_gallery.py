@@ -46,7 +46,7 @@ def run_gallery(found: Found, max_images: int) -> list[GalleryItem]:
     scored = {row["image_id"]: row for row in _scored_rows(found.regions.path, chosen)}
     rows = [scored[image_id] for image_id in chosen if image_id in scored]
     with ThreadPoolExecutor(_THREADS) as threads:
-        images = threads.map(lambda row: _stored_thumbnail(row["uri"], max_bytes), rows)
+        images = threads.map(lambda row: stored_thumbnail(row["uri"], max_bytes), rows)
         return [
             _item(row, image, candidates[row["image_id"]], info, found)
             for row, image in zip(rows, images, strict=True)
@@ -118,7 +118,7 @@ def _item(row: Row, image: str, label: Row, info: Mapping[str, Any], found: Foun
     )
 
 
-def _stored_thumbnail(uri: str, max_bytes: int) -> str | None:
+def stored_thumbnail(uri: str, max_bytes: int) -> str | None:
     """Return a stored image as a data URI; None when it cannot be read any more."""
     try:
         image = decode_image(read_image_bytes(uri), max_side=_IMAGE_SIDE)

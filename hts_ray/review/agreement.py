@@ -21,13 +21,15 @@ class Counts:
     """Labels that people decided, by what the machine had said.
 
     `confirmed` and `wrong` are the machine's positives that people call positive and negative;
-    `undecided` and `missed` people's positives that the machine ignored and called negative.
+    `undecided` and `missed` people's positives that the machine ignored and called negative;
+    `absent` are negatives of both.
     """
 
     confirmed: int = 0
     wrong: int = 0
     undecided: int = 0
     missed: int = 0
+    absent: int = 0
 
     @property
     def precision(self) -> float | None:
@@ -39,6 +41,21 @@ class Counts:
         """Share of people's positives that the machine has; what it ignored it does not have."""
         return _share(self.confirmed, self.confirmed + self.undecided + self.missed)
 
+    @property
+    def kappa(self) -> float | None:
+        """Agreement beyond chance, at most 1; None without labels or where all are of one kind.
+
+        What the machine ignored is left out. Source: Cohen 1960.
+        """
+        both = self.confirmed + self.absent
+        total = both + self.wrong + self.missed
+        if not total:
+            return None
+        machine = (self.confirmed + self.wrong) / total
+        people = (self.confirmed + self.missed) / total
+        chance = machine * people + (1 - machine) * (1 - people)
+        return None if chance == 1 else (both / total - chance) / (1 - chance)
+
     def to_dict(self) -> dict[str, Any]:
         """Return counts and shares, with 95 % intervals, JSON-able."""
         judged = self.confirmed + self.wrong
@@ -49,6 +66,7 @@ class Counts:
             "precision_interval": wilson_interval(self.confirmed, judged),
             "recall": self.recall,
             "recall_interval": wilson_interval(self.confirmed, present),
+            "kappa": self.kappa,
         }
 
 
@@ -120,15 +138,18 @@ def measure_agreement(
         changed = [entry for outcome, entry in found if outcome != "confirmed"]
         for outcome, entry in found:
             tallies[entry.class_id][outcome] += 1
+        for class_id in _absent(row, people[row["image_id"]], names):
+            tallies[class_id]["absent"] += 1
         equal += not changed
         disagreements += sorted(changed, key=lambda entry: -(entry.probability or 0.0))
     per_class = {i: Counts(**tallies[i]) for i in names if i in tallies}
+    overall = _sum(per_class.values())
     return Agreement(
         images=len(rows),
         images_equal=equal,
         unlabeled=len(people) - len(rows),
-        overall=_sum(per_class.values()),
-        per_class=per_class,
+        overall=overall,
+        per_class={i: counts for i, counts in per_class.items() if tallies[i].keys() - {"absent"}},
         disagreements=tuple(disagreements),
     )
 
@@ -161,6 +182,14 @@ def _compared(
             yield "missed", label(class_id, "negative", "positive")
 
 
+def _absent(
+    row: Mapping[str, Any], correction: Mapping[str, Any], names: Mapping[int, str]
+) -> set[int]:
+    """Return the classes that both sides call negative."""
+    said = {*row["positive_ids"], *row["ignored_ids"]}
+    return (set(correction["negative_ids"] or ()) & names.keys()) - said
+
+
 def wilson_interval(hits: int, total: int) -> tuple[float, float] | None:
     """Return the 95 % interval of a share, None without trials; in [0, 1].
 
@@ -188,4 +217,5 @@ def _sum(counts: Iterable[Counts]) -> Counts:
         wrong=sum(entry.wrong for entry in listed),
         undecided=sum(entry.undecided for entry in listed),
         missed=sum(entry.missed for entry in listed),
+        absent=sum(entry.absent for entry in listed),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hts_ray.classes import hico_classes
@@ -51,11 +51,12 @@ def test_every_outcome_is_counted_once_and_only_where_people_decided():
         CLASSES,
     )
     assert (found.images, found.images_equal, found.unlabeled) == (4, 2, 1)
-    assert found.overall == Counts(confirmed=2, wrong=1, undecided=1, missed=1)
+    # Absent for both: 74 in a, 18 and 19 in d, where the machine left 74 open.
+    assert found.overall == Counts(confirmed=2, wrong=1, undecided=1, missed=1, absent=3)
     assert found.overall.precision == pytest.approx(2 / 3)
     assert found.overall.recall == pytest.approx(1 / 2)
-    assert found.per_class[19] == Counts(wrong=1, undecided=1)
-    assert found.per_class[74] == Counts(missed=1)
+    assert found.per_class[19] == Counts(wrong=1, undecided=1, absent=1)
+    assert found.per_class[74] == Counts(missed=1, absent=1)
     assert [(d.image_id, d.class_id, d.machine, d.human) for d in found.disagreements] == [
         ("a", 19, "positive", "negative"),
         ("b", 19, "ignored", "positive"),
@@ -75,6 +76,18 @@ def test_shares_of_nothing_are_unknown():
         measure_agreement(machine(("a", [18], [], [0.9])), people(("b", [18], [], [])), CLASSES)
 
 
+def test_kappa_is_what_chance_does_not_explain():
+    """Catches a kappa that praises absent classes, or fails where there is nothing to agree on."""
+    # Worked by hand: 90 of 100 agree; by chance 0.1 * 0.1 + 0.9 * 0.9 = 0.82 would.
+    counts = Counts(confirmed=5, wrong=5, missed=5, absent=85, undecided=7)
+    assert counts.kappa == pytest.approx((0.90 - 0.82) / (1 - 0.82))
+    assert Counts(confirmed=3, absent=3).kappa == 1.0
+    assert Counts(wrong=3, missed=3).kappa == -1.0
+    assert Counts(absent=9).kappa is None
+    assert Counts(undecided=2).kappa is None
+
+
+@settings(deadline=None)  # a crowded machine stops now and then
 @given(st.integers(1, 500), st.data())
 def test_intervals_hold_their_share(total, data):
     """Catches an interval that leaves [0, 1] or does not hold the share itself."""
