@@ -116,7 +116,7 @@ def train_student(
         counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
     else:
         fit = _fit_head if config.trainable == "head" else _fit
-        outcome = fit(
+        task = _Task(
             config=config,
             student_config=student_config,
             num_classes=len(class_table),
@@ -127,6 +127,7 @@ def train_student(
             seed=seed,
             progress=progress,
         )
+        outcome = fit(task)
         bad = _gather_quarantine(stage)
         Meter.of(stage, "train").count(quarantined=bad)
         counts = {
@@ -405,23 +406,28 @@ def _check_tower(student: Student, config: TrainConfig) -> None:
         checkpoint_activations(student)
 
 
-def _fit(
-    *,
-    config: TrainConfig,
-    student_config: StudentConfig,
-    num_classes: int,
-    initial: str,
-    data: TrainingSet,
-    validation: ValidationSet | None,
-    stage: StageFolder,
-    seed: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Task:
+    """One training, whichever way it is run; `initial` is the zero-shot student's folder."""
+
+    config: TrainConfig
+    student_config: StudentConfig
+    num_classes: int
+    initial: str
+    data: TrainingSet
+    validation: ValidationSet | None
+    stage: StageFolder
+    seed: int
+    progress: Progress | None
+
+
+def _fit(task: _Task) -> dict[str, Any]:
     """Run the training; returns the history, the rows trained on and the weights' bytes."""
     from hts_ray.student.augment import stored_size
     from hts_ray.student.checkpoints import description_of
 
-    image_size = int(description_of(initial)["image_size"])
+    config, stage, data, validation = task.config, task.stage, task.data, task.validation
+    image_size = int(description_of(task.initial)["image_size"])
     size = stored_size(image_size, config.augment)
     with data_context(keep_order=True):
         dataset, rows = _image_dataset(data.table, size, _bad(stage))
@@ -439,11 +445,13 @@ def _fit(
         )
     job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
-        "precision": student_config.precision,
-        "initial": initial,
-        "seed": seed,
+        "precision": task.student_config.precision,
+        "initial": task.initial,
+        "seed": task.seed,
         "rows": rows,
-        "class_weights": class_weights(data.table["positive"], num_classes, config.class_balance),
+        "class_weights": class_weights(
+            data.table["positive"], task.num_classes, config.class_balance
+        ),
         "stored_size": size,
         "validation": None if validation is None else validation.annotations_NC,
         "history": stage.file("history.json"),
@@ -451,7 +459,7 @@ def _fit(
         "curves": stage.file("curves"),
         "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,
     }
-    with _epoch_progress(job["history"], progress), users_mistakes_unwrapped():
+    with _epoch_progress(job["history"], task.progress), users_mistakes_unwrapped():
         weights, error = _run_trainer(config, job, datasets, stage)
     if error is not None:
         names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()
@@ -462,33 +470,22 @@ def _fit(
     return {"history": weights["history"], "rows": rows, "weights": weights["model"]}
 
 
-def _fit_head(
-    *,
-    config: TrainConfig,
-    student_config: StudentConfig,
-    num_classes: int,
-    initial: str,
-    data: TrainingSet,
-    validation: ValidationSet | None,
-    stage: StageFolder,
-    seed: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
+def _fit_head(task: _Task) -> dict[str, Any]:
     """Do what `_fit` does, on features that are computed once: the tower does not learn."""
     from hts_ray.student.head_training import fit_on_features
 
-    del student_config  # the features' precision is that of the student at `initial`
+    # The features' precision is that of the student at `initial`.
     return fit_on_features(
-        config=config,
-        num_classes=num_classes,
-        initial=initial,
-        data=data,
-        validation=validation,
-        run_dir=stage.run_dir,
-        bad_folders=(_bad(stage), _bad(stage, "validation")),
-        curves=stage.file("curves"),
-        seed=seed,
-        progress=progress,
+        config=task.config,
+        num_classes=task.num_classes,
+        initial=task.initial,
+        data=task.data,
+        validation=task.validation,
+        run_dir=task.stage.run_dir,
+        bad_folders=(_bad(task.stage), _bad(task.stage, "validation")),
+        curves=task.stage.file("curves"),
+        seed=task.seed,
+        progress=task.progress,
     )
 
 

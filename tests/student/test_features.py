@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from crashes import crash_before_the_last_block
 from PIL import Image
 
 from hts_ray import storage
@@ -110,20 +111,10 @@ def test_a_rerun_after_a_crash_encodes_the_rest_only(ray_session, student_path, 
     """Catches rows written twice or never, and finished blocks that are computed again."""
     config = ON_RAY.model_copy(update={"pool": PoolConfig(num_gpus=1.0)})
     compute_features(config, student_path=student_path, images=images, stage=stage)
-    files = [name for name in storage.list_names(stage.path) if name.endswith(".parquet")]
-    assert len(files) >= 2
-    *others, last = files
-    kept = [(name, storage.read_bytes(stage.file(name))) for name in others]
-    # As a crash leaves it: one block committed to neither place, the stage not published.
-    filesystem, _ = storage.resolve(stage.path)
-    done = storage.list_names(stage.file("checkpoint"))
-    lost = next(name for name in done if last.startswith(name.removesuffix(".parquet")))
-    filesystem.delete_file(stage.file("checkpoint", lost))
-    filesystem.delete_file(stage.file(last))
-    filesystem.delete_file(stage.file("stats.json"))
+    kept = crash_before_the_last_block(stage)
     stats = compute_features(config, student_path=student_path, images=images, stage=stage)
     assert stats["rows_in"] == 48
-    assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept)
+    assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept.items())
     assert len(read_features(stage.path)[0]) == 47
 
 

@@ -57,7 +57,7 @@ def test_cached_features_give_what_full_training_gives(
     stage, stats = train("cached", config)
     full = StageFolder(str(tmp_path), "student", "full")
     data = training.training_set(color_world, color_table, config, 5)
-    outcome = training._fit(
+    task = training._Task(
         config=config,
         student_config=student_config,
         num_classes=3,
@@ -68,6 +68,7 @@ def test_cached_features_give_what_full_training_gives(
         seed=5,
         progress=None,
     )
+    outcome = training._fit(task)
     expected = load_weights(outcome["weights"])
     student = load_student(stage.path)
     np.testing.assert_allclose(

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from crashes import crash_before_the_last_block
 
 from hts_ray import storage
 from hts_ray.config import PoolConfig, PredictConfig
@@ -95,20 +96,10 @@ def test_a_rerun_after_a_crash_scores_the_rest_only(
     config = PredictConfig(batch_images=16, pool=PoolConfig(num_gpus=1.0))
     arguments = {"config": config, "student_path": student_path, "manifest_path": manifest}
     predict_images(**arguments, stage=stage)
-    files = [name for name in storage.list_names(stage.path) if name.endswith(".parquet")]
-    assert len(files) >= 2
-    *others, last = files
-    kept = [(name, storage.read_bytes(stage.file(name))) for name in others]
-    # As a crash leaves it: one block committed to neither place, the stage not published.
-    filesystem, _ = storage.resolve(stage.path)
-    done = storage.list_names(stage.file("checkpoint"))
-    lost = next(name for name in done if last.startswith(name.removesuffix(".parquet")))
-    filesystem.delete_file(stage.file("checkpoint", lost))
-    filesystem.delete_file(stage.file(last))
-    filesystem.delete_file(stage.file("stats.json"))
+    kept = crash_before_the_last_block(stage)
     stats = predict_images(**arguments, stage=stage)
     assert stats["rows_in"] == 40
-    assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept)
+    assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept.items())
     assert sorted(read_table(stage.path)["image_id"].to_pylist()) == [
         f"i{i:03d}" for i in range(40)
     ]
