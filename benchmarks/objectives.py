@@ -16,7 +16,6 @@ to choose the default objective.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from hts_ray.demo import ZERO_SHOT, Variant, demo_config, make_world, train_here
 from hts_ray.evaluation import label_matrix
 from hts_ray.image_pipeline import manifest_rows
 from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
-from hts_ray.provenance import measured_on, write_results
+from hts_ray.provenance import measured_on, read_results, write_results
 from hts_ray.runtime import ray_cluster
 from hts_ray.student.features import ensure_features, read_feature_table
 from hts_ray.student.head import head_logits
@@ -406,9 +405,7 @@ def settings_of(space: Space, prefix: str, trials: int) -> list[Settings]:
     ]
 
 
-def run_seed(
-    config: HtsConfig, seed: int, trials: int, fine_tuned: int, halves: bool
-) -> dict[str, Any]:
+def try_settings(config: HtsConfig, seed: int, trials: int) -> dict[str, Any]:
     """Measure one world with every teacher and every space."""
     world = open_world(config, seed)
     tried = {name: settings_of(world.space, prefix, trials) for name, prefix in SPACES.items()}
@@ -422,13 +419,22 @@ def run_seed(
             name: {"teacher_map": float(np.nanmean(ap_C)), **measure(world, data, settings, seed)}
             for name, settings in tried.items()
         }
-    first = next(iter(SPACES))
-    clean = measured[TEACHERS[0].name][first]
-    if fine_tuned:
-        chosen = spread_out(clean["truth"], fine_tuned)
-        clean["fine_tuned"] = fine_tune(world, tried[first], chosen, halves)
-    timing = time_trials(world.data, tried[first])
+    timing = time_trials(world.data, tried[next(iter(SPACES))])
     return {"seed": seed, "tried": tried, "measured": measured, "trial": timing}
+
+
+def train_in_full(
+    config: HtsConfig, found: dict[str, Any], count: int, halves: bool
+) -> dict[str, Any]:
+    """Add to a world's record what students trained in full reach with some of its settings."""
+    first = next(iter(SPACES))
+    clean = found["measured"][TEACHERS[0].name][first]
+    usable = [i for i, positives in enumerate(clean["positives_per_image"]) if positives > 0]
+    places = spread_out([clean["truth"][i] for i in usable], count)
+    world = open_world(config, found["seed"])
+    chosen = [usable[place] for place in places]
+    clean["fine_tuned"] = fine_tune(world, found["tried"][first], chosen, halves)
+    return found
 
 
 def brief(world: Mapping[str, Any]) -> dict[str, Any]:
@@ -464,12 +470,15 @@ def main() -> None:
     with ray_cluster(config.ray):
         worlds = []
         for seed in options.seeds:
+            # A run that was cut off goes on with what it had not measured.
             kept = Path(options.run_dir) / f"measured-{seed}-{options.trials}.json"
-            if not kept.exists():  # a run that was cut off goes on with the next world
-                halves = seed == options.halves
-                world = run_seed(config, seed, options.trials, options.fine_tuned, halves)
-                kept.write_text(json.dumps(world), encoding="utf-8")
-            worlds.append(json.loads(kept.read_text(encoding="utf-8")))
+            if not kept.exists():
+                write_results(kept, try_settings(config, seed, options.trials))
+            trained = kept.with_name(f"trained-{options.fine_tuned}-{kept.name}")
+            if not trained.exists():
+                halves, found = seed == options.halves, read_results(kept)
+                write_results(trained, train_in_full(config, found, options.fine_tuned, halves))
+            worlds.append(read_results(trained))
     tables: dict[str, dict[str, Any]] = {}
     for teacher in TEACHERS:
         for space in SPACES:
