@@ -23,7 +23,6 @@ from pydantic import (
     model_validator,
 )
 
-from hts_ray import storage
 from hts_ray.assets import asset_path
 from hts_ray.errors import ConfigError
 
@@ -738,6 +737,8 @@ def _read_preset(name: str) -> dict[str, Any]:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
+    from hts_ray import storage  # the filesystems load slowly, and shells complete settings
+
     try:
         value = yaml.safe_load(storage.read_bytes(path).decode("utf-8"))
     except FileNotFoundError:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from hts_ray.tables import StageFolder
+if TYPE_CHECKING:
+    from hts_ray.tables import StageFolder
 
 # In a file or a pipe there is no width to keep to.
 _WIDTH = None if sys.stdout.isatty() else 160
@@ -28,64 +34,206 @@ console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 _PLAIN_INTERVAL_S = 15.0
+_BAR_INTERVAL_S = 0.1
+_SHORTEST_S = 0.5  # what advanced in less says nothing about the rest
+
+ImagesDone = Callable[[int, int, int], None]
+EpochDone = Callable[[Mapping[str, Any]], None]
+
+
+class Pace:
+    """How fast a step goes, and what is left of it.
+
+    The rate is measured from the first advance on: neither what an earlier run finished nor the
+    time until a model is loaded counts.
+    """
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock or time.monotonic
+        self._first: int | None = None
+        self.done = self.total = 0
+        self._started = self._updated = self._clock()
+        self._base: tuple[float, int] | None = None
+
+    def resume(self, done: int) -> None:
+        """Take in what was finished before; the step counts from when this pace was made."""
+        if self._first is None:
+            self._first = self.done = done
+
+    def update(self, done: int, total: int) -> None:
+        """Take in that `done` of `total` are finished now."""
+        now = self._clock()
+        if self._first is None:
+            self._first, self._started = done, now
+        if done > self.done:
+            self._updated = now
+        if self._base is None and done > self._first:
+            self._base = (now, done)
+        self.done, self.total = done, total
+
+    @property
+    def rate(self) -> float | None:
+        """How many a second, None until there was enough of an advance."""
+        if self._base is None or self._first is None:
+            return None
+        since, before = self._base
+        if self.done == before:  # one advance so far: all there is to go by
+            since, before = self._started, self._first
+        seconds = self._updated - since
+        return (self.done - before) / seconds if seconds >= _SHORTEST_S else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the step is done, None while there is no rate; counts down by itself."""
+        if self.rate is None:
+            return None
+        passed = self._clock() - self._updated
+        return max((self.total - self.done) / self.rate - passed, 0.0)
+
+
+class _Plain:
+    """Prints a line at most every 15 seconds, and the last one where `ending` asks for it."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def tell(self, line: str, *, ending: bool = False) -> None:
+        now = time.monotonic()
+        if ending or now - self._last >= _PLAIN_INTERVAL_S:
+            self._last = now
+            console.print(line, markup=False)
+
+
+class _Eta(ProgressColumn):
+    """The time that is left, by the step's own pace: rich's forgets steps of over 30 seconds."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["pace"].left
+        if left is None or task.finished:
+            return Text()
+        return Text(f"ETA {duration(left)}", style="progress.remaining")
+
+
+class Steps:
+    """How the long steps of one command go: bars on a terminal, elsewhere a line at times.
+
+    Its callbacks may be called from other threads. Steps that had nothing to do leave no bar.
+    """
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+        self._silent: set[TaskID] = set()
+
+    def images(self, title: str, unit: str = "images") -> ImagesDone:
+        """Return a callback (done, total, quarantined) for a step over images."""
+        pace, plain, show = Pace(), _Plain(), self._shown(title, unit)
+
+        def update(done: int, total: int, quarantined: int) -> None:
+            pace.update(done, total)
+            rate = "" if pace.rate is None else f"{pace.rate:.1f} {unit}/s"
+            bad = f"{quarantined} quarantined" if quarantined else ""
+            if show is not None:
+                show(pace, rate, bad)
+                return
+            left = None if pace.left is None else f"ETA {duration(pace.left)}"
+            plain.tell(_joined(f"{title}: {done}/{total} {unit}", rate, left, bad))
+
+        return update
+
+    def epochs(self, title: str, epochs: int) -> EpochDone:
+        """Return a callback for the record of each epoch of a training."""
+        pace, plain, show = Pace(), _Plain(), self._shown(title, "epochs")
+
+        def update(record: Mapping[str, Any]) -> None:
+            done = int(record["epoch"]) + 1
+            pace.resume(done - 1)
+            pace.update(done, epochs)
+            rate = record.get("images_per_second")
+            speed = f"{rate:.0f} images/s" if rate else ""
+            measured = record.get("validation_mAP")
+            quality = "" if measured is None else f"validation mAP {percent(measured)}"
+            loss = f"loss {record['loss']:.4f}"
+            if show is not None:
+                show(pace, speed, _joined(loss, quality))
+                return
+            left = None if pace.left is None or done == epochs else f"ETA {duration(pace.left)}"
+            line = _joined(f"{title}: epoch {done} of {epochs}", loss, speed, quality, left)
+            plain.tell(line, ending=done == epochs)
+
+        return update
+
+    def _shown(self, title: str, unit: str) -> Callable[[Pace, str, str], None] | None:
+        """Add a bar and return what moves it; None where there is no terminal."""
+        bars = self._bars
+        if bars is None:
+            return None
+        task = bars.add_task(escape(title), total=None, unit=unit, rate="", note="", pace=Pace())
+        self._silent.add(task)
+        last = 0.0
+
+        def show(pace: Pace, rate: str, note: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < _BAR_INTERVAL_S and pace.done < pace.total:
+                return
+            last = now
+            self._silent.discard(task)
+            bars.update(
+                task, completed=pace.done, total=pace.total, rate=rate, note=note, pace=pace
+            )
+
+        return show
+
+    def clean(self) -> None:
+        """Take away the bars of steps that never told anything."""
+        if self._bars is not None:
+            for task in self._silent:
+                self._bars.remove_task(task)
 
 
 @contextmanager
-def image_progress(title: str) -> Iterator[Callable[[int, int, int], None]]:
-    """Give a callback (done, total, quarantined) that shows a long step's progress.
-
-    On a terminal this is a bar with rate and ETA; elsewhere one line every 15 seconds.
-    """
-    if not console.is_terminal:
-        yield _plain_progress(title)
+def steps() -> Iterator[Steps]:
+    """Show how the steps go that the block asks callbacks for."""
+    if not console.is_interactive:
+        yield Steps(None)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[bad]}"),
+        _Eta(),
+        TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=None, rate="", bad="")
-        started, first = time.monotonic(), -1
-
-        def update(done: int, total: int, quarantined: int) -> None:
-            nonlocal first
-            # What an earlier run finished must not count into this run's rate.
-            first = done if first < 0 else first
-            rate = (done - first) / max(time.monotonic() - started, 1e-6)
-            bar.update(
-                task,
-                completed=done,
-                total=total,
-                rate=f"{rate:.1f} images/s" if done > first else "",
-                bad=f"{quarantined} quarantined" if quarantined else "",
-            )
-
-        yield update
+    with Progress(*columns, console=console) as bars:
+        shown = Steps(bars)
+        try:
+            yield shown
+        finally:
+            shown.clean()
 
 
-def _plain_progress(title: str) -> Callable[[int, int, int], None]:
-    started = last = time.monotonic()
-    first = -1
+@contextmanager
+def image_progress(title: str) -> Iterator[ImagesDone]:
+    """Give a callback (done, total, quarantined) that shows one step's progress."""
+    with steps() as shown:
+        yield shown.images(title)
 
-    def update(done: int, total: int, quarantined: int) -> None:
-        nonlocal last, first
-        first = done if first < 0 else first
-        now = time.monotonic()
-        if now - last < _PLAIN_INTERVAL_S:
-            return
-        last = now
-        rate = (done - first) / max(now - started, 1e-6)
-        left = f", ETA {duration((total - done) / rate)}" if rate > 0 else ""
-        bad = f", {quarantined} quarantined" if quarantined else ""
-        console.print(f"{title}: {done}/{total} images, {rate:.1f} images/s{left}{bad}")
 
-    return update
+@contextmanager
+def busy(title: str) -> Iterator[None]:
+    """Show on a terminal that something of unknown length is being done."""
+    if not console.is_interactive:
+        yield
+        return
+    with console.status(escape(title)):
+        yield
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def duration(seconds: float) -> str:
@@ -106,14 +254,25 @@ def print_stage(name: str, stage: StageFolder) -> None:
         parts.append(f"{stats['quarantined']} quarantined (see {stage.file('quarantine')})")
     if stats.get("seconds"):
         parts.append(duration(float(stats["seconds"])))
-    console.print(f"[bold]{name}[/bold]: {', '.join(parts)} -> {stage.path}")
+    console.print(f"[bold]{name}[/bold]: {', '.join(parts)} -> {escape(stage.path)}")
+
+
+def print_note(text: str) -> None:
+    """Print something that a user should know and need not act on."""
+    console.print(f"note: {text}", markup=False)
+
+
+def print_next(*words: str) -> None:
+    """Print the command to run next, as it can be copied into a shell."""
+    line = shlex.join(words)
+    console.print(f"next: [bold]{escape(line)}[/bold]")
 
 
 def print_mapping(title: str, values: Mapping[str, Any]) -> None:
     """Print names and values in two columns."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in values.items():
-        table.add_row(name, str(value))
+        table.add_row(name, escape(str(value)))
     console.print(table)
 
 

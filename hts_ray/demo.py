@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from hts_ray import pipeline, report, storage
 from hts_ray.config import HtsConfig, override
-from hts_ray.console import console, image_progress, percent, print_rows, print_stage
+from hts_ray.console import console, percent, print_rows, print_stage, steps
 from hts_ray.data.synthetic import world_class_ids, write_world
 from hts_ray.evaluation import evaluate_scores, read_annotations
 from hts_ray.filtering import image_evidence
@@ -89,7 +89,8 @@ def run_demo(config: HtsConfig) -> list[Row]:
     started = time.perf_counter()
     run = pipeline.open_run(config)
     manifest = make_world(run)
-    rows = run_variants(run, manifest, VARIANTS)
+    with steps() as shown:
+        rows = run_variants(run, manifest, VARIANTS, shown)
     print_table(rows)
     closed = gap_closed(rows)
     console.print(
@@ -130,23 +131,27 @@ def make_world(run: pipeline.Run) -> str:
     return stage.file("manifest.parquet")
 
 
-def run_variants(run: pipeline.Run, manifest: str, variants: Sequence[Variant]) -> list[Row]:
+def run_variants(
+    run: pipeline.Run,
+    manifest: str,
+    variants: Sequence[Variant],
+    watch: pipeline.Watch | None = None,
+) -> list[Row]:
     """Label once, then filter, train, predict and evaluate every variant, in the order given.
 
     The main row trains on a Ray Train worker while the rows it is compared with train here.
     """
-    with image_progress("label") as progress:
-        scores = pipeline.label(run, manifest, progress)
+    scores = pipeline.label(run, manifest, None if watch is None else watch.images("label"))
     print_stage("label", scores)
     rows = {TEACHER_NAME: teacher_row(run, manifest, scores)}
     _tell(rows[TEACHER_NAME])
     first, *others = variants
-    rows[first.name] = train_here(run, manifest, scores, first)
+    rows[first.name] = train_here(run, manifest, scores, first, watch)
     with ThreadPoolExecutor(1) as pool:
-        main = pool.submit(_run_on_ray, run, manifest, scores, HTS)
+        main = pool.submit(_run_on_ray, run, manifest, scores, HTS, watch)
         for variant in others:
             if variant is not HTS:
-                rows[variant.name] = train_here(run, manifest, scores, variant)
+                rows[variant.name] = train_here(run, manifest, scores, variant, watch)
         rows[HTS.name] = main.result()
     names = [first.name, TEACHER_NAME, *(variant.name for variant in others)]
     if run.config.self_training.rounds:
@@ -164,26 +169,45 @@ class _Trained:
     seconds: float
 
 
-def _train(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant) -> _Trained:
+def _train(
+    run: pipeline.Run,
+    manifest: str,
+    scores: StageFolder,
+    variant: Variant,
+    watch: pipeline.Watch | None,
+) -> _Trained:
     """Filter and train one variant."""
     started = time.perf_counter()
     own = pipeline.Run(override(run.config, variant.settings), run.class_table)
     labels = pipeline.filter_labels(own, scores) if variant.uses_teacher else None
-    student = pipeline.train(own, pipeline.training_labels(own, labels, manifest))
+    epochs = None if watch is None else watch.epochs(variant.name, own.config.train.epochs)
+    student = pipeline.train(own, pipeline.training_labels(own, labels, manifest), epochs)
     return _Trained(own, variant, labels, student, time.perf_counter() - started)
 
 
-def train_here(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant) -> Row:
+def train_here(
+    run: pipeline.Run,
+    manifest: str,
+    scores: StageFolder,
+    variant: Variant,
+    watch: pipeline.Watch | None = None,
+) -> Row:
     """Train a variant in this process and evaluate it."""
     local = override(run.config, {"train": {"num_workers": 0}})
     return _evaluated(
-        _train(pipeline.Run(local, run.class_table), manifest, scores, variant), manifest
+        _train(pipeline.Run(local, run.class_table), manifest, scores, variant, watch), manifest
     )
 
 
-def _run_on_ray(run: pipeline.Run, manifest: str, scores: StageFolder, variant: Variant) -> Row:
+def _run_on_ray(
+    run: pipeline.Run,
+    manifest: str,
+    scores: StageFolder,
+    variant: Variant,
+    watch: pipeline.Watch | None,
+) -> Row:
     """Train a variant on Ray Train's workers and evaluate it."""
-    return _evaluated(_train(run, manifest, scores, variant), manifest)
+    return _evaluated(_train(run, manifest, scores, variant, watch), manifest)
 
 
 def _evaluated(trained: _Trained, manifest: str) -> Row:

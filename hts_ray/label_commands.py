@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hts_ray import pipeline, storage
-from hts_ray.console import console, errors, percent, print_mapping, print_rows
+from hts_ray.console import (
+    console,
+    errors,
+    image_progress,
+    percent,
+    print_mapping,
+    print_next,
+    print_rows,
+)
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.tables import StageFolder, find_stage, require_stage
 
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
 _SHOWN_DISAGREEMENTS = 10
 _SHOWN_CLASSES = 10
 _TABLE_IMAGES = 1000
+_CORRECTABLE = ("coco", "csv", "fiftyone", "label-studio")  # what import-labels reads again
 
 
 def predict_paths(
@@ -58,6 +67,8 @@ def predict_paths(
         shown = itertools.chain(bad, labeled)
     if draw is not None:
         shown = _drawn(shown, draw)
+    if console.is_interactive and not json_lines:
+        shown = _watched(shown, len(found) + len(bad))
     failed = [0]
     good = _told_apart(shown, failed, json_lines)
     count = _print_lines(good) if json_lines else _print_table(good)
@@ -67,6 +78,16 @@ def predict_paths(
         raise DataError("no image could be used")
     if draw is not None:
         errors.print(f"drawn -> {draw}")
+
+
+def _watched(predictions: Iterable[Prediction], total: int) -> Iterator[Prediction]:
+    """Show on the terminal how many are done as they pass."""
+    failed = 0
+    with image_progress("predict") as progress:
+        for done, prediction in enumerate(predictions, start=1):
+            failed += prediction.error is not None
+            progress(done, total, failed)
+            yield prediction
 
 
 def _require_empty(folder: str) -> None:
@@ -184,6 +205,9 @@ def export_command(
     print_mapping("counted", done.figures())
     for note in done.notes:
         console.print(note, markup=False)
+    if form in _CORRECTABLE:
+        run_dir = run.config.run_dir
+        print_next("hts", "import-labels", "FILE", "--run-dir", run_dir, "--output", "corrected")
 
 
 def import_command(
@@ -247,6 +271,7 @@ def _advise(run: pipeline.Run, output: str, split: str, *, parted: bool) -> None
     )
     if not parted:
         console.print("not both at once: they are the same images (--validation-share parts them)")
+    print_next("hts", "review", output, "--run-dir", run_dir)
 
 
 def _labels_stage(run: pipeline.Run, given: str | None) -> StageFolder | None:
@@ -275,6 +300,7 @@ def review_command(
     if json_file:
         storage.write_json(json_file, content)
     print_agreement(found, content)
+    print_next("hts", "report", run.config.run_dir)
 
 
 def print_agreement(found: Agreement, content: Mapping[str, Any]) -> None:
@@ -287,6 +313,7 @@ def print_agreement(found: Agreement, content: Mapping[str, Any]) -> None:
         "images in both": f"{found.images} ({found.images_equal} without a difference)",
         "precision": _figure(overall, "precision"),
         "recall": _figure(overall, "recall"),
+        "Cohen's kappa": "-" if overall.kappa is None else f"{overall.kappa:.2f}",
         "wrong positives": overall.wrong,
         "missed": f"{overall.missed} called negative, {overall.undecided} undecided",
     }

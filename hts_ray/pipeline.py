@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,17 @@ from hts_ray.tables import (
 )
 
 Progress = Callable[[int, int, int], None]
+TrainProgress = Callable[[Mapping[str, Any]], None]
+
+
+class Watch(Protocol):
+    """Gives the callbacks that show how long stages go; `hts_ray.console.Steps` is one."""
+
+    def images(self, title: str) -> Progress:
+        """Return a callback (done, total, quarantined) for a stage over images."""
+
+    def epochs(self, title: str, epochs: int) -> TrainProgress:
+        """Return a callback for the records of a training's epochs."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +80,25 @@ def open_run(config: HtsConfig) -> Run:
     return Run(config, load_class_table(source, classes.ids))
 
 
-def prepare(run: Run, source: str, root: str) -> StageFolder:
+def prepare(run: Run, source: str, root: str, progress: Progress | None = None) -> StageFolder:
     """Write the manifest of a HICO download (`hico`) or a plain folder (`folder`).
 
-    The folder is named by the manifest's content. Raises DataError when no image is usable.
+    The output folder is named by the manifest's content. Raises DataError when no image is usable.
     """
     config = run.config.prepare
     if source == "hico":
         from hts_ray.data.hico import read_hico
 
-        prepared = read_hico(root, splits=config.splits, workers=config.workers)
+        prepared = read_hico(root, splits=config.splits, workers=config.workers, progress=progress)
     elif source == "folder":
         from hts_ray.data.folder import read_folder
 
         prepared = read_folder(
-            root, config.split, follow_symlinks=config.follow_symlinks, workers=config.workers
+            root,
+            config.split,
+            follow_symlinks=config.follow_symlinks,
+            workers=config.workers,
+            progress=progress,
         )
     else:
         raise ConfigError(field="source", value=source, remedy="choose hico or folder")
@@ -282,7 +297,7 @@ def validation_rows(run: Run, manifest: str | None) -> pa.Table | None:
 def train(
     run: Run,
     labels: pa.Table | None,
-    progress: Callable[[Mapping[str, Any]], None] | None = None,
+    progress: TrainProgress | None = None,
     validation: pa.Table | None = None,
 ) -> StageFolder:
     """Fine-tune the student on `labels`; None stores the zero-shot student.
@@ -343,8 +358,7 @@ def self_train(
     *,
     validation: pa.Table | None = None,
     on_stage: Callable[[str, StageFolder], None] | None = None,
-    progress: Progress | None = None,
-    train_progress: Callable[[Mapping[str, Any]], None] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[StageFolder, StageFolder]:
     """Let `student` help to filter, and train anew: `self_training.rounds` times.
 
@@ -354,11 +368,11 @@ def self_train(
     check_self_training(run.config)
     tell = on_stage or (lambda name, stage: None)
     for _ in range(run.config.self_training.rounds):
-        opinions = student_scores(run, region_scores, student, progress)
+        opinions = student_scores(run, region_scores, student, _images(watch, "student scores"))
         tell("student scores", opinions)
         labels = filter_labels(run, region_scores, opinions)
         tell("filter", labels)
-        student = train(run, training_labels(run, labels, None), train_progress, validation)
+        student = train(run, training_labels(run, labels, None), _epochs(watch, run), validation)
         tell("train", student)
     return labels, student
 
@@ -438,8 +452,7 @@ def run_all(
     manifest: str,
     *,
     on_stage: Callable[[str, StageFolder], None] | None = None,
-    progress: Progress | None = None,
-    train_progress: Callable[[Mapping[str, Any]], None] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run label, filter, train, predict and, where there are annotations, evaluate.
 
@@ -449,12 +462,12 @@ def run_all(
     if run.config.self_training.rounds:
         check_self_training(run.config)
     tell = on_stage or (lambda name, stage: None)
-    scores = label(run, manifest, progress)
+    scores = label(run, manifest, _images(watch, "label"))
     tell("label", scores)
     source = filter_labels(run, scores)
     tell("filter", source)
     validation = validation_rows(run, manifest)
-    student = train(run, training_labels(run, source, manifest), train_progress, validation)
+    student = train(run, training_labels(run, source, manifest), _epochs(watch, run), validation)
     tell("train", student)
     if run.config.self_training.rounds:
         _, student = self_train(
@@ -463,17 +476,29 @@ def run_all(
             student,
             validation=validation,
             on_stage=tell,
-            progress=progress,
-            train_progress=train_progress,
+            watch=watch,
         )
-    predictions = predict(run, student.path, manifest, progress)
+    predictions = predict(run, student.path, manifest, _images(watch, "predict"))
     tell("predict", predictions)
-    table = read_manifest(manifest)
     split = run.config.predict.split or "test"
-    annotated = table.filter(
-        pc.and_(pc.equal(table["split"], split), table["positive_ids"].is_valid())
-    )
-    return evaluate(run, predictions.path, manifest, split) if len(annotated) else {}
+    if not is_annotated(manifest, split):
+        return {}
+    return evaluate(run, predictions.path, manifest, split)
+
+
+def is_annotated(manifest: str, split: str) -> bool:
+    """Tell whether any image of a split has annotations."""
+    table = read_manifest(manifest)
+    known = pc.and_(pc.equal(table["split"], split), table["positive_ids"].is_valid())
+    return bool(pc.any(known).as_py())
+
+
+def _images(watch: Watch | None, title: str) -> Progress | None:
+    return None if watch is None else watch.images(title)
+
+
+def _epochs(watch: Watch | None, run: Run) -> TrainProgress | None:
+    return None if watch is None else watch.epochs("train", run.config.train.epochs)
 
 
 def stage_overview(run_dir: str) -> list[tuple[str, StageFolder | None]]:

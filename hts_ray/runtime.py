@@ -11,11 +11,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hts_ray.config import PoolConfig, RayConfig
+from hts_ray.config import HtsConfig, PoolConfig, RayConfig
+from hts_ray.console import print_note
 from hts_ray.errors import ConfigError, UserError
-from hts_ray.preflight import CPUS_BESIDE
+from hts_ray.preflight import CPUS_BESIDE, check_joined
 from hts_ray.telemetry import configured
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # The newer Parquet reader starts 32 actors that read footers, however small the input. A
 # manifest is one file: the older reader saves these processes, and where the newer one is asked
@@ -84,6 +89,28 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
             yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def command_cluster(
+    config: HtsConfig,
+    command: str,
+    *,
+    manifest: str = "",
+    student: str = "",
+    labels: pa.Table | None = None,
+) -> Iterator[None]:
+    """Join or start Ray for a command of `hts`, and refuse a cluster that could never run it.
+
+    Notes for the user are printed. Raises what `ray_cluster` and `check_joined` do.
+    """
+    pools = [config.label.pool, config.predict.pool]
+    pools += [config.train.features.pool, config.self_training.pool]
+    paths = [("--student", student)] if student else []
+    with ray_cluster(config.ray, pools):
+        for note in check_joined(config, command, paths, manifest=manifest, labels=labels):
+            print_note(note)
+        yield
 
 
 def _local_cpus(config: RayConfig, pools: Sequence[PoolConfig]) -> int:

@@ -53,7 +53,7 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LOST_SECONDS = 300.0  # without an answer until the client gives up; the job goes on
 _STOP_SECONDS = 60.0
 _PATH_METAVARS = {"PATH", "DIR", "FILE", "RUN"}
-_NOT_JOBS = {"submit"}
+_NOT_JOBS = {"submit", "completion"}
 _NAMED_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 _NO_COMMAND = 127  # how a shell ends that finds no such program
 

@@ -34,20 +34,43 @@ def small_run(run_dir, **settings):
     return pipeline.open_run(override(config, settings))
 
 
+class Watch:
+    """Keeps the last that it was told of each stage."""
+
+    def __init__(self):
+        self.last = {}
+
+    def images(self, title):
+        """Return a callback that keeps its arguments."""
+        self.last[title] = None
+        return lambda *told: self.last.update({title: told})
+
+    def epochs(self, title, epochs):
+        """Return a callback that keeps its arguments."""
+        assert epochs == 1
+        return self.images(title)
+
+
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory, ray_session):
     """A run that went through every stage."""
     run = small_run(tmp_path_factory.mktemp("run"))
     manifest = pipeline.prepare(run, "hico", str(world)).file("manifest.parquet")
-    told = []
-    metrics = pipeline.run_all(run, manifest, on_stage=lambda name, stage: told.append(name))
-    return run, manifest, metrics, told
+    told, watch = [], Watch()
+    metrics = pipeline.run_all(
+        run, manifest, on_stage=lambda name, stage: told.append(name), watch=watch
+    )
+    return run, manifest, metrics, told, watch
 
 
 def test_every_stage_publishes_and_the_metrics_are_measured(finished):
     """Would catch a stage that is skipped, or a metric over nothing."""
-    run, _, metrics, told = finished
+    run, _, metrics, told, watch = finished
     assert told == ["label", "filter", "train", "predict"]
+    assert list(watch.last) == ["label", "train", "predict"]
+    assert watch.last["label"] == (64, 64, 0)
+    assert watch.last["train"][0]["epoch"] == 0
+    assert watch.last["predict"] == (24, 24, 0)
     assert all(stage is not None for _, stage in pipeline.stage_overview(run.run_dir))
     assert metrics["num_images"] == 24
     assert metrics["num_classes"] > 5
@@ -56,7 +79,7 @@ def test_every_stage_publishes_and_the_metrics_are_measured(finished):
 
 def test_every_image_is_labeled_once(finished):
     """Would catch lost or doubled images between manifest and labels."""
-    run, manifest, _, _ = finished
+    run, manifest, *_ = finished
     rows = pipeline.read_manifest(manifest)
     scored = read_table(pipeline.region_scores_stage(run).path, columns=["image_id"])
     assert sorted(scored["image_id"].to_pylist()) == sorted(rows["image_id"].to_pylist())
@@ -66,7 +89,7 @@ def test_every_image_is_labeled_once(finished):
 
 def test_a_second_run_reuses_everything(finished):
     """Would catch a teacher pass that is paid for twice."""
-    run, manifest, metrics, _ = finished
+    run, manifest, metrics, *_ = finished
     before = {name: stage.stats["finished_at"] for name, stage in
               pipeline.stage_overview(run.run_dir) if name != "evaluation"}  # fmt: skip
     again = pipeline.run_all(run, manifest)
@@ -78,7 +101,7 @@ def test_a_second_run_reuses_everything(finished):
 
 def test_changed_settings_get_folders_of_their_own(finished):
     """Would catch an old answer served for new settings."""
-    run, manifest, _, _ = finished
+    run, manifest, *_ = finished
     changed = pipeline.Run(
         override(run.config, {"label": {"regions": {"grid_scales": [], "grid_steps": []}}}),
         run.class_table,
@@ -93,7 +116,7 @@ def test_changed_settings_get_folders_of_their_own(finished):
 
 def test_training_on_pseudo_labels_never_sees_annotations(finished, tmp_path):
     """Would catch a leak of ground truth into the student: the bytes would differ without it."""
-    run, manifest, _, _ = finished
+    run, manifest, *_ = finished
     table = read_table(manifest)
     for name in ANNOTATION_COLUMNS:
         place = table.column_names.index(name)
@@ -117,7 +140,7 @@ def test_training_on_pseudo_labels_never_sees_annotations(finished, tmp_path):
 
 def test_supervised_and_zero_shot_come_from_the_same_command(finished):
     """Would catch baselines that train on pseudo-labels, or an upper bound without annotations."""
-    run, manifest, _, _ = finished
+    run, manifest, *_ = finished
     supervised = pipeline.Run(
         override(run.config, {"train": {"labels": "annotations"}}), run.class_table
     )
@@ -132,7 +155,7 @@ def test_supervised_and_zero_shot_come_from_the_same_command(finished):
 
 def test_a_folder_of_another_table_is_refused(finished, tmp_path):
     """Would catch predictions read as region scores."""
-    run, _, _, _ = finished
+    run, *_ = finished
     wrong = dict(pipeline.stage_overview(run.run_dir))["predictions"].path
     with pytest.raises(DataError, match="must start with region_scores-"):
         pipeline.region_scores_stage(run, wrong)
@@ -142,7 +165,7 @@ def test_a_folder_of_another_table_is_refused(finished, tmp_path):
 
 def test_jobs_pipeline_runs_the_same(finished, world, monkeypatch, capsys):
     """Would catch a job entry point that ignores its arguments or the finished work."""
-    run, _, metrics, _ = finished
+    run, _, metrics, *_ = finished
     monkeypatch.setattr(
         sys, "argv",
         ["pipeline.py", "--run-dir", run.run_dir, "--preset", "demo", "train.epochs=1",
@@ -156,7 +179,7 @@ def test_jobs_pipeline_runs_the_same(finished, world, monkeypatch, capsys):
 
 def test_the_student_helps_to_filter_and_is_trained_anew(finished):
     """Would catch a round without effect, one over other regions, and weight 0 with an effect."""
-    run, manifest, _, _ = finished
+    run, manifest, *_ = finished
     run = pipeline.Run(override(run.config, {"train": {"trainable": "head"}}), run.class_table)
     scores = pipeline.region_scores_stage(run)
     plain = pipeline.filter_labels(run, scores)
@@ -187,7 +210,7 @@ def test_the_student_helps_to_filter_and_is_trained_anew(finished):
 
 def test_self_training_is_refused_where_it_has_nothing_to_do(finished):
     """Would catch a setting that is quietly without effect, found out after a day of labeling."""
-    run, manifest, _, _ = finished
+    run, manifest, *_ = finished
     changes = {"self_training": {"rounds": 1}, "train": {"labels": "annotations"}}
     supervised = pipeline.Run(override(run.config, changes), run.class_table)
     with pytest.raises(ConfigError, match=r"self_training.rounds = 1.*pseudo-labels only"):

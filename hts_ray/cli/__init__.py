@@ -3,7 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 bad usage or bad configuration.
 """
 
-from hts_ray.cli.app import cli, main
+from hts_ray.cli.app import cli, completion_command, main
 from hts_ray.cli.cluster import doctor, submit
 from hts_ray.cli.exchange import export_command, import_command, import_labels_command, review
 from hts_ray.cli.options import Settings, is_setting
@@ -22,6 +22,7 @@ from hts_ray.cli.stages import (
 __all__ = [
     "Settings",
     "cli",
+    "completion_command",
     "demo",
     "doctor",
     "evaluate",

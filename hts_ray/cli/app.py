@@ -8,39 +8,72 @@ from collections.abc import Sequence
 
 import click
 
-from hts_ray import pipeline
-from hts_ray.console import errors, print_rows
+from hts_ray.cli.completion import SHELLS, script
+from hts_ray.console import errors
 from hts_ray.errors import UserError
 
+# How `hts --help` groups the commands; one that is missing here comes last.
+_GROUPS = {
+    "Stages": ("prepare", "label", "filter", "train", "predict", "evaluate", "report"),
+    "More of a run": ("demo", "pipeline", "sweep", "self-train"),
+    "People and other tools": ("export", "import-labels", "review", "import-checkpoint"),
+    "Machines": ("submit", "doctor", "completion"),
+}
 
-@click.group(invoke_without_command=True)
+
+class Commands(click.Group):
+    """A group that lists its commands in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        known = [name for names in _GROUPS.values() for name in names if name in self.commands]
+        return known + sorted(self.commands.keys() - set(known))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, a heading a group."""
+        names = self.list_commands(ctx)
+        known = {name for group in _GROUPS.values() for name in group}
+        others = {"Other": tuple(name for name in names if name not in known)}
+        for title, group in {**_GROUPS, **others}.items():
+            shown = [self.commands[name] for name in group if name in self.commands]
+            rows = [(command.name or "", command.get_short_help_str(80)) for command in shown]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+@click.group(cls=Commands, invoke_without_command=True)
 @click.version_option(package_name="hts-ray")
-@click.option("--run-dir", default="runs/default", metavar="DIR", help="Run to show the state of.")
+@click.option(
+    "--run-dir", metavar="DIR", help="Run to show the state of (default: the latest here)."
+)
 @click.pass_context
-def cli(context: click.Context, run_dir: str) -> None:
+def cli(context: click.Context, run_dir: str | None) -> None:
     """Turn unlabeled images and a class list into a multi-label classifier.
 
-    Without a subcommand: the stages, and where the run in --run-dir stands.
+    Without a command: the stages, and where the run in --run-dir stands.
     """
     if context.invoked_subcommand is not None:
         return
-    rows = []
-    for table, stage in pipeline.stage_overview(run_dir):
-        command = _COMMAND_OF[table]
-        state = f"{stage.stats.get('rows_out', 0)} rows in {stage.path}" if stage else "not yet"
-        rows.append([f"hts {command}", table, state])
-    print_rows(f"run {run_dir}", ["stage", "table", "state"], rows, text_columns=3)
-    click.echo("`hts COMMAND --help` tells a command's options; `hts demo` needs no data.")
+    from hts_ray.cli.overview import print_overview
+
+    print_overview(run_dir)
 
 
-_COMMAND_OF = {
-    "manifest": "prepare",
-    "region_scores": "label",
-    "pseudo_labels": "filter",
-    "student": "train",
-    "predictions": "predict",
-    "evaluation": "evaluate",
-}
+_COMPLETION_HELP = """Print what makes a shell complete hts.
+
+\b
+bash: hts completion bash > ~/.local/share/bash-completion/completions/hts
+zsh:  hts completion zsh > DIR/_hts, DIR being one of $fpath
+fish: hts completion fish > ~/.config/fish/completions/hts.fish
+"""
+
+
+@cli.command("completion", help=_COMPLETION_HELP)
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion_command(shell: str) -> None:
+    """Print what makes a shell complete hts."""
+    click.echo(script(shell, cli), nl=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,35 +7,46 @@ from typing import Any
 import click
 
 from hts_ray.cli.app import cli
-from hts_ray.cli.options import Settings, stage_command
-from hts_ray.console import console, print_mapping
+from hts_ray.cli.options import Settings, argument, option, stage_command
+from hts_ray.console import console, print_mapping, print_next
 from hts_ray.errors import ConfigError
+
+# What `--help` and shells are told without the modules that write them, which are slow to load.
+STUDENT_FORMATS = ("safetensors", "open_clip", "onnx", "hts")
+LABEL_FORMATS = (
+    "coco", "fiftyone", "huggingface", "webdataset", "anno-mat", "csv", "parquet", "label-studio"
+)  # fmt: skip
+
+
+def _complete_format(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    known = (*STUDENT_FORMATS, *LABEL_FORMATS)
+    return [name for name in known if name.startswith(incomplete)]
 
 
 @cli.command("import-checkpoint")
-@click.argument("file", metavar="FILE")
-@click.option("--output", required=True, metavar="DIR", help="Student folder to write.")
-@click.option("--classes", metavar="FILE", help="Class list (default: HICO's 600, if 600 fit).")
+@argument("file", metavar="FILE")
+@option("--output", required=True, metavar="DIR", help="Student folder to write.")
+@option("--classes", metavar="FILE", help="Class list (default: HICO's 600, if 600 fit).")
 def import_command(file: str, output: str, classes: str | None) -> None:
     """Turn a checkpoint of the paper's own code into a student."""
     from hts_ray.student.official import import_checkpoint
 
     print_mapping("read", import_checkpoint(file, output, classes))
     console.print(f"[bold]student[/bold] -> {output}")
-    console.print(f"next: [bold]hts predict --student {output} --images DIR[/bold]")
+    print_next("hts", "predict", "PATH", "--student", output)
 
 
 @cli.command("export")
-@click.option("--format", "form", required=True,
-              help="Of a student: safetensors, open_clip, onnx, hts. Of labels: coco, fiftyone,"
-              " huggingface, webdataset, anno-mat, csv, parquet, label-studio.")  # fmt: skip
-@click.option("--output", required=True, metavar="PATH", help="File or folder to write.")
-@click.option("--student", metavar="DIR", help="Run or student folder (default: the run's).")
-@click.option("--labels", metavar="DIR", help="Pseudo-labels to write (default: the latest).")
-@click.option("--manifest", metavar="PATH", help="Write the annotations of this manifest instead.")
-@click.option("--split", metavar="NAME", help="Images of this split only.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="A seeded sample only.")
-@click.option("--force", is_flag=True, help="Replace an earlier export of labels.")
+@option("--format", "form", required=True, shell_complete=_complete_format,
+        help=f"Of a student: {', '.join(STUDENT_FORMATS)}. Of labels:"
+        f" {', '.join(LABEL_FORMATS)}.")  # fmt: skip
+@option("--output", required=True, metavar="PATH", help="File or folder to write.")
+@option("--student", metavar="DIR", help="Run or student folder (default: the run's).")
+@option("--labels", metavar="DIR", help="Pseudo-labels to write (default: the latest).")
+@option("--manifest", metavar="PATH", help="Write the annotations of this manifest instead.")
+@option("--split", metavar="NAME", help="Images of this split only.")
+@option("--limit", type=click.IntRange(1), metavar="N", help="A seeded sample only.")
+@option("--force", is_flag=True, help="Replace an earlier export of labels.")
 @stage_command()
 def export_command(
     settings: Settings, form: str, output: str, student: str | None, **chosen: Any
@@ -80,16 +91,16 @@ def _export_student(
 
 
 @cli.command("import-labels")
-@click.argument("file", metavar="FILE")
-@click.option("--output", required=True, metavar="DIR", help="Folder to write.")
-@click.option("--manifest", metavar="PATH", help="The images meant (default: the run's manifest).")
-@click.option("--labels", metavar="DIR", help="Pseudo-labels to compare with (default: latest).")
-@click.option("--unmarked", type=click.Choice(["negative", "unknown"]), default="negative",
-              show_default=True, help="What a class is that the file does not list.")  # fmt: skip
-@click.option("--split", default="validation", show_default=True, help="Split of the manifest.")
-@click.option("--validation-share", type=float, metavar="S",
-              help="Part the images: this share to validate, the rest to override.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace an earlier import.")
+@argument("file", metavar="FILE")
+@option("--output", required=True, metavar="DIR", help="Folder to write.")
+@option("--manifest", metavar="PATH", help="The images meant (default: the run's manifest).")
+@option("--labels", metavar="DIR", help="Pseudo-labels to compare with (default: latest).")
+@option("--unmarked", type=click.Choice(["negative", "unknown"]), default="negative",
+        show_default=True, help="What a class is that the file does not list.")  # fmt: skip
+@option("--split", default="validation", show_default=True, help="Split of the manifest.")
+@option("--validation-share", type=float, metavar="S",
+        help="Part the images: this share to validate, the rest to override.")  # fmt: skip
+@option("--force", is_flag=True, help="Replace an earlier import.")
 @stage_command()
 def import_labels_command(settings: Settings, file: str, output: str, **chosen: Any) -> None:
     """Read labels that people corrected: Label Studio JSON, COCO JSON or CSV."""
@@ -99,9 +110,9 @@ def import_labels_command(settings: Settings, file: str, output: str, **chosen: 
 
 
 @cli.command()
-@click.argument("corrections", metavar="DIR")
-@click.option("--labels", metavar="DIR", help="Pseudo-labels to compare (default: the latest).")
-@click.option("--json", "json_file", metavar="FILE", help="Also write the figures here.")
+@argument("corrections", metavar="DIR")
+@option("--labels", metavar="DIR", help="Pseudo-labels to compare (default: the latest).")
+@option("--json", "json_file", metavar="FILE", help="Also write the figures here.")
 @stage_command()
 def review(settings: Settings, corrections: str, **chosen: str | None) -> None:
     """Compare pseudo-labels with corrections that `hts import-labels` wrote to DIR."""

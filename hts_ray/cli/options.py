@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from hts_ray import pipeline, storage
-from hts_ray.config import HtsConfig, load_config
-from hts_ray.console import console, duration, percent, print_rows
-from hts_ray.tables import find_stage
-from hts_ray.telemetry import log_as, run_tag
+from hts_ray.cli.completion import (
+    PLACES,
+    complete_path_or_setting,
+    complete_preset,
+    complete_setting,
+)
+from hts_ray.console import console, duration, percent, print_next, print_rows
 
+CONFIG_FILE = "config.yaml"
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from hts_ray import pipeline
 
-_CONFIG_FILE = "config.yaml"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def option(*names: str, metavar: str | None = None, **settings: Any) -> Callable[[_F], _F]:
+    """Declare an option; what its help calls DIR, FILE, PATH or RUN is completed as a path."""
+    if metavar in PLACES:
+        settings.setdefault("type", PLACES[metavar])
+    return click.option(*names, metavar=metavar, **settings)
+
+
+def argument(*names: str, metavar: str | None = None, **settings: Any) -> Callable[[_F], _F]:
+    """Declare an argument, like `option`."""
+    if metavar in PLACES:
+        settings.setdefault("type", PLACES[metavar])
+    return click.argument(*names, metavar=metavar, **settings)
 
 
 class Settings:
@@ -36,10 +52,13 @@ class Settings:
         overrides: Sequence[str],
         dry_run: bool,
     ) -> None:
+        from hts_ray import storage
+        from hts_ray.config import load_config
+
         self.dry_run = dry_run
         self.remembered = None
         if config_file is None and preset is None and run_dir:
-            path = storage.join(run_dir, _CONFIG_FILE)
+            path = storage.join(run_dir, CONFIG_FILE)
             self.remembered = path if storage.exists(path) else None
         self.config = load_config(
             preset=preset,
@@ -50,6 +69,8 @@ class Settings:
 
     def open(self) -> pipeline.Run:
         """Load the classes; say so when the settings come from the run directory."""
+        from hts_ray import pipeline
+
         if self.remembered:
             console.print(f"settings: {self.remembered}")
         return pipeline.open_run(self.config)
@@ -72,15 +93,17 @@ def stage_command(
     `from_sweep` adds that option, whose settings go below those of the command line. With `paths`
     arguments that are no settings are handed over as `paths`.
     """
-    arguments = "[PATH]... [section.name=value]..." if paths else "[section.name=value]..."
+    shown = "[PATH]... [section.name=value]..." if paths else "[section.name=value]..."
+    complete = complete_path_or_setting if paths else complete_setting
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
-        @click.option("--preset", metavar="NAME", help="Start from a packaged preset.")
-        @click.option("--run-dir", metavar="DIR", help="Where the run lives.")
-        @click.option("--print-config", is_flag=True, help="Print the resolved settings and stop.")
-        @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, and stop.")
-        @click.argument("overrides", nargs=-1, metavar=arguments)
+        @option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
+        @option("--preset", metavar="NAME", help="Start from a packaged preset.",
+                shell_complete=complete_preset)  # fmt: skip
+        @option("--run-dir", metavar="DIR", help="Where the run lives.")
+        @option("--print-config", is_flag=True, help="Print the resolved settings and stop.")
+        @option("--dry-run", is_flag=True, help="Check everything, show the plan, and stop.")
+        @argument("overrides", nargs=-1, metavar=shown, shell_complete=complete)
         @functools.wraps(function)
         def command(
             config_file: str | None,
@@ -91,6 +114,8 @@ def stage_command(
             overrides: tuple[str, ...],
             **options: Any,
         ) -> None:
+            from hts_ray.telemetry import log_as, run_tag
+
             if config_file is None and preset is None:
                 preset = default_preset
             if paths:
@@ -108,13 +133,15 @@ def stage_command(
         if not from_sweep:
             return command
         text = "Take the best settings of this sweep, or of a run's latest."
-        return click.option("--from-sweep", metavar="DIR", help=text)(command)
+        return option("--from-sweep", metavar="DIR", help=text)(command)
 
     return decorate
 
 
 def is_setting(argument: str) -> bool:
     """Tell `section.name=value` from a path, which may hold an equals sign too."""
+    from hts_ray import storage
+
     name, equals, _ = argument.partition("=")
     named = re.fullmatch(r"\w+(\.\w+)*", name) is not None
     return bool(equals) and named and not storage.exists(argument)
@@ -126,39 +153,6 @@ def _sweep_overrides(path: str | None) -> list[str]:
     from hts_ray.sweep.stage import best_overrides, find_sweep
 
     return best_overrides(find_sweep(path))
-
-
-@contextmanager
-def ray_for(
-    config: HtsConfig,
-    command: str,
-    *,
-    manifest: str = "",
-    student: str = "",
-    labels: pa.Table | None = None,
-) -> Iterator[None]:
-    """Join or start Ray for a command, and refuse a cluster that could never run it."""
-    from hts_ray.preflight import check_joined
-    from hts_ray.runtime import ray_cluster
-
-    pools = [config.label.pool, config.predict.pool]
-    pools += [config.train.features.pool, config.self_training.pool]
-    paths = [("--student", student)] if student else []
-    with ray_cluster(config.ray, pools):
-        for note in check_joined(config, command, paths, manifest=manifest, labels=labels):
-            console.print(f"note: {note}", markup=False)
-        yield
-
-
-def print_epoch(record: Any) -> None:
-    """Print one line on a finished epoch of a training."""
-    loss, epoch = record.get("loss"), record.get("epoch")
-    rate = record.get("images_per_second")
-    speed = f", {rate:.0f} images/s" if rate else ""
-    measured = record.get("validation_mAP")
-    quality = "" if measured is None else f", validation mAP {percent(measured)}"
-    if loss is not None:
-        console.print(f"train: epoch {epoch + 1}, loss {loss:.4f}{speed}{quality}")
 
 
 def print_metrics(result: dict[str, Any]) -> None:
@@ -188,10 +182,8 @@ def _figure(name: str, value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def next_command(command: str, run: pipeline.Run) -> None:
-    """Print the command to run next."""
+def print_next_stage(command: str, run: pipeline.Run, *more: str) -> None:
+    """Print the command to run next on the same run, with further arguments."""
     target = run.config.run_dir
-    line = f"hts report {target}" if command == "report" else f"hts {command} --run-dir {target}"
-    if command == "label" and find_stage(run.run_dir, "manifest") is None:
-        return
-    console.print(f"next: [bold]{line}[/bold]")
+    where = [target] if command == "report" else ["--run-dir", target]
+    print_next("hts", command, *where, *more)

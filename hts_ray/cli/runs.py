@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import click
+from rich.markup import escape
 
-from hts_ray import pipeline, storage
 from hts_ray.cli.app import cli
 from hts_ray.cli.options import (
     Settings,
-    next_command,
-    print_epoch,
+    argument,
+    option,
     print_metrics,
-    ray_for,
+    print_next_stage,
     stage_command,
 )
-from hts_ray.console import console, image_progress, print_mapping, print_stage
+from hts_ray.console import busy, console, print_mapping, print_next, print_stage, steps
 
 
 @cli.command("pipeline")
-@click.option("--manifest", metavar="PATH", help="Manifest to start from (default: the run's).")
+@option("--manifest", metavar="PATH", help="Manifest to start from (default: the run's).")
 @stage_command()
 def pipeline_command(settings: Settings, manifest: str | None) -> None:
     """Run label, filter, train, predict and (with annotations) evaluate."""
+    from hts_ray import pipeline
+    from hts_ray.runtime import command_cluster
+
     run = settings.open()
     path = pipeline.manifest_path(run, manifest)
     if settings.dry_run:
@@ -30,21 +33,18 @@ def pipeline_command(settings: Settings, manifest: str | None) -> None:
         print_mapping("plan", {"read": path, "images": rows, "write first": scores.path})
         return
     settings.record(run)
-    cluster = ray_for(settings.config, "pipeline", manifest=path)
-    with cluster, image_progress("images") as progress:
-        result = pipeline.run_all(
-            run, path, on_stage=print_stage, progress=progress, train_progress=print_epoch
-        )
+    with command_cluster(settings.config, "pipeline", manifest=path), steps() as shown:
+        result = pipeline.run_all(run, path, on_stage=print_stage, watch=shown)
     if result:
         print_metrics(result)
     else:
         console.print("no annotated image in the predicted split: nothing to evaluate")
-    next_command("report", run)
+    print_next_stage("report", run)
 
 
 @cli.command()
-@click.option("--seed", default=0, show_default=True, help="Seed of the rendered world.")
-@click.option("--pretrain", "pretrain_to", metavar="DIR", help="Reproduce the shipped models here.")
+@option("--seed", default=0, show_default=True, help="Seed of the rendered world.")
+@option("--pretrain", "pretrain_to", metavar="DIR", help="Reproduce the shipped models here.")
 @stage_command("demo")
 def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
     """Run everything on the built-in synthetic world; nothing is downloaded."""
@@ -52,22 +52,25 @@ def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
         from hts_ray.pretraining import pretrain
 
         pretrain(pretrain_to)
-        console.print(f"[bold]pretrained[/bold] -> {pretrain_to}")
+        console.print(f"[bold]pretrained[/bold] -> {escape(pretrain_to)}")
         return
     from hts_ray.demo import demo_config, run_demo
+    from hts_ray.runtime import command_cluster
 
     config = demo_config(settings.config, seed)
     if settings.dry_run:
         print_mapping("plan", {"write": config.run_dir, "seed": seed})
         return
-    with ray_for(config, "demo"):
+    with command_cluster(config, "demo"):
         run_demo(config)
+    own = ["--root", "DIR", "--preset", "own-images", "classes.source=FILE.csv"]
+    print_next("hts", "prepare", "folder", *own)
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN")
-@click.option("--output", metavar="FILE", help="Where to write (default RUN/report.html).")
-@click.option(
+@argument("run_dir", metavar="RUN")
+@option("--output", metavar="FILE", help="Where to write (default RUN/report.html).")
+@option(
     "--images",
     type=click.IntRange(min=0),
     default=200,
@@ -76,8 +79,11 @@ def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
 )
 def report(run_dir: str, output: str | None, images: int) -> None:
     """Write one self-contained HTML page about a run."""
+    from hts_ray import storage
     from hts_ray.report import report_for_run, write_report
 
     path = output or storage.join(run_dir, "report.html")
-    write_report(path, report_for_run(run_dir, images))
-    console.print(f"[bold]report[/bold] -> {path}")
+    with busy("report"):
+        write_report(path, report_for_run(run_dir, images))
+    console.print(f"[bold]report[/bold] -> {escape(path)}")
+    console.print("open it in a browser; it needs no other file")

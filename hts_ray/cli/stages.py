@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hts_ray import pipeline, storage
 from hts_ray.cli.app import cli
 from hts_ray.cli.options import (
     Settings,
-    next_command,
-    print_epoch,
+    argument,
+    option,
     print_metrics,
-    ray_for,
+    print_next_stage,
     readable,
     stage_command,
 )
-from hts_ray.config import override
 from hts_ray.console import (
+    busy,
     console,
     image_progress,
     percent,
     print_mapping,
+    print_next,
     print_rows,
     print_stage,
+    steps,
 )
 from hts_ray.errors import ConfigError
 
+if TYPE_CHECKING:
+    from hts_ray import pipeline
+
 
 @cli.command()
-@click.argument("source", type=click.Choice(["hico", "folder"]))
-@click.option("--root", required=True, metavar="DIR", help="Folder of the download or images.")
+@argument("source", type=click.Choice(["hico", "folder"]))
+@option("--root", required=True, metavar="DIR", help="Folder of the download or images.")
 @stage_command()
 def prepare(settings: Settings, source: str, root: str) -> None:
     """List images in a manifest: a HICO download or any folder."""
+    from hts_ray import pipeline, storage
+
     run = settings.open()
     if settings.dry_run:
         print_mapping(
@@ -45,25 +51,29 @@ def prepare(settings: Settings, source: str, root: str) -> None:
         if not storage.exists(root):
             raise ConfigError(field="--root", value=root, remedy="no such folder")
         return
-    stage = pipeline.prepare(run, source, root)
+    with image_progress("prepare") as progress:
+        stage = pipeline.prepare(run, source, root, progress)
     settings.record(run)
     print_stage("prepare", stage)
     counts = {k: v for k, v in stage.stats.items() if isinstance(v, int) and "rows" not in k}
     print_mapping("counted", counts)
-    next_command("label", run)
+    print_next_stage("label", run)
 
 
 @cli.command()
-@click.option("--manifest", metavar="PATH", help="Manifest to label (default: the run's).")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Label a seeded sample only.")
-@click.option("--sample", default=4, type=click.IntRange(1), metavar="N",
-              help="Images that --dry-run measures (default 4).")  # fmt: skip
-@click.option("--preview", metavar="FILE", help="With --dry-run: an HTML page of the sample.")
+@option("--manifest", metavar="PATH", help="Manifest to label (default: the run's).")
+@option("--limit", type=click.IntRange(1), metavar="N", help="Label a seeded sample only.")
+@option("--sample", default=4, type=click.IntRange(1), metavar="N",
+        help="Images that --dry-run measures (default 4).")  # fmt: skip
+@option("--preview", metavar="FILE", help="With --dry-run: an HTML page of the sample.")
 @stage_command()
 def label(
     settings: Settings, manifest: str | None, limit: int | None, sample: int, preview: str | None
 ) -> None:
     """Score every class prompt on every region of every image (the teacher)."""
+    from hts_ray import pipeline
+    from hts_ray.runtime import command_cluster
+
     if preview and not settings.dry_run:
         raise ConfigError(field="--preview", value=preview, remedy="give --dry-run with it")
     run = settings.open()
@@ -75,7 +85,7 @@ def label(
     # Behind `record`: what the run directory remembers must not be limited.
     run = _limited(run, limit)
     stage = pipeline.label_stage(run, path)
-    cluster = ray_for(settings.config, "label", manifest=path)
+    cluster = command_cluster(settings.config, "label", manifest=path)
     with cluster, image_progress("label") as progress:
         pipeline.label(run, path, progress)
     print_stage("label", stage)
@@ -85,7 +95,7 @@ def label(
     if stats.get("agreement"):
         found = stats["agreement"]["top_1"]
         console.print(f"search=objects kept the best class of {percent(found)} % of the regions")
-    next_command("filter", run)
+    print_next_stage("filter", run)
 
 
 def _short(text: str) -> str:
@@ -96,11 +106,14 @@ def _short(text: str) -> str:
 def _limited(run: pipeline.Run, limit: int | None) -> pipeline.Run:
     if limit is None:
         return run
+    from hts_ray.config import override
+
     return replace(run, config=override(run.config, {"label": {"limit": limit}}))
 
 
 def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str | None) -> None:
     """Measure the teacher on a sample, and show what it says of it."""
+    from hts_ray import pipeline
     from hts_ray.teacher.estimate import estimate
 
     stage = pipeline.label_stage(run, manifest)
@@ -132,10 +145,12 @@ def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str |
 
 
 @cli.command("filter")
-@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
 @stage_command(from_sweep=True)
 def filter_command(settings: Settings, region_scores: str | None, from_sweep: str | None) -> None:
     """Turn regional scores into positives, ignored and negatives."""
+    from hts_ray import pipeline
+
     run = settings.open()
     source = pipeline.region_scores_stage(run, region_scores or _swept_scores(from_sweep))
     stage = pipeline.filter_stage(run, source)
@@ -143,7 +158,8 @@ def filter_command(settings: Settings, region_scores: str | None, from_sweep: st
         rows = source.stats.get("rows_out")
         print_mapping("plan", {"read": source.path, "images": rows, "write": stage.path})
         return
-    pipeline.filter_labels(run, source)
+    with busy("filter"):
+        pipeline.filter_labels(run, source)
     settings.record(run)
     print_stage("filter", stage)
     names = ("positives", "positives_per_image", "images_without_positive",
@@ -152,17 +168,20 @@ def filter_command(settings: Settings, region_scores: str | None, from_sweep: st
     counts = {name: stage.stats.get(name) for name in names}
     counts |= {name: stage.stats[name] for name in corrections if name in stage.stats}
     print_mapping("counted", counts)
-    next_command("train", run)
+    print_next_stage("train", run)
 
 
 @cli.command()
-@click.option("--pseudo-labels", metavar="DIR", help="Labels to learn (default: the latest).")
-@click.option("--manifest", metavar="PATH", help="Manifest, for train.labels=annotations.")
+@option("--pseudo-labels", metavar="DIR", help="Labels to learn (default: the latest).")
+@option("--manifest", metavar="PATH", help="Manifest, for train.labels=annotations.")
 @stage_command(from_sweep=True)
 def train(
     settings: Settings, pseudo_labels: str | None, manifest: str | None, from_sweep: str | None
 ) -> None:
     """Fine-tune the student (train.labels: pseudo, annotations or none)."""
+    from hts_ray import pipeline
+    from hts_ray.runtime import command_cluster
+
     run = settings.open()
     source = pipeline.given_stage(pseudo_labels, "pseudo_labels") if pseudo_labels else None
     if from_sweep and source is None and run.config.train.labels == "pseudo":
@@ -183,18 +202,23 @@ def train(
         print_mapping("plan", {"write": stage.path, **readable(figures)})
         return
     settings.record(run, student_model=settings.config.student.model)
-    with ray_for(settings.config, "train", labels=labels):
-        pipeline.train(run, labels, print_epoch, validation)
+    epochs = run.config.train.epochs
+    with command_cluster(settings.config, "train", labels=labels), steps() as shown:
+        pipeline.train(run, labels, shown.epochs("train", epochs), validation)
     print_stage("train", stage)
-    next_command("predict", run)
+    print_next_stage("predict", run)
 
 
 @cli.command("self-train")
-@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
-@click.option("--manifest", metavar="PATH", help="Manifest, for train.validation_split.")
+@option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@option("--manifest", metavar="PATH", help="Manifest, for train.validation_split.")
 @stage_command()
 def self_train(settings: Settings, region_scores: str | None, manifest: str | None) -> None:
     """Let the trained student help to filter, and train anew (self_training.rounds times)."""
+    from hts_ray import pipeline
+    from hts_ray.config import override
+    from hts_ray.runtime import command_cluster
+
     if settings.config.self_training.rounds == 0:  # asking for it by name is asking for a round
         settings.config = override(settings.config, {"self_training": {"rounds": 1}})
     pipeline.check_self_training(settings.config)
@@ -208,31 +232,28 @@ def self_train(settings: Settings, region_scores: str | None, manifest: str | No
     settings.record(run, student_model=settings.config.student.model)
     # Both return at once where they are finished, and the rounds go on from there.
     labels = pipeline.filter_labels(run, source)
-    with ray_for(settings.config, "self-train"), image_progress("student") as progress:
+    with command_cluster(settings.config, "self-train"), steps() as shown:
         student = pipeline.train(
-            run, pipeline.training_labels(run, labels, None), print_epoch, validation
+            run,
+            pipeline.training_labels(run, labels, None),
+            shown.epochs("train", run.config.train.epochs),
+            validation,
         )
         pipeline.self_train(
-            run,
-            source,
-            student,
-            validation=validation,
-            on_stage=print_stage,
-            progress=progress,
-            train_progress=print_epoch,
+            run, source, student, validation=validation, on_stage=print_stage, watch=shown
         )
-    next_command("predict", run)
+    print_next_stage("predict", run)
 
 
 @cli.command()
-@click.option("--student", metavar="DIR", help="Student to use (default: the run's latest).")
-@click.option("--manifest", metavar="PATH", help="Images to score (default: the run's manifest).")
-@click.option("--images", metavar="DIR", help="Score this folder of images instead.")
-@click.option("--top-k", type=click.IntRange(1), help="Of PATHs: so many labels (default 5).")
-@click.option("--threshold", type=float, help="Of PATHs: labels from this logit on.")
-@click.option("--regions", is_flag=True, help="Of PATHs: score crops too, and locate the labels.")
-@click.option("--draw", metavar="DIR", help="Of PATHs: write pictures with the labels drawn.")
-@click.option("--json-lines", is_flag=True, help="Of PATHs: print JSON, a line an image.")
+@option("--student", metavar="DIR", help="Student to use (default: the run's latest).")
+@option("--manifest", metavar="PATH", help="Images to score (default: the run's manifest).")
+@option("--images", metavar="DIR", help="Score this folder of images instead.")
+@option("--top-k", type=click.IntRange(1), help="Of PATHs: so many labels (default 5).")
+@option("--threshold", type=float, help="Of PATHs: labels from this logit on.")
+@option("--regions", is_flag=True, help="Of PATHs: score crops too, and locate the labels.")
+@option("--draw", metavar="DIR", help="Of PATHs: write pictures with the labels drawn.")
+@option("--json-lines", is_flag=True, help="Of PATHs: print JSON, a line an image.")
 @stage_command(paths=True)
 def predict(
     settings: Settings,
@@ -247,6 +268,9 @@ def predict(
     PATHs are images, folders or URIs of storage; they are labeled in this process and printed.
     Without them a table with the scores of all classes is written to the run.
     """
+    from hts_ray import pipeline, storage
+    from hts_ray.runtime import command_cluster
+
     if paths:
         if manifest or images:
             given = "--manifest" if manifest else "--images"
@@ -274,19 +298,26 @@ def predict(
         figures = estimate(run.config.predict, source, path)
         print_mapping("plan", {"student": source, "write": stage.path, **readable(figures)})
         return
-    cluster = ray_for(settings.config, "predict", manifest=path, student=source)
+    cluster = command_cluster(settings.config, "predict", manifest=path, student=source)
     with cluster, image_progress("predict") as progress:
         pipeline.predict(run, source, path, progress)
     print_stage("predict", stage)
-    if not images:
-        next_command("evaluate", run)
+    split = run.config.predict.split or "test"
+    if pipeline.is_annotated(path, split):
+        more = ["--annotations", manifest] if manifest else []
+        more += [] if split == "test" else ["--split", split]
+        print_next_stage("evaluate", run, *more)
+    else:
+        print_next_stage("report", run)
 
 
 @cli.command()
-@click.option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
+@option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
 @stage_command()
 def sweep(settings: Settings, region_scores: str | None) -> None:
     """Try many settings of filter and training over one teacher pass, and keep the best."""
+    from hts_ray import pipeline
+    from hts_ray.runtime import command_cluster
     from hts_ray.sweep.stage import plan_sweep, run_sweep
 
     run = settings.open()
@@ -303,19 +334,18 @@ def sweep(settings: Settings, region_scores: str | None) -> None:
     from hts_ray.sweep.progress import print_sweep, sweep_progress
 
     settings.record(run)
-    with ray_for(settings.config, "sweep"), sweep_progress(plan) as on_trial:
+    with command_cluster(settings.config, "sweep"), sweep_progress(plan) as on_trial:
         stage = run_sweep(plan, on_trial=on_trial, tell=console.print)
     print_stage("sweep", stage)
     print_sweep(stage)
-    line = f"hts train --run-dir {run.config.run_dir} --from-sweep {stage.path}"
-    console.print(f"next: [bold]{line}[/bold]")
+    print_next("hts", "train", "--run-dir", run.config.run_dir, "--from-sweep", stage.path)
 
 
 @cli.command()
-@click.option("--predictions", metavar="DIR", help="Predictions (default: the run's latest).")
-@click.option("--annotations", metavar="PATH", help="anno.mat or manifest (default: the run's).")
-@click.option("--split", default="test", help="Annotated split to compare with.")
-@click.option("--json", "json_file", metavar="FILE", help="Also write the metrics here.")
+@option("--predictions", metavar="DIR", help="Predictions (default: the run's latest).")
+@option("--annotations", metavar="PATH", help="anno.mat or manifest (default: the run's).")
+@option("--split", default="test", help="Annotated split to compare with.")
+@option("--json", "json_file", metavar="FILE", help="Also write the metrics here.")
 @stage_command()
 def evaluate(
     settings: Settings,
@@ -325,6 +355,7 @@ def evaluate(
     json_file: str | None,
 ) -> None:
     """Compare predictions with annotations by HICO's official protocol."""
+    from hts_ray import pipeline, storage
     from hts_ray.tables import require_stage
 
     run = settings.open()
@@ -333,10 +364,12 @@ def evaluate(
     if settings.dry_run:
         print_mapping("plan", {"predictions": source, "annotations": truth, "split": split})
         return
-    result = pipeline.evaluate(run, source, truth, split)
+    with busy("evaluate"):
+        result = pipeline.evaluate(run, source, truth, split)
     if json_file:
         storage.write_json(json_file, result)
     print_metrics(result)
+    print_next_stage("report", run)
 
 
 def _swept_scores(from_sweep: str | None) -> str | None:
@@ -352,12 +385,15 @@ def _folder_manifest(
     settings: Settings, run: pipeline.Run, images: str
 ) -> tuple[str, pipeline.Run]:
     """Prepare a folder of images inside the run, and predict all of it."""
+    from hts_ray import pipeline, storage
+
     values = settings.config.model_dump()
     values["predict"]["split"] = None
     from hts_ray.config import parse_config
 
     run = pipeline.Run(parse_config(values), run.class_table)
     inner = parse_config({**values, "run_dir": storage.join(run.run_dir, "images")})
-    stage = pipeline.prepare(pipeline.Run(inner, run.class_table), "folder", images)
+    with image_progress("prepare") as progress:
+        stage = pipeline.prepare(pipeline.Run(inner, run.class_table), "folder", images, progress)
     print_stage("prepare", stage)
     return stage.file("manifest.parquet"), run

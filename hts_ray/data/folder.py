@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 from pyarrow import fs as pafs
 
 from hts_ray import storage
-from hts_ray.data.prepared import Candidate, Prepared, Rejected, inspect_images
+from hts_ray.data.prepared import Candidate, Prepared, Progress, Rejected, inspect_images
 from hts_ray.errors import ConfigError, DataError
 
 EXTENSIONS = (
@@ -40,14 +40,16 @@ def read_folder(
     extensions: Iterable[str] = EXTENSIONS,
     follow_symlinks: bool = True,
     workers: int = 16,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Read the images in a folder and the folders below it, without annotations.
 
     `image_id` is the path relative to `root`, `/` between its parts; rows are sorted by it.
     Names that begin with a dot are skipped, other extensions too (`hidden` and `other_files` in
     the counts). Links to files are read; links to folders with `follow_symlinks`, each folder
-    once. What cannot be read becomes a quarantine row. Raises DataError when `root` is no
-    readable folder, ConfigError for an extension without a dot.
+    once. What cannot be read becomes a quarantine row. `progress(done, total, quarantined)` is
+    called after every image. Raises DataError when `root` is no readable folder, ConfigError for
+    an extension without a dot.
     """
     wanted = frozenset(extension.lower() for extension in extensions)
     for extension in wanted:
@@ -63,7 +65,7 @@ def read_folder(
     walk.run()
     found = sorted(walk.found, key=lambda candidate: candidate.image_id)
     rejected = sorted(walk.rejected, key=lambda row: row.image_id)
-    prepared = inspect_images(found, rejected, workers=workers)
+    prepared = inspect_images(found, rejected, workers=workers, progress=progress)
     return Prepared(prepared.manifest, prepared.quarantine, {**prepared.counts, **walk.skipped})
 
 

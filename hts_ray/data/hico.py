@@ -17,7 +17,7 @@ import pyarrow as pa
 from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.data.mat5 import Mat5Error, read_mat5
-from hts_ray.data.prepared import Candidate, Prepared, inspect_images, manifest_table
+from hts_ray.data.prepared import Candidate, Prepared, Progress, inspect_images, manifest_table
 from hts_ray.errors import ConfigError, DataError
 
 SPLITS = ("train", "test")
@@ -49,14 +49,21 @@ class _Split:
             )
 
 
-def read_hico(root: str, splits: Sequence[str] = SPLITS, *, workers: int = 16) -> Prepared:
+def read_hico(
+    root: str,
+    splits: Sequence[str] = SPLITS,
+    *,
+    workers: int = 16,
+    progress: Progress | None = None,
+) -> Prepared:
     """Read a HICO download: `root` holds `anno.mat` and `images/{train,test}2015`.
 
     `image_id` is the file name without its extension. Images that `anno.mat` names and that are
     not there, or whose header is damaged, become quarantine rows. `counts` has `unlisted`, the
     files of the image folders that `anno.mat` does not name, and `class_order_unchecked`, 1 for
-    an `anno.mat` without `list_action`. Raises DataError when the layout or `anno.mat` is not
-    HICO's, ConfigError for other splits.
+    an `anno.mat` without `list_action`. `progress(done, total, quarantined)` is called after every
+    image. Raises DataError when the layout or `anno.mat` is not HICO's, ConfigError for other
+    splits.
     """
     for name in splits:
         if name not in SPLITS:
@@ -85,7 +92,7 @@ def read_hico(root: str, splits: Sequence[str] = SPLITS, *, workers: int = 16) -
         found += split.candidates(
             lambda name, file: storage.join(root, "images", f"{name}2015", file)
         )
-    prepared = inspect_images(found, workers=workers)
+    prepared = inspect_images(found, workers=workers, progress=progress)
     extra = {
         "unlisted": unlisted,
         "class_order_unchecked": int("list_action" not in variables),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ from hts_ray.data.images import ImageError, ImageHeader, probe_uri, read_image_b
 from hts_ray.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA
 
 STAGE = "prepare"
+
+Progress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ def inspect_images(
     rejected: Iterable[Rejected] = (),
     *,
     workers: int = 16,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Read every candidate's header in `workers` threads and sort the good from the bad.
 
     Rows keep the order of the candidates. `rejected` are those that were bad before.
+    `progress(done, total, quarantined)` is called after every image.
     """
     bad = list(rejected)
+    before = len(bad)
     kept: list[tuple[Candidate, ImageHeader]] = []
     with ThreadPoolExecutor(max_workers=workers) as pool:
         headers = pool.map(_header_or_error, candidates)
@@ -71,6 +76,8 @@ def inspect_images(
                 bad.append(Rejected(candidate.image_id, candidate.uri, header.kind, header.message))
             else:
                 kept.append((candidate, header))
+            if progress is not None:
+                progress(len(kept) + len(bad), len(candidates) + before, len(bad))
         duplicates = _count_duplicates(kept, pool)
     counts = {
         "images": len(kept) + len(bad),

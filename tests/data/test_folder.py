@@ -35,7 +35,9 @@ def test_nested_folders(tmp_path):
     picture(tmp_path / ".hidden.png")
     picture(tmp_path / ".cache/x.png")
     (tmp_path / "notes.txt").write_text("x")
-    prepared = read_folder(str(tmp_path), "test")
+    told = []
+    prepared = read_folder(str(tmp_path), "test", progress=lambda *counts: told.append(counts))
+    assert told == [(done, 5, 0) for done in range(1, 6)]
     assert prepared.manifest.schema.equals(MANIFEST_SCHEMA)
     assert ids(prepared) == sorted(
         ["b.png", "a/b.png", "a/c/D.JPG", "a b/50% #1.webp", "été/ü.png"]
@@ -72,7 +74,9 @@ def test_bad_files_are_rows(tmp_path):
         stream.write(good.read_bytes())
     # cut behind its header: only decoding finds it, in the label stage
     (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[:-20])
-    prepared = read_folder(str(tmp_path))
+    told = []
+    prepared = read_folder(str(tmp_path), progress=lambda *counts: told.append(counts))
+    assert told[-1] == (9, 9, 7)
     assert ids(prepared) == ["cut.jpg", "good.jpg"]
     assert rejected(prepared) == {
         "text.jpg": "not_an_image",
