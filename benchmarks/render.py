@@ -163,8 +163,8 @@ def _losses(report: Json) -> Iterator[Grid]:
     rows = [{"loss": loss, **row} for loss, row in report["rows"].items()]
     columns = [
         Column("test AP, %", "loss"),
-        Column("T", "temperature", number(4)),
-        Column("rate", "rate_factor", number(1)),
+        Column("T", "temperature", "{:g}".format),
+        Column("rate", "rate_factor", "x{:g}".format),
         Column("mAP", "mAP", interval),
         Column("known object", "mAP_known_object", interval),
         Column("few@5", "few@5", interval, optional=True),
