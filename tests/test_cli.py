@@ -1,5 +1,6 @@
 """The command line, run as a user would run it."""
 
+import errno
 import runpy
 import sys
 from pathlib import Path
@@ -57,6 +58,31 @@ def test_bad_usage_is_exit_code_2_without_traceback(arguments, words, capsys):
     assert code == 2
     assert words in err
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "others"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "a disk is full", "fault"),
+        (
+            RuntimeError("ray::Write() (pid=1)\n  File x\nOSError: [/b] No space left on device\n"),
+            "a disk is full: OSError: [/b]",
+            "pid=1",
+        ),
+        (RuntimeError("what is this?"), "RuntimeError: what is this?", "disk"),
+    ],
+)
+def test_unforeseen_errors_are_told_by_what_helps(error, words, others, monkeypatch, capsys):
+    """Would catch a full disk told as a fault of the program, or in Ray's wrapping."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(pipeline, "open_run", fail)
+    code, _, err = hts("filter", capsys=capsys)
+    assert code == 1
+    assert words in " ".join(err.split())
+    assert others not in err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -97,11 +98,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("HTS_DEBUG"):
             raise
-        errors.print(
-            f"[bold red]error[/bold red]: {_escape(f'{type(error).__name__}: {error}')}\n"
-            "This is a fault of hts_ray or of the cluster; HTS_DEBUG=1 shows where."
-        )
+        errors.print(f"[bold red]error[/bold red]: {_escape(_unexpected(error))}")
         sys.exit(1)
+
+
+_NO_ROOM = re.compile(r"^.*(?:No space left on device|Disk quota exceeded).*$", re.M)
+
+
+def _unexpected(error: Exception) -> str:
+    """Return what to say of an error that nobody foresaw, also where Ray has wrapped it."""
+    told = f"{type(error).__name__}: {error}"
+    if full := _NO_ROOM.findall(told):
+        return (
+            f"a disk is full: {full[-1].strip()}\n"
+            "Make room and run the same command again, it goes on where it was."
+        )
+    return f"{told}\nThis is a fault of hts_ray or of the cluster; HTS_DEBUG=1 shows where."
 
 
 def _escape(text: str) -> str:
