@@ -1,6 +1,6 @@
-"""The example notebook: its code runs on the package as it is.
+"""The example notebook: its code runs on the package as it is, and its outputs are there.
 
-`jupyter execute --inplace docs/example.ipynb` adds its outputs, with nbclient and ipykernel.
+`jupyter execute --inplace docs/example.ipynb` makes them anew, with nbclient and ipykernel.
 """
 
 from __future__ import annotations
@@ -24,6 +24,23 @@ def cells() -> list[dict[str, Any]]:
     """Return the code cells in their order."""
     content = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     return [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_was_executed_from_top_to_bottom(cells):
+    """Catches outputs that are missing, failed, of another order, or too large to open."""
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert "error" not in {output["output_type"] for output in outputs}
+    kinds = {kind for output in outputs for kind in output.get("data", ())}
+    assert {"image/jpeg", "text/html"} <= kinds
+    assert NOTEBOOK.stat().st_size < 1_000_000
+
+
+def test_outputs_name_no_folder_of_the_machine(cells):
+    """Catches outputs that tell where, and as whom, the notebook was executed."""
+    told = json.dumps([cell["outputs"] for cell in cells])
+    images = re.sub(r'"image/jpeg": "[^"]*"', "", told)
+    assert not re.findall(r"/(?:home|root|tmp|work|Users)/", images)
 
 
 def test_the_code_runs_on_a_small_world(cells, ray_session, tmp_path, monkeypatch):
