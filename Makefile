@@ -32,6 +32,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# docs/benchmarks.md from the results, and the reference of the Python API; warnings fail.
+.PHONY: docs
+docs: install
+	$(BIN)/python benchmarks/render.py
+	$(BIN)/python docs/api.py build/docs
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -1,23 +1,182 @@
-"""Tests that the documentation's code runs as it stands."""
+"""Tests that the documentation's commands, code, links and figures are right as they stand."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from documented import (
+    PAGES,
+    ROOT,
+    anchors,
+    blocks,
+    check_hts,
+    check_make,
+    check_mention,
+    check_script,
+    commands,
+    inline,
+    links,
+)
 
 from hts_ray.assets import asset_path
-from hts_ray.config import CaptionConfig, TeacherConfig
+from hts_ray.classes import hico_classes, read_class_csv
+from hts_ray.config import CaptionConfig, TeacherConfig, parse_config
 from hts_ray.teacher.loading import load_captioner
 
-ROOT = Path(__file__).parents[1]
+# Programs that are not ours, and why no test of this module runs them.
+ELSEWHERE = {
+    "source": "the shell's own",
+    "export": "the shell's own",
+    "ray": "starts a cluster; tests/cluster does so with Ray's own command line",
+    "docker": "no container can be built where the tests run",
+    "tensorboard": "a server; tests/student/test_training.py reads the curves by its library",
+}
+MAKE = {
+    "install": "made the environment that runs this test",
+    "demo": "takes minutes; tests/test_demo.py runs it small",
+    "test": "runs this test",
+    "lint": "a command of .ci/run",
+    "format": "changes files",
+    "docs": "a command of .ci/run",
+}
+SCRIPTS = {
+    "cluster/check.py": "tests/cluster/test_check.py runs it",
+    "benchmarks/": "take minutes to hours, and a machine to themselves",
+}
+CHECKS: dict[str, Callable[..., None]] = {
+    "hts": check_hts,
+    "make": check_make,
+    "python": check_script,
+}
 
 
-def blocks(name: str, language: str) -> list[str]:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_known(page: str) -> None:
+    """Catches options, settings, presets, targets and scripts that are gone or misspelt."""
+    for command in commands(page):
+        if command.program not in ELSEWHERE:
+            assert command.program in CHECKS, f"{page}: {command} is checked by nothing"
+            CHECKS[command.program](command.arguments)
+    for words in inline(page):
+        if words[0] == "hts":
+            check_mention(words)
+        elif words[0] == "make":
+            check_make(words[1:])
+        elif len(words) > 1:
+            check_script(words[1:])
+
+
+def test_wrong_commands_would_be_noticed() -> None:
+    """Catches checks that pass whatever they are given."""
+    for check, words in (
+        (check_hts, ["lable"]),
+        (check_hts, ["label", "--limt", "3"]),
+        (check_hts, ["label", "label.regoins.whole=true"]),
+        (check_hts, ["train", "--preset", "hico"]),
+        (check_hts, ["export", "--output", "x", "--format", "cocoa"]),
+        (check_hts, ["prepare", "folder"]),
+        (check_hts, ["submit", "--", "label", "label.x=1"]),
+        (check_hts, ["filter", "runs/mine"]),
+        (check_mention, ["hts", "lable"]),
+        (check_mention, ["hts", "label", "--preveiw"]),
+        (check_make, ["instal"]),
+        (check_make, ["install", "BACKEND=cpu"]),
+        (check_script, ["benchmarks/none.py"]),
+        (check_script, ["benchmarks/scale.py", "[--actor", "4]"]),
+    ):
+        with pytest.raises(BaseException):  # noqa: B017, PT011 - click, ours, KeyError, assert
+            check(words)
+
+
+def test_what_is_run_elsewhere_is_said_to_be() -> None:
+    """Catches targets and scripts that no test knows of."""
+    for command in (command for page in PAGES for command in commands(page)):
+        if command.program == "make":
+            assert command.arguments[0] in MAKE, command
+        elif command.program == "python":
+            assert command.arguments[0].startswith(tuple(SCRIPTS)), command
+
+
+def test_class_lists_and_settings_read_back(tmp_path: Path) -> None:
+    """Catches examples of files that the readers refuse."""
+    import yaml
+
+    for page in PAGES:
+        for source in blocks(page, "csv"):
+            (tmp_path / "classes.csv").write_text(source)
+            assert len(read_class_csv(tmp_path / "classes.csv")) == len(source.split("\n")) - 2
+    for source in blocks("docs/sweep.md", "yaml"):
+        assert parse_config(yaml.safe_load(source)).sweep.space
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """Catches files that moved, and headings that were renamed."""
+    for target, _ in links(page):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, heading = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        if heading:
+            other = path.resolve().relative_to(ROOT).as_posix()
+            assert heading in anchors(other), f"{page}: {target}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    """Catches pages that nobody finds."""
+    listed = {target for target, _ in links("docs/README.md")}
+    pages = {Path(page).name for page in PAGES if page.startswith("docs/")}
+    assert pages - {"README.md"} <= listed
+    assert "docs/README.md" in {target for target, _ in links("README.md")}
+
+
+def test_every_yes_is_shown_by_a_test() -> None:
+    """Catches a claim beside other tools whose test is gone."""
+    rows = re.findall(r"^\| [^|]+\| (.+?) \|", (ROOT / "docs/comparison.md").read_text(), re.M)
+    ours = [cell for cell in rows if cell.startswith(("[yes]", "[part]", "yes", "part", "no"))]
+    assert len(ours) >= 20
+    assert all(cell.startswith(("[", "no")) for cell in ours), "a claim without a test"
+    shown = [link for link in links("docs/comparison.md") if link[0].startswith("../tests/")]
+    assert len(shown) >= len(ours) - 2
+    for target, name in shown:
+        source = (ROOT / "docs" / target).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in source, f"{target} has no {name}"
+
+
+def test_benchmarks_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches figures that were edited by hand, or left behind by a new measurement."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import render
+
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page == render.render(), "run `make docs` and commit docs/benchmarks.md"
+
+
+def test_unknown_results_are_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches measurements that are left out of the page in silence, or shown half."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import render
+
+    (tmp_path / "news.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"news\.json: declare"):
+        render.render(tmp_path)
+    (tmp_path / "news.json").rename(tmp_path / "world.json")
+    with pytest.raises(ValueError, match=r"world\.json has another form"):
+        render.render(tmp_path)
+    rows = [{"name": "a|b", "few": None, "share": float("nan")}]
+    columns = [
+        render.Column("name", "name"),
+        render.Column("few", "few", render.number()),
+        render.Column("share", "share", render.number()),
+        render.Column("gone", "gone", optional=True),
+    ]
+    assert render.grid(columns, rows).rows == [["a|b", "-", "-", "-"]]
+    assert "a&#124;b" in "\n".join(render.grid(columns, rows).lines())
 
 
 def test_the_written_teacher_teaches(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +206,5 @@ def test_the_example_of_matching_finds_both() -> None:
     setup, call = source.strip().rsplit("\n\n", 1)
     exec(setup, names)
     (found,) = eval(call, names)
-    from hts_ray.classes import hico_classes
-
     stated = {hico_classes()[position].name for position, p in found.items() if p >= 0.5}
     assert {"ride bicycle", "kick sports ball"} <= stated, stated

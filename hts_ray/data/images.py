@@ -13,7 +13,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -369,7 +369,7 @@ def _silence_libtiff() -> None:
 _silence_libtiff()
 _quiet_lock = threading.Lock()
 _quiet_users = 0
-_quiet_filters: warnings.catch_warnings[None] | None = None
+_quiet_filters: AbstractContextManager[None] | None = None
 _saved_limit: int | None = None
 
 
