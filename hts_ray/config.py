@@ -352,6 +352,11 @@ class StudentConfig(Section):
     )
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="of Accelerate")
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _unquoted_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
 
 class OptimConfig(Section):
     """AdamW and its schedule."""

@@ -127,6 +127,11 @@ def test_override_keeps_the_rest_and_checks_again():
         override(config, {"train": {"loss": "none"}})
 
 
+def test_a_bare_no_is_a_precision():
+    """Would catch YAML's false where the command line says `student.precision=no`."""
+    assert load_config(overrides=["student.precision=no"]).student.precision == "no"
+
+
 def test_every_setting_can_be_named_on_the_command_line():
     """Would catch a field that dotted overrides cannot reach."""
     names = [name for name, _, _ in walk_fields()]

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray import pipeline, storage
-from hts_ray.config import TrainConfig, override
+from hts_ray.config import SweepConfig, TrainConfig, override
 from hts_ray.errors import ConfigError, UserError
 from hts_ray.objectives import OBJECTIVES, Outcome, find_objective
 from hts_ray.sweep.log import OWN, Trial
@@ -127,6 +127,22 @@ def training_slots(train: TrainConfig) -> int:
     return max(1, slots)
 
 
+def labeled_among(
+    image_ids: npt.NDArray[Any], validation: pa.Table, config: SweepConfig
+) -> npt.NDArray[np.bool_]:
+    """Return which images are labeled; ConfigError when too few others are left to train on."""
+    labeled_N = np.isin(image_ids, validation["image_id"].to_pylist())
+    if config.finalists and 2 * labeled_N.sum() > len(image_ids):
+        raise ConfigError(
+            f"{labeled_N.sum()} of the {len(image_ids)} images to train on are labeled",
+            field="sweep.validation",
+            value=config.validation,
+            remedy="students are not trained on labeled images: name fewer, or set"
+            " sweep.finalists=0",
+        )
+    return np.asarray(labeled_N)
+
+
 def _training_parts(plan: Plan, data: SweepData, name: str) -> list[list[str]]:
     """Return the ids of the images that each of a finalist's students is trained on."""
     ids = data.regions.image_ids
@@ -135,16 +151,7 @@ def _training_parts(plan: Plan, data: SweepData, name: str) -> list[list[str]]:
         fold_N = random.permutation(np.arange(len(ids)) % FOLDS)
         return [ids[fold_N == fold].tolist() for fold in range(FOLDS)]
     assert plan.validation is not None
-    labeled_N = np.isin(ids, plan.validation["image_id"].to_pylist())
-    if 2 * labeled_N.sum() > len(ids):
-        raise ConfigError(
-            f"{labeled_N.sum()} of the {len(ids)} images to train on are labeled",
-            field="sweep.validation",
-            value=plan.run.config.sweep.validation,
-            remedy="students are not trained on labeled images: name fewer, or set"
-            " sweep.finalists=0",
-        )
-    return [ids[~labeled_N].tolist()]
+    return [ids[~labeled_among(ids, plan.validation, plan.run.config.sweep)].tolist()]
 
 
 @dataclass(frozen=True)

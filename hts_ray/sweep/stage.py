@@ -22,7 +22,7 @@ from hts_ray import pipeline, storage
 from hts_ray.config import override
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
-from hts_ray.sweep.finalists import FOLDER, Finalist, run_finalists
+from hts_ray.sweep.finalists import FOLDER, Finalist, labeled_among, run_finalists
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first
 from hts_ray.sweep.proposals import make_proposer
 from hts_ray.sweep.space import Settings, Space, build_space, nested
@@ -86,6 +86,8 @@ def plan_sweep(run: pipeline.Run, region_scores: StageFolder) -> Plan:
         validation = labeled_images(run, config.sweep.validation)
     objective = _objective(config.sweep.objective, validation is not None)
     images = scored_images(region_scores, config.train.split)
+    if validation is not None:
+        labeled_among(images["image_id"].to_numpy(), validation, config.sweep)
     own = {"space", "validation", "objective"}
     key = settings_hash(
         {name: v for name, v in config.sweep.answer_settings().items() if name not in own},

@@ -189,7 +189,8 @@ def test_labeled_images_choose_by_their_map(swept_run, with_sweep, tmp_path, ray
     too_many = str(tmp_path / "all.parquet")
     write_table(too_many, annotated(swept_run, 60, "train"))
     with pytest.raises(ConfigError, match="not trained on labeled images"):
-        run_sweep(plan_of(with_sweep(sweep={**TINY, "trials": 1, "validation": too_many})))
+        plan_of(with_sweep(sweep={**TINY, "validation": too_many}))
+    assert plan_of(with_sweep(sweep={**TINY, "finalists": 0, "validation": too_many}))
 
 
 def test_labels_without_a_positive_annotation_column_are_refused(swept_run, tmp_path):
