@@ -82,8 +82,10 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
         raise UserError(f"Ray could not reach or start {target}: {error}") from error
     _protect_token()
+    # What ends a command is told by it, in a line; Ray would print the traceback before that.
+    level = logging.ERROR if os.environ.get("HTS_DEBUG") else logging.CRITICAL
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(level)
     try:
         with configured(config):
             yield

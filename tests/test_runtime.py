@@ -1,5 +1,6 @@
 """Joining and starting Ray."""
 
+import logging
 import os
 
 import pytest
@@ -54,6 +55,20 @@ def test_local_clusters_ask_for_a_token(monkeypatch):
     assert seen["mode"] == "token"
     assert seen["include_dashboard"] is False
     assert seen["num_cpus"] == 3
+
+
+@pytest.mark.parametrize(("debug", "level"), [("", logging.CRITICAL), ("1", logging.ERROR)])
+def test_ray_prints_no_traceback_before_the_command_s_own_words(debug, level, monkeypatch):
+    """Would catch a page of Ray's insides in front of `a disk is full`, or none when asked for."""
+    import ray
+
+    monkeypatch.setenv("HTS_DEBUG", debug)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with ray_cluster(RayConfig(num_cpus=3)):
+        assert logging.getLogger("ray.data").level == level
+        assert logging.getLogger("ray.train").level == level
 
 
 def test_pools_leave_cpus_for_what_feeds_them():
