@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 TORCH_OPTION := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: install demo test test-gpu lint format constraints benchmarks clean
+.PHONY: install demo test test-gpu test-faults lint format constraints benchmarks clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ test: install
 # On a machine with a GPU.
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# Kills and cuts what the stages run on. HTS_FAULT_RUNS=30 for more of the random faults.
+test-faults: install
+	$(BIN)/python -m pytest -m faults -v tests/faults
 
 lint: install
 	$(BIN)/ruff check .
