@@ -85,7 +85,8 @@ class Lab:
                   "--run-dir", str(run_dir), *SETTINGS, *settings])  # fmt: skip
 
     def start(self, stage: str, run_dir: str, *settings: str, name: str = "driver") -> Driver:
-        """Start a stage's command on the cluster."""
+        """Start a stage's command on the cluster, all of whose nodes are there."""
+        self.cluster.repair()
         log = self.folder / f"{name}-{len(list(self.folder.glob('*.log')))}.log"
         more = MORE.get(stage, [])
         return Driver(self.cluster, log, [stage, "--run-dir", run_dir, *more, *settings])

@@ -86,7 +86,6 @@ def test_random_faults(lab: Lab, tmp_path: Path, draw: Draw) -> None:
         assert code == 0 or not struck.survives, (
             f"{struck.what}, exit code {code}:\n{driver.output}"
         )
-        lab.cluster.repair()
         for _ in range(RERUNS):
             if code == 0:
                 break
