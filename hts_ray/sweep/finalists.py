@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 from hts_ray import pipeline, storage
 from hts_ray.config import SweepConfig, TrainConfig, override
 from hts_ray.errors import ConfigError, UserError
+from hts_ray.evaluation import label_matrix
+from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.objectives import OBJECTIVES, Outcome, find_objective
 from hts_ray.sweep.log import OWN, Trial
 from hts_ray.sweep.space import Settings
@@ -34,12 +36,16 @@ FOLDER = "finalists"
 HELD_OUT = "unseen_ap"
 FOLDS = 2
 
-FloatArray = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A trial that was trained in full; `value` is None where that failed, as `message` tells."""
+    """A trial that was trained in full; `value` is None where that failed, as `message` tells.
+
+    `gain_error` is the standard error of the value's difference to that of the run's own settings,
+    where labels decide.
+    """
 
     number: int
     settings: Settings
@@ -48,6 +54,7 @@ class Finalist:
     value: float | None
     seconds: float
     message: str = ""
+    gain_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, JSON-able."""
@@ -87,14 +94,31 @@ def run_finalists(
         students = [
             [pool.submit(_train, plan, t, ids, len(parts)) for ids in parts] for t in trials
         ]
+        own_ap_C = None
         for trial, halves in zip(trials, students, strict=True):
-            found.append(_finalist(plan, data, trial, halves, parts, name))
-            last = found[-1]
+            last, ap_C = _finalist(plan, data, trial, halves, parts, name)
+            if trial.number == OWN:
+                own_ap_C = ap_C
+            elif ap_C is not None and own_ap_C is not None:
+                last = replace(last, gain_error=paired_error(ap_C, own_ap_C))
+            found.append(last)
             shown = last.message if last.value is None else f"{name} {last.value:.4f}"
             tell(f"finalist {trial.number}: {shown}, {last.seconds:.0f} s of training")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return found
+
+
+def paired_error(ap_C: FloatArray, other_C: FloatArray) -> float:
+    """Return the standard error of the difference of two mAP over the same classes.
+
+    A class that has no AP in one of them does not count. Infinite for fewer than two classes.
+    Source: the paired t-test over queries of information retrieval, Smucker et al. 2007.
+    """
+    difference_C = (ap_C - other_C)[np.isfinite(ap_C) & np.isfinite(other_C)]
+    if len(difference_C) < 2:
+        return float("inf")
+    return float(difference_C.std(ddof=1) / np.sqrt(len(difference_C)))
 
 
 class _InTurn(Executor):
@@ -182,19 +206,25 @@ def _finalist(
     students: Sequence[Future[_Student]],
     parts: Sequence[Sequence[str]],
     name: str,
-) -> Finalist:
+) -> tuple[Finalist, FloatArray | None]:
+    """Return a finalist, and the AP (C,) on the labeled images where there are some."""
+    ap_C = None
     try:
         trained = [student.result() for student in students]
         if name == VALIDATION:
-            value = _labeled_map(plan, trained[0])
+            ap_C = _labeled_ap(plan, trained[0])
+            value = mean_average_precision(ap_C)
         else:
             value = _label_free(plan, data, trial, trained, parts, name)
     except UserError as error:
         if trial.number == OWN:
             raise
-        return Finalist(trial.number, trial.settings, name, trial.objective, None, 0.0, str(error))
+        failed = Finalist(
+            trial.number, trial.settings, name, trial.objective, None, 0.0, str(error)
+        )
+        return failed, None
     seconds = sum(student.seconds for student in trained)
-    return Finalist(trial.number, trial.settings, name, trial.objective, value, seconds)
+    return Finalist(trial.number, trial.settings, name, trial.objective, value, seconds), ap_C
 
 
 def _label_free(
@@ -214,15 +244,12 @@ def _label_free(
     return find_objective(name).compute(outcome)
 
 
-def _labeled_map(plan: Plan, student: _Student) -> float:
-    """Return the student's mAP on the labeled images."""
-    from hts_ray.evaluation import label_matrix
-    from hts_ray.metrics import hico_average_precision, mean_average_precision
-
+def _labeled_ap(plan: Plan, student: _Student) -> FloatArray:
+    """Return the student's AP (C,) on the labeled images."""
     assert plan.validation is not None
     logits_VC = _logits(plan, student, plan.validation, plan.validation["image_id"].to_pylist())
     labels_VC = label_matrix(plan.validation, plan.run.class_table)
-    return mean_average_precision(hico_average_precision(logits_VC, labels_VC))
+    return np.asarray(hico_average_precision(logits_VC, labels_VC))
 
 
 def _logits(plan: Plan, student: _Student, images: pa.Table, ids: Sequence[str]) -> FloatArray:

@@ -46,6 +46,8 @@ FINALISTS_FILE = "finalists.json"
 BEST_FILE = "best.yaml"
 START = "start"  # the folder of the zero-shot student
 _IMAGE_COLUMNS = ["image_id", "uri", "split"]
+# Standard errors that a gain on labeled images has to exceed: a one-sided test at 5 %.
+_SURE = 1.645
 
 
 @dataclass(frozen=True)
@@ -304,20 +306,31 @@ def _require_results(trials: Mapping[int, Trial]) -> None:
 def _winner(
     plan: Plan, trials: Mapping[int, Trial], finalists: Sequence[Finalist]
 ) -> tuple[Trial, str]:
-    """Return the best trial, the run's own unless another beats it, and that in a sentence."""
+    """Return the best trial, the run's own unless another beats it, and that in a sentence.
+
+    A few labeled images tell settings apart by chance too, so with them the gain has to be clear of
+    its standard error.
+    """
+    errors: dict[int, float] = {}
     if finalists:
         values = {f.number: f.value for f in finalists if f.value is not None}
+        errors = {f.number: f.gain_error for f in finalists if f.gain_error is not None}
         what = f"{finalists[0].objective} of students trained in full"
     else:
         complete = best_first(dict(trials))
         values = {t.number: t.objective for t in complete if t.objective is not None}
         what = f"{plan.objective} of the trials"
     own = values.pop(OWN)
-    best = max(values, key=lambda number: values[number], default=OWN)
-    if best != OWN and values[best] > own:
-        better = f"{what} {values[best]:.4f} against {own:.4f}"
-        return trials[best], f"trial {best} beats the run's own settings: {better}"
-    rival = f"; the best other had {values[best]:.4f}" if values else ""
+    better = {n: v for n, v in values.items() if v - own > _SURE * errors.get(n, 0.0)}
+    if better:
+        best = max(better, key=lambda number: better[number])
+        against = f"{what} {better[best]:.4f} against {own:.4f}"
+        return trials[best], f"trial {best} beats the run's own settings: {against}"
+    rival = ""
+    if values:
+        best = max(values, key=lambda number: values[number])
+        chance = ", no more than chance gives" if values[best] > own else ""
+        rival = f"; the best other had {values[best]:.4f}{chance}"
     return trials[OWN], f"the run's own settings are kept: {what} {own:.4f}{rival}"
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from hts_ray.config import TrainConfig
 from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -11,6 +12,7 @@ from hts_ray.sweep.finalists import (
     HELD_OUT,
     _training_parts,
     final_objective,
+    paired_error,
     training_slots,
 )
 from hts_ray.sweep_trial import VALIDATION
@@ -36,6 +38,17 @@ def test_each_image_is_left_out_once():
     assert sorted([*first, *second]) == ids.tolist()
     assert not set(first) & set(second)
     assert abs(len(first) - len(second)) <= 1
+
+
+def test_the_error_of_a_gain_is_that_of_a_paired_test():
+    """Would catch an error that ignores the pairing, or classes without AP that count as zero."""
+    rng = np.random.default_rng(0)
+    ap_C = rng.random(40)
+    gain_C = rng.normal(0.02, 0.05, 40)
+    found = paired_error(np.append(ap_C + gain_C, np.nan), np.append(ap_C, 0.3))
+    test = ttest_rel(ap_C + gain_C, ap_C)
+    assert gain_C.mean() / found == pytest.approx(test.statistic)
+    assert paired_error(np.array([0.1, np.nan]), np.array([0.2, 0.3])) == np.inf
 
 
 @pytest.mark.parametrize(

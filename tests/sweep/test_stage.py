@@ -186,6 +186,7 @@ def test_labeled_images_choose_by_their_map(swept_run, with_sweep, tmp_path, ray
     finalists = storage.read_json(stage.file(FINALISTS_FILE))
     assert [entry["objective"] for entry in finalists] == [VALIDATION] * 2
     assert 0 < finalists[0]["value"] < 1
+    assert [entry["gain_error"] is None for entry in finalists] == [True, False]
     too_many = str(tmp_path / "all.parquet")
     write_table(too_many, annotated(swept_run, 60, "train"))
     with pytest.raises(ConfigError, match="not trained on labeled images"):
@@ -218,6 +219,18 @@ def test_the_winner_has_to_beat_the_run_s_own_settings(swept, better, winner):
     found, verdict = sweep_stage._winner(plan, trials, [finalist, others])
     assert found.number == winner
     assert ("own settings are kept" in verdict) == (winner == OWN)
+
+
+@pytest.mark.parametrize(("error", "winner"), [(0.01, 3), (0.09, OWN), (float("inf"), OWN)])
+def test_a_gain_by_chance_wins_nothing(swept, error, winner):
+    """Would catch settings chosen for a hundredth of mAP on a handful of labeled images."""
+    plan, _, _, _ = swept
+    trials = {number: Trial(number, {}, "complete", {}, (0.1 * number,)) for number in (OWN, 3)}
+    own = sweep_stage.Finalist(OWN, {}, VALIDATION, 0.0, 0.5, 1.0)
+    other = replace(own, number=3, value=0.6, gain_error=error)
+    found, verdict = sweep_stage._winner(plan, trials, [own, other])
+    assert found.number == winner
+    assert ("chance" in verdict) == (winner == OWN)
 
 
 def test_without_finalists_the_trials_decide(swept):
