@@ -136,15 +136,22 @@ class FaultCluster:
         self._port = 0
 
     def __enter__(self) -> FaultCluster:
-        self.repair()
+        try:
+            self.repair()
+        except BaseException:
+            self.stop()  # nobody else will
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Kill all processes of the cluster, and remove what they wrote."""
         self.kill_head()
         for number in range(len(self._nodes)):
             self.kill_node(number)
-        left = self.strays()
-        for process in left:
+        for process in self.strays():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         shutil.rmtree(self._temporary, ignore_errors=True)
