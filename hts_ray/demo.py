@@ -68,7 +68,7 @@ VARIANTS = (
         "HTS with BCE",
         "same labels, another loss",
         # The best of benchmarks/losses.py's grid on validation worlds, as 1 is for LSE-Sign.
-        {"train": {"loss": "bce", "loss_temperature": 0.125}},
+        {"train": {"loss": "bce", "loss_temperature": 0.0625}},
         uses_teacher=True,
     ),
     SUPERVISED,
