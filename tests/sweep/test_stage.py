@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hts_ray import cli, pipeline, storage
-from hts_ray.config import override, parse_config
+from hts_ray.config import parse_config
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluation import label_matrix
 from hts_ray.objectives import DEFAULT_OBJECTIVE
@@ -57,9 +57,10 @@ def annotated(run, count, split="test"):
 
 @pytest.fixture(scope="module")
 def swept(swept_run, ray_session):
-    """A finished label-free sweep, and what it told; the test with labels trains on workers."""
-    values = override(swept_run.config, {"train": {"num_workers": 0}}).model_dump()
-    run = pipeline.Run(parse_config({**values, "sweep": TINY}), swept_run.class_table)
+    """A finished label-free sweep, and what it told."""
+    run = pipeline.Run(
+        parse_config({**swept_run.config.model_dump(), "sweep": TINY}), swept_run.class_table
+    )
     plan = plan_of(run)
     told, lines = [], []
     return plan, run_sweep(plan, on_trial=told.append, tell=lines.append), told, lines
