@@ -8,6 +8,7 @@ once, and a sweep that goes on asks Tune for the others only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -65,7 +66,20 @@ class TrialLog:
         return dict(sorted(found.items()))
 
 
-def best_first(trials: dict[int, Trial]) -> list[Trial]:
+def best_first(trials: Mapping[int, Trial]) -> list[Trial]:
     """Return the complete trials by falling objective; of equal ones the earlier first."""
     complete = [trial for trial in trials.values() if trial.status == "complete"]
-    return sorted(complete, key=lambda trial: (-(trial.objective or 0.0), trial.number))
+    return sorted(complete, key=_rank)
+
+
+def promising_first(trials: Mapping[int, Trial]) -> list[Trial]:
+    """Return the complete trials, best first, and then those stopped early, best first.
+
+    A stopped trial lost to others after fewer seeds; it is still the next best that there is.
+    """
+    stopped = [trial for trial in trials.values() if trial.status == "stopped"]
+    return best_first(trials) + sorted(stopped, key=lambda t: (-len(t.reports), *_rank(t)))
+
+
+def _rank(trial: Trial) -> tuple[float, int]:
+    return -(trial.objective or 0.0), trial.number

@@ -23,7 +23,7 @@ from hts_ray.config import override
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
 from hts_ray.sweep.finalists import FOLDER, Finalist, labeled_among, run_finalists
-from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first
+from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first, promising_first
 from hts_ray.sweep.proposals import make_proposer
 from hts_ray.sweep.space import Settings, Space, build_space, nested
 from hts_ray.sweep_trial import VALIDATION
@@ -173,7 +173,8 @@ def run_sweep(
     trials = _run_trials(plan, data, on_trial)
     _require_results(trials)
     seconds_trials = time.monotonic() - started
-    chosen = [trial for trial in best_first(trials) if trial.number != OWN][: config.finalists]
+    chosen = [trial for trial in promising_first(trials) if trial.number != OWN]
+    chosen = chosen[: config.finalists]
     finalists = run_finalists(plan, data, [trials[OWN], *chosen], tell) if config.finalists else []
     winner, verdict = _winner(plan, trials, finalists)
     write_table(stage.file(TRIALS_FILE), trials_table(plan.space, list(trials.values())))
@@ -317,7 +318,7 @@ def _winner(
         errors = {f.number: f.gain_error for f in finalists if f.gain_error is not None}
         what = f"{finalists[0].objective} of students trained in full"
     else:
-        complete = best_first(dict(trials))
+        complete = best_first(trials)
         values = {t.number: t.objective for t in complete if t.objective is not None}
         what = f"{plan.objective} of the trials"
     own = values.pop(OWN)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hts_ray.sweep.log import Trial, TrialLog, best_first
+from hts_ray.sweep.log import Trial, TrialLog, best_first, promising_first
 
 TRIALS = [
     Trial(2, {"filter.region_kinds": ["whole"], "filter.null_score": None}, "complete",
@@ -29,3 +29,12 @@ def test_only_complete_trials_can_be_best():
     assert found == [TRIALS[0], better]
     assert found[0].objective == pytest.approx(0.5)
     assert TRIALS[2].objective is None
+
+
+def test_stopped_trials_come_after_the_complete_ones():
+    """Would catch fewer finalists than asked for, where early stopping left too few trials."""
+    further = Trial(5, {}, "stopped", {}, (0.3, 0.4))
+    better = Trial(6, {}, "stopped", {}, (0.8,))
+    trials = [*TRIALS, further, better]
+    found = promising_first({trial.number: trial for trial in trials})
+    assert found == [TRIALS[0], further, better, TRIALS[1]]
