@@ -278,6 +278,8 @@ def _train_speed(report: Json) -> Iterator[Grid]:
             "rates": mean_of([entry[kind] for entry in report["rounds"]]),
             "bare": mean_of([entry[f"bare_{kind}"] for entry in report["rounds"]]),
             "share": report["efficiency"][kind],
+            "lowest": min(entry[kind] / entry[f"bare_{kind}"] for entry in report["rounds"]),
+            "highest": max(entry[kind] / entry[f"bare_{kind}"] for entry in report["rounds"]),
         }
         for kind, text in kinds.items()
     ]
@@ -285,7 +287,9 @@ def _train_speed(report: Json) -> Iterator[Grid]:
         Column("images", "name"),
         Column("images/s", "rates", number()),
         Column("bare loop, images/s", "bare", number()),
-        Column("share, median of rounds", "share", number(3)),
+        Column("share, median", "share", number(3)),
+        Column("lowest", "lowest", number(3)),
+        Column("highest", "highest", number(3)),
     ]
     yield grid(columns, rows)
 

@@ -1,14 +1,15 @@
 """Compare training through Ray Train and Ray Data with a bare loop of the same model.
 
-    python benchmarks/train_speed.py [--images 128] [--batch 32] [--rounds 3]
+    python benchmarks/train_speed.py [--images 128] [--batch 32] [--epochs 6] [--rounds 1]
 
-`bare` takes the same steps (forward, LSE-Sign, backward, AdamW) on one prepared batch that lies in
-memory, in one process. `kept` is `train_student` on a Ray Train worker over JPEG files that Ray
-Data decodes once and keeps in its object store; `decoded` decodes them again in every epoch, as it
-does when the images do not fit. Both augment as the paper does, clip gradients and report to Ray.
-A ViT-B/32 with random weights at 224 pixels, float32, 600 classes, as many threads as cores.
-Rates are those of the second epoch; the bare loop runs before and after, rounds in turn. JSON goes
-to benchmarks/results/train_speed.json.
+`kept` is `train_student` on a Ray Train worker over JPEG files that Ray Data decodes once and
+keeps in its object store; `decoded` decodes them again in every epoch, as it does when the images
+do not fit. Both augment as the paper does, clip gradients and report to Ray. `bare` takes as many
+steps (forward, LSE-Sign, backward, AdamW) on one prepared batch that lies in memory. It runs in
+the worker's own process between the epochs, so that an epoch is compared with the bare loops right
+before and after it: the machine's speed drifts by more than what is measured. The first epoch,
+which starts everything, does not count. A ViT-B/32 with random weights at 224 pixels, float32,
+600 classes, as many threads as cores. JSON goes to benchmarks/results/train_speed.json.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +37,9 @@ from hts_ray.config import RayConfig, StudentConfig, TrainConfig
 from hts_ray.losses import make_loss
 from hts_ray.provenance import measured_on, write_results
 from hts_ray.runtime import ray_cluster
-from hts_ray.student.model import build_student, parameter_groups, set_trainable
-from hts_ray.student.training import train_student
+from hts_ray.student import loop, training
+from hts_ray.student.checkpoints import load_student
+from hts_ray.student.model import parameter_groups, set_trainable
 from hts_ray.tables import StageFolder
 
 RESULTS = Path(__file__).parent / "results" / "train_speed.json"
@@ -76,48 +81,85 @@ def save_labels(folder: Path, count: int, class_table: ClassTable) -> pa.Table:
     )
 
 
-def bare_rate(
-    student_config: StudentConfig, config: TrainConfig, class_table: ClassTable, steps: int
-) -> float:
-    """Return images/s of the model's own steps on one batch in memory."""
-    student = build_student(student_config, class_table)
-    set_trainable(student, config.trainable)
-    student.train()
-    optimizer = torch.optim.AdamW(parameter_groups(student, config.optim))
-    loss = make_loss(config.loss, config.loss_temperature)
-    images = torch.randn(config.batch_size, 3, student.image_size, student.image_size)
-    targets = torch.full((config.batch_size, len(class_table)), -1, dtype=torch.int8)
-    targets[:, :2] = 1
-    started = 0.0
-    for step in range(steps + 1):
-        if step == 1:  # the first one allocates
-            started = time.monotonic()
-        loss(student(images), targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return steps * config.batch_size / (time.monotonic() - started)
+class BareLoop:
+    """The model's own steps on one batch in memory; starts with one that allocates."""
+
+    def __init__(self, initial: str, config: TrainConfig) -> None:
+        self.student = load_student(initial)
+        set_trainable(self.student, config.trainable)
+        self.student.train()
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.student, config.optim))
+        self.loss = make_loss(config.loss, config.loss_temperature)
+        size, classes = self.student.image_size, len(self.student.class_table)
+        self.images = torch.randn(config.batch_size, 3, size, size)
+        self.targets = torch.full((config.batch_size, classes), -1, dtype=torch.int8)
+        self.targets[:, :2] = 1
+        self.rate(1)
+
+    def rate(self, steps: int) -> float:
+        """Return images/s of so many steps."""
+        started = time.monotonic()
+        for _ in range(steps):
+            self.loss(self.student(self.images), self.targets).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return steps * len(self.images) / (time.monotonic() - started)
 
 
-def pipeline_rate(
+def with_bare_loops(rates_path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return the workers' `train_loop` with bare loops around every epoch but the first.
+
+    It writes the rates of epochs, and of the bare loops before and after each, to `rates_path`.
+    """
+
+    def timed_loop(job: dict[str, Any]) -> dict[str, Any]:
+        run_epoch = loop._run_epoch
+        bare: BareLoop | None = None
+        rates: dict[str, list[float]] = {"bare": [], "epochs": []}
+
+        def timed_epoch(worker: Any, shard: Any, position: Any) -> Any:
+            nonlocal bare
+            position = run_epoch(worker, shard, position)
+            if bare is None:
+                bare = BareLoop(job["initial"], worker.config)
+            else:
+                rates["epochs"].append(position.history[-1]["images_per_second"])
+            rates["bare"].append(bare.rate(worker.steps_per_epoch))
+            storage.write_json(rates_path, rates)
+            return position
+
+        loop._run_epoch = timed_epoch
+        try:
+            return loop.train_loop(job)
+        finally:
+            loop._run_epoch = run_epoch
+
+    return timed_loop
+
+
+def epoch_rates(
     student_config: StudentConfig,
     config: TrainConfig,
     class_table: ClassTable,
     labels: pa.Table,
     folder: Path,
-) -> float:
-    """Return images/s of the last epoch of a real training."""
+) -> list[tuple[float, float]]:
+    """Return images/s of a real training's epochs, each with that of the bare loops around it."""
     stage = StageFolder(str(folder), "student", str(time.time_ns()))
-    train_student(
-        config=config,
-        student_config=student_config,
-        class_table=class_table,
-        labels=labels,
-        stage=stage,
-        seed=0,
-    )
-    rate: float = storage.read_json(stage.file("history.json"))[-1]["images_per_second"]
+    rates_path = str(folder / f"rates-{stage.key}.json")
+    with patch.object(training, "train_loop", with_bare_loops(rates_path)):
+        training.train_student(
+            config=config,
+            student_config=student_config,
+            class_table=class_table,
+            labels=labels,
+            stage=stage,
+            seed=0,
+        )
     storage.remove_tree(stage.path)
-    return rate
+    rates = storage.read_json(rates_path)
+    around = [(a + b) / 2 for a, b in pairwise(rates["bare"])]
+    return list(zip(rates["epochs"], around, strict=True))
 
 
 def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dict[str, float]]:
@@ -127,22 +169,24 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dic
     labels = save_labels(folder, options.images, class_table)
     student = StudentConfig(model=f"local-dir:{folder / 'model'}")
     config = TrainConfig(
-        epochs=2, batch_size=options.batch, cpus_per_worker=threads, checkpoint_every=2
+        epochs=options.epochs,
+        batch_size=options.batch,
+        cpus_per_worker=threads,
+        checkpoint_every=options.epochs,
     )
-    steps = options.images // options.batch
     rows = []
     for _ in range(options.rounds):
-        row: dict[str, float] = {}
-        before = bare_rate(student, config, class_table, steps)
+        found = {}
         for kind, store in _STORE_GIB.items():
             with ray_cluster(RayConfig(object_store_gib=store)):
-                row[kind] = pipeline_rate(student, config, class_table, labels, folder)
-            after = bare_rate(student, config, class_table, steps)
-            row[f"bare_{kind}"] = (before + after) / 2
-            before = after
-        rows.append(row)
-        shares = "  ".join(f"{kind} {row[kind] / row[f'bare_{kind}']:.3f}" for kind in _STORE_GIB)
-        print(f"bare {row['bare_kept']:.2f} images/s; share of it: {shares}", flush=True)
+                found[kind] = epoch_rates(student, config, class_table, labels, folder)
+            shares = "  ".join(f"{rate / bare:.3f}" for rate, bare in found[kind])
+            print(f"{kind}: share of the bare loop, epoch by epoch: {shares}", flush=True)
+        for pairs in zip(*found.values(), strict=True):
+            row: dict[str, float] = {}
+            for kind, (rate, bare) in zip(found, pairs, strict=True):
+                row |= {kind: rate, f"bare_{kind}": bare}
+            rows.append(row)
     return rows
 
 
@@ -151,11 +195,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
         rows = measure(options, threads, Path(name))
     shares = {
