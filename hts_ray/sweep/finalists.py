@@ -137,15 +137,16 @@ def training_slots(train: TrainConfig) -> int:
     """Return how many trainings run at a time, so that each finds all its workers' resources.
 
     Each needs its workers' CPUs and GPUs, and a CPU for the tasks that feed them. On a single
-    machine its real CPUs count, since a local cluster may have more logical ones.
+    machine, which may have more logical CPUs than real ones, the workers of all trainings need a
+    real one each too; the tasks that feed them do little after the first epoch.
     """
     import ray
 
     resources = ray.cluster_resources()
-    cpus = float(resources.get("CPU", 1.0))
+    cpus = train.num_workers * train.cpus_per_worker
+    slots = int(float(resources.get("CPU", 1.0)) // (cpus + 1))
     if sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
-        cpus = min(cpus, float(os.cpu_count() or 1))
-    slots = int(cpus // (train.num_workers * train.cpus_per_worker + 1))
+        slots = min(slots, int((os.cpu_count() or 1) // cpus))
     if train.use_gpu:
         slots = min(slots, int(resources.get("GPU", 0.0) // train.num_workers))
     return max(1, slots)

@@ -1,5 +1,6 @@
 """What finalists are compared by, on which images, and how many train at a time."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,20 +53,24 @@ def test_the_error_of_a_gain_is_that_of_a_paired_test():
 
 
 @pytest.mark.parametrize(
-    ("resources", "train", "slots"),
+    ("resources", "nodes", "train", "slots"),
     [
-        ({"CPU": 64.0}, {"num_workers": 1}, 32),
-        ({"CPU": 64.0}, {"num_workers": 4, "cpus_per_worker": 2.0}, 7),
-        ({"CPU": 64.0, "GPU": 8.0}, {"num_workers": 4, "use_gpu": True}, 2),
-        ({"CPU": 64.0, "GPU": 2.0}, {"num_workers": 4, "use_gpu": True}, 1),
-        ({"CPU": 1.0}, {"num_workers": 4}, 1),
+        ({"CPU": 64.0}, 2, {"num_workers": 1}, 32),
+        ({"CPU": 64.0}, 2, {"num_workers": 4, "cpus_per_worker": 2.0}, 7),
+        ({"CPU": 64.0, "GPU": 8.0}, 2, {"num_workers": 4, "use_gpu": True}, 2),
+        ({"CPU": 64.0, "GPU": 2.0}, 2, {"num_workers": 4, "use_gpu": True}, 1),
+        ({"CPU": 1.0}, 2, {"num_workers": 4}, 1),
+        ({"CPU": 64.0}, 1, {"num_workers": 1}, 4),  # logical ones of a machine with four
+        ({"CPU": 6.0}, 1, {"num_workers": 1}, 3),
+        ({"CPU": 64.0}, 1, {"num_workers": 8}, 1),
     ],
 )
-def test_trainings_that_run_together_find_room(monkeypatch, resources, train, slots):
+def test_trainings_that_run_together_find_room(monkeypatch, resources, nodes, train, slots):
     """Would catch trainings that each hold a part of what the others wait for."""
     import ray
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 2)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * nodes)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     config = TrainConfig.model_validate({"batch_size": 64, **train})
     assert training_slots(config) == slots
