@@ -232,7 +232,7 @@ def _sweep(report: Json) -> Iterator[Grid]:
             Column("seconds", "seconds", number(1)),
             Column("CPU seconds", "cpu_seconds", number(1)),
         ]
-        yield grid(columns, rows, f"Time, {len(timing['sweeps'])} sweeps")
+        yield grid(columns, rows, f"Time, sweeps timed: {len(timing['sweeps'])}")
     if "quality" in report:
         worlds = report["quality"]["worlds"]
         rows = [
