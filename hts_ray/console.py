@@ -21,7 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -35,10 +35,11 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 _PLAIN_INTERVAL_S = 15.0
 _BAR_INTERVAL_S = 0.1
+_WIDE, _BAR_WIDTH, _NARROW_BAR_WIDTH = 120, 40, 10
 _SHORTEST_S = 0.5  # what advanced in less says nothing about the rest
 
 ImagesDone = Callable[[int, int, int], None]
-EpochDone = Callable[[Mapping[str, Any]], None]
+TrainingTold = Callable[[Mapping[str, Any]], None]
 
 
 class Pace:
@@ -63,8 +64,8 @@ class Pace:
     def update(self, done: int, total: int) -> None:
         """Take in that `done` of `total` are finished now."""
         now = self._clock()
-        if self._first is None:
-            self._first, self._started = done, now
+        if self._first is None or done < self.done:  # a worker that died does its part again
+            self._first, self._started, self._base = done, now, None
         if done > self.done:
             self._updated = now
         if self._base is None and done > self._first:
@@ -92,15 +93,20 @@ class Pace:
 
 
 class _Plain:
-    """Prints a line at most every 15 seconds, and the last one where `ending` asks for it."""
+    """Prints a line at most every 15 seconds, and the end of what it has told of, once.
 
-    def __init__(self) -> None:
+    With `always` the end is told of what took less than 15 seconds too.
+    """
+
+    def __init__(self, *, always: bool = False) -> None:
         self._last = time.monotonic()
+        self._told, self._ended = always, False
 
-    def tell(self, line: str, *, ending: bool = False) -> None:
+    def tell(self, line: str, *, ending: bool) -> None:
         now = time.monotonic()
-        if ending or now - self._last >= _PLAIN_INTERVAL_S:
-            self._last = now
+        due = now - self._last >= _PLAIN_INTERVAL_S or (ending and self._told)
+        if due and not (ending and self._ended):
+            self._last, self._told, self._ended = now, True, ending
             console.print(line, markup=False)
 
 
@@ -112,6 +118,13 @@ class _Eta(ProgressColumn):
         if left is None or task.finished:
             return Text()
         return Text(f"ETA {duration(left)}", style="progress.remaining")
+
+
+class _Note(ProgressColumn):
+    """What else there is to tell; the only part that a narrow terminal cuts."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 class Steps:
@@ -126,43 +139,59 @@ class Steps:
 
     def images(self, title: str, unit: str = "images") -> ImagesDone:
         """Return a callback (done, total, quarantined) for a step over images."""
-        pace, plain, show = Pace(), _Plain(), self._shown(title, unit)
+        pace = Pace()
+        tell = self._teller(title, unit, pace, _Plain())
 
         def update(done: int, total: int, quarantined: int) -> None:
             pace.update(done, total)
-            rate = "" if pace.rate is None else f"{pace.rate:.1f} {unit}/s"
-            bad = f"{quarantined} quarantined" if quarantined else ""
-            if show is not None:
-                show(pace, rate, bad)
-                return
-            left = None if pace.left is None else f"ETA {duration(pace.left)}"
-            plain.tell(_joined(f"{title}: {done}/{total} {unit}", rate, left, bad))
+            tell(f"{quarantined} quarantined" if quarantined else "")
 
         return update
 
-    def epochs(self, title: str, epochs: int) -> EpochDone:
-        """Return a callback for the record of each epoch of a training."""
-        pace, plain, show = Pace(), _Plain(), self._shown(title, "epochs")
+    def epochs(self, title: str, epochs: int) -> TrainingTold:
+        """Return a callback for what a training of so many epochs tells.
+
+        It takes the records that `student.progress` lists.
+        """
+        pace, quality = Pace(), ""
+        tell = self._teller(title, "images", pace, _Plain(always=True))
+        encoded: ImagesDone | None = None
 
         def update(record: Mapping[str, Any]) -> None:
-            done = int(record["epoch"]) + 1
-            pace.resume(done - 1)
-            pace.update(done, epochs)
-            rate = record.get("images_per_second")
-            speed = f"{rate:.0f} images/s" if rate else ""
-            measured = record.get("validation_mAP")
-            quality = "" if measured is None else f"validation mAP {percent(measured)}"
-            loss = f"loss {record['loss']:.4f}"
-            if show is not None:
-                show(pace, speed, _joined(loss, quality))
+            nonlocal encoded, quality
+            if "encoded" in record:  # which few trainings tell of
+                encoded = encoded or self.images(f"{title}: features")
+                encoded(record["encoded"], record["of"], record["quarantined"])
                 return
-            left = None if pace.left is None or done == epochs else f"ETA {duration(pace.left)}"
-            line = _joined(f"{title}: epoch {done} of {epochs}", loss, speed, quality, left)
-            plain.tell(line, ending=done == epochs)
+            epoch, images = int(record["epoch"]), int(record["images"])
+            of = int(record.get("of", images))
+            if "of" not in record:
+                pace.resume(epoch * images)
+            pace.update(epoch * of + images, epochs * of)
+            if (measured := record.get("validation_mAP")) is not None:
+                quality = f"validation mAP {percent(measured)}"
+            tell(_joined(f"epoch {epoch + 1} of {epochs}", f"loss {record['loss']:.4f}", quality))
 
         return update
 
-    def _shown(self, title: str, unit: str) -> Callable[[Pace, str, str], None] | None:
+    def _teller(self, title: str, unit: str, pace: Pace, plain: _Plain) -> Callable[[str], None]:
+        """Return what shows a pace and a note: on a bar, elsewhere as a line."""
+        show = self._shown(title, unit)
+
+        def tell(note: str) -> None:
+            rate = None if pace.rate is None else f"{pace.rate:.1f}"
+            if show is not None:
+                show(pace, rate and f"{rate}/s", note)
+                return
+            ended = pace.done >= pace.total
+            left = None if pace.left is None or ended else f"ETA {duration(pace.left)}"
+            speed = rate and f"{rate} {unit}/s"
+            line = _joined(f"{title}: {pace.done}/{pace.total} {unit}", speed, left, note)
+            plain.tell(line, ending=ended)
+
+        return tell
+
+    def _shown(self, title: str, unit: str) -> Callable[[Pace, str | None, str], None] | None:
         """Add a bar and return what moves it; None where there is no terminal."""
         bars = self._bars
         if bars is None:
@@ -171,16 +200,15 @@ class Steps:
         self._silent.add(task)
         last = 0.0
 
-        def show(pace: Pace, rate: str, note: str) -> None:
+        def show(pace: Pace, rate: str | None, note: str) -> None:
             nonlocal last
             now = time.monotonic()
             if now - last < _BAR_INTERVAL_S and pace.done < pace.total:
                 return
             last = now
             self._silent.discard(task)
-            bars.update(
-                task, completed=pace.done, total=pace.total, rate=rate, note=note, pace=pace
-            )
+            told: dict[str, Any] = {"rate": rate or "", "note": note, "pace": pace}
+            bars.update(task, completed=pace.done, total=pace.total, **told)
 
         return show
 
@@ -197,16 +225,17 @@ def steps() -> Iterator[Steps]:
     if not console.is_interactive:
         yield Steps(None)
         return
-    columns = (
+    width = _BAR_WIDTH if console.width >= _WIDE else _NARROW_BAR_WIDTH
+    columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(width, table_column=Column(width=width)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[unit]}"),
         TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        _Eta(),
-        TextColumn("{task.fields[note]}"),
-    )
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        _Eta(table_column=Column(no_wrap=True)),
+        _Note(),
+    ]
     with Progress(*columns, console=console) as bars:
         shown = Steps(bars)
         try:
@@ -254,23 +283,35 @@ def print_stage(name: str, stage: StageFolder) -> None:
         parts.append(f"{stats['quarantined']} quarantined (see {stage.file('quarantine')})")
     if stats.get("seconds"):
         parts.append(duration(float(stats["seconds"])))
-    console.print(f"[bold]{name}[/bold]: {', '.join(parts)} -> {escape(stage.path)}")
+    console.print(f"[bold]{name}[/bold]: {escape(', '.join(parts))} -> {escape(stage.path)}")
+
+
+def print_written(what: str, path: str) -> None:
+    """Print where something was written that the user asked for."""
+    console.print(f"[bold]{what}[/bold] -> {escape(path)}")
+
+
+def print_line(text: str) -> None:
+    """Print text as it is, whatever brackets it holds."""
+    console.print(text, markup=False)
 
 
 def print_note(text: str) -> None:
     """Print something that a user should know and need not act on."""
-    console.print(f"note: {text}", markup=False)
+    print_line(f"note: {text}")
 
 
-def print_next(*words: str) -> None:
-    """Print the command to run next, as it can be copied into a shell."""
+def print_next(*words: str, why: str = "next") -> None:
+    """Print a command to run next, as it can be copied into a shell."""
     line = shlex.join(words)
-    console.print(f"next: [bold]{escape(line)}[/bold]")
+    console.print(f"{why}: [bold]{escape(line)}[/bold]")
 
 
 def print_mapping(title: str, values: Mapping[str, Any]) -> None:
     """Print names and values in two columns."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(
+        title=escape(title), title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     for name, value in values.items():
         table.add_row(name, escape(str(value)))
     console.print(table)
@@ -280,11 +321,11 @@ def print_rows(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1
 ) -> None:
     """Print a table; the first `text_columns` columns are text, the others are numbers."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    table = Table(title=escape(title), title_justify="left", box=None, header_style="bold")
     for place, name in enumerate(header):
         table.add_column(name, justify="left" if place < text_columns else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from hts_ray import pipeline, report, storage
 from hts_ray.config import HtsConfig, override
-from hts_ray.console import console, percent, print_rows, print_stage, steps
+from hts_ray.console import console, percent, print_rows, print_stage, print_written, steps
 from hts_ray.data.synthetic import world_class_ids, write_world
 from hts_ray.evaluation import evaluate_scores, read_annotations
 from hts_ray.filtering import image_evidence
@@ -99,7 +99,8 @@ def run_demo(config: HtsConfig) -> list[Row]:
     )
     _leave_main_as_latest(rows)
     path = write_demo_report(run, rows)
-    console.print(f"report -> {path}   ({time.perf_counter() - started:.0f} s in all)")
+    print_written("report", path)
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
     return rows
 
 

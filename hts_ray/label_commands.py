@@ -17,9 +17,11 @@ from hts_ray.console import (
     errors,
     image_progress,
     percent,
+    print_line,
     print_mapping,
     print_next,
     print_rows,
+    print_written,
 )
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.tables import StageFolder, find_stage, require_stage
@@ -77,7 +79,7 @@ def predict_paths(
     if not count:
         raise DataError("no image could be used")
     if draw is not None:
-        errors.print(f"drawn -> {draw}")
+        errors.print(f"drawn -> {draw}", markup=False)
 
 
 def _watched(predictions: Iterable[Prediction], total: int) -> Iterator[Prediction]:
@@ -136,14 +138,12 @@ def _print_table(predictions: Iterable[Prediction]) -> int:
 
 
 def _rows(prediction: Prediction) -> Iterator[list[str]]:
-    from rich.markup import escape
-
-    name = escape(prediction.source)
+    name = prediction.source
     if not prediction.labels:
         yield [name, "-", "", "-"]
     for label in prediction.labels:
         where = " ".join(f"{side:.0f}" for side in label.box) if label.box else ""
-        yield [name, escape(label.name), where, f"{label.score:.2f}"]
+        yield [name, label.name, where, f"{label.score:.2f}"]
         name = ""
 
 
@@ -201,10 +201,10 @@ def export_command(
         print_mapping("plan", plan)
         return
     done = export_labels(run, rows, form, output, force=force)
-    console.print(f"[bold]export[/bold] {rows.origin.name} -> {done.path}")
+    print_written(f"export of {rows.origin.name}", done.path)
     print_mapping("counted", done.figures())
     for note in done.notes:
-        console.print(note, markup=False)
+        print_line(note)
     if form in _CORRECTABLE:
         run_dir = run.config.run_dir
         print_next("hts", "import-labels", "FILE", "--run-dir", run_dir, "--output", "corrected")
@@ -248,30 +248,27 @@ def import_command(
         print_mapping("plan", {"write": output, **imported.counts})
         return
     write_import(imported, output, {AGREEMENT: content} if content else {}, force=force)
-    console.print(f"[bold]import-labels[/bold] {file} -> {output}")
+    print_written("import-labels", output)
     print_mapping("counted", imported.counts)
     if imported.counts["quarantined"]:
         console.print(f"{imported.counts['quarantined']} entries could not be used:")
         for row in imported.quarantine.slice(0, _SHOWN_DISAGREEMENTS).to_pylist():
-            console.print(f"  {row['image_id']}: {row['error']}", markup=False)
-        console.print(f"all are listed in {storage.join(output, 'quarantine')}")
+            print_line(f"  {row['image_id']}: {row['error']}")
+        print_line(f"all are listed in {storage.join(output, 'quarantine')}")
     if found is not None and content is not None:
         print_agreement(found, content)
     _advise(run, output, split, parted=validation_share is not None)
 
 
 def _advise(run: pipeline.Run, output: str, split: str, *, parted: bool) -> None:
-    run_dir = run.config.run_dir
-    console.print(
-        f"to train on them: [bold]hts filter --run-dir {run_dir} filter.overrides={output}[/bold]"
-    )
-    console.print(
-        f"to validate on them: [bold]hts evaluate --annotations {output} --split {split}[/bold]"
-        " (after predicting with --manifest)"
-    )
+    where = ["--run-dir", run.config.run_dir]
+    print_next("hts", "filter", *where, f"filter.overrides={output}", why="to train on them")
+    predict = ["hts", "predict", *where, "--manifest", output, f"predict.split={split}"]
+    print_next(*predict, why="to validate on them")
+    print_next("hts", "evaluate", *where, "--annotations", output, "--split", split, why="and then")
     if not parted:
         console.print("not both at once: they are the same images (--validation-share parts them)")
-    print_next("hts", "review", output, "--run-dir", run_dir)
+    print_next("hts", "review", output, *where)
 
 
 def _labels_stage(run: pipeline.Run, given: str | None) -> StageFolder | None:

@@ -108,7 +108,7 @@ def train(
 
 def sweep(config: HtsConfig, region_scores: StageFolder | None = None) -> StageFolder:
     """Try many settings of filter and training; `with_best` takes those that did best."""
-    from hts_ray.sweep.progress import sweep_progress
+    from hts_ray.sweep.progress import features_progress, sweep_progress
     from hts_ray.sweep.stage import plan_sweep, run_sweep
 
     run = pipeline.open_run(config)
@@ -116,7 +116,7 @@ def sweep(config: HtsConfig, region_scores: StageFolder | None = None) -> StageF
     _record(run)
     cluster = command_cluster(config, "sweep")
     with cluster, sweep_progress(plan) as on_trial:
-        return run_sweep(plan, on_trial=on_trial)
+        return run_sweep(plan, on_trial=on_trial, on_features=features_progress())
 
 
 def with_best(config: HtsConfig, sweep: StageFolder) -> HtsConfig:

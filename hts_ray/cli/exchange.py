@@ -8,7 +8,7 @@ import click
 
 from hts_ray.cli.app import cli
 from hts_ray.cli.options import Settings, argument, option, stage_command
-from hts_ray.console import console, print_mapping, print_next
+from hts_ray.console import console, print_line, print_mapping, print_next, print_written
 from hts_ray.errors import ConfigError
 
 # What `--help` and shells are told without the modules that write them, which are slow to load.
@@ -32,7 +32,7 @@ def import_command(file: str, output: str, classes: str | None) -> None:
     from hts_ray.student.official import import_checkpoint
 
     print_mapping("read", import_checkpoint(file, output, classes))
-    console.print(f"[bold]student[/bold] -> {output}")
+    print_written("student", output)
     print_next("hts", "predict", "PATH", "--student", output)
 
 
@@ -84,10 +84,10 @@ def _export_student(
         print_mapping("plan", {"student": source, "format": form, "write": output})
         return
     done = export_student(source, form, output)
-    console.print(f"[bold]export[/bold] -> {done.path}")
+    print_written("export", done.path)
     console.print(f"largest difference of {done.compared} when read again: {done.difference:.2g}")
     for note in done.notes:
-        console.print(note, markup=False)
+        print_line(note)
 
 
 @cli.command("import-labels")

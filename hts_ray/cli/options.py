@@ -15,7 +15,7 @@ from hts_ray.cli.completion import (
     complete_preset,
     complete_setting,
 )
-from hts_ray.console import console, duration, percent, print_next, print_rows
+from hts_ray.console import duration, percent, print_line, print_next, print_rows
 
 CONFIG_FILE = "config.yaml"
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Settings:
         from hts_ray import pipeline
 
         if self.remembered:
-            console.print(f"settings: {self.remembered}")
+            print_line(f"settings: {self.remembered}")
         return pipeline.open_run(self.config)
 
     def record(self, run: pipeline.Run, **more: Any) -> None:

@@ -107,7 +107,7 @@ def print_overview(run_dir: str | None) -> None:
         *others, run_dir = find_runs() or [f"{RUNS}/default"]
     steps, now = steps_of(run_dir), time.time()
     rows = [[f"hts {step.command}", step.purpose, step.state(now)] for step in steps]
-    print_rows(f"run {escape(run_dir)}", ["stage", "to", "state"], rows, text_columns=3)
+    print_rows(f"run {run_dir}", ["stage", "to", "state"], rows, text_columns=3)
     report = storage.join(run_dir, REPORT)
     if storage.exists(report):
         console.print(f"report: {escape(report)}")

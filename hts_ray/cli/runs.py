@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import click
-from rich.markup import escape
 
 from hts_ray.cli.app import cli
 from hts_ray.cli.options import (
@@ -14,7 +13,15 @@ from hts_ray.cli.options import (
     print_next_stage,
     stage_command,
 )
-from hts_ray.console import busy, console, print_mapping, print_next, print_stage, steps
+from hts_ray.console import (
+    busy,
+    console,
+    print_mapping,
+    print_next,
+    print_stage,
+    print_written,
+    steps,
+)
 
 
 @cli.command("pipeline")
@@ -52,7 +59,7 @@ def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
         from hts_ray.pretraining import pretrain
 
         pretrain(pretrain_to)
-        console.print(f"[bold]pretrained[/bold] -> {escape(pretrain_to)}")
+        print_written("pretrained", pretrain_to)
         return
     from hts_ray.demo import demo_config, run_demo
     from hts_ray.runtime import command_cluster
@@ -85,5 +92,5 @@ def report(run_dir: str, output: str | None, images: int) -> None:
     path = output or storage.join(run_dir, "report.html")
     with busy("report"):
         write_report(path, report_for_run(run_dir, images))
-    console.print(f"[bold]report[/bold] -> {escape(path)}")
+    print_written("report", path)
     console.print("open it in a browser; it needs no other file")

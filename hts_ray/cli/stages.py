@@ -23,10 +23,12 @@ from hts_ray.console import (
     console,
     image_progress,
     percent,
+    print_line,
     print_mapping,
     print_next,
     print_rows,
     print_stage,
+    print_written,
     steps,
 )
 from hts_ray.errors import ConfigError
@@ -141,7 +143,7 @@ def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str |
         from hts_ray.teacher.preview import write_preview
 
         write_preview(preview, measured)
-        console.print(f"[bold]preview[/bold] -> {preview}")
+        print_written("preview", preview)
 
 
 @cli.command("filter")
@@ -331,11 +333,11 @@ def sweep(settings: Settings, region_scores: str | None) -> None:
         objective = {"objective": plan.objective, "write": plan.stage.path}
         print_mapping("plan", {"read": plan.region_scores.path, **objective, **figures})
         return
-    from hts_ray.sweep.progress import print_sweep, sweep_progress
+    from hts_ray.sweep.progress import features_progress, print_sweep, sweep_progress
 
     settings.record(run)
     with command_cluster(settings.config, "sweep"), sweep_progress(plan) as on_trial:
-        stage = run_sweep(plan, on_trial=on_trial, tell=console.print)
+        stage = run_sweep(plan, on_trial=on_trial, on_features=features_progress(), tell=print_line)
     print_stage("sweep", stage)
     print_sweep(stage)
     print_next("hts", "train", "--run-dir", run.config.run_dir, "--from-sweep", stage.path)

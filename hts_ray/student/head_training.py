@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from hts_ray.student.features import Features, ensure_features, read_feature_tab
 from hts_ray.student.head import HeadFit, fit_head, head_logits
 from hts_ray.student.loggers import CurveLog
 from hts_ray.student.loop import dense_targets, dense_weights
+from hts_ray.student.progress import Progress
 from hts_ray.tables import StageFolder, read_table, write_table
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def fit_on_features(
     bad_folders: tuple[str, str],
     curves: str,
     seed: int,
-    progress: Callable[[dict[str, Any]], None] | None,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Fit the classifier of the student at `initial`; returns history, rows and weights (bytes).
 
@@ -53,9 +55,8 @@ def fit_on_features(
     `config.loggers`, with `curves` as their folder. Raises DataError when no image can be read or
     the loss stops being finite.
     """
-    found = _features(
-        config, initial, data.table, config.split, run_dir, bad_folders[0], config.augment.flip
-    )
+    features = partial(_features, config, initial, run_dir, _encoding(progress))
+    found = features(data.table, config.split, bad_folders[0], flipped=config.augment.flip)
     state = safetensors.torch.load(storage.read_bytes(storage.join(initial, WEIGHTS)))
     first = _first_rows(data.table)
     table = data.table.take(pa.array([first[image_id] for image_id in found.image_ids]))
@@ -63,7 +64,7 @@ def fit_on_features(
     weights_NC = None
     if "weight" in table.column_names:
         weights_NC = dense_weights(positive, table["weight"].combine_chunks(), num_classes)
-    validate = _validator(config, initial, validation, run_dir, bad_folders[1])
+    validate = _validator(config, validation, features, bad_folders[1])
     log = CurveLog(
         Accelerator(cpu=True),
         config.loggers,
@@ -102,16 +103,15 @@ def fit_on_features(
 
 def _validator(
     config: TrainConfig,
-    initial: str,
     validation: ValidationSet | None,
-    run_dir: str,
+    features: Callable[..., Features],
     bad_folder: str,
 ) -> Callable[[HeadFit], dict[str, Any]]:
     """Return what measures a fit on the validation images, in the epochs where that is due."""
     if validation is None:
         return lambda fit: {}
     split = config.validation_split or "validation"
-    found = _features(config, initial, validation.table, split, run_dir, bad_folder, False)
+    found = features(validation.table, split, bad_folder, flipped=False)
     first = _first_rows(validation.table)
     annotations_NC = validation.annotations_NC[[first[image_id] for image_id in found.image_ids]]
 
@@ -127,13 +127,22 @@ def _validator(
     return validate
 
 
+def _encoding(progress: Progress | None) -> Callable[[int, int, int], None] | None:
+    """Return what tells `progress` how many images are encoded."""
+    if progress is None:
+        return None
+    return lambda done, of, bad: progress({"encoded": done, "of": of, "quarantined": bad})
+
+
 def _features(
     config: TrainConfig,
     initial: str,
+    run_dir: str,
+    progress: Callable[[int, int, int], None] | None,
     table: pa.Table,
     split: str,
-    run_dir: str,
     bad_folder: str,
+    *,
     flipped: bool,
 ) -> Features:
     """Return the features of a table's images, each once; the bad ones go to `bad_folder`."""
@@ -141,7 +150,12 @@ def _features(
     images = images.select(["image_id", "uri"])
     images = images.append_column("split", pa.array([split] * len(images), pa.string()))
     stage = ensure_features(
-        config.features, run_dir=run_dir, student_path=initial, images=images, flipped=flipped
+        config.features,
+        run_dir=run_dir,
+        student_path=initial,
+        images=images,
+        flipped=flipped,
+        progress=progress,
     )
     wanted = images["image_id"].combine_chunks()
     _tell_bad(stage, wanted, bad_folder)

@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +27,7 @@ from hts_ray.config import OptimConfig, TrainConfig
 from hts_ray.errors import DataError
 from hts_ray.image_pipeline import stack_pixels
 from hts_ray.student.loggers import CurveLog
+from hts_ray.student.progress import StepLog
 from hts_ray.student.resume import (
     Position,
     checkpoint_files,
@@ -110,7 +111,8 @@ class _Worker:
     world: int
     meter: Meter
     held: HeldGpus
-    curves: CurveLog | None = None
+    curves: CurveLog | None = None  # both of the first worker alone
+    steps: StepLog | None = None
 
     @property
     def batch_size(self) -> int:
@@ -161,8 +163,10 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
         worker = _start(job)
         position = _resume(worker)
         shard = ray.train.get_dataset_shard("train")
-        with closing(_curves(worker, position)) if worker.rank == 0 else nullcontext() as curves:
-            worker.curves = curves
+        with ExitStack() as stack:
+            if worker.rank == 0:
+                worker.curves = stack.enter_context(closing(_curves(worker, position)))
+                worker.steps = stack.enter_context(StepLog(job["steps"], job["rows"]).writing())
             try:
                 while position.epoch < worker.config.epochs:
                     position = _run_epoch(worker, shard, position)
@@ -292,6 +296,9 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
         if worker.curves is not None and (first + step) % worker.config.log_every == 0:
             worker.curves.log(result.values(lr), first + step)
         done = step + 1
+        if worker.steps is not None and worker.steps.due:
+            loss_sum, images = totals.tolist()  # its own, which is close enough to tell
+            worker.steps.tell(epoch, done * worker.config.batch_size, loss_sum / images)
         if every is not None and done % every == 0 and done < worker.steps_per_epoch:
             loss_sum, images = worker.accelerator.reduce(totals.clone(), "sum").tolist()
             _report_checkpoint(

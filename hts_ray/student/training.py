@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from hts_ray.config import ImagesConfig, StudentConfig, TrainConfig
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.evaluation import label_matrix
 from hts_ray.image_pipeline import (
-    ProgressPoller,
     data_context,
     decode_batch,
     user_error,
@@ -38,6 +36,7 @@ from hts_ray.image_pipeline import (
 )
 from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import dense_targets, train_loop
+from hts_ray.student.progress import Progress, training_progress
 from hts_ray.student.resume import KEPT_CHECKPOINTS, MODEL, STATE, read_files, read_local
 from hts_ray.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
 from hts_ray.telemetry import Meter
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 
     from hts_ray.student.model import Student
 
-
-Progress = Callable[[dict[str, Any]], None]
 
 _DECODE_ROWS = 32
 _LOOP_COLUMNS = ("row", "positive", "ignored", "weight", "pixels")
@@ -101,7 +98,7 @@ def train_student(
     positive) for soft labels; every other class is negative. None publishes the zero-shot
     student. `validation`, annotated rows of a manifest, are scored while the training runs. A
     run that was cut off goes on from its last checkpoint; a finished stage is returned as it is.
-    `progress` gets one record an epoch. Raises
+    `progress` gets the records that `student.progress` lists, from another thread. Raises
     DataError when no label or image can be used or the loss stops being finite, ConfigError for
     settings that do not fit together, UserError when the workers kept failing.
     """
@@ -455,11 +452,13 @@ def _fit(task: _Task) -> dict[str, Any]:
         "stored_size": size,
         "validation": None if validation is None else validation.annotations_NC,
         "history": stage.file("history.json"),
+        "steps": storage.join(_work(stage), "steps.json"),
         "meter": asdict(Meter.of(stage, "train")),
         "curves": stage.file("curves"),
         "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,
     }
-    with _epoch_progress(job["history"], task.progress), users_mistakes_unwrapped():
+    telling = training_progress(job["history"], job["steps"], task.progress)
+    with telling, users_mistakes_unwrapped():
         weights, error = _run_trainer(config, job, datasets, stage)
     if error is not None:
         names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()
@@ -550,29 +549,6 @@ def _gather_quarantine(stage: StageFolder) -> int:
     return counts[0]
 
 
-@contextmanager
-def _epoch_progress(history_path: str, progress: Progress | None) -> Iterator[None]:
-    """Hand each new record of the history file to `progress` while the block runs."""
-    if progress is None:
-        yield
-        return
-    told = len(_read_history(history_path))
-
-    def look() -> None:
-        nonlocal told
-        for record in _read_history(history_path)[told:]:
-            told += 1
-            progress(record)
-
-    with ProgressPoller(look, interval=1.0):
-        yield
-
-
-def _read_history(path: str) -> list[dict[str, Any]]:
-    history = storage.read_json(path) if storage.exists(path) else []
-    return history if isinstance(history, list) else []
-
-
 def _run_trainer(
     config: TrainConfig,
     job: dict[str, Any],
@@ -620,10 +596,16 @@ def _run_trainer(
 
 
 def _fit_or_explain(trainer: Any, config: TrainConfig) -> Any:
+    from ray.exceptions import RayActorError
     from ray.train import ControllerError, WorkerGroupError
 
     try:
         return trainer.fit()
+    except RayActorError as error:
+        raise UserError(
+            f"the process that runs the training died: {_in_a_line(error)}; the same command goes"
+            " on from the last checkpoint"
+        ) from error
     except WorkerGroupError as error:
         failures = error.worker_failures
         for failure in failures.values():
@@ -633,10 +615,19 @@ def _fit_or_explain(trainer: Any, config: TrainConfig) -> Any:
         rank, failure = min(failures.items())
         raise UserError(
             f"training failed {config.max_failures + 1} times, lastly in worker {rank}:"
-            f" {failure}; the same command goes on from the last checkpoint"
+            f" {_in_a_line(failure)}; the same command goes on from the last checkpoint"
         ) from error
     except ControllerError as error:
-        raise UserError(f"training could not be run: {error.controller_failure}") from error
+        told = _in_a_line(error.controller_failure)
+        raise UserError(f"training could not be run: {told}") from error
+
+
+def _in_a_line(failure: BaseException) -> str:
+    """Return what a failure says, without the traceback that Ray puts into its text."""
+    text = str(failure).strip()
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1]
+    return " ".join(text.split())
 
 
 def _publish(

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from hts_ray import storage
-from hts_ray.console import console, duration, print_rows
+from hts_ray.console import ImagesDone, Steps, console, duration, print_rows
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, TrialLog
 from hts_ray.sweep.stage import BEST_FILE, FINALISTS_FILE, Plan
 from hts_ray.tables import StageFolder
@@ -100,6 +100,14 @@ def sweep_progress(plan: Plan, target: Console = console) -> Iterator[Callable[[
             target.print("sweep: " + ", ".join(f"{name} {value}" for name, value in state.rows()))
 
     yield tell
+
+
+def features_progress() -> ImagesDone:
+    """Return a callback that tells of images as their features are computed, by lines.
+
+    A bar would stand in the way of the table of trials.
+    """
+    return Steps(None).images("sweep: features")
 
 
 def print_sweep(stage: StageFolder) -> None:

@@ -158,18 +158,20 @@ def run_sweep(
     plan: Plan,
     *,
     on_trial: Callable[[Trial], None] | None = None,
+    on_features: Callable[[int, int, int], None] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> StageFolder:
     """Run what is left of a sweep and publish it; a finished one is returned as it is.
 
-    `on_trial` is called with every trial that ends, `tell` with a line now and then. Raises
-    DataError when no trial came to a result, or the run's own settings did not.
+    `on_trial` is called with every trial that ends, `on_features` with (done, total, quarantined)
+    images while their features are computed, `tell` with a line now and then. Raises DataError
+    when no trial came to a result, or the run's own settings did not.
     """
     stage, config = plan.stage, plan.run.config.sweep
     if stage.finished:
         return stage
     started = time.monotonic()
-    data = load_data(plan, tell)
+    data = load_data(plan, tell, on_features)
     trials = _run_trials(plan, data, on_trial)
     _require_results(trials)
     seconds_trials = time.monotonic() - started
@@ -203,7 +205,11 @@ def run_sweep(
     return stage
 
 
-def load_data(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> SweepData:
+def load_data(
+    plan: Plan,
+    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> SweepData:
     """Compute the image features that are missing, and read everything that trials need."""
     from hts_ray.student.features import ensure_features
     from hts_ray.sweep_trial import load_sweep_data
@@ -216,6 +222,7 @@ def load_data(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> Sw
         student_path=student,
         images=all_images(plan),
         flipped=needs_flipped(plan),
+        progress=progress,
     )
     tell(f"features of {features.stats['rows_out']} images -> {features.path}")
     return load_sweep_data(
