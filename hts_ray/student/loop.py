@@ -33,6 +33,7 @@ from hts_ray.student.resume import (
     checkpoint_files,
     read_files,
     read_local,
+    read_stored,
     restore,
     write_local,
 )
@@ -507,6 +508,8 @@ def _resume(worker: _Worker) -> Position:
     elif (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             files = read_files(Path(folder))
+    elif worker.job["unlisted"] is not None:
+        files = read_stored(worker.job["unlisted"])
     if files is None:
         return Position(workers=worker.world)
     return restore(

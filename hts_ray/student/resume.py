@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 KEPT_CHECKPOINTS = 2
 _FILES = (MODEL, OPTIMIZER, STATE)
+_SNAPSHOT = "checkpoint_manager_snapshot.json"  # what Ray Train reads its checkpoints from
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,49 @@ def restore(
     return position
 
 
+def find_unlisted(folder: str) -> str | None:
+    """Return the newest whole checkpoint of a folder in which Ray Train would find none, or None.
+
+    Ray Train writes its list of checkpoints in place. A full disk or a kill at that moment leaves a
+    part of it, over which every later start would fail: such a list is removed.
+    """
+    path = storage.join(folder, _SNAPSHOT)
+    if storage.exists(path):
+        try:
+            storage.read_json(path)
+        except ValueError:
+            storage.delete_file(path)
+        else:
+            return None
+    names = [name for name in storage.list_names(folder) if name.startswith("checkpoint_")]
+    newest_first = (storage.join(folder, name) for name in reversed(names))  # named by their time
+    return next((place for place in newest_first if _is_whole(place)), None)
+
+
+def _is_whole(folder: str) -> bool:
+    """Tell whether a checkpoint's upload was not cut off; it may be in the last byte."""
+    import pickle
+
+    import safetensors.torch
+    import torch
+
+    try:
+        files = read_stored(folder)
+        Position(**json.loads(files[STATE]))
+        safetensors.torch.load(files[MODEL])
+        torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError):
+        return False
+    except (safetensors.SafetensorError, pickle.UnpicklingError):
+        return False
+    return True
+
+
+def read_stored(folder: str) -> dict[str, bytes]:
+    """Return the files of a checkpoint that lies at a path or URI."""
+    return {name: storage.read_bytes(storage.join(folder, name)) for name in _FILES}
+
+
 def read_files(folder: Path) -> dict[str, bytes]:
     """Return the files of a checkpoint that lies in a local folder."""
     return {name: (folder / name).read_bytes() for name in _FILES}
@@ -139,9 +183,7 @@ def write_local(folder: str, files: Mapping[str, bytes]) -> None:
 def read_local(folder: str) -> dict[str, bytes] | None:
     """Return the files of the last complete checkpoint, None where there is none."""
     names = _complete(folder)
-    if not names:
-        return None
-    return {name: storage.read_bytes(storage.join(folder, names[-1], name)) for name in _FILES}
+    return read_stored(storage.join(folder, names[-1])) if names else None
 
 
 def _complete(folder: str) -> Sequence[str]:

@@ -37,7 +37,14 @@ from hts_ray.image_pipeline import (
 from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import dense_targets, train_loop
 from hts_ray.student.progress import Progress, training_progress
-from hts_ray.student.resume import KEPT_CHECKPOINTS, MODEL, STATE, read_files, read_local
+from hts_ray.student.resume import (
+    KEPT_CHECKPOINTS,
+    MODEL,
+    STATE,
+    find_unlisted,
+    read_files,
+    read_local,
+)
 from hts_ray.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
 from hts_ray.telemetry import Meter
 
@@ -378,6 +385,11 @@ def _work(stage: StageFolder) -> str:
     return stage.file("ray_train")
 
 
+def _run_name(stage: StageFolder) -> str:
+    """Return how Ray Train calls a run, and its folder."""
+    return f"train-{stage.key}"
+
+
 def _write_initial(
     student_config: StudentConfig, class_table: ClassTable, config: TrainConfig, stage: StageFolder
 ) -> str:
@@ -456,6 +468,7 @@ def _fit(task: _Task) -> dict[str, Any]:
         "meter": asdict(Meter.of(stage, "train")),
         "curves": stage.file("curves"),
         "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,
+        "unlisted": find_unlisted(storage.join(_work(stage), _run_name(stage))),
     }
     telling = training_progress(job["history"], job["steps"], task.progress)
     with telling, users_mistakes_unwrapped():
@@ -571,7 +584,7 @@ def _run_trainer(
         ),
         run_config=RunConfig(
             # The same name after a crash is what makes Ray Train go on from its checkpoint.
-            name=f"train-{stage.key}",
+            name=_run_name(stage),
             storage_path=storage.absolute(_work(stage)),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
@@ -625,7 +638,7 @@ def _fit_or_explain(trainer: Any, config: TrainConfig) -> Any:
 def _in_a_line(failure: BaseException) -> str:
     """Return what a failure says, without the traceback that Ray puts into its text."""
     text = str(failure).strip()
-    if "Traceback (most recent call last)" in text:
+    if "Traceback (most recent call last)" in text or '  File "' in text:
         text = text.splitlines()[-1]
     return " ".join(text.split())
 

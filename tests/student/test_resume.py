@@ -10,10 +10,13 @@ from torch.optim.swa_utils import AveragedModel
 from hts_ray.errors import ConfigError
 from hts_ray.student.resume import (
     KEPT_CHECKPOINTS,
+    OPTIMIZER,
     STATE,
     Position,
     checkpoint_files,
+    find_unlisted,
     read_local,
+    read_stored,
     restore,
     write_local,
 )
@@ -73,3 +76,24 @@ def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
     assert read_local(folder)[STATE] == b"11"
     write_local(folder, {"model.safetensors": b"m", "optimizer.pt": b"o", STATE: b"12"})
     assert read_local(folder)[STATE] == b"12"
+
+
+def test_a_list_of_checkpoints_that_was_cut_off_is_done_without(tmp_path):
+    """Catches a full disk after which no training could be gone on with, or half a checkpoint."""
+    model, _, optimizer = owners(0)
+    files = {}
+    for step in range(3):
+        folder = tmp_path / f"checkpoint_2026-01-0{step + 1}"
+        folder.mkdir()
+        position = Position(step=step)
+        files[step] = checkpoint_files(model, None, optimizer, Accelerator(cpu=True), position)
+        for name, data in files[step].items():
+            (folder / name).write_bytes(data[:-7] if (step, name) == (2, OPTIMIZER) else data)
+    listing = tmp_path / "checkpoint_manager_snapshot.json"
+    listing.write_text("{}")
+    assert find_unlisted(str(tmp_path)) is None, "Ray Train knows them"
+    listing.write_text("")
+    found = find_unlisted(str(tmp_path))
+    assert read_stored(found) == files[1]
+    assert not listing.exists()
+    assert find_unlisted(str(tmp_path / "nothing")) is None
