@@ -83,7 +83,8 @@ def run_trials(
     runs in Ray's workers, and `parameters` go to the object store once. `folder` keeps the log.
     ASHA (Li et al. 2020) stops trials whose mean over the seeds so far is not among the best
     1/`sweep.reduction` of those that came as far; the run's own settings are never stopped. A
-    UserError of `run_once` makes a trial infeasible. Raises UserError when trials were left undone.
+    UserError of `run_once` makes a trial infeasible. Raises UserError when trials were left undone,
+    and what the log raises when it cannot be written.
     """
     log = TrialLog(storage.join(folder, TRIALS_FOLDER))
     known = log.read()
@@ -115,12 +116,15 @@ def run_trials(
             name=f"{time.time_ns():x}",
             storage_path=storage.join(folder, "tune"),
             callbacks=[recorder],
+            stop=_Failure(recorder),
             failure_config=tune.FailureConfig(max_failures=_LIVES),
             verbose=0,
         ),
     )
     with _environment():
         tuner.fit()
+    if recorder.failure is not None:
+        raise recorder.failure
     storage.remove_tree(storage.join(folder, "tune"))
     return _complete(log, config)
 
@@ -245,7 +249,11 @@ def _scheduler(config: SweepConfig, known: Mapping[int, Trial]) -> _Scheduler:
 
 
 class _Recorder(tune.Callback):  # type: ignore[misc]
-    """Puts every trial that ends into the log, and tells the proposer and whoever watches."""
+    """Puts every trial that ends into the log, and tells the proposer and whoever watches.
+
+    `failure` is why the log could not be written. It is not raised here: Tune would take it for the
+    trial's, run the trial again, and have it end as a failed one.
+    """
 
     def __init__(
         self,
@@ -255,6 +263,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         on_trial: Callable[[Trial], None] | None,
     ) -> None:
         self.proposer = proposer
+        self.failure: OSError | UserError | None = None
         self._log, self._repeats, self._on_trial = log, config.repeats, on_trial
         self._results: dict[str, list[dict[str, Any]]] = {}
 
@@ -281,6 +290,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._keep(trial, results, "failed", lines[-1])
 
     def _keep(self, trial: Any, results: list[dict[str, Any]], status: Status, text: str) -> None:
+        if self.failure is not None:  # everything is being stopped
+            return
         last: dict[str, Any] = results[-1] if results else {"metrics": "{}", "seconds": 0.0}
         ended = Trial(
             number=trial.config["number"],
@@ -291,10 +302,32 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             seconds=round(last["seconds"], 4),
             message=text,
         )
-        self._log.write(ended)
+        try:
+            self._log.write(ended)
+        except (OSError, UserError) as error:
+            self.failure = error
+            return
         self.proposer.tell(ended)
         if self._on_trial is not None:
             self._on_trial(ended)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Failure(tune.Stopper):  # type: ignore[misc]
+    """Ends all trials when one could not be kept."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, trial_id: str, result: Any) -> bool:
+        """Stop no trial for itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Tell whether it is over."""
+        return self._recorder.failure is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -311,7 +344,8 @@ def _environment() -> Iterator[None]:
     logger = logging.getLogger("ray.tune")
     level = logger.level
     os.environ.update(_ENVIRONMENT)
-    logger.setLevel(logging.ERROR)
+    # What ends a sweep is told by the command, in a line; Tune would print a traceback before that.
+    logger.setLevel(logging.ERROR if os.environ.get("HTS_DEBUG") else logging.CRITICAL)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """Trials on Ray Tune: stopped early, kept as they end, and never run twice."""
 
+import errno
 import json
 import os
 import signal
@@ -158,3 +159,25 @@ def test_a_sweep_that_was_not_finished_says_so(tmp_path, measure, ray_session, m
     monkeypatch.setattr(tune.Tuner, "fit", lambda self: None)
     with pytest.raises(UserError, match="3 of 3 trials were not run"):
         run_trials(SweepConfig(trials=3), space(), measure, "score", folder=str(tmp_path))
+
+
+def test_a_trial_that_cannot_be_kept_ends_the_sweep(measure, tmp_path, ray_session, monkeypatch):
+    """Would catch a full disk that has trials run again and again, and end as failed ones."""
+    (tmp_path / "marks").mkdir()
+    config = SweepConfig(trials=4, repeats=1, concurrency=1)
+
+    def run():
+        parameters = {"folder": str(tmp_path / "marks")}
+        return run_trials(
+            config, space(), measure, "score", folder=str(tmp_path), parameters=parameters
+        )
+
+    def no_room(self, trial):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialLog, "write", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            run()
+    assert max(marks(tmp_path / "marks").values()) == 1, "a trial was run again"
+    assert not any("No space" in trial.message for trial in run().values())
