@@ -76,7 +76,8 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
         }
     )
     try:
-        with _without_log_level_notice():
+        # Joining, the process may end within the call, and what was held back would be lost.
+        with contextlib.nullcontext() if joins else _without_log_level_notice():
             ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
