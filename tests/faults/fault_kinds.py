@@ -25,7 +25,10 @@ from hts_ray import storage
 
 STAGES = ("label", "train", "sweep")
 # Workers whose death Ray makes up for; that of one who manages others ends the command.
-_REPLACED = re.compile(r"ray::(MapWorker|Map|RayTrainWorker|ImplicitFunc|bundle)")
+_REPLACED = re.compile(
+    r"ray::(MapWorker|Map|ReadParquet|Write|AttemptLog|RayTrainWorker|ImplicitFunc|bundle)"
+)
+OUTAGE_SECONDS = 60.0
 
 
 @dataclass
@@ -106,8 +109,10 @@ def disk(scene: Scene) -> Iterator[Struck]:
     """Fill the disk that holds the run directory; somebody tidies up later."""
     ballast = Path(scene.run_dir) / "ballast"
     fill(ballast)
-    yield Struck("the disk is full", False)
-    ballast.unlink()
+    try:
+        yield Struck("the disk is full", False)
+    finally:
+        ballast.unlink()
 
 
 @contextmanager
@@ -115,8 +120,10 @@ def clock(scene: Scene) -> Iterator[Struck]:
     """Set all processes' clocks an hour forward or back."""
     hours = scene.random.choice([-1, 1])
     scene.cluster.clock.write_text(str(3600 * hours))
-    yield Struck(f"the clocks jump by {hours} h", True)
-    scene.cluster.clock.unlink()
+    try:
+        yield Struck(f"the clocks jump by {hours} h", True)
+    finally:
+        scene.cluster.clock.unlink()
 
 
 @contextmanager
@@ -126,17 +133,24 @@ def s3(scene: Scene) -> Iterator[Struck]:
     for method in ("GET", "HEAD", "PUT", "POST"):
         scene.store.faults.append(Fault(method, status, code, times=2))
         scene.store.faults.append(Fault(method, times=2, seconds=3.0))
-    yield Struck(f"the store answers {status}, then late", True)
-    scene.store.faults.clear()
+    try:
+        yield Struck(f"the store answers {status}, then late", True)
+    finally:
+        scene.store.faults.clear()
 
 
 @contextmanager
 def outage(scene: Scene) -> Iterator[Struck]:
-    """Let the object store refuse everything until the driver has ended."""
+    """Let the object store refuse everything until the driver has ended, or for a minute."""
     for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
         scene.store.faults.append(Fault(method, 503, "SlowDown", times=10_000))
-    yield Struck("the store is down", False)
-    scene.store.faults.clear()
+    started = time.monotonic()
+    try:
+        while scene.driver.running and time.monotonic() < started + OUTAGE_SECONDS:
+            time.sleep(0.1)
+    finally:
+        scene.store.faults.clear()
+    yield Struck(f"the store was down for {time.monotonic() - started:.0f} s", False)
 
 
 KINDS: dict[str, Strike] = {
@@ -215,3 +229,4 @@ def await_moment(scene: Scene, steps: int, seconds: float) -> None:
         assert time.monotonic() < deadline, f"no {steps} steps in time:\n{scene.driver.output}"
         time.sleep(0.05)
     time.sleep(seconds)
+    assert scene.driver.running, f"it ended before its moment:\n{scene.driver.output}"

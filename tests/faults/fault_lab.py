@@ -35,8 +35,8 @@ SETTINGS = [
     "sweep.space={filter.positive_threshold: {low: 0.3, high: 0.6},"
     " train.optim.head_lr: {low: 0.001, high: 0.1, log: true}}",
 ]  # fmt: skip
-# Trained in the driver's process: a sweep's finalists are not what is looked at.
-MORE = {"sweep": ["train.num_workers=0", "train.checkpoint_every_steps=null"]}
+# Its finalists are fitted in the driver's process: their training is what `train` is broken for.
+MORE = {"sweep": ["train.trainable=head", "train.checkpoint_every_steps=null"]}
 
 
 class Lab:
@@ -46,6 +46,11 @@ class Lab:
         self.folder, self.cluster, self.store = folder, cluster, store
         self._kept = Path(KEPT) if KEPT else folder
         self._expected: dict[str, dict[str, object]] = {}
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where what the drivers open lies."""
+        return [self.folder, self._kept]
 
     def expected(self, stage: str) -> dict[str, object]:
         """Return what a stage says that nothing stood in the way of; it is run once."""
@@ -76,7 +81,8 @@ class Lab:
     def _filtered(self) -> Path:
         self.expected("label")
         run = self._kept / "unbroken-label"
-        cli.main(["filter", "--run-dir", str(run)])
+        if find_stage(str(run), "pseudo_labels") is None:
+            cli.main(["filter", "--run-dir", str(run)])
         return run
 
     def prepare(self, root: Path, run_dir: Path, *settings: str) -> None:

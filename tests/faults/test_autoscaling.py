@@ -10,7 +10,10 @@ import pytest
 from fault_checks import check_no_orphans, outcome
 from fault_cluster import Driver, FaultCluster, stopped_at_the_end
 from fault_lab import SETTINGS, finish
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+)
 
 from hts_ray import cli
 from hts_ray.data.synthetic import write_world
@@ -42,7 +45,7 @@ def autoscaling_config(port: int) -> dict[str, object]:
             "head_node_id": FAKE_HEAD_NODE_ID,
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 4}, "node_config": {}, "max_workers": 0},
+            FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 4}, "node_config": {}, "max_workers": 0},
             "gpu-worker": {
                 "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 157286400},
                 "min_workers": 0,
@@ -50,7 +53,7 @@ def autoscaling_config(port: int) -> dict[str, object]:
                 "node_config": {},
             },
         },
-        "head_node_type": "head",
+        "head_node_type": FAKE_HEAD_NODE_TYPE,
         **{name: {} for name in ("auth", "docker", "file_mounts")},
         "file_mounts_sync_continuously": False,
         **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
@@ -64,6 +67,8 @@ ENVIRONMENT = {
     "RAY_enable_autoscaler_v2": "1",
     "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    # As `ray up` and KubeRay set it: tells commands that nodes come when they are asked for.
+    "RAY_NODE_TYPE_NAME": FAKE_HEAD_NODE_TYPE,
 }
 
 
@@ -79,7 +84,8 @@ def test_gpu_nodes_come_for_a_labeling_and_go_after_it(tmp_path: Path) -> None:
     write_world(tmp_path / "world", 560, images, 1)
     run_dir = str(tmp_path / "run")
     cli.main(["prepare", "hico", "--root", str(tmp_path / "world"), "--preset", "demo",
-              "--run-dir", run_dir, *SETTINGS, "label.pool.max_size=4",
+              "--run-dir", run_dir, *SETTINGS, f"label.pool.max_size={GPU_NODES}",
+              f"ray.shared_paths=[{tmp_path}]",
               "label.teacher.model=builtin:dummy:0.8"])  # fmt: skip
     log = tmp_path / "driver.log"
     with FaultCluster(

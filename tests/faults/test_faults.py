@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from fault_checks import check_no_orphans, check_same, check_told, outcome
-from fault_cluster import stopped_at_the_end
+from fault_cluster import Driver, stopped_at_the_end
 from fault_kinds import KINDS, ON_S3, STAGES, Scene, await_moment, small_disk
 from fault_lab import ASKED, Lab, finish, require, to_bucket
 from PIL import Image, PngImagePlugin
@@ -30,7 +30,6 @@ RUNS = int(os.environ.get("HTS_FAULT_RUNS", "6"))
 FIRST_SEED = int(os.environ.get("HTS_FAULT_SEED", "0"))
 STEPS = {"label": 7, "train": 5, "sweep": 2}  # moments at which every stage is still at work
 HANG_SECONDS = 240.0
-RERUNS = 3
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def test_random_faults(lab: Lab, tmp_path: Path, draw: Draw) -> None:
         pytest.skip("HTS_FAULT_KINDS names none of the random kinds")
     if draw.kind == "disk":
         require("disk", "" if os.geteuid() == 0 else "mounting a small disk needs root")
+    expected = lab.expected(draw.stage)  # first: nothing must stand in the unbroken run's way
     with ExitStack() as stack:
         if draw.kind in ON_S3:
             path = f"s3://{BUCKET}/run-{draw.seed}"
@@ -76,7 +76,13 @@ def test_random_faults(lab: Lab, tmp_path: Path, draw: Draw) -> None:
         run_dir = lab.run_dir(draw.stage, path)
         if draw.kind in ON_S3 and draw.stage == "label":
             to_bucket(lab, run_dir)
-        driver = stack.enter_context(stopped_at_the_end(lab.start(draw.stage, run_dir)))
+        drivers: list[Driver] = []
+
+        def start() -> Driver:
+            drivers.append(lab.start(draw.stage, run_dir))
+            return stack.enter_context(stopped_at_the_end(drivers[-1]))
+
+        driver = start()
         scene = Scene(lab.cluster, driver, draw.stage, run_dir, lab.store, random.Random(draw.seed))
         await_moment(scene, draw.steps, draw.seconds)
         with KINDS[draw.kind](scene) as struck:
@@ -86,15 +92,10 @@ def test_random_faults(lab: Lab, tmp_path: Path, draw: Draw) -> None:
         assert code == 0 or not struck.survives, (
             f"{struck.what}, exit code {code}:\n{driver.output}"
         )
-        for _ in range(RERUNS):
-            if code == 0:
-                break
-            driver = stack.enter_context(stopped_at_the_end(lab.start(draw.stage, run_dir)))
-            code = driver.wait(HANG_SECONDS)
-            check_told(driver, draw.stage, code)
-        assert code == 0, f"exit code {code}:\n{driver.output}"
-        check_same(outcome(draw.stage, run_dir), lab.expected(draw.stage))
-        check_no_orphans(lab.cluster, driver)
+        if code != 0:
+            finish(start(), draw.stage, HANG_SECONDS)
+        check_same(outcome(draw.stage, run_dir), expected)
+        check_no_orphans(lab.cluster, *drivers)
 
 
 def quarantined(run_dir: Path) -> dict[str, str]:

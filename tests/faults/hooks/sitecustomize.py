@@ -1,7 +1,8 @@
 """Faults inside a process: imported by every Python that has this folder on its path.
 
 The file that HTS_FAULT_CLOCK names holds the seconds by which `time.time` is off, for as long as
-it is there. An image whose PNG has a text chunk `poison` kills the process that decodes it.
+it is there. An image whose PNG has a text chunk `poison` kills the process that decodes it. Ray's
+workers take a while for a step of a training and a trial of a sweep, so that faults find them.
 """
 
 import importlib.abc
@@ -23,35 +24,61 @@ def _jumping_time():
         return _true_time()
 
 
-class _PoisonAtImport(importlib.abc.MetaPathFinder):
-    """Arms PIL when it is imported, so that processes which decode nothing do not pay for it."""
+class _AtImport(importlib.abc.MetaPathFinder):
+    """Changes modules when they are imported: processes that do without them do not pay."""
+
+    def __init__(self, changes):
+        self.changes = changes
 
     def find_spec(self, name, path, target=None):
-        if name != "PIL.PngImagePlugin":
+        change = self.changes.pop(name, None)
+        if change is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
-            _arm(module.PngImageFile)
+            change(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-def _arm(image_class):
-    load = image_class.load
+def _poison(module):
+    load = module.PngImageFile.load
 
     def deadly_load(self):
         if "poison" in self.info:
             os.kill(os.getpid(), signal.SIGKILL)
         return load(self)
 
-    image_class.load = deadly_load
+    module.PngImageFile.load = deadly_load
+
+
+def _slowly(name, seconds):
+    def change(module):
+        work = getattr(module, name)
+
+        def slow_work(*arguments, **named):
+            if sys.argv[0].endswith("default_worker.py"):
+                time.sleep(seconds)
+            return work(*arguments, **named)
+
+        setattr(module, name, slow_work)
+
+    return change
 
 
 if _CLOCK:
     time.time = _jumping_time
-sys.meta_path.insert(0, _PoisonAtImport())
+sys.meta_path.insert(
+    0,
+    _AtImport(
+        {
+            "PIL.PngImagePlugin": _poison,
+            "hts_ray.student.loop": _slowly("_train_step", 0.3),
+            "hts_ray.sweep_trial": _slowly("run_trial", 1.5),
+        }
+    ),
+)
