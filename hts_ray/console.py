@@ -236,7 +236,9 @@ def steps() -> Iterator[Steps]:
         _Eta(table_column=Column(no_wrap=True)),
         _Note(),
     ]
-    with Progress(*columns, console=console) as bars:
+    # What is written to a terminal's standard error stands above the bars, not within them.
+    above = sys.stderr.isatty()
+    with Progress(*columns, console=console, redirect_stderr=above) as bars:
         shown = Steps(bars)
         try:
             yield shown

@@ -216,9 +216,10 @@ def filter_regions(
     table = pseudo_label_table(evidence, selection, class_ids)
     summary = selection.summary()
     if summary["positives"] == 0:
+        dropped = ", ".join(f"{name} {n}" for name, n in selection.reason_totals().items())
         raise DataError(
-            f"no pseudo-label is left: {selection.reason_totals()};"
-            " lower filter.positive_threshold or filter.min_support"
+            f"no pseudo-label is left ({dropped}): look at the teacher's scores with"
+            " `hts label --dry-run`, lower filter.positive_threshold or filter.min_support"
         )
     write_table(stage.file("part-0.parquet"), table)
     storage.write_json(

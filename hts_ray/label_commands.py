@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,8 @@ def _told_apart(
             yield prediction
             continue
         failed[0] += 1
-        errors.print(f"{prediction.source}: {prediction.error}", markup=False)
+        # Not by a console: only what passes through sys.stderr is kept out of a bar.
+        sys.stderr.write(f"{prediction.source}: {prediction.error}\n")
         if json_lines:
             click.echo(json.dumps(prediction.to_dict(), ensure_ascii=False))
 

@@ -127,6 +127,14 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
     assert "no such folder" in err
 
 
+def test_a_report_of_no_run_is_a_failure(tmp_path, capsys):
+    """Would catch a mistyped run that becomes a folder with an empty page."""
+    code, _, err = hts("report", str(tmp_path / "no"), capsys=capsys)
+    assert code == 1
+    assert "holds no run" in err
+    assert not (tmp_path / "no").exists()
+
+
 def test_empty_folder_is_a_failure_with_a_reason(tmp_path, capsys):
     """Would catch success reported for a run without images."""
     code, _, err = hts(

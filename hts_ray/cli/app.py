@@ -37,7 +37,7 @@ class Commands(click.Group):
         others = {"Other": tuple(name for name in names if name not in known)}
         for title, group in {**_GROUPS, **others}.items():
             shown = [self.commands[name] for name in group if name in self.commands]
-            rows = [(command.name or "", command.get_short_help_str(80)) for command in shown]
+            rows = [(command.name or "", command.get_short_help_str(120)) for command in shown]
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)

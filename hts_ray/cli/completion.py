@@ -1,7 +1,8 @@
 """Shell completion: commands, options, paths, presets, formats, and settings with their values.
 
-Click's own, with two changes: a setting that is completed up to its `.` or `=` gets no space
-behind it, and bash, which takes words apart at `=`, completes what stands after it.
+Click's own, with three changes: a setting that is completed up to its `.` or `=` gets no space
+behind it; bash, which takes words apart at `=`, completes what stands after it; fish shows help
+that holds a comma.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import click
 from click.shell_completion import (
     BashComplete,
     CompletionItem,
+    FishComplete,
     ZshComplete,
     add_completion_class,
     get_completion_class,
@@ -100,8 +102,16 @@ class _Zsh(ZshComplete):
     )
 
 
+class _Fish(FishComplete):
+    # A help text may hold commas too.
+    source_template = FishComplete.source_template.replace(
+        'string split ","', 'string split --max 1 ","'
+    )
+
+
 add_completion_class(_Bash)
 add_completion_class(_Zsh)
+add_completion_class(_Fish)
 
 
 class Place(click.types.StringParamType):

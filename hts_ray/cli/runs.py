@@ -22,6 +22,7 @@ from hts_ray.console import (
     print_written,
     steps,
 )
+from hts_ray.errors import DataError
 
 
 @cli.command("pipeline")
@@ -89,6 +90,8 @@ def report(run_dir: str, output: str | None, images: int) -> None:
     from hts_ray import storage
     from hts_ray.report import report_for_run, write_report
 
+    if not storage.list_names(run_dir):
+        raise DataError(f"{run_dir} holds no run: `hts` alone lists those that are found here")
     path = output or storage.join(run_dir, "report.html")
     with busy("report"):
         write_report(path, report_for_run(run_dir, images))
