@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hts_ray.config import HtsConfig, PoolConfig, RayConfig
-from hts_ray.console import print_note
+from hts_ray.console import busy, print_note
 from hts_ray.errors import ConfigError, UserError
 from hts_ray.preflight import CPUS_BESIDE, check_joined
 from hts_ray.telemetry import configured
@@ -76,8 +76,11 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
         }
     )
     try:
-        # Joining, the process may end within the call, and what was held back would be lost.
-        with contextlib.nullcontext() if joins else _without_log_level_notice():
+        with contextlib.ExitStack() as around:
+            # Joining, the process may end within the call, and what was held back would be lost.
+            if not joins:
+                around.enter_context(busy("starting Ray"))
+                around.enter_context(_without_log_level_notice())
             ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
