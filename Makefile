@@ -60,6 +60,7 @@ benchmarks: install
 	$(BIN)/python benchmarks/caption_matching.py
 	$(BIN)/python benchmarks/pipeline_efficiency.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/node_loss.py
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/head_fit.py
 	$(BIN)/python benchmarks/losses.py
