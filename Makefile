@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 TORCH_OPTION := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: install demo test test-gpu test-faults lint format constraints benchmarks clean
+.PHONY: install demo test test-slow test-gpu test-faults lint format constraints benchmarks clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Whole pipelines as jobs on object storage, the documentation's commands, the notebook.
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 # On a machine with a GPU.
 test-gpu: install

@@ -17,6 +17,8 @@ from hts_ray import cli
 from hts_ray.data.synthetic import world_class_ids, write_world
 from hts_ray.tables import find_stage
 
+pytestmark = pytest.mark.slow
+
 # Commands of ours that no test of this module runs, by how they begin, and why. They are parsed
 # all the same, by tests/test_docs.py.
 NOT_RUN = {

@@ -29,6 +29,7 @@ def upload(folder, uri):
             storage.write_bytes(f"{uri}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_pipeline_runs_as_a_job_on_object_storage(head, s3, tmp_path, monkeypatch):
     """Would catch a stage that needs the submitter's paths or a disk, or a failure not told."""

@@ -43,6 +43,7 @@ def test_outputs_name_no_folder_of_the_machine(cells):
     assert not re.findall(r"/(?:home|root|tmp|work|Users)/", images)
 
 
+@pytest.mark.slow
 def test_the_code_runs_on_a_small_world(cells, ray_session, tmp_path, monkeypatch):
     """Catches a notebook that the package has left behind."""
     monkeypatch.chdir(tmp_path)

@@ -272,6 +272,7 @@ def driver_of(command, deadline):
     raise AssertionError(f"no driver of {command}")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_label_pass_goes_on_on_object_storage(head, s3, tmp_path, monkeypatch):
     """Would catch a killed job told as success, work done twice or images lost on a bucket."""
