@@ -39,6 +39,7 @@ MAKE = {
     "install": "made the environment that runs this test",
     "demo": "takes minutes; tests/test_demo.py runs it small",
     "test": "runs this test",
+    "test-slow": "a command of .ci/run",
     "lint": "a command of .ci/run",
     "format": "changes files",
     "docs": "a command of .ci/run",
