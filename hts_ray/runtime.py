@@ -34,6 +34,13 @@ _DEFAULT_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# What Ray's nodes print on a driver's terminal although nobody has to act on it: the traceback of
+# an attempt that Ray repeats (a failure that lasts ends the command, which tells it in a line),
+# and that a local cluster, whose logical CPUs are more than the real ones, has many workers.
+_NOISE = (
+    r"infinite retries remaining(?s:.*)Traceback \(most recent call last\)"
+    r"|PYTHON worker processes have been started"
+)
 
 
 @contextmanager
@@ -48,6 +55,9 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
     """
     for name, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    debug = bool(os.environ.get("HTS_DEBUG"))
+    if not debug:
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOISE)  # read when Ray is imported
     joins = bool(config.address or os.environ.get("RAY_ADDRESS"))
     if not joins:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -87,7 +97,7 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
         raise UserError(f"Ray could not reach or start {target}: {error}") from error
     _protect_token()
     # What ends a command is told by it, in a line; Ray would print the traceback before that.
-    level = logging.ERROR if os.environ.get("HTS_DEBUG") else logging.CRITICAL
+    level = logging.ERROR if debug else logging.CRITICAL
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
     try:

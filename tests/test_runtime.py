@@ -7,7 +7,7 @@ import pytest
 
 from hts_ray.config import PoolConfig, RayConfig
 from hts_ray.errors import ConfigError, UserError
-from hts_ray.runtime import _local_cpus, _protect_token, ray_cluster
+from hts_ray.runtime import _NOISE, _local_cpus, _protect_token, ray_cluster
 
 
 def test_a_running_cluster_is_joined_and_left_running(ray_session):
@@ -69,6 +69,29 @@ def test_ray_prints_no_traceback_before_the_command_s_own_words(debug, level, mo
     with ray_cluster(RayConfig(num_cpus=3)):
         assert logging.getLogger("ray.data").level == level
         assert logging.getLogger("ray.train").level == level
+
+
+RETRIED = (
+    "Task MapWorker(MapBatches(TeacherActor)).{} failed. There are infinite retries remaining, so"
+    " the task will be retried. Error: {}"
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (RETRIED.format("get_location", 'Traceback (most recent call last):\n\n  File "a"\n'), 0),
+        (RETRIED.format("submit", "The actor is temporarily unavailable: recvmsg: reset"), 1),
+        ("WARNING: 8 PYTHON worker processes have been started on node: 1f with address: ::1", 0),
+        ("The node with node id: 1f and address: 10.0.0.2 has been marked dead", 1),
+    ],
+)
+def test_nodes_tell_the_terminal_what_a_user_can_use(message, shown):
+    """Would catch pages of a traceback of what is tried again, or a lost node left untold."""
+    from ray._private.ray_logging import LogDeduplicator
+
+    printed = LogDeduplicator(5, None, _NOISE).deduplicate({"pid": "raylet", "lines": [message]})
+    assert [line for batch in printed for line in batch["lines"]] == [message] * shown
 
 
 def test_pools_leave_cpus_for_what_feeds_them():

@@ -246,9 +246,11 @@ class FaultCluster:
         for number in range(len(self._nodes)):
             self.kill_node(number)  # they belong to the head that is gone
         self._port, dashboard, client = free_ports(3)
+        # With a dashboard, as users have it: without, Ray Train's helper that outlives a killed
+        # driver cannot find out that the training is gone, and stays.
         command = [
             *RAY, "start", "--head", f"--port={self._port}", f"--dashboard-port={dashboard}",
-            f"--ray-client-server-port={client}", "--include-dashboard=false",
+            f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1",
             f"--temp-dir={self._temporary}", *self._head_options(self._port),
         ]  # fmt: skip
         address = self.network.head if self.network else "127.0.0.1"

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import servers
 from fault_cluster import Driver, FaultCluster
+from fault_kinds import ALONE, KINDS
 from servers import BUCKET, FaultyStore
 
 from hts_ray import cli, storage
@@ -135,8 +136,17 @@ def to_bucket(lab: Lab, run_dir: str) -> None:
     write_table(path, table.set_column(place, field, pa.array(uris, pa.string())))
 
 
-def require(kind: str, missing: str) -> None:
-    """Skip a fault that this machine cannot make; an error where it was asked for by name."""
+def require(kind: str, missing: str = "") -> None:
+    """Skip a fault that was not asked for, or that this machine cannot make.
+
+    `missing` tells what the machine lacks: an error where the fault was asked for by name.
+    """
+    unknown = set(ASKED) - {*KINDS, *ALONE}
+    if unknown:
+        known = ", ".join([*KINDS, *ALONE])
+        raise RuntimeError(f"HTS_FAULT_KINDS names {', '.join(sorted(unknown))}; there are {known}")
+    if ASKED and kind not in ASKED:
+        pytest.skip(f"HTS_FAULT_KINDS names {', '.join(ASKED)}")
     if missing and kind in ASKED:
         raise RuntimeError(f"HTS_FAULT_KINDS names {kind}: {missing}")
     if missing:

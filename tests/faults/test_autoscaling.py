@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fault_checks import check_no_orphans, outcome
 from fault_cluster import Driver, FaultCluster, stopped_at_the_end
-from fault_lab import SETTINGS, finish
+from fault_lab import SETTINGS, finish, require
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
@@ -74,6 +74,7 @@ ENVIRONMENT = {
 
 def test_gpu_nodes_come_for_a_labeling_and_go_after_it(tmp_path: Path) -> None:
     """Would catch a pool that waits for GPUs it never asks for, or nodes that are paid for ever."""
+    require("autoscaling")
 
     def head_options(port: int) -> list[str]:
         path = tmp_path / "autoscaling.json"
