@@ -151,15 +151,6 @@ def _world(report: Json) -> Iterator[Grid]:
 
 
 def _losses(report: Json) -> Iterator[Grid]:
-    if "values" in report:  # the form before losses were compared on worlds of their own
-        rows = [
-            {"name": name, **{metric: mean_of(v) for metric, v in found.items()}}
-            for name, found in report["values"].items()
-        ]
-        columns = [Column(m, m, PERCENT) for m in ("mAP", "few@5", "few@10")]
-        caption = f"Tuning alone: AP in %, mean over validation worlds {report['seeds']}"
-        yield grid([Column("loss, temperature, rate", "name"), *columns], rows, caption)
-        return
     rows = [{"loss": loss, **row} for loss, row in report["rows"].items()]
     columns = [
         Column("test AP, %", "loss"),
