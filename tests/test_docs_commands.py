@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 NOT_RUN = {
     "hts submit": "needs a cluster: tests/test_submit.py and tests/test_jobs.py start one",
     "hts doctor": "judges the machine it runs on: tests/test_doctor.py",
-    "hts import-checkpoint": "needs the paper's file: tests/test_cli.py reads one made there",
+    "hts import-checkpoint": "needs the paper's file: tests/cli/test_app.py reads one made there",
     "hts predict --student students/defr": "needs the paper's file",
     "hts predict --run-dir runs/hico --student students/defr": "needs the paper's file",
     "hts prepare hico --root s3://BUCKET": "needs a bucket: tests/test_s3.py has one",

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hts_ray import cli, pipeline
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = [
     "prepare", "label", "filter", "train", "sweep", "predict", "evaluate", "pipeline", "demo"
 ]  # fmt: skip
