@@ -8,11 +8,8 @@ and `finish` can prove that every image came out once.
 
 from __future__ import annotations
 
-import errno
-import random
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +40,6 @@ from hts_ray.tables import (
 if TYPE_CHECKING:
     import ray.data
 
-    from hts_ray.data.images import ImageError
     from hts_ray.telemetry import Meter
 
 OK = "ok"
@@ -65,8 +61,6 @@ DECODED_FIELDS = (
 # Waiting for GPUs of an autoscaling cluster counts as no progress; Ray's own limit is 30 min.
 _NO_PROGRESS_SECONDS = 6 * 3600
 _READ_THREADS = 4  # a task's reads overlap; storage is mostly waited for
-_RETRY_SECONDS = 0.5
-_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -218,7 +212,7 @@ def decode_batch(
     images: ImagesConfig,
     square: int | None = None,
     *,
-    retries: int = 0,
+    retries: int | None = None,
     attempts: Log | None = None,
     meter: Meter | None = None,
 ) -> pa.Table:
@@ -227,9 +221,10 @@ def decode_batch(
     Adds `pixels` (H * W * 3 bytes, RGB, row-major), `pixel_height`, `pixel_width`, the upright
     original's `width` and `height`, `error_kind` and `error`; a bad row has null pixels.
     `square` squashes the pixels to `square` x `square`, which is all that a student looks at.
-    Storage that fails is asked again up to `retries` times. With a log of `attempts`, a batch
-    that has killed its worker is decoded in a process apart. A `meter` counts what is
-    asked again.
+    Storage that fails is asked again up to `retries` times, a few times by default. With a log of
+    `attempts`, a batch that has killed its worker is decoded in a process apart. A `meter` counts
+    what is asked again. Raises DataError where it is the storage that fails and not an image, see
+    `hts_ray.data.images.patiently`.
     """
     uris = table["uri"].to_pylist()
     work = partial(_decode_row, images=images, square=square, retries=retries, meter=meter)
@@ -257,22 +252,28 @@ def _decode_row(
     uri: str | None,
     images: ImagesConfig,
     square: int | None,
-    retries: int = 0,
+    retries: int | None = None,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
-    from hts_ray.data.images import ImageError, decode_image
+    from hts_ray.data.images import RETRIES, ImageError, decode_image, read_image_bytes
+
+    def retried() -> None:
+        if meter is not None:
+            meter.count(retries=1)
 
     try:
         if not uri:
             raise ImageError("missing", "the row has no uri")
         image = decode_image(
-            _read_patiently(uri, retries, meter),
+            read_image_bytes(uri, RETRIES if retries is None else retries, retried),
             max_pixels=images.max_pixels,
             min_side=images.min_side,
             max_side=images.max_side,
         )
     except ImageError as error:
         return {"error_kind": error.kind, "error": str(error)[:500]}
+    except DataError:
+        raise  # the storage is down: no image is bad for that
     except Exception as error:  # one image must not cost a block, whatever a decoder throws
         return {"error_kind": "decode_error", "error": f"{type(error).__name__}: {error}"[:500]}
     pixels = image.pixels if square is None else squash(image.pixels, square)
@@ -283,35 +284,6 @@ def _decode_row(
         "width": image.width,
         "height": image.height,
     }
-
-
-def _read_patiently(uri: str, retries: int, meter: Meter | None = None) -> bytes:
-    """Read a file, and again after growing pauses where the storage failed as it may for once."""
-    from hts_ray.data.images import ImageError, read_image_bytes
-
-    for attempt in range(retries + 1):
-        try:
-            return read_image_bytes(uri)
-        except ImageError as error:
-            if attempt == retries or not _may_pass(error, uri):
-                raise
-            if meter is not None:
-                meter.count(retries=1)
-            # Spread, so that a thousand tasks do not come back in step.
-            time.sleep(_RETRY_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _may_pass(error: ImageError, uri: str) -> bool:
-    """Tell a storage error that another try may not meet: throttling, a lost connection."""
-    if error.kind != "unreadable":
-        return False
-    number = getattr(error.__cause__, "errno", None)
-    if number in {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}:
-        return False
-    if storage.is_refusal(error.__cause__):
-        return False
-    return storage.is_remote(uri) or number in _TRANSIENT
 
 
 def squash(pixels: Pixels, size: int) -> Pixels:

@@ -45,6 +45,8 @@ _SILENCE_SECONDS = 60.0  # until a request counts as lost; the client's own 3 ar
 _GCS_RETRY_SECONDS = 60  # the client's own limit is 15 minutes
 # An object of these appears when its upload is complete; elsewhere a file is renamed into place.
 _OBJECT_STORES = {"s3", "gs", "gcs", "abfs", "abfss", "az", "hf", "oss"}
+# A scheme that stands for one store, where that of the web stands for any number of hosts.
+_ONE_STORE = _OBJECT_STORES | {"hdfs", "viewfs"}
 _NATIVE = {"file", "abfs", "abfss", "hdfs", "viewfs", "mock"}
 _DEFAULT_REGION = "us-east-1"  # what stores with an endpoint of their own expect
 
@@ -212,6 +214,28 @@ def explain(path: str, error: BaseException) -> str:
 def is_refusal(error: BaseException | None) -> bool:
     """Return whether asking again would meet the same answer: denied, no bucket, a wrong key."""
     return error is not None and _REFUSALS.search(str(error)) is not None
+
+
+def is_one_store(path: str) -> bool:
+    """Return whether all URIs of the path's scheme and host depend on one remote store."""
+    return urlsplit(path).scheme in _ONE_STORE
+
+
+def require_answer(path: str) -> None:
+    """Return when a path's storage answers something, whatever it is, about the path's folder.
+
+    A storage that fails is given time. Raises DataError when it keeps failing.
+    """
+    filesystem, inner = resolve(path)
+
+    def ask() -> None:
+        try:
+            filesystem.get_file_info(os.path.dirname(inner))
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) and not is_refusal(error):
+                raise
+
+    patiently(path, ask)
 
 
 def absolute(path: str) -> str:

@@ -131,13 +131,17 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of a method: an error, a pause, or both."""
+    """What happens to the next `times` requests of a method: an error, a pause, or both.
+
+    `path` cuts it to requests whose path holds these words.
+    """
 
     method: str
     status: int | None = None
     code: str = ""
     times: int = 1
     seconds: float = 0.0
+    path: str = ""
 
 
 @dataclass
@@ -148,10 +152,10 @@ class FaultyStore:
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def take(self, method: str) -> Fault | None:
+    def take(self, method: str, path: str) -> Fault | None:
         """Return the fault that the next request of a method meets, and count it."""
         for fault in self.faults:
-            if fault.method == method and fault.times > 0:
+            if fault.method == method and fault.times > 0 and fault.path in path:
                 fault.times -= 1
                 return fault
         return None
@@ -171,7 +175,7 @@ def faulty_store(endpoint: str) -> Iterator[FaultyStore]:
             body = self._body()
             with lock:
                 store.requests.append(f"{self.command} {self.path}")
-                fault = store.take(self.command)
+                fault = store.take(self.command, self.path)
             if fault is not None:
                 time.sleep(fault.seconds)
             if fault is not None and fault.status is not None:

@@ -210,35 +210,21 @@ def test_a_batch_that_killed_its_worker_is_decoded_apart(tmp_path):
     assert log.ended == ["decode a", "decode b"]
 
 
-def test_storage_that_fails_for_once_is_asked_again(tmp_path, monkeypatch):
-    """Catches a throttled request that costs an image, and retries of what will never be there."""
-    from hts_ray import image_pipeline
+def test_a_storage_that_is_down_ends_the_batch_and_no_image(monkeypatch):
+    """Catches an outage of the storage whose images all come out as bad ones."""
     from hts_ray.data import images as image_files
 
-    Image.new("RGB", (60, 20)).save(tmp_path / "x.png")
-    data = (tmp_path / "x.png").read_bytes()
     asked = []
 
-    def read(uri):
-        asked.append(uri)
-        if "missing" in uri:
-            raise image_files.ImageError("missing", uri)
-        if len(asked) < 3:
-            error = image_files.ImageError("unreadable", "SlowDown")
-            error.__cause__ = OSError("HTTP 503")
-            raise error
-        return data
+    def down(uri, retries, retried):
+        asked.append(retries)
+        retried()
+        raise DataError("s3://bucket: the storage fails or is throttling")
 
-    monkeypatch.setattr(image_files, "read_image_bytes", read)
-    monkeypatch.setattr(image_pipeline, "_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(image_files, "read_image_bytes", down)
     table = pa.table({"image_id": ["a"], "uri": ["s3://bucket/x.png"]})
-    assert decode_batch(table, ImagesConfig(), retries=1)["error_kind"].to_pylist() == [
-        "unreadable"
-    ]
-    asked.clear()
-    assert decode_batch(table, ImagesConfig(), retries=2)["error_kind"].to_pylist() == [None]
-    assert len(asked) == 3
-    asked.clear()
-    gone = pa.table({"image_id": ["a"], "uri": ["s3://bucket/missing.png"]})
-    assert decode_batch(gone, ImagesConfig(), retries=3)["error_kind"].to_pylist() == ["missing"]
-    assert len(asked) == 1
+    with pytest.raises(DataError, match="throttling"):
+        decode_batch(table, ImagesConfig(), retries=7)
+    with pytest.raises(DataError, match="throttling"):
+        decode_batch(table, ImagesConfig())
+    assert asked == [7, image_files.RETRIES]

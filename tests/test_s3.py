@@ -1,15 +1,20 @@
 """Runs on object storage, against a real S3 server and one with faults."""
 
+import io
 import time
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 from servers import BUCKET, Fault, faulty_store
 
 from hts_ray import cli, storage
+from hts_ray.config import ImagesConfig
+from hts_ray.data import images
 from hts_ray.data.folder import read_folder
 from hts_ray.errors import DataError
+from hts_ray.image_pipeline import decode_batch
 from hts_ray.tables import StageFolder, find_stage
 
 
@@ -142,3 +147,44 @@ def test_images_are_prepared_from_a_bucket_into_a_bucket(store, tmp_path):
     assert storage.exists(f"{run_dir}/config.yaml")
     again = CliRunner().invoke(cli.cli, ["label", "--run-dir", run_dir, "--print-config"])
     assert f"source: {classes}" in again.output
+
+
+def photo(name: str) -> str:
+    """Store an image, and return its URI."""
+    data = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 0, 0)).save(data, "PNG")
+    uri = f"s3://{BUCKET}/outage/{name}.png"
+    storage.write_bytes(uri, data.getvalue())
+    return uri
+
+
+def test_an_outage_costs_no_image(store, monkeypatch):
+    """Would catch good images that are quarantined because nothing could be read for a while."""
+    monkeypatch.setattr(images, "_RETRY_SECONDS", 0.001)
+    uri = photo("1")
+    for method in ("HEAD", "GET"):
+        store.faults.append(Fault(method, 503, "SlowDown", times=1000))
+    with pytest.raises(DataError, match="run the same command again later") as caught:
+        images.probe_uri(uri)
+    assert not isinstance(caught.value, images.ImageError)
+    store.faults.clear()
+    assert images.probe_uri(uri)[:2] == (40, 30)
+
+
+def test_an_object_that_fails_alone_costs_one_image(store, monkeypatch):
+    """Would catch a broken object that ends every run that meets it."""
+    monkeypatch.setattr(images, "_RETRY_SECONDS", 0.001)
+    good, bad = photo("good"), photo("bad")
+    for method in ("HEAD", "GET"):
+        store.faults.append(Fault(method, 500, "InternalError", times=1000, path="outage/bad.png"))
+    table = pa.table({"image_id": ["a", "b"], "uri": [good, bad]})
+    decoded = decode_batch(table, ImagesConfig())
+    assert decoded["error_kind"].to_pylist() == [None, "unreadable"]
+
+
+def test_a_header_takes_few_requests(store):
+    """Would catch a request for every few bytes of a million images' headers."""
+    uri = photo("header")
+    store.requests.clear()
+    images.probe_uri(uri)
+    assert 1 <= len(store.requests) <= 2  # its size, and its first bytes

@@ -9,21 +9,22 @@ from __future__ import annotations
 import ctypes
 import errno
 import io
+import random
 import stat
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, get_args
+from typing import IO, Any, Literal, NamedTuple, TypeVar, get_args
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import ExifTags, Image, UnidentifiedImageError
-from pyarrow import fs as pafs
 
 from hts_ray import storage
 from hts_ray.errors import DataError
@@ -39,6 +40,15 @@ ErrorKind = Literal[
     "missing",
 ]
 ERROR_KINDS: tuple[str, ...] = get_args(ErrorKind)
+
+Result = TypeVar("Result")
+
+RETRIES = 3
+_RETRY_SECONDS = 0.5  # the pauses double
+_BUFFER_BYTES = 1 << 16
+# Errors of local and mounted disks that another try may not meet, and those that every try will.
+_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
+_LASTING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 # Pillow reads some fifty formats; one of them (EPS) starts Ghostscript. These are photographs',
 # as far as this Pillow was built with them.
@@ -147,20 +157,77 @@ def probe_image(data: bytes) -> tuple[int, int]:
 def probe_uri(uri: str) -> ImageHeader:
     """Return the upright size of the image at a path or URI, reading its header only.
 
-    Raises ImageError, `missing` and `unreadable` among its kinds.
+    Raises ImageError, `missing` and `unreadable` among its kinds, and what `patiently` raises.
     """
-    with _stream(uri) as (stream, size):
-        return ImageHeader(*_probe(stream, size, None), size)
+
+    def probe() -> ImageHeader:
+        with _stream(uri) as (stream, size):
+            return ImageHeader(*_probe(stream, size, None), size)
+
+    return patiently(uri, probe)
 
 
-def read_image_bytes(uri: str) -> bytes:
+def read_image_bytes(
+    uri: str, retries: int = RETRIES, retried: Callable[[], None] | None = None
+) -> bytes:
     """Return a file's bytes from a path or a URI that pyarrow can open.
 
     Raises ImageError: `missing` when nothing is there, `unreadable` for a folder, a pipe, a lack
-    of permission or a failing storage.
+    of permission or a storage that fails for this file; and what `patiently` raises.
     """
-    with _stream(uri) as (stream, _):
-        return bytes(stream.read())
+
+    def read() -> bytes:
+        with _stream(uri) as (stream, _):
+            return bytes(stream.read())
+
+    return patiently(uri, read, retries, retried)
+
+
+def patiently(
+    uri: str,
+    read: Callable[[], Result],
+    retries: int = RETRIES,
+    retried: Callable[[], None] | None = None,
+) -> Result:
+    """Read an image's file, and again after growing pauses where its storage failed for once.
+
+    `retried` is called before each of the `retries`. An ImageError is raised for what is wrong
+    with this image. When its storage still fails, something else is asked of that storage: if
+    that fails as well it is no image's fault, and DataError ends the run, which can go on later,
+    instead of an outage that costs every image that was due.
+    """
+    for attempt in range(retries):
+        try:
+            return read()
+        except ImageError as error:
+            if not _may_pass(error, uri):
+                raise
+        if retried is not None:
+            retried()
+        # Spread, so that a thousand tasks do not come back in step.
+        time.sleep(_RETRY_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
+    try:
+        return read()
+    except ImageError as error:
+        if not (_may_pass(error, uri) and storage.is_one_store(uri)):
+            raise
+    storage.require_answer(uri)
+    return read()
+
+
+def _may_pass(error: ImageError, uri: str) -> bool:
+    """Tell a storage error that another try may not meet: throttling, a lost connection."""
+    if error.kind != "unreadable":
+        return False
+    cause = error.__cause__
+    if isinstance(cause, DataError):  # the storage could not be opened
+        cause = cause.__cause__
+        if not isinstance(cause, OSError):
+            return False
+    number = getattr(cause, "errno", None)
+    if number in _LASTING or storage.is_refusal(cause):
+        return False
+    return storage.is_remote(uri) or number in _TRANSIENT
 
 
 @contextmanager
@@ -176,37 +243,61 @@ def _stream(uri: str) -> Iterator[tuple[IO[bytes], int]]:
             with open(path, "rb") as stream:
                 yield stream, status.st_size
         else:
-            filesystem, inner = _resolve_remote(uri)
+            filesystem, inner = storage.resolve(uri)
             with filesystem.open_input_file(inner) as remote:
-                yield remote, remote.size()
+                # Buffered: a header is read in many small steps, and each would be a request.
+                yield io.BufferedReader(_Remote(uri, remote), _BUFFER_BYTES), remote.size()
     except ImageError:
         raise
     except Exception as error:
-        missing = isinstance(error, FileNotFoundError) or (
-            isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR)
-        )
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError("missing" if missing else "unreadable", f"{uri}: {reason}") from error
+        raise _as_storage_error(uri, error) from error
+
+
+def _as_storage_error(uri: str, error: Exception) -> ImageError:
+    missing = isinstance(error, FileNotFoundError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR)
+    )
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return ImageError("missing" if missing else "unreadable", f"{uri}: {reason}")
+
+
+class _Remote(io.RawIOBase):
+    """A remote file whose failures are the storage's and not the image's."""
+
+    def __init__(self, uri: str, file: pa.NativeFile) -> None:
+        self._uri, self._file = uri, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self._read(None)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def _read(self, size: int | None) -> bytes:
+        try:
+            return bytes(self._file.read(size))
+        except Exception as error:
+            raise _as_storage_error(self._uri, error) from error
 
 
 def _local_path(uri: str) -> str | None:
     if uri.startswith("file://"):
         return unquote(urlsplit(uri).path)
     return None if storage.is_remote(uri) and not uri.startswith("/") else uri
-
-
-def _resolve_remote(uri: str) -> tuple[pafs.FileSystem, str]:
-    parts = urlsplit(uri)
-    if parts.scheme not in ("s3", "gs", "gcs") or parts.query:
-        return storage.resolve(uri)
-    filesystem, bucket = _bucket(f"{parts.scheme}://{parts.netloc}")
-    return filesystem, bucket.rstrip("/") + unquote(parts.path)
-
-
-@lru_cache(maxsize=16)
-def _bucket(uri: str) -> tuple[pafs.FileSystem, str]:
-    # Opening a bucket looks its region up; once an image would cost more than the image.
-    return storage.resolve(uri)
 
 
 def _probe(stream: IO[bytes], size: int, sample: bytes | None) -> tuple[int, int]:
@@ -260,6 +351,8 @@ def _header(image: Image.Image) -> tuple[int, int, int]:
         return 1, width, height
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except ImageError:
+        raise
     except Exception:  # damaged EXIF says nothing about the pixels
         orientation = 1
     if not isinstance(orientation, int) or not 1 <= orientation <= 8:

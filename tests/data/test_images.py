@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -20,14 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hts_ray.data import images
 from hts_ray.data.images import (
     ERROR_KINDS,
     ImageError,
     decode_image,
+    patiently,
     probe_image,
     probe_uri,
     read_image_bytes,
 )
+from hts_ray.errors import DataError
 
 PHOTOS = Path(skimage.__file__).parent / "data"  # these ship inside the wheel
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000"]
@@ -221,6 +225,67 @@ def test_reading(tmp_path):
         with pytest.raises(ImageError) as caught:
             read_image_bytes(str(uri))
         assert caught.value.kind == kind
+
+
+class Busy:
+    """A file's reads, of which the first so many meet an error."""
+
+    def __init__(self, monkeypatch, failures, error):
+        monkeypatch.setattr(images, "_RETRY_SECONDS", 0.001)
+        self.failures, self.error, self.asked, self.retried = failures, error, 0, 0
+
+    def read(self):
+        """Fail as often as there are failures."""
+        self.asked += 1
+        if self.asked > self.failures:
+            return b"pixels"
+        raise ImageError("unreadable", "no") from self.error
+
+    def retry(self):
+        """Count what is told."""
+        self.retried += 1
+
+
+def test_storage_that_fails_for_once_is_asked_again(monkeypatch):
+    """A throttled request that costs an image, or a disk that is asked for what it refuses."""
+    busy = Busy(monkeypatch, 2, OSError("HTTP status 503"))
+    assert patiently("s3://bucket/x.png", busy.read, 2, busy.retry) == b"pixels"
+    assert (busy.asked, busy.retried) == (3, 2)
+    busy = Busy(monkeypatch, 1, OSError(errno.ESTALE, "stale handle"))
+    assert patiently("/nfs/x.png", busy.read) == b"pixels"
+    for uri, error in (
+        ("/disk/x.png", PermissionError(errno.EACCES, "denied")),
+        ("/disk/x.png", OSError("whatever else")),
+        ("s3://bucket/x.png", OSError("HTTP status 403: AccessDenied")),
+        ("nosuchscheme://x/y.png", DataError("no such scheme")),
+    ):
+        busy = Busy(monkeypatch, 1, error)
+        with pytest.raises(ImageError):
+            patiently(uri, busy.read)
+        assert busy.asked == 1, uri
+
+
+def test_an_image_is_given_up_only_when_its_storage_answers(monkeypatch):
+    """An outage that quarantines every image that was due, or an image that ends the run."""
+    down = OSError("HTTP status 503")
+    asked = []
+    monkeypatch.setattr(images.storage, "require_answer", asked.append)
+    busy = Busy(monkeypatch, 3, down)  # well again by the time that another file is there
+    assert patiently("s3://bucket/x.png", busy.read, 2) == b"pixels"
+    with pytest.raises(ImageError):  # this object alone
+        patiently("s3://bucket/x.png", Busy(monkeypatch, 9, down).read, 2)
+    assert asked == ["s3://bucket/x.png"] * 2
+    with pytest.raises(ImageError):  # one of the web's hosts: the others' images go on
+        patiently("https://host/x.png", Busy(monkeypatch, 9, down).read, 2)
+    assert len(asked) == 2
+
+    def dead(path):
+        raise DataError(f"{path}: the storage fails")
+
+    monkeypatch.setattr(images.storage, "require_answer", dead)
+    with pytest.raises(DataError, match="the storage fails") as caught:
+        patiently("s3://bucket/x.png", Busy(monkeypatch, 9, down).read, 2)
+    assert not isinstance(caught.value, ImageError)
 
 
 def test_permission_denied_is_unreadable(tmp_path, monkeypatch):
