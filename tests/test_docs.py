@@ -40,6 +40,7 @@ MAKE = {
     "demo": "takes minutes; tests/test_demo.py runs it small",
     "test": "runs this test",
     "test-slow": "a command of .ci/run",
+    "test-faults": "a command of .ci/run, as far as it names a kind",
     "lint": "a command of .ci/run",
     "format": "changes files",
     "docs": "a command of .ci/run",
