@@ -2,7 +2,7 @@
 
     nice -n 10 python benchmarks/caption_matching.py [--rounds 5]
 
-The captions (tests/teacher/data/captions.jsonl) were written by one of us in the manner of human
+The captions (tests/captions/data/captions.jsonl) were written by one of us in the manner of human
 captioners, with the HICO classes each one states; classes that are a matter of opinion are
 "allowed" and count neither way. None of the three parts is unseen any more: "dev" was tuned on;
 "heldout" was written before any tuning, "final" after most of it, and the mistakes of both were
@@ -24,9 +24,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from hts_ray.captions.matching import match_captions
 from hts_ray.classes import hico_classes
-from hts_ray.provenance import measured_on, write_results
-from hts_ray.teacher.matching import match_captions
+from hts_ray.store.provenance import measured_on, write_results
 
 ROOT = Path(__file__).resolve().parent
 CAPTIONS = ROOT.parent / "tests" / "teacher" / "data" / "captions.jsonl"

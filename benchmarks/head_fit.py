@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from hts_ray.config import HtsConfig, load_config
-from hts_ray.console import print_rows
-from hts_ray.provenance import measured_on, write_results
+from hts_ray.engine.console import print_rows
+from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.student.head import fit_head
 
 RESULTS = Path(__file__).parent / "results" / "head_fit.json"

@@ -21,10 +21,10 @@ from scipy import stats
 
 from hts_ray import pipeline
 from hts_ray.config import HtsConfig, load_config
-from hts_ray.console import percent, print_rows
-from hts_ray.demo import Variant, demo_config, make_world, train_here
-from hts_ray.provenance import measured_on, write_results
-from hts_ray.runtime import ray_cluster
+from hts_ray.demo.run import Variant, demo_config, make_world, train_here
+from hts_ray.engine.console import percent, print_rows
+from hts_ray.engine.session import ray_cluster
+from hts_ray.store.provenance import measured_on, write_results
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
 LOSSES = ("lse_sign", "bce", "focal", "asl")

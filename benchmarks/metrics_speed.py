@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hts_ray.metrics import RECALL_THRESHOLDS, evaluate, hico_average_precision
-from hts_ray.provenance import measured_on, write_results
+from hts_ray.store.provenance import measured_on, write_results
 
 RESULTS = Path(__file__).parent / "results" / "metrics_speed.json"
 Sort = Literal["stable", "quicksort"]

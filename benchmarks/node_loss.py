@@ -33,11 +33,11 @@ from PIL import Image
 
 from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig, RayConfig
-from hts_ray.image_pipeline import committed_names
-from hts_ray.provenance import measured_on, write_results
-from hts_ray.runtime import ray_cluster
-from hts_ray.tables import MANIFEST_SCHEMA, StageFolder, write_table
-from hts_ray.teacher.labeling import label_images
+from hts_ray.engine.image_pass import committed_names
+from hts_ray.engine.session import ray_cluster
+from hts_ray.store.provenance import measured_on, write_results
+from hts_ray.store.tables import MANIFEST_SCHEMA, StageFolder, write_table
+from hts_ray.teacher.stage import label_images
 
 RESULTS = Path(__file__).parent / "results" / "node_loss.json"
 ENVIRONMENT = {  # read when Ray is imported and started

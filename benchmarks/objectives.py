@@ -31,18 +31,19 @@ from scipy.stats import kendalltau, spearmanr
 
 from hts_ray import metrics, pipeline
 from hts_ray.config import HtsConfig, load_config, override
-from hts_ray.console import print_rows
-from hts_ray.demo import ZERO_SHOT, Variant, demo_config, make_world, train_here
-from hts_ray.evaluation import label_matrix
-from hts_ray.image_pipeline import manifest_rows
-from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
-from hts_ray.provenance import measured_on, read_results, write_results
-from hts_ray.runtime import ray_cluster
+from hts_ray.demo.run import ZERO_SHOT, Variant, demo_config, make_world, train_here
+from hts_ray.engine.console import print_rows
+from hts_ray.engine.image_pass import manifest_rows
+from hts_ray.engine.session import ray_cluster
+from hts_ray.evaluate import label_matrix
+from hts_ray.store.provenance import measured_on, read_results, write_results
+from hts_ray.store.tables import StageFolder
 from hts_ray.student.features import ensure_features, read_feature_table
 from hts_ray.student.head import head_logits
-from hts_ray.student.prediction import score_images
+from hts_ray.student.predict import score_images
+from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
 from hts_ray.sweep.space import Space, build_space, nested
-from hts_ray.sweep_trial import (
+from hts_ray.sweep.trial import (
     SweepData,
     fit_classifier,
     load_sweep_data,
@@ -51,7 +52,6 @@ from hts_ray.sweep_trial import (
     run_trial,
     trial_config,
 )
-from hts_ray.tables import StageFolder
 
 RESULTS = Path(__file__).parent / "results" / "objectives.json"
 LABELED = (50, 200)  # images with annotations, a criterion to compare with

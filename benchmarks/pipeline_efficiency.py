@@ -30,15 +30,15 @@ from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import CaptionConfig, LabelConfig, RayConfig
-from hts_ray.image_pipeline import decode_batch
-from hts_ray.provenance import measured_on, write_results
-from hts_ray.runtime import ray_cluster
-from hts_ray.tables import MANIFEST_SCHEMA, StageFolder, write_table
-from hts_ray.teacher.crops import CropBatch
-from hts_ray.teacher.labeling import label_images
-from hts_ray.teacher.loading import load_captioner
-from hts_ray.teacher.regions import propose_regions
-from hts_ray.teacher.teaching import decoded_image
+from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.session import ray_cluster
+from hts_ray.images.crops import CropBatch
+from hts_ray.images.regions import propose_regions
+from hts_ray.store.provenance import measured_on, write_results
+from hts_ray.store.tables import MANIFEST_SCHEMA, StageFolder, write_table
+from hts_ray.teacher.actor import decoded_image
+from hts_ray.teacher.models.loading import load_captioner
+from hts_ray.teacher.stage import label_images
 
 RESULTS = Path(__file__).parent / "results" / "pipeline_efficiency.json"
 

@@ -37,19 +37,19 @@ from torch import Tensor, nn
 
 from hts_ray.classes import ClassTable, hico_classes, load_class_table
 from hts_ray.config import TeacherConfig, load_config
-from hts_ray.data.images import DecodedImage
-from hts_ray.data.synthetic import TEST_EXPONENT, render_scene, sample_scene, world_class_ids
-from hts_ray.provenance import measured_on, write_results
+from hts_ray.demo.world import TEST_EXPONENT, render_scene, sample_scene, world_class_ids
+from hts_ray.images.crops import CropBatch
+from hts_ray.images.decode import DecodedImage
+from hts_ray.images.regions import propose_regions
+from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.teacher.captioner import FloatArray, Pixels
-from hts_ray.teacher.crops import CropBatch
-from hts_ray.teacher.decoders import Prefix, TrieDecoder
-from hts_ray.teacher.loading import load_captioner
-from hts_ray.teacher.pretrained import TransformersCaptioner
-from hts_ray.teacher.readers import CrossAttentionDecoder
-from hts_ray.teacher.regions import propose_regions
-from hts_ray.teacher.search import score_objects_first, score_top
-from hts_ray.teacher.selection import agreement, keep_top, object_gate
-from hts_ray.teacher.trie import TokenIds
+from hts_ray.teacher.models.loading import load_captioner
+from hts_ray.teacher.models.pretrained import TransformersCaptioner
+from hts_ray.teacher.models.readers import CrossAttentionDecoder
+from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder
+from hts_ray.teacher.scoring.search import score_objects_first, score_top
+from hts_ray.teacher.scoring.selection import agreement, keep_top, object_gate
+from hts_ray.teacher.scoring.trie import TokenIds
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
 WORLD = 101  # a validation world: those from 100 on are for choosing and measuring settings

@@ -26,13 +26,13 @@ import pyarrow.compute as pc
 
 from hts_ray import metrics, pipeline
 from hts_ray.config import HtsConfig, SelfTrainingConfig, load_config, override
-from hts_ray.console import print_rows
-from hts_ray.demo import FEW, demo_config, make_world
-from hts_ray.evaluation import evaluate_scores, label_matrix, read_annotations
-from hts_ray.provenance import measured_on, read_results, write_results
-from hts_ray.runtime import ray_cluster
-from hts_ray.student.prediction import score_images
-from hts_ray.tables import StageFolder, read_table
+from hts_ray.demo.run import FEW, demo_config, make_world
+from hts_ray.engine.console import print_rows
+from hts_ray.engine.session import ray_cluster
+from hts_ray.evaluate import evaluate_scores, label_matrix, read_annotations
+from hts_ray.store.provenance import measured_on, read_results, write_results
+from hts_ray.store.tables import StageFolder, read_table
+from hts_ray.student.predict import score_images
 
 RESULTS = Path(__file__).parent / "results" / "self_training.json"
 KEYS = ("mAP", "mAP_known_object", f"few@{FEW}", "label_precision", "label_recall")

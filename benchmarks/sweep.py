@@ -29,15 +29,24 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline, report, storage
+from hts_ray import pipeline, report
 from hts_ray.config import HtsConfig, load_config, override
-from hts_ray.console import percent, print_rows
-from hts_ray.demo import HTS, SUPERVISED, ZERO_SHOT, Variant, demo_config, make_world, train_here
-from hts_ray.provenance import measured_on, read_results, write_results
-from hts_ray.runtime import ray_cluster
+from hts_ray.demo.run import (
+    HTS,
+    SUPERVISED,
+    ZERO_SHOT,
+    Variant,
+    demo_config,
+    make_world,
+    train_here,
+)
+from hts_ray.engine.console import percent, print_rows
+from hts_ray.engine.session import ray_cluster
+from hts_ray.store import storage
+from hts_ray.store.provenance import measured_on, read_results, write_results
+from hts_ray.store.tables import StageFolder, read_table, write_table
 from hts_ray.sweep.space import nested
 from hts_ray.sweep.stage import TRIALS_FILE, plan_sweep, run_sweep
-from hts_ray.tables import StageFolder, read_table, write_table
 
 RESULTS = Path(__file__).parent / "results" / "sweep.json"
 LABELED = 200

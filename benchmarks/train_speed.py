@@ -31,16 +31,17 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import RayConfig, StudentConfig, TrainConfig
+from hts_ray.engine.session import ray_cluster
 from hts_ray.losses import make_loss
-from hts_ray.provenance import measured_on, write_results
-from hts_ray.runtime import ray_cluster
-from hts_ray.student import loop, training
+from hts_ray.store import storage
+from hts_ray.store.provenance import measured_on, write_results
+from hts_ray.store.tables import StageFolder
+from hts_ray.student import loop
+from hts_ray.student import train as training
 from hts_ray.student.checkpoints import load_student
 from hts_ray.student.model import parameter_groups, set_trainable
-from hts_ray.tables import StageFolder
 
 RESULTS = Path(__file__).parent / "results" / "train_speed.json"
 _STORE_GIB = {"kept": 2.0, "decoded": 0.1}

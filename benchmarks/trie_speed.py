@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from hts_ray.classes import hico_classes
-from hts_ray.provenance import measured_on, write_results
-from hts_ray.teacher.decoders import BatchedDecoder, Decoder
-from hts_ray.teacher.readers import (
+from hts_ray.store.provenance import measured_on, write_results
+from hts_ray.teacher.models.readers import (
     BatchedCrossAttentionDecoder,
     CrossAttentionDecoder,
     GitDecoder,
 )
+from hts_ray.teacher.scoring.decoders import BatchedDecoder, Decoder
 
 RESULTS = Path(__file__).parent / "results" / "trie_speed.json"
 START, END = 101, 102

@@ -17,8 +17,7 @@ from typing import Any
 
 from hts_ray import pipeline
 from hts_ray.config import HtsConfig, load_config
-from hts_ray.console import print_rows
-from hts_ray.demo import (
+from hts_ray.demo.run import (
     FEW,
     HTS,
     VARIANTS,
@@ -29,8 +28,9 @@ from hts_ray.demo import (
     make_world,
     run_variants,
 )
-from hts_ray.provenance import measured_on, write_results
-from hts_ray.runtime import ray_cluster
+from hts_ray.engine.console import print_rows
+from hts_ray.engine.session import ray_cluster
+from hts_ray.store.provenance import measured_on, write_results
 
 RESULTS = Path(__file__).parent / "results" / "world.json"
 

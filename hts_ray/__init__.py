@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hts_ray.inference import Classifier
+    from hts_ray.classifier import Classifier
 
 __version__ = "0.1.0"
 __all__ = ["load"]
@@ -18,6 +18,6 @@ def load(path: str, device: str | None = None) -> Classifier:
     one; a GPU where there is one, if not given. Raises DataError when there is no student,
     ConfigError for a device that is not there.
     """
-    from hts_ray.inference import load as load_classifier  # torch only when it is needed
+    from hts_ray.classifier import load as load_classifier  # torch only when it is needed
 
     return load_classifier(path, device)

@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import storage
 from hts_ray.classes import ClassTable, load_class_table
 from hts_ray.config import HtsConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.review.overrides import overrides_key
-from hts_ray.tables import (
+from hts_ray.labels.corrections import overrides_key
+from hts_ray.store import storage
+from hts_ray.store.tables import (
     ANNOTATION_COLUMNS,
     MANIFEST_SCHEMA,
     StageFolder,
@@ -42,7 +42,7 @@ TrainProgress = Callable[[Mapping[str, Any]], None]
 
 
 class Watch(Protocol):
-    """Gives the callbacks that show how long stages go; `hts_ray.console.Steps` is one."""
+    """Gives the callbacks that show how long stages go; `hts_ray.engine.console.Steps` is one."""
 
     def images(self, title: str) -> Progress:
         """Return a callback (done, total, quarantined) for a stage over images."""
@@ -87,11 +87,11 @@ def prepare(run: Run, source: str, root: str, progress: Progress | None = None) 
     """
     config = run.config.prepare
     if source == "hico":
-        from hts_ray.data.hico import read_hico
+        from hts_ray.images.hico import read_hico
 
         prepared = read_hico(root, splits=config.splits, workers=config.workers, progress=progress)
     elif source == "folder":
-        from hts_ray.data.folder import read_folder
+        from hts_ray.images.folder import read_folder
 
         prepared = read_folder(
             root,
@@ -141,8 +141,8 @@ def label_stage(run: Run, manifest: str) -> StageFolder:
 
     Annotations are left out of its key: the teacher must not see them.
     """
-    from hts_ray.teacher.loading import model_fingerprint
-    from hts_ray.teacher.teaching import region_sources
+    from hts_ray.teacher.actor import region_sources
+    from hts_ray.teacher.models.loading import model_fingerprint
 
     images = read_manifest(manifest).drop_columns(list(ANNOTATION_COLUMNS))
     label = run.config.label
@@ -158,7 +158,7 @@ def label_stage(run: Run, manifest: str) -> StageFolder:
 
 def label(run: Run, manifest: str, progress: Progress | None = None) -> StageFolder:
     """Score every class prompt on every region of the manifest's images."""
-    from hts_ray.teacher.labeling import label_images
+    from hts_ray.teacher.stage import label_images
 
     stage = label_stage(run, manifest)
     label_images(
@@ -201,7 +201,7 @@ def filter_labels(
     run: Run, region_scores: StageFolder, opinions: StageFolder | None = None
 ) -> StageFolder:
     """Turn regional scores into pseudo-labels, with a student's `opinions` where they are given."""
-    from hts_ray.filtering import filter_regions
+    from hts_ray.labels.stage import filter_regions
 
     stage = filter_stage(run, region_scores, opinions)
     class_ids = stored_class_ids(region_scores)
@@ -304,7 +304,7 @@ def train(
 
     `validation`, annotated rows of a manifest, is measured while the training runs.
     """
-    from hts_ray.student.training import train_student
+    from hts_ray.student.train import train_student
 
     stage = train_stage(run, labels)
     train_student(
@@ -408,7 +408,7 @@ def predict_stage(run: Run, student: str, manifest: str) -> StageFolder:
 
 def predict(run: Run, student: str, manifest: str, progress: Progress | None = None) -> StageFolder:
     """Score images with a student."""
-    from hts_ray.student.prediction import predict_images
+    from hts_ray.student.predict import predict_images
 
     stage = predict_stage(run, student, manifest)
     predict_images(
@@ -425,7 +425,7 @@ def evaluate(
     run: Run, predictions: str, annotations: str, split: str = "test", name: str = ""
 ) -> dict[str, Any]:
     """Return the HICO metrics of a predictions table, and publish them in the run directory."""
-    from hts_ray.evaluation import evaluate_scores, read_annotations, read_predictions
+    from hts_ray.evaluate import evaluate_scores, read_annotations, read_predictions
 
     ids, scores_NC = read_predictions(predictions, run.class_table)
     truth = read_annotations(annotations, run.class_table, split)

@@ -24,11 +24,12 @@ from typing import Any
 
 import yaml
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
 from hts_ray.config import HtsConfig, load_config, override
-from hts_ray.console import image_progress, steps
-from hts_ray.runtime import command_cluster
-from hts_ray.tables import StageFolder, require_stage
+from hts_ray.engine.console import image_progress, steps
+from hts_ray.engine.session import command_cluster
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder, require_stage
 
 
 def settings(preset: str | None = None, *, file: str | None = None, **values: Any) -> HtsConfig:
@@ -170,6 +171,6 @@ def _with_manifest(config: HtsConfig, manifest: StageFolder | None) -> tuple[pip
 
 
 def _record(run: pipeline.Run, **more: Any) -> None:
-    from hts_ray.provenance import write_provenance
+    from hts_ray.store.provenance import write_provenance
 
     write_provenance(run.config, run.class_table, **more)

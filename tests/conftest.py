@@ -18,7 +18,7 @@ import tiny_models
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # both are read when ray is imported
 os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")  # as hts_ray.runtime sets it
+os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")  # as hts_ray.engine.session sets it
 # On a crowded machine Ray's node agent starts slowly, and the node then aborts.
 os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")

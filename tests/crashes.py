@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hts_ray import storage
-from hts_ray.tables import StageFolder
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder
 
 
 def crash_before_the_last_block(stage: StageFolder) -> dict[str, bytes]:

@@ -98,7 +98,7 @@ def anchors(page: str) -> set[str]:
 def check_hts(arguments: Sequence[str]) -> None:
     """Raise for a command, an option, a setting, a preset or a format that is not known."""
     from hts_ray.exports.writing import FORMATS as LABELS
-    from hts_ray.student.export import FORMATS as STUDENTS
+    from hts_ray.student.convert import FORMATS as STUDENTS
 
     if not arguments or arguments[0].startswith("-"):
         cli.make_context("hts", list(arguments), resilient_parsing=not arguments)

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
 from hts_ray.config import HtsConfig, parse_config
-from hts_ray.tables import (
+from hts_ray.store import storage
+from hts_ray.store.tables import (
     MANIFEST_SCHEMA,
     REGION_SCORES_SCHEMA,
     StageFolder,

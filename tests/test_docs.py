@@ -25,7 +25,7 @@ from documented import (
 from hts_ray.assets import asset_path
 from hts_ray.classes import hico_classes, read_class_csv
 from hts_ray.config import CaptionConfig, TeacherConfig, parse_config
-from hts_ray.teacher.loading import load_captioner
+from hts_ray.teacher.models.loading import load_captioner
 
 # Programs that are not ours, and why no test of this module runs them.
 ELSEWHERE = {
@@ -33,11 +33,11 @@ ELSEWHERE = {
     "export": "the shell's own",
     "ray": "starts a cluster; tests/cluster does so with Ray's own command line",
     "docker": "no container can be built where the tests run",
-    "tensorboard": "a server; tests/student/test_training.py reads the curves by its library",
+    "tensorboard": "a server; tests/student/test_train.py reads the curves by its library",
 }
 MAKE = {
     "install": "made the environment that runs this test",
-    "demo": "takes minutes; tests/test_demo.py runs it small",
+    "demo": "takes minutes; tests/demo/test_run.py runs it small",
     "test": "runs this test",
     "test-slow": "a command of .ci/run",
     "test-faults": "a command of .ci/run, as far as it names a kind",
@@ -46,7 +46,7 @@ MAKE = {
     "docs": "a command of .ci/run",
 }
 SCRIPTS = {
-    "cluster/check.py": "tests/cluster/test_check.py runs it",
+    "cluster/check.py": "tests/cluster_files/test_check.py runs it",
     "benchmarks/": "take minutes to hours, and a machine to themselves",
 }
 CHECKS: dict[str, Callable[..., None]] = {

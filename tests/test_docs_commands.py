@@ -14,16 +14,16 @@ import pytest
 from documented import PAGES, ROOT, Command, blocks, commands
 
 from hts_ray import cli
-from hts_ray.data.synthetic import world_class_ids, write_world
-from hts_ray.tables import find_stage
+from hts_ray.demo.world import world_class_ids, write_world
+from hts_ray.store.tables import find_stage
 
 pytestmark = pytest.mark.slow
 
 # Commands of ours that no test of this module runs, by how they begin, and why. They are parsed
 # all the same, by tests/test_docs.py.
 NOT_RUN = {
-    "hts submit": "needs a cluster: tests/test_submit.py and tests/test_jobs.py start one",
-    "hts doctor": "judges the machine it runs on: tests/test_doctor.py",
+    "hts submit": "needs a cluster: tests/cluster/test_submit.py and tests/test_jobs.py start one",
+    "hts doctor": "judges the machine it runs on: tests/cluster/test_doctor.py",
     "hts import-checkpoint": "needs the paper's file: tests/cli/test_app.py reads one made there",
     "hts predict --student students/defr": "needs the paper's file",
     "hts predict --run-dir runs/hico --student students/defr": "needs the paper's file",

@@ -42,13 +42,13 @@ from hts_ray import pipeline
 from hts_ray.classes import hico_classes, load_class_table
 from hts_ray.cli import cli
 from hts_ray.config import HtsConfig, ImagesConfig, load_config
-from hts_ray.data.folder import read_folder
-from hts_ray.data.hico import read_anno_table
-from hts_ray.data.images import ERROR_KINDS
+from hts_ray.engine.image_pass import decode_batch, manifest_rows
 from hts_ray.errors import UserError
-from hts_ray.image_pipeline import decode_batch, manifest_rows
-from hts_ray.tables import MANIFEST_SCHEMA, write_table
-from hts_ray.teacher.given_boxes import read_given_boxes
+from hts_ray.images.boxes import read_given_boxes
+from hts_ray.images.decode import ERROR_KINDS
+from hts_ray.images.folder import read_folder
+from hts_ray.images.hico import read_anno_table
+from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 
 PEAK_GIB = 1.5  # that reading a small hostile file may add to the process
 

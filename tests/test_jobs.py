@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from servers import BUCKET, RAY, REPOSITORY
 
-from hts_ray import storage
-from hts_ray.data.synthetic import write_world
+from hts_ray.demo.world import write_world
+from hts_ray.store import storage
 
 
 def submit(environment, variables, *arguments):

@@ -8,11 +8,12 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
 from hts_ray.config import load_config, override
-from hts_ray.data.synthetic import world_class_ids, write_world
+from hts_ray.demo.world import world_class_ids, write_world
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.tables import ANNOTATION_COLUMNS, read_table, write_table
+from hts_ray.store import storage
+from hts_ray.store.tables import ANNOTATION_COLUMNS, read_table, write_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

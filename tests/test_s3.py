@@ -9,13 +9,14 @@ from click.testing import CliRunner
 from PIL import Image
 from servers import BUCKET, Fault, faulty_store
 
-from hts_ray import cli, storage
+from hts_ray import cli
 from hts_ray.config import ImagesConfig
-from hts_ray.data import images
-from hts_ray.data.folder import read_folder
+from hts_ray.engine.image_pass import decode_batch
 from hts_ray.errors import DataError
-from hts_ray.image_pipeline import decode_batch
-from hts_ray.tables import StageFolder, find_stage
+from hts_ray.images import decode as images
+from hts_ray.images.folder import read_folder
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder, find_stage
 
 
 @pytest.fixture

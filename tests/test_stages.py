@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import pytest
 from labeled_run import save_run
 
-from hts_ray import stages, storage
+from hts_ray import stages
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.tables import StageFolder
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder
 
 
 def test_settings_start_from_a_preset_and_are_checked():

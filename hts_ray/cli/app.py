@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from hts_ray.cli.completion import SHELLS, script
-from hts_ray.console import errors
+from hts_ray.engine.console import errors
 from hts_ray.errors import UserError
 
 # How `hts --help` groups the commands; one that is missing here comes last.

@@ -30,7 +30,7 @@ def submit(arguments: tuple[str, ...], **options: Any) -> None:
 
     The exit code is the job's own; 3 when it was stopped, 130 when this client detached from it.
     """
-    from hts_ray.submit import submit_command
+    from hts_ray.cluster.submit import submit_command
 
     sys.exit(submit_command(arguments, **options))
 
@@ -40,6 +40,6 @@ def submit(arguments: tuple[str, ...], **options: Any) -> None:
 @stage_command()
 def doctor(settings: Settings, as_json: bool) -> None:
     """Check this machine, or all nodes of a cluster, and say what to change."""
-    from hts_ray.doctor import examine, print_findings
+    from hts_ray.cluster.doctor import examine, print_findings
 
     sys.exit(print_findings(examine(settings.config), as_json=as_json))

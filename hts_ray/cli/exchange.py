@@ -8,7 +8,7 @@ import click
 
 from hts_ray.cli.app import cli
 from hts_ray.cli.options import Settings, argument, option, stage_command
-from hts_ray.console import console, print_line, print_mapping, print_next, print_written
+from hts_ray.engine.console import console, print_line, print_mapping, print_next, print_written
 from hts_ray.errors import ConfigError
 
 # What `--help` and shells are told without the modules that write them, which are slow to load.
@@ -58,7 +58,7 @@ def export_command(
         if student is not None:
             remedy = f"leave it out: --format {form} writes labels"
             raise ConfigError(field="--student", value=student, remedy=remedy)
-        from hts_ray.label_commands import export_command as write_labels
+        from hts_ray.cli.label_commands import export_command as write_labels
 
         write_labels(settings.open(), form, output, dry_run=settings.dry_run, **chosen)
         return
@@ -70,7 +70,7 @@ def _export_student(
 ) -> None:
     """Write a student and say what was compared, and how to use it."""
     from hts_ray.exports.writing import FORMATS as LABEL_FORMATS
-    from hts_ray.student.export import FORMATS, export_student
+    from hts_ray.student.convert import FORMATS, export_student
 
     if form not in FORMATS:
         remedy = f"choose {', '.join(FORMATS)} (a student) or {', '.join(LABEL_FORMATS)} (labels)"
@@ -104,7 +104,7 @@ def _export_student(
 @stage_command()
 def import_labels_command(settings: Settings, file: str, output: str, **chosen: Any) -> None:
     """Read labels that people corrected: Label Studio JSON, COCO JSON or CSV."""
-    from hts_ray.label_commands import import_command as read_labels
+    from hts_ray.cli.label_commands import import_command as read_labels
 
     read_labels(settings.open(), file, output, dry_run=settings.dry_run, **chosen)
 
@@ -116,6 +116,6 @@ def import_labels_command(settings: Settings, file: str, output: str, **chosen: 
 @stage_command()
 def review(settings: Settings, corrections: str, **chosen: str | None) -> None:
     """Compare pseudo-labels with corrections that `hts import-labels` wrote to DIR."""
-    from hts_ray.label_commands import review_command
+    from hts_ray.cli.label_commands import review_command
 
     review_command(settings.open(), corrections, dry_run=settings.dry_run, **chosen)

@@ -15,7 +15,7 @@ from hts_ray.cli.completion import (
     complete_preset,
     complete_setting,
 )
-from hts_ray.console import duration, percent, print_line, print_next, print_rows
+from hts_ray.engine.console import duration, percent, print_line, print_next, print_rows
 
 CONFIG_FILE = "config.yaml"
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Settings:
         overrides: Sequence[str],
         dry_run: bool,
     ) -> None:
-        from hts_ray import storage
         from hts_ray.config import load_config
+        from hts_ray.store import storage
 
         self.dry_run = dry_run
         self.remembered = None
@@ -77,7 +77,7 @@ class Settings:
 
     def record(self, run: pipeline.Run, **more: Any) -> None:
         """Write config.yaml, classes.csv and provenance.json."""
-        from hts_ray.provenance import write_provenance
+        from hts_ray.store.provenance import write_provenance
 
         write_provenance(self.config, run.class_table, **more)
 
@@ -114,7 +114,7 @@ def stage_command(
             overrides: tuple[str, ...],
             **options: Any,
         ) -> None:
-            from hts_ray.telemetry import log_as, run_tag
+            from hts_ray.engine.telemetry import log_as, run_tag
 
             if config_file is None and preset is None:
                 preset = default_preset
@@ -140,7 +140,7 @@ def stage_command(
 
 def is_setting(argument: str) -> bool:
     """Tell `section.name=value` from a path, which may hold an equals sign too."""
-    from hts_ray import storage
+    from hts_ray.store import storage
 
     name, equals, _ = argument.partition("=")
     named = re.fullmatch(r"\w+(\.\w+)*", name) is not None

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from rich.markup import escape
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
 from hts_ray.cli.options import CONFIG_FILE
-from hts_ray.console import console, duration, print_next, print_rows
-from hts_ray.tables import StageFolder
+from hts_ray.engine.console import console, duration, print_next, print_rows
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder
 
 RUNS = "runs"
 REPORT = "report.html"

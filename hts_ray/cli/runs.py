@@ -13,7 +13,7 @@ from hts_ray.cli.options import (
     print_next_stage,
     stage_command,
 )
-from hts_ray.console import (
+from hts_ray.engine.console import (
     busy,
     console,
     print_mapping,
@@ -31,7 +31,7 @@ from hts_ray.errors import DataError
 def pipeline_command(settings: Settings, manifest: str | None) -> None:
     """Run label, filter, train, predict and (with annotations) evaluate."""
     from hts_ray import pipeline
-    from hts_ray.runtime import command_cluster
+    from hts_ray.engine.session import command_cluster
 
     run = settings.open()
     path = pipeline.manifest_path(run, manifest)
@@ -52,18 +52,11 @@ def pipeline_command(settings: Settings, manifest: str | None) -> None:
 
 @cli.command()
 @option("--seed", default=0, show_default=True, help="Seed of the rendered world.")
-@option("--pretrain", "pretrain_to", metavar="DIR", help="Reproduce the shipped models here.")
 @stage_command("demo")
-def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
+def demo(settings: Settings, seed: int) -> None:
     """Run everything on the built-in synthetic world; nothing is downloaded."""
-    if pretrain_to:
-        from hts_ray.pretraining import pretrain
-
-        pretrain(pretrain_to)
-        print_written("pretrained", pretrain_to)
-        return
-    from hts_ray.demo import demo_config, run_demo
-    from hts_ray.runtime import command_cluster
+    from hts_ray.demo.run import demo_config, run_demo
+    from hts_ray.engine.session import command_cluster
 
     config = demo_config(settings.config, seed)
     if settings.dry_run:
@@ -87,8 +80,8 @@ def demo(settings: Settings, seed: int, pretrain_to: str | None) -> None:
 )
 def report(run_dir: str, output: str | None, images: int) -> None:
     """Write one self-contained HTML page about a run."""
-    from hts_ray import storage
     from hts_ray.report import report_for_run, write_report
+    from hts_ray.store import storage
 
     if not storage.list_names(run_dir):
         raise DataError(f"{run_dir} holds no run: `hts` alone lists those that are found here")

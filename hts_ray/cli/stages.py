@@ -18,7 +18,7 @@ from hts_ray.cli.options import (
     readable,
     stage_command,
 )
-from hts_ray.console import (
+from hts_ray.engine.console import (
     busy,
     console,
     image_progress,
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 @stage_command()
 def prepare(settings: Settings, source: str, root: str) -> None:
     """List images in a manifest: a HICO download or any folder."""
-    from hts_ray import pipeline, storage
+    from hts_ray import pipeline
+    from hts_ray.store import storage
 
     run = settings.open()
     if settings.dry_run:
@@ -74,7 +75,7 @@ def label(
 ) -> None:
     """Score every class prompt on every region of every image (the teacher)."""
     from hts_ray import pipeline
-    from hts_ray.runtime import command_cluster
+    from hts_ray.engine.session import command_cluster
 
     if preview and not settings.dry_run:
         raise ConfigError(field="--preview", value=preview, remedy="give --dry-run with it")
@@ -182,7 +183,7 @@ def train(
 ) -> None:
     """Fine-tune the student (train.labels: pseudo, annotations or none)."""
     from hts_ray import pipeline
-    from hts_ray.runtime import command_cluster
+    from hts_ray.engine.session import command_cluster
 
     run = settings.open()
     source = pipeline.given_stage(pseudo_labels, "pseudo_labels") if pseudo_labels else None
@@ -198,7 +199,7 @@ def train(
     validation = pipeline.validation_rows(run, manifest)
     stage = pipeline.train_stage(run, labels)
     if settings.dry_run:
-        from hts_ray.student.training import estimate
+        from hts_ray.student.train import estimate
 
         figures = estimate(settings.config.train, settings.config.student, run.class_table, labels)
         print_mapping("plan", {"write": stage.path, **readable(figures)})
@@ -219,7 +220,7 @@ def self_train(settings: Settings, region_scores: str | None, manifest: str | No
     """Let the trained student help to filter, and train anew (self_training.rounds times)."""
     from hts_ray import pipeline
     from hts_ray.config import override
-    from hts_ray.runtime import command_cluster
+    from hts_ray.engine.session import command_cluster
 
     if settings.config.self_training.rounds == 0:  # asking for it by name is asking for a round
         settings.config = override(settings.config, {"self_training": {"rounds": 1}})
@@ -270,14 +271,15 @@ def predict(
     PATHs are images, folders or URIs of storage; they are labeled in this process and printed.
     Without them a table with the scores of all classes is written to the run.
     """
-    from hts_ray import pipeline, storage
-    from hts_ray.runtime import command_cluster
+    from hts_ray import pipeline
+    from hts_ray.engine.session import command_cluster
+    from hts_ray.store import storage
 
     if paths:
         if manifest or images:
             given = "--manifest" if manifest else "--images"
             raise ConfigError(field=given, value=manifest or images, remedy="leave the PATHs out")
-        from hts_ray.label_commands import predict_paths
+        from hts_ray.cli.label_commands import predict_paths
 
         source = student or storage.absolute(settings.config.run_dir)
         predict_paths(source, paths, dry_run=settings.dry_run, **shown)
@@ -295,7 +297,7 @@ def predict(
     path = pipeline.manifest_path(run, manifest)
     stage = pipeline.predict_stage(run, source, path)
     if settings.dry_run:
-        from hts_ray.student.prediction import estimate
+        from hts_ray.student.predict import estimate
 
         figures = estimate(run.config.predict, source, path)
         print_mapping("plan", {"student": source, "write": stage.path, **readable(figures)})
@@ -319,7 +321,7 @@ def predict(
 def sweep(settings: Settings, region_scores: str | None) -> None:
     """Try many settings of filter and training over one teacher pass, and keep the best."""
     from hts_ray import pipeline
-    from hts_ray.runtime import command_cluster
+    from hts_ray.engine.session import command_cluster
     from hts_ray.sweep.stage import plan_sweep, run_sweep
 
     run = settings.open()
@@ -357,8 +359,9 @@ def evaluate(
     json_file: str | None,
 ) -> None:
     """Compare predictions with annotations by HICO's official protocol."""
-    from hts_ray import pipeline, storage
-    from hts_ray.tables import require_stage
+    from hts_ray import pipeline
+    from hts_ray.store import storage
+    from hts_ray.store.tables import require_stage
 
     run = settings.open()
     source = predictions or require_stage(run.run_dir, "predictions", "predict").path
@@ -387,7 +390,8 @@ def _folder_manifest(
     settings: Settings, run: pipeline.Run, images: str
 ) -> tuple[str, pipeline.Run]:
     """Prepare a folder of images inside the run, and predict all of it."""
-    from hts_ray import pipeline, storage
+    from hts_ray import pipeline
+    from hts_ray.store import storage
 
     values = settings.config.model_dump()
     values["predict"]["split"] = None

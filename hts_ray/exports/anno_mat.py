@@ -17,9 +17,9 @@ import numpy.typing as npt
 import scipy.io
 
 from hts_ray.classes import VERB_PHRASES, ClassTable, hico_classes
-from hts_ray.data.hico import SPLITS
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Context, LabeledImage
+from hts_ray.images.hico import SPLITS
 
 _LARGEST_MATRIX = 2**31 - 2**20  # bytes of a variable in MATLAB v5
 

@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
 from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
-from hts_ray.filtering import class_probabilities, iter_region_rows, kept_regions, read_info
-from hts_ray.tables import (
+from hts_ray.labels.stage import class_probabilities, iter_region_rows, kept_regions, read_info
+from hts_ray.store import storage
+from hts_ray.store.tables import (
     PSEUDO_LABELS_SCHEMA,
     StageFolder,
     check_table,

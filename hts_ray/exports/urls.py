@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import quote, unquote
 
-from hts_ray import storage
 from hts_ray.errors import ConfigError
+from hts_ray.store import storage
 
 
 def image_url(uri: str, prefix: str | None, root: str | None) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hts_ray import storage
 from hts_ray.config import ExportConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.anno_mat import write_anno_mat
@@ -23,8 +22,9 @@ from hts_ray.exports.parquet_file import write_parquet
 from hts_ray.exports.records import Context, ImageFile, LabeledImage, Tally
 from hts_ray.exports.source import LabelRows
 from hts_ray.exports.webdataset import write_webdataset
-from hts_ray.outputs import new_output, refuse_existing
 from hts_ray.pipeline import Run
+from hts_ray.store import storage
+from hts_ray.store.outputs import new_output, refuse_existing
 
 MARKER = "hts_export.json"  # in every folder that an export makes: what it is and what it counted
 

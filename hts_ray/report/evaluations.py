@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hts_ray import storage, tables
 from hts_ray.metrics import RECALL_THRESHOLDS
 from hts_ray.report.data import ComparisonRow, Role, TrainingCurve
 from hts_ray.report.formatting import finite
+from hts_ray.store import storage, tables
 
 Metrics = Mapping[str, Any]
 

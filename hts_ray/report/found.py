@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from hts_ray import storage, tables
 from hts_ray.classes import ClassTable, load_class_table
 from hts_ray.config import HtsConfig, parse_config
 from hts_ray.errors import ConfigError
@@ -24,6 +23,7 @@ from hts_ray.report.data import Verdict
 from hts_ray.report.evaluations import read_evaluations
 from hts_ray.report.quality import LabeledImage, LabelQuality, judge, measure
 from hts_ray.report.stages import FinishedStages
+from hts_ray.store import storage, tables
 
 Row = dict[str, Any]
 

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import storage, tables
-from hts_ray.evaluation import few_shot_masks
+from hts_ray.evaluate import few_shot_masks
 from hts_ray.report.data import ClassRow, FunnelStep, ReportData, Section
 from hts_ray.report.evaluations import (
     by_class,
@@ -27,6 +26,7 @@ from hts_ray.report.found import ROWS_AT_ONCE, Found, read_columns, read_found
 from hts_ray.report.quality import reliability
 from hts_ray.report.run_gallery import run_gallery
 from hts_ray.report.stages import FinishedStages, read_quarantine, run_facts, stage_rows
+from hts_ray.store import storage, tables
 
 DEFAULT_IMAGES = 200
 DROP_REASONS = {

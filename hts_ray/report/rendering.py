@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hts_ray import storage
 from hts_ray.assets import asset_path
 from hts_ray.metrics import mean_average_precision
 from hts_ray.report import formatting
@@ -33,6 +32,7 @@ from hts_ray.report.data import (
 )
 from hts_ray.report.gallery import gallery_classes, gallery_data
 from hts_ray.report.quality import expected_calibration_error
+from hts_ray.store import storage
 
 MAX_QUARANTINE_ROWS = 200
 MAX_CONFUSED_PAIRS = 12

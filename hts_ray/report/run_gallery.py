@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from hts_ray import storage, tables
-from hts_ray.data.images import ImageError, decode_image, read_image_bytes
+from hts_ray.images.decode import ImageError, decode_image, read_image_bytes
 from hts_ray.report.data import GalleryItem
 from hts_ray.report.evaluations import read_object
 from hts_ray.report.found import Found, Row
@@ -25,6 +24,7 @@ from hts_ray.report.gallery import (
     gallery_item,
     thumbnail_data_uri,
 )
+from hts_ray.store import storage, tables
 
 GALLERY_BYTES = 14_000_000  # JPEG bytes of a gallery: 2,000 images are about 21 MB of HTML
 _IMAGE_BYTES, _IMAGE_SIDE = 14_000, 360  # at most so much an image
@@ -93,7 +93,7 @@ def _scored_rows(path: str, image_ids: Sequence[str]) -> Iterator[Row]:
 
 
 def _item(row: Row, image: str, label: Row, info: Mapping[str, Any], found: Found) -> GalleryItem:
-    from hts_ray.filtering import class_probabilities
+    from hts_ray.labels.stage import class_probabilities
 
     settings = found.config.filter
     if info.get("prior_log_likelihoods") is None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hts_ray import storage, tables
 from hts_ray.config import HtsConfig, PoolConfig
 from hts_ray.report.data import Facts, QuarantineRow, StageRow
 from hts_ray.report.evaluations import LABEL_SOURCES, number, read_object
+from hts_ray.store import storage, tables
 
 Stats = Mapping[str, Any]
 

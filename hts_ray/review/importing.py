@@ -11,10 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from hts_ray import storage
 from hts_ray.classes import ClassTable
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.outputs import new_output, refuse_existing
+from hts_ray.labels.corrections import OVERRIDES
 from hts_ray.review.matching import (
     CONTRADICTION,
     REPEATED,
@@ -22,9 +21,10 @@ from hts_ray.review.matching import (
     ClassNames,
     ImageIndex,
 )
-from hts_ray.review.overrides import OVERRIDES
 from hts_ray.review.reading import Problem, Read, ReadImage
-from hts_ray.tables import (
+from hts_ray.store import storage
+from hts_ray.store.outputs import new_output, refuse_existing
+from hts_ray.store.tables import (
     CORRECTIONS_SCHEMA,
     MANIFEST_SCHEMA,
     QUARANTINE_SCHEMA,

@@ -7,11 +7,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
+from hts_ray.labels.corrections import OVERRIDES, read_overrides
 from hts_ray.review.agreement import Agreement, measure_agreement
 from hts_ray.review.importing import MANIFEST
-from hts_ray.review.overrides import OVERRIDES, read_overrides
-from hts_ray.tables import CORRECTIONS_SCHEMA, StageFolder, content_hash, read_table, settings_hash
+from hts_ray.store import storage
+from hts_ray.store.tables import (
+    CORRECTIONS_SCHEMA,
+    StageFolder,
+    content_hash,
+    read_table,
+    settings_hash,
+)
 
 TABLE = "review"
 AGREEMENT = "agreement.json"

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hts_ray import storage
 from hts_ray.errors import DataError
 from hts_ray.exports import csv_file, label_studio
+from hts_ray.store import storage
 
 FORMATS = (
     "a Label Studio export (JSON: a list of tasks with annotations), COCO JSON (images,"

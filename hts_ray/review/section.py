@@ -9,13 +9,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from hts_ray import storage
 from hts_ray.report.data import Section, Verdict
 from hts_ray.report.rendering import environment
 from hts_ray.report.run_gallery import stored_thumbnail
 from hts_ray.review.agreement import Machine
 from hts_ray.review.measuring import AGREEMENT, TABLE
-from hts_ray.tables import StageFolder, find_stage, finished_stages
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder, find_stage, finished_stages
 
 Content = Mapping[str, Any]
 

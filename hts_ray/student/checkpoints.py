@@ -17,12 +17,12 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
-from hts_ray import storage
 from hts_ray.classes import ClassTable, read_class_csv
 from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.store import storage
+from hts_ray.store.tables import find_stage
 from hts_ray.student.model import Student, rebuild_student
-from hts_ray.tables import find_stage
 
 FORMAT = "hts_ray.student"
 FORMAT_VERSION = 1

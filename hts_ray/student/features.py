@@ -22,10 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors.torch
 
-from hts_ray import storage
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
-from hts_ray.errors import DataError
-from hts_ray.image_pipeline import (
+from hts_ray.engine.image_pass import (
     CHECKPOINT,
     MANIFEST_COLUMNS,
     OK,
@@ -38,9 +36,10 @@ from hts_ray.image_pipeline import (
     stack_pixels,
     users_mistakes_unwrapped,
 )
-from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, student_fingerprint
-from hts_ray.student.pool import StudentWorker, map_on_students, vector_rows
-from hts_ray.tables import (
+from hts_ray.engine.telemetry import Meter
+from hts_ray.errors import DataError
+from hts_ray.store import storage
+from hts_ray.store.tables import (
     StageFolder,
     content_hash,
     features_schema,
@@ -49,7 +48,8 @@ from hts_ray.tables import (
     settings_hash,
     write_table,
 )
-from hts_ray.telemetry import Meter
+from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, student_fingerprint
+from hts_ray.student.pool import StudentWorker, map_on_students, vector_rows
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int, int], None]

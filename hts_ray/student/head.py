@@ -292,7 +292,7 @@ def _refuse(fit: _Fit, rows: Tensor, epoch: int) -> None:
 def _make_loss(
     config: TrainConfig, targets_NC: Tensor, class_weights: ArrayLike | None
 ) -> SignedLoss:
-    from hts_ray.student.training import class_weights as balanced
+    from hts_ray.student.train import class_weights as balanced
 
     if class_weights is None:
         found = np.nonzero(targets_NC.numpy() == 1)[1]
@@ -312,7 +312,7 @@ def _make_loss(
 
 def _repeated(targets_NC: Tensor, least: int) -> npt.NDArray[np.int64]:
     """Return the rows of an epoch, those of rare classes repeated."""
-    from hts_ray.student.training import repeat_indices
+    from hts_ray.student.train import repeat_indices
 
     if not least:
         return np.arange(len(targets_NC))

@@ -17,20 +17,20 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from hts_ray import storage
 from hts_ray.config import TrainConfig
-from hts_ray.image_pipeline import OK
+from hts_ray.engine.image_pass import OK
 from hts_ray.metrics import hico_average_precision
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder, read_table, write_table
 from hts_ray.student.checkpoints import WEIGHTS
 from hts_ray.student.features import Features, ensure_features, read_feature_table
 from hts_ray.student.head import HeadFit, fit_head, head_logits
 from hts_ray.student.loggers import CurveLog
 from hts_ray.student.loop import dense_targets, dense_weights
 from hts_ray.student.progress import Progress
-from hts_ray.tables import StageFolder, read_table, write_table
 
 if TYPE_CHECKING:
-    from hts_ray.student.training import TrainingSet, ValidationSet
+    from hts_ray.student.train import TrainingSet, ValidationSet
 
 _CURVES = ("loss", "images_per_second", "validation_mAP")
 

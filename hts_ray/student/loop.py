@@ -22,10 +22,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import storage
 from hts_ray.config import OptimConfig, TrainConfig
+from hts_ray.engine.image_pass import stack_pixels
+from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.errors import DataError
-from hts_ray.image_pipeline import stack_pixels
+from hts_ray.store import storage
 from hts_ray.student.loggers import CurveLog
 from hts_ray.student.progress import StepLog
 from hts_ray.student.resume import (
@@ -38,7 +39,6 @@ from hts_ray.student.resume import (
     write_local,
 )
 from hts_ray.student.validation import share_of, validation_mean_ap
-from hts_ray.telemetry import HeldGpus, Meter
 
 if TYPE_CHECKING:
     import torch

@@ -21,8 +21,8 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from hts_ray.assets import asset_path
 from hts_ray.classes import ClassTable
 from hts_ray.config import OptimConfig, StudentConfig
+from hts_ray.engine.image_pass import Pixels, squash
 from hts_ray.errors import ConfigError
-from hts_ray.image_pipeline import Pixels, squash
 
 Trainable = Literal["all", "head", "last"]
 _TEXT_BATCH = 256

@@ -27,11 +27,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hts_ray import storage
 from hts_ray.classes import ClassTable, hico_classes, load_class_table
 from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.outputs import new_output, refuse_existing
+from hts_ray.store import storage
+from hts_ray.store.outputs import new_output, refuse_existing
 from hts_ray.student.checkpoints import DESCRIPTION, save_student
 from hts_ray.student.model import Student, rebuild_student
 

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from hts_ray.config import PoolConfig
-from hts_ray.image_pipeline import OK, QUARANTINED, Pixels
+from hts_ray.engine.image_pass import OK, QUARANTINED, Pixels
+from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.student.checkpoints import load_student, student_fingerprint
-from hts_ray.telemetry import HeldGpus, Meter
 
 if TYPE_CHECKING:
     import ray.data

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hts_ray import storage
-from hts_ray.image_pipeline import ProgressPoller
+from hts_ray.engine.image_pass import ProgressPoller
+from hts_ray.store import storage
 
 Progress = Callable[[Mapping[str, Any]], None]
 

@@ -18,10 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import storage
 from hts_ray.config import ImagesConfig, PoolConfig, SelfTrainingConfig
-from hts_ray.errors import DataError
-from hts_ray.image_pipeline import (
+from hts_ray.engine.image_pass import (
     CHECKPOINT,
     OK,
     QUARANTINED,
@@ -33,13 +31,15 @@ from hts_ray.image_pipeline import (
     squash,
     users_mistakes_unwrapped,
 )
+from hts_ray.engine.telemetry import Meter
+from hts_ray.errors import DataError
+from hts_ray.images.crops import pixel_span
+from hts_ray.images.regions import Region
+from hts_ray.store import storage
+from hts_ray.store.tables import STUDENT_SCORES_SCHEMA, StageFolder, read_table, write_table
 from hts_ray.student.checkpoints import description_of, find_student, student_fingerprint
 from hts_ray.student.pool import StudentWorker, map_on_students
-from hts_ray.tables import STUDENT_SCORES_SCHEMA, StageFolder, read_table, write_table
-from hts_ray.teacher.crops import pixel_span
-from hts_ray.teacher.regions import Region
-from hts_ray.teacher.teaching import decoded_image
-from hts_ray.telemetry import Meter
+from hts_ray.teacher.actor import decoded_image
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int, int], None]

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hts_ray import storage
 from hts_ray.errors import ConfigError
+from hts_ray.store import storage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

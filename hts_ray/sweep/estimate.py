@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from hts_ray import pipeline
 from hts_ray.config import override
+from hts_ray.store.tables import StageFolder
 from hts_ray.sweep.finalists import FOLDS, final_objective
 from hts_ray.sweep.stage import (
     TABLE,
@@ -22,8 +23,7 @@ from hts_ray.sweep.stage import (
     one_trial,
     start_student,
 )
-from hts_ray.sweep_trial import VALIDATION, load_sweep_data, read_regions
-from hts_ray.tables import StageFolder
+from hts_ray.sweep.trial import VALIDATION, load_sweep_data, read_regions
 
 
 def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
 
 def _training_seconds(plan: Plan, folder: str) -> float:
     """Return the seconds of a training in full with the run's own settings."""
-    from hts_ray.student.training import estimate as estimate_training
+    from hts_ray.student.train import estimate as estimate_training
 
     run = pipeline.Run(override(plan.run.config, {"run_dir": folder}), plan.run.class_table)
     labels = pipeline.training_labels(run, pipeline.filter_labels(run, plan.region_scores), None)

@@ -17,20 +17,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
 from hts_ray.config import SweepConfig, TrainConfig, override
 from hts_ray.errors import ConfigError, UserError
-from hts_ray.evaluation import label_matrix
+from hts_ray.evaluate import label_matrix
 from hts_ray.metrics import hico_average_precision, mean_average_precision
-from hts_ray.objectives import OBJECTIVES, Outcome, find_objective
+from hts_ray.store import storage
+from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 from hts_ray.sweep.log import OWN, Trial
+from hts_ray.sweep.objectives import OBJECTIVES, Outcome, find_objective
 from hts_ray.sweep.space import Settings
-from hts_ray.sweep_trial import VALIDATION, pseudo_label, trial_config
-from hts_ray.tables import MANIFEST_SCHEMA, write_table
+from hts_ray.sweep.trial import VALIDATION, pseudo_label, trial_config
 
 if TYPE_CHECKING:
     from hts_ray.sweep.stage import Plan
-    from hts_ray.sweep_trial import SweepData
+    from hts_ray.sweep.trial import SweepData
 
 FOLDER = "finalists"
 HELD_OUT = "unseen_ap"
@@ -264,8 +265,8 @@ def _logits(plan: Plan, student: _Student, images: pa.Table, ids: Sequence[str])
 
 def _score(plan: Plan, student: _Student, images: pa.Table) -> tuple[list[str], FloatArray]:
     """Score images: few in this process, as features are, many as `hts predict` does."""
-    from hts_ray.evaluation import read_predictions
-    from hts_ray.student.prediction import score_images
+    from hts_ray.evaluate import read_predictions
+    from hts_ray.student.predict import score_images
 
     config = plan.run.config
     if config.predict.pool.num_gpus == 0 and len(images) <= config.train.features.local_images:

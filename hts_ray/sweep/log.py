@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from hts_ray import storage
+from hts_ray.store import storage
 from hts_ray.sweep.space import Settings
 
 OWN = 0  # the number of the trial that has the run's own settings

@@ -14,11 +14,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from hts_ray import storage
 from hts_ray.assets import asset_path
+from hts_ray.store import storage
+from hts_ray.store.tables import find_stage, read_table
 from hts_ray.sweep.log import OWN
 from hts_ray.sweep.stage import FINALISTS_FILE, TABLE, TRIALS_FILE
-from hts_ray.tables import find_stage, read_table
 
 Row = dict[str, Any]
 

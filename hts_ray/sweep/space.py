@@ -16,11 +16,11 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from hts_ray import filtering
 from hts_ray.config import HtsConfig, RangeConfig, Section, override, walk_fields
 from hts_ray.errors import ConfigError
-from hts_ray.pseudo_labels import Aggregation
-from hts_ray.sweep_trial import feels
+from hts_ray.labels import stage as filtering
+from hts_ray.labels.select import Aggregation
+from hts_ray.sweep.trial import feels
 
 Settings = dict[str, Any]  # dotted name: value
 

@@ -1,6 +1,6 @@
 """The sweep stage: region scores in, tried settings and the best of them out.
 
-Trials fit classifiers on cached features (`hts_ray.sweep.search`); the best few are trained in
+Trials fit classifiers on cached features (`hts_ray.sweep.tune`); the best few are trained in
 full by the normal stages (`hts_ray.sweep.finalists`) and must then beat the run's own settings,
 or these are kept. Everything lies in one folder, named by settings and inputs, that a sweep which
 was cut off goes on in.
@@ -18,16 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
 from hts_ray.config import override
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
-from hts_ray.sweep.finalists import FOLDER, Finalist, labeled_among, run_finalists
-from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first, promising_first
-from hts_ray.sweep.proposals import make_proposer
-from hts_ray.sweep.space import Settings, Space, build_space, nested
-from hts_ray.sweep_trial import VALIDATION
-from hts_ray.tables import (
+from hts_ray.store import storage
+from hts_ray.store.tables import (
     StageFolder,
     content_hash,
     read_table,
@@ -36,9 +31,15 @@ from hts_ray.tables import (
     trials_schema,
     write_table,
 )
+from hts_ray.sweep.finalists import FOLDER, Finalist, labeled_among, run_finalists
+from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first, promising_first
+from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
+from hts_ray.sweep.proposals import make_proposer
+from hts_ray.sweep.space import Settings, Space, build_space, nested
+from hts_ray.sweep.trial import VALIDATION
 
 if TYPE_CHECKING:
-    from hts_ray.sweep_trial import SweepData
+    from hts_ray.sweep.trial import SweepData
 
 TABLE = "sweep"
 TRIALS_FILE = "trials.parquet"
@@ -140,7 +141,7 @@ def labeled_images(run: pipeline.Run, path: str) -> pa.Table:
     DataError when there is no such row.
     """
     if path.endswith(".mat"):
-        from hts_ray.data.hico import read_anno_table
+        from hts_ray.images.hico import read_anno_table
 
         annotated = read_anno_table(path)
         known = pipeline.read_manifest(pipeline.manifest_path(run)).select(["image_id", "uri"])
@@ -212,7 +213,7 @@ def load_data(
 ) -> SweepData:
     """Compute the image features that are missing, and read everything that trials need."""
     from hts_ray.student.features import ensure_features
-    from hts_ray.sweep_trial import load_sweep_data
+    from hts_ray.sweep.trial import load_sweep_data
 
     config = plan.run.config
     student = start_student(plan, plan.stage.file(START))
@@ -260,7 +261,7 @@ def all_images(plan: Plan) -> pa.Table:
 def _run_trials(
     plan: Plan, data: SweepData, on_trial: Callable[[Trial], None] | None
 ) -> dict[int, Trial]:
-    from hts_ray.sweep.search import run_trials
+    from hts_ray.sweep.tune import run_trials
 
     return run_trials(
         plan.run.config.sweep,
@@ -291,7 +292,7 @@ def one_trial(
     """Run a trial with one seed; DataError when its filter leaves no positive."""
     import torch
 
-    from hts_ray.sweep_trial import run_trial
+    from hts_ray.sweep.trial import run_trial
 
     torch.set_num_threads(1)  # as many trials run at a time as there are CPUs
     result = run_trial(data, settings, seed, names)

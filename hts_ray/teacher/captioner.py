@@ -1,7 +1,7 @@
 """What a teacher is: something that gives log P(sentence | region) and writes captions.
 
 This module needs neither torch nor Ray, so that a teacher of your own needs neither; how the
-packaged ones are found and loaded is told in `hts_ray.teacher.loading`.
+packaged ones are found and loaded is told in `hts_ray.teacher.models.loading`.
 
 Shape legend: R regions, P prompts, C classes, H x W pixels.
 """

@@ -19,15 +19,15 @@ from typing import Any, Protocol
 from hts_ray.classes import noun_phrase
 from hts_ray.config import RegionsConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.regions import Detection
 from hts_ray.teacher.captioner import Pixels
-from hts_ray.teacher.loading import (
+from hts_ray.teacher.models.loading import (
     MODEL_FILES,
     checked_settings,
     download,
     folder_fingerprint,
     local_folder,
 )
-from hts_ray.teacher.regions import Detection
 
 FIELD = "label.regions.detector"
 # Images in one forward: detectors work at 640 to 1333 pixels.

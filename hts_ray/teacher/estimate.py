@@ -15,20 +15,20 @@ import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, LabelConfig
-from hts_ray.data.images import DecodedImage
-from hts_ray.filtering import class_probabilities
-from hts_ray.image_pipeline import decode_batch, manifest_rows
-from hts_ray.teacher.captioner import Captioner
-from hts_ray.teacher.loading import needs_torch
-from hts_ray.teacher.regions import Region
-from hts_ray.teacher.scoring import ImageFailure, ImageTask, RegionScorer, ScoredImage
-from hts_ray.teacher.teaching import (
+from hts_ray.engine.image_pass import decode_batch, manifest_rows
+from hts_ray.images.decode import DecodedImage
+from hts_ray.images.regions import Region
+from hts_ray.labels.stage import class_probabilities
+from hts_ray.teacher.actor import (
     Teaching,
     image_task,
     load_on_device,
     region_scorer,
     table_info,
 )
+from hts_ray.teacher.captioner import Captioner
+from hts_ray.teacher.models.loading import needs_torch
+from hts_ray.teacher.scorers import ImageFailure, ImageTask, RegionScorer, ScoredImage
 
 _TOP = 3
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from hts_ray import storage
 from hts_ray.assets import asset_path
 from hts_ray.report import thumbnail_data_uri
+from hts_ray.store import storage
 from hts_ray.teacher.estimate import Estimate, ImageExample, RegionExample
 
 _PICTURE_SIDE = 640

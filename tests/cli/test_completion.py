@@ -61,7 +61,7 @@ def test_jobs_complete_their_command_and_its_settings():
 def test_the_formats_that_are_completed_are_those_that_are_written():
     """Catches a list that was not kept up; it stands apart because writing loads torch."""
     from hts_ray.exports.writing import FORMATS as LABELS
-    from hts_ray.student.export import FORMATS as STUDENTS
+    from hts_ray.student.convert import FORMATS as STUDENTS
 
     assert sorted(STUDENT_FORMATS) == sorted(STUDENTS)
     assert sorted(LABEL_FORMATS) == sorted(LABELS)

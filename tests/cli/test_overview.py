@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hts_ray import storage
 from hts_ray.cli.overview import find_runs, next_words, print_overview, steps_of
-from hts_ray.tables import StageFolder
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder
 
 TABLES = ["manifest", "region_scores", "pseudo_labels", "student", "predictions", "evaluation"]
 

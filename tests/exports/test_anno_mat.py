@@ -10,12 +10,12 @@ import scipy.io
 from labeled_run import POSITIVES
 
 from hts_ray.classes import hico_classes
-from hts_ray.data.hico import read_anno_table
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.anno_mat import anno_variables
 from hts_ray.exports.records import Context, LabeledImage, Origin
 from hts_ray.exports.source import read_labels
 from hts_ray.exports.writing import export_labels
+from hts_ray.images.hico import read_anno_table
 
 CONTEXT = Context(hico_classes(), Origin("pseudo_labels"))
 

@@ -21,7 +21,7 @@ import psutil
 from fault_cluster import Driver, FaultCluster
 from servers import Fault, FaultyStore
 
-from hts_ray import storage
+from hts_ray.store import storage
 
 STAGES = ("label", "train", "sweep")
 # Workers whose death Ray makes up for; that of one who manages others ends the command.

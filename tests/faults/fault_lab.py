@@ -15,9 +15,10 @@ from fault_cluster import Driver, FaultCluster
 from fault_kinds import ALONE, KINDS
 from servers import BUCKET, FaultyStore
 
-from hts_ray import cli, storage
-from hts_ray.data.synthetic import world_class_ids, write_world
-from hts_ray.tables import find_stage, read_table, write_table
+from hts_ray import cli
+from hts_ray.demo.world import world_class_ids, write_world
+from hts_ray.store import storage
+from hts_ray.store.tables import find_stage, read_table, write_table
 
 ASKED = tuple(filter(None, os.environ.get("HTS_FAULT_KINDS", "").split(",")))
 KEPT = os.environ.get("HTS_FAULT_LAB", "")  # a folder that keeps the unbroken runs between calls

@@ -16,7 +16,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 )
 
 from hts_ray import cli
-from hts_ray.data.synthetic import write_world
+from hts_ray.demo.world import write_world
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

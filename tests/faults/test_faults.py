@@ -21,8 +21,8 @@ from fault_lab import ASKED, Lab, finish, require, to_bucket
 from PIL import Image, PngImagePlugin
 from servers import BUCKET
 
-from hts_ray.data.synthetic import write_world
-from hts_ray.tables import find_stage, read_table
+from hts_ray.demo.world import write_world
+from hts_ray.store.tables import find_stage, read_table
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

@@ -12,9 +12,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's import mode hides what lies beside
 from report_pages import photo
 
-from hts_ray import storage, tables
 from hts_ray.classes import hico_classes
 from hts_ray.config import parse_config
+from hts_ray.store import storage, tables
 
 CLASS_IDS = [5, 9, 400]
 

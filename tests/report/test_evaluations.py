@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from hts_ray import storage
 from hts_ray.report.evaluations import (
     by_class,
     comparison_rows,
@@ -14,6 +13,7 @@ from hts_ray.report.evaluations import (
     read_evaluations,
     read_training,
 )
+from hts_ray.store import storage
 
 
 def test_evaluations_are_named_and_ordered(run_dir):

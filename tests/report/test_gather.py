@@ -9,9 +9,10 @@ import pytest
 from markupsafe import Markup
 from report_pages import Page
 
-from hts_ray import report, storage, tables
+from hts_ray import report
 from hts_ray.cli import report as command
 from hts_ray.report import gather
+from hts_ray.store import storage, tables
 
 
 def test_report_for_run_reads_every_stage(run_dir):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from hts_ray import report, tables
+from hts_ray import report
 from hts_ray.report.found import read_found
 from hts_ray.report.run_gallery import run_gallery
 from hts_ray.report.stages import FinishedStages
+from hts_ray.store import tables
 
 
 def gallery_of(run_dir, max_images=10):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hts_ray import storage, tables
 from hts_ray.config import parse_config
 from hts_ray.report.stages import FinishedStages, read_quarantine, run_facts, stage_rows
+from hts_ray.store import storage, tables
 
 GPUS = {
     "label": {"pool": {"max_size": 4, "num_gpus": 0.5}},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hts_ray.classes import hico_classes
 from hts_ray.errors import DataError
 from hts_ray.review.agreement import Counts, measure_agreement, wilson_interval
-from hts_ray.tables import CORRECTIONS_SCHEMA, PSEUDO_LABELS_SCHEMA
+from hts_ray.store.tables import CORRECTIONS_SCHEMA, PSEUDO_LABELS_SCHEMA
 
 CLASSES = hico_classes().subset([18, 19, 74])
 

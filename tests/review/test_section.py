@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from labeled_run import save_run
 
-from hts_ray import pipeline, report, storage
+from hts_ray import pipeline, report
 from hts_ray.config import override
 from hts_ray.review.importing import import_labels, write_import
 from hts_ray.review.measuring import review
 from hts_ray.review.reading import Read, ReadImage
 from hts_ray.review.section import MAX_IMAGES, disagreed_images, review_sections
-from hts_ray.tables import require_stage
+from hts_ray.store import storage
+from hts_ray.store.tables import require_stage
 
 TRUTH = {
     "a/1": ("ride bicycle",),

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from hts_ray import storage
 from hts_ray.config import StudentConfig
 from hts_ray.errors import DataError
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import description_hash, save_student, student_fingerprint
 from hts_ray.student.model import build_student
-from hts_ray.tables import StageFolder
 
 
 @pytest.fixture(scope="module")

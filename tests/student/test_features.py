@@ -9,9 +9,10 @@ import torch
 from crashes import crash_before_the_last_block
 from PIL import Image
 
-from hts_ray import storage
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
 from hts_ray.errors import DataError
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder, features_schema, read_table, write_table
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student
 from hts_ray.student.features import (
@@ -26,7 +27,6 @@ from hts_ray.student.features import (
     read_features,
 )
 from hts_ray.student.model import build_student
-from hts_ray.tables import StageFolder, features_schema, read_table, write_table
 
 DIMENSION = 24  # of the tiny CLIP's embeddings
 ON_RAY = FeaturesConfig(local_images=0, batch_images=16)
@@ -170,7 +170,7 @@ def test_numbers_that_are_not_finite_are_quarantined(student_path, images):
     encoder = FeatureEncoder(student_path, "", PoolConfig(), flipped=True)
     with torch.no_grad():
         encoder.student.visual.ln_post.weight[0] = torch.nan
-    from hts_ray.image_pipeline import decode_batch
+    from hts_ray.engine.image_pass import decode_batch
 
     table = encoder(decode_batch(images.slice(0, 3), ImagesConfig(), square=32))
     assert table["features"].to_pylist() == table["flipped"].to_pylist() == [None] * 3

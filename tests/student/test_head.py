@@ -14,7 +14,7 @@ from hts_ray.errors import DataError
 from hts_ray.losses import make_loss
 from hts_ray.student.head import fit_head, head_logits
 from hts_ray.student.loop import learning_rate_factor
-from hts_ray.student.training import class_weights
+from hts_ray.student.train import class_weights
 
 IMAGES, DIMENSION, CLASSES, SCALE = 40, 6, 4, 10.0
 CONFIG = TrainConfig(

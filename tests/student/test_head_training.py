@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 from safetensors.torch import load as load_weights
 
-from hts_ray import storage
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.errors import DataError
-from hts_ray.student import load_student, training
-from hts_ray.student.training import train_student
-from hts_ray.tables import StageFolder, read_table
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder, read_table
+from hts_ray.student import load_student
+from hts_ray.student import train as training
+from hts_ray.student.train import train_student
 
 PLAIN = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
 CONFIG = TrainConfig(

@@ -84,7 +84,7 @@ def test_steps_after_a_crash_stand_once(tmp_path):
 
 def test_curves_reach_remote_storage(tmp_path, monkeypatch):
     """Catches curves that stay on a worker's disk when the run lives in a bucket."""
-    monkeypatch.setattr("hts_ray.storage.is_remote", lambda path: True)
+    monkeypatch.setattr("hts_ray.store.storage.is_remote", lambda path: True)
     log = CurveLog(
         Accelerator(cpu=True), ["tensorboard"], folder=str(tmp_path / "far"), settings={}
     )

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
+from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.losses import make_loss
 from hts_ray.student import loop
 from hts_ray.student.loop import dense_targets, dense_weights, learning_rate_factor
-from hts_ray.telemetry import HeldGpus, Meter
 
 PLAIN = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
 

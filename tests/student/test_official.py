@@ -20,7 +20,7 @@ from hts_ray.config import PredictConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.student import load_student
 from hts_ray.student.official import import_checkpoint
-from hts_ray.student.prediction import score_images
+from hts_ray.student.predict import score_images
 
 VISUAL = "visual_encoder.visual."
 BLOCK = VISUAL + "transformer.resblocks.{}."

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from hts_ray.config import PoolConfig
+from hts_ray.engine.telemetry import Meter
 from hts_ray.student.pool import MeteredActor
-from hts_ray.telemetry import Meter
 
 KEPT: list[dict[str, float]] = []
 

@@ -8,21 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from hts_ray import storage
 from hts_ray.config import ImagesConfig, PoolConfig, SelfTrainingConfig
+from hts_ray.engine.image_pass import decode_batch
 from hts_ray.errors import DataError
-from hts_ray.image_pipeline import decode_batch
-from hts_ray.student import load_student
-from hts_ray.student.checkpoints import save_student
-from hts_ray.student.model import build_student
-from hts_ray.student.region_scoring import StudentRegionScorer, StudentScores, score_regions
-from hts_ray.tables import (
+from hts_ray.store import storage
+from hts_ray.store.tables import (
     REGION_SCORES_SCHEMA,
     STUDENT_SCORES_SCHEMA,
     StageFolder,
     read_table,
     write_table,
 )
+from hts_ray.student import load_student
+from hts_ray.student.checkpoints import save_student
+from hts_ray.student.model import build_student
+from hts_ray.student.region_scoring import StudentRegionScorer, StudentScores, score_regions
 
 BOXES = [[0.0, 0.0, 48.0, 40.0], [4.0, 8.0, 22.0, 32.0], [24.0, 0.0, 48.0, 20.0]]
 

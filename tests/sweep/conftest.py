@@ -6,11 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hts_ray import pipeline, storage
+from hts_ray import pipeline
 from hts_ray.config import load_config, override
-from hts_ray.data.synthetic import world_class_ids, write_world
-from hts_ray.evaluation import label_matrix
-from hts_ray.tables import REGION_SCORES_SCHEMA, write_table
+from hts_ray.demo.world import world_class_ids, write_world
+from hts_ray.evaluate import label_matrix
+from hts_ray.store import storage
+from hts_ray.store.tables import REGION_SCORES_SCHEMA, write_table
 
 KINDS = ["whole", "grid", "grid", "person"]
 

@@ -8,7 +8,6 @@ import pytest
 from scipy.stats import ttest_rel
 
 from hts_ray.config import TrainConfig
-from hts_ray.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
 from hts_ray.sweep.finalists import (
     HELD_OUT,
     _training_parts,
@@ -16,7 +15,8 @@ from hts_ray.sweep.finalists import (
     paired_error,
     training_slots,
 )
-from hts_ray.sweep_trial import VALIDATION
+from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
+from hts_ray.sweep.trial import VALIDATION
 
 
 def test_finalists_are_compared_by_what_a_student_changes():

@@ -7,15 +7,17 @@ import pyarrow.compute as pc
 import pytest
 import yaml
 
-from hts_ray import cli, pipeline, storage
+from hts_ray import cli, pipeline
 from hts_ray.config import parse_config
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.evaluation import label_matrix
-from hts_ray.objectives import DEFAULT_OBJECTIVE
+from hts_ray.evaluate import label_matrix
+from hts_ray.store import storage
+from hts_ray.store.tables import read_table, write_table
 from hts_ray.sweep import stage as sweep_stage
 from hts_ray.sweep.estimate import estimate
 from hts_ray.sweep.finalists import HELD_OUT
 from hts_ray.sweep.log import OWN, Trial
+from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE
 from hts_ray.sweep.plots import sweep_section
 from hts_ray.sweep.progress import print_sweep
 from hts_ray.sweep.stage import (
@@ -29,8 +31,7 @@ from hts_ray.sweep.stage import (
     run_sweep,
     trials_table,
 )
-from hts_ray.sweep_trial import VALIDATION
-from hts_ray.tables import read_table, write_table
+from hts_ray.sweep.trial import VALIDATION
 
 TINY = {
     "trials": 5,

@@ -16,7 +16,6 @@ import torch
 
 from hts_ray.config import TeacherConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.teacher import decoders
 from hts_ray.teacher.captioner import (
     Captioner,
     ClassPrompts,
@@ -28,8 +27,9 @@ from hts_ray.teacher.captioner import (
     plain_images,
     score_classes,
 )
-from hts_ray.teacher.loading import load_captioner
-from hts_ray.teacher.readers import CrossAttentionDecoder, GitDecoder
+from hts_ray.teacher.models.loading import load_captioner
+from hts_ray.teacher.models.readers import CrossAttentionDecoder, GitDecoder
+from hts_ray.teacher.scoring import decoders
 
 PROMPTS = ["a person riding a horse", "a person washing a dog", "a hot dog"]
 
@@ -222,7 +222,7 @@ def test_dummy_depends_on_pixels_and_prompts_only() -> None:
 def test_planning_needs_no_torch() -> None:
     """Catches imports that cost a driver seconds and a gigabyte for naming a model."""
     code = (
-        "import sys; import hts_ray.teacher.labeling, hts_ray.teacher.loading as c;"
+        "import sys; import hts_ray.teacher.stage, hts_ray.teacher.models.loading as c;"
         "from hts_ray.config import TeacherConfig;"
         "c.model_fingerprint(TeacherConfig(model='builtin:dummy'));"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules), 'heavy import'"

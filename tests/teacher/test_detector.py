@@ -16,6 +16,7 @@ import pytest
 
 from hts_ray.config import RegionsConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.regions import Detection
 from hts_ray.teacher.captioner import Pixels
 from hts_ray.teacher.detector import (
     FIXED,
@@ -29,7 +30,6 @@ from hts_ray.teacher.detector import (
     detector_queries,
     load_detector,
 )
-from hts_ray.teacher.regions import Detection
 
 OBJECTS = ("hot_dog", "horse")
 QUERIES = ["person", "hot dog", "horse"]

@@ -13,7 +13,7 @@ from PIL import Image
 from hts_ray.classes import hico_classes
 from hts_ray.config import FilterConfig, LabelConfig
 from hts_ray.errors import ConfigError
-from hts_ray.tables import MANIFEST_SCHEMA, write_table
+from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 from hts_ray.teacher.estimate import estimate
 
 CLASSES = hico_classes().subset(range(6))

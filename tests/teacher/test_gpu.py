@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from hts_ray.config import CaptionConfig, TeacherConfig
-from hts_ray.data.images import DecodedImage
+from hts_ray.images.crops import CropBatch
+from hts_ray.images.decode import DecodedImage
+from hts_ray.images.regions import Region
 from hts_ray.teacher.captioner import Captioner, ClassPrompts
-from hts_ray.teacher.crops import CropBatch
-from hts_ray.teacher.loading import load_captioner
-from hts_ray.teacher.regions import Region
+from hts_ray.teacher.models.loading import load_captioner
 
 pytestmark = pytest.mark.gpu
 PROMPTS = ["a person riding a horse", "a person washing a dog", "a hot dog"]

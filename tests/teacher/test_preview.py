@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hts_ray.data.images import DecodedImage
+from hts_ray.images.decode import DecodedImage
+from hts_ray.images.regions import Region
 from hts_ray.teacher.estimate import Estimate, ImageExample, RegionExample
 from hts_ray.teacher.preview import write_preview
-from hts_ray.teacher.regions import Region
 
 
 def measured(*examples: ImageExample) -> Estimate:

@@ -8,7 +8,7 @@ import pytest
 from hts_ray.classes import hico_classes
 from hts_ray.config import CaptionConfig
 from hts_ray.errors import ConfigError
-from hts_ray.teacher.teaching import _matcher
+from hts_ray.teacher.actor import _matcher
 from hts_ray.teacher.text_encoder import ClipTextEncoder
 
 

@@ -78,7 +78,7 @@ sys.meta_path.insert(
         {
             "PIL.PngImagePlugin": _poison,
             "hts_ray.student.loop": _slowly("_train_step", 0.3),
-            "hts_ray.sweep_trial": _slowly("run_trial", 1.5),
+            "hts_ray.sweep.trial": _slowly("run_trial", 1.5),
         }
     ),
 )

@@ -1,0 +1,1 @@
+"""What captions state: text in, HOI classes out. Knows nothing of models."""

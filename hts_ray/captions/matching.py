@@ -1,0 +1,351 @@
+"""Caption mode of the teacher: which classes a caption's text states.
+
+A caption is read as a shallow parse, each step in a module that knows nothing of the next: words
+(`morphology`), their parts of speech (`tagging`), noun phrases and verb groups (`phrases`), then
+events with subject, objects, prepositions, voice and negation (`clauses`), then classes through
+surface phrases such as "take bite of" = eat (`lexicon`, `statements`). Probabilities mean:
+
+- 0.5 and above: stated. 0.9 is the verb or a synonym said of a person, less where the wording
+  leaves something open ("a man on a horse" for ride, a subject that is left out, "about to hit").
+- below 0.5: hinted. This holds for every class that another one merely entails (riding a horse
+  for straddle, swinging a bat for hold), because a pseudo-label should be what was said, and for
+  wordings that fit several classes ("a man with an umbrella" for hold and carry), purposes not
+  yet reached ("wants to ride", "waits to board") and pictures of pictures ("a statue of a man").
+- absent: not said, or denied ("nobody is riding the horse", "stops riding", "instead of riding").
+
+A class with a verb needs a person as its subject: a dog on a skateboard states nothing. A caption
+that says where a person stands beside an object and nothing more, or denies contact, states
+`no_interaction`. "About to" and "trying to" keep half: stated only for acts that a still picture
+shows by their preparation (swing, hit, throw, kick, catch, serve, jump, board, blow).
+
+English only. What the lexicon finds nothing for can be given to an `encoder`.
+
+This module is the way in. It knows class tables, what their verbs and objects are called in the
+lexicon's terms, classes without a verb, prompts and the encoder; of English itself, nothing but
+the directions that a table's own verb may take.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hts_ray.captions.clauses import Clauses, read_clauses
+from hts_ray.captions.lexicon import STATED, Lexicon, Reading
+from hts_ray.captions.morphology import noun_key, split_words, verb_lemma
+from hts_ray.captions.phrases import Chunk, NounPhrase, PhraseReader, VerbGroup
+from hts_ray.captions.statements import StatementReader
+from hts_ray.classes import NO_INTERACTION, OBJECT_PHRASES, ClassTable, hico_classes
+
+_ANY_PREPOSITION = 0.7  # "climbing up a ladder" for the own class climb
+_DIRECTIONS = ("up", "down", "at", "over", "through", "around", "across", "along", "into", "onto")
+_PROMPT = 0.95  # the caption is one of the class's own prompts
+_ENCODED_AT_MOST = 0.6
+_ENCODED_CLASSES = 3
+_CACHED_TABLES = 8
+
+
+class TextEncoder(Protocol):
+    """Gives N texts as N unit vectors, (N, D) floats; CLIP's text tower is one."""
+
+    def __call__(self, texts: Sequence[str], /) -> npt.NDArray[np.floating[Any]]:
+        """Return (N, D)."""
+        ...
+
+
+def match_captions(
+    captions: Sequence[str],
+    class_table: ClassTable | None = None,
+    *,
+    encoder: TextEncoder | None = None,
+    similarity_floor: float = 0.85,
+) -> list[dict[int, float]]:
+    """Return one `{class_id: probability}` for each of N captions (HICO's 600 by default).
+
+    See the module for what probabilities mean. Classes without a verb are stated by their
+    object or name being there, whoever does what. With an `encoder`, a caption with a person in
+    it for which nothing is stated gets, for its three nearest classes, a probability that grows
+    linearly from 0 at cosine `similarity_floor` between the caption and the class's primary
+    prompt to 0.6 at cosine 1; classes that the caption denies get none. Raises TypeError for a
+    single string or entries that are no strings, ValueError for a floor outside [-1, 1) or
+    vectors of the wrong shape.
+    """
+    if isinstance(captions, (str, bytes)):
+        raise TypeError("captions is a single string: give a list of strings")
+    texts = list(captions)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"captions[{i}] is {type(text).__name__}: give strings")
+    if not -1 <= similarity_floor < 1:
+        raise ValueError(f"similarity_floor = {similarity_floor!r}: give a cosine in [-1, 1)")
+    table = hico_classes() if class_table is None else class_table
+    matcher = _matcher(table)
+    found = [matcher.match(text) for text in texts]
+    if encoder is not None:
+        _add_similar(found, texts, table, encoder, similarity_floor)
+    return [match.probabilities for match in found]
+
+
+@dataclass
+class Match:
+    """What was found in one caption: probabilities by class id, denied ids, any person in it."""
+
+    probabilities: dict[int, float]
+    denied: set[int]
+    has_person: bool
+
+
+@functools.lru_cache(maxsize=_CACHED_TABLES)
+def _matcher(table: ClassTable) -> CaptionMatcher:
+    return CaptionMatcher(table)
+
+
+def _add_similar(
+    found: list[Match],
+    texts: Sequence[str],
+    table: ClassTable,
+    encoder: TextEncoder,
+    floor: float,
+) -> None:
+    rows = [
+        i
+        for i, match in enumerate(found)
+        if match.has_person and not any(p >= 0.5 for p in match.probabilities.values())
+    ]
+    if not rows:
+        return
+    captions_ND = _encoded(encoder, [texts[i] for i in rows])
+    prompts_CD = _encoded(encoder, table.primary_prompts)
+    if captions_ND.shape[1] != prompts_CD.shape[1]:
+        raise ValueError(
+            f"encoder gave {captions_ND.shape[1]} and {prompts_CD.shape[1]} dimensions:"
+            " give texts of the same space"
+        )
+    cosine_NC = captions_ND @ prompts_CD.T
+    for row, cosine_C in zip(rows, cosine_NC, strict=True):
+        match = found[row]
+        for c in np.argsort(-cosine_C, kind="stable")[:_ENCODED_CLASSES]:
+            class_id = table[int(c)].class_id
+            trust = min(1.0, (float(cosine_C[c]) - floor) / (1 - floor)) * _ENCODED_AT_MOST
+            if trust > match.probabilities.get(class_id, 0.0) and class_id not in match.denied:
+                match.probabilities[class_id] = trust
+
+
+def _encoded(encoder: TextEncoder, texts: Sequence[str]) -> npt.NDArray[np.float64]:
+    vectors = np.asarray(encoder(texts), dtype=np.float64)
+    if vectors.ndim != 2 or len(vectors) != len(texts):
+        raise ValueError(f"encoder gave shape {vectors.shape} for {len(texts)} texts: give (N, D)")
+    return vectors
+
+
+# Classes
+
+
+class CaptionMatcher:
+    """The classes of one table, compiled for matching."""
+
+    def __init__(self, table: ClassTable) -> None:
+        self.table = table
+        self._ids, lexicon = _compiled(table)
+        self._phrases = PhraseReader(lexicon)
+        self._statements = StatementReader(lexicon, self._ids)
+        self._without_verb = [
+            (entry.class_id, _NamePattern(entry.object or entry.name, self._phrases))
+            for entry in table
+            if entry.verb is None
+        ]
+        self._prompts = {
+            _normal(prompt): entry.class_id for entry in table for prompt in entry.prompts
+        }
+
+    def match(self, caption: str) -> Match:
+        """Find the classes of one caption."""
+        chunks = self._phrases.chunks(caption)
+        clauses = read_clauses(chunks)
+        scores = self._statements.score(clauses)
+        found = scores.by_id()
+        denied = {self._ids[pair] for pair in scores.denied} - {
+            class_id for class_id, p in found.items() if p >= 0.5
+        }
+        for class_id in denied:
+            found.pop(class_id, None)
+        for class_id, pattern in self._without_verb:
+            trust = pattern.match(chunks, clauses)
+            if trust:
+                found[class_id] = trust
+        exact = self._prompts.get(_normal(caption))
+        if exact is not None:
+            found[exact] = max(_PROMPT, found.get(exact, 0.0))
+        person = any(p.kind in ("person", "name") and not p.negative for p in clauses.phrases)
+        return Match(found, denied, person or not clauses.phrases)
+
+
+def _compiled(table: ClassTable) -> tuple[dict[tuple[str, str], int], Lexicon]:
+    """A table's (verb, object) -> id, and the lexicon with the words of its own classes added."""
+    ids: dict[tuple[str, str], int] = {}
+    nouns: dict[str, dict[str, float]] = {}
+    frames: dict[str, list[Reading]] = {}
+    known = Lexicon()
+    objects = {obj for found in known.nouns.values() for obj in found}
+    targets = {
+        option[0]
+        for readings in known.frames.values()
+        for reading in readings
+        for option in reading.options
+    }
+    for entry in table:
+        if entry.verb is None:
+            continue
+        verb, surface = _verb_keys(entry.verb)
+        obj = "" if entry.object is None else _object_key(entry.object, objects)
+        ids[verb, obj] = entry.class_id
+        if obj and obj not in objects and obj != "person":
+            nouns.setdefault(noun_key(entry.object or ""), {})[obj] = 1.0
+        if verb != NO_INTERACTION:
+            frames.setdefault(surface, [Reading(((verb, None, STATED),))])
+            if verb not in targets:
+                loose = Reading(((verb, None, _ANY_PREPOSITION),))
+                for prep in _DIRECTIONS:
+                    frames.setdefault(f"{surface} {prep}", [loose])
+    own = {obj for found in nouns.values() for obj in found}
+    return ids, Lexicon(nouns, frames, own) if nouns or frames else known
+
+
+def _verb_keys(verb: str) -> tuple[str, str]:
+    """The class verb and its surface: "Hopping on" -> ("hop_on", "hop on")."""
+    words = [word.lower() for word in split_words(verb) if word[0].isalnum()]
+    if verb == NO_INTERACTION or not words:
+        return verb, verb
+    words[0] = verb_lemma(words[0])
+    return "_".join(words), " ".join(words)
+
+
+def _object_key(obj: str, known: Iterable[str]) -> str:
+    """The object's key; another word for one of HICO's objects is that object: "bike"."""
+    key = obj.strip().lower().replace(" ", "_")
+    if key not in known:
+        noun = noun_key(obj)
+        for name, phrases in OBJECT_PHRASES.items():
+            if any(noun == noun_key(phrase.split(" ", 1)[-1]) for phrase in phrases):
+                return name
+    return key
+
+
+_SPACES = re.compile(r"[\W_]+")
+
+
+def _normal(text: str) -> str:
+    return _SPACES.sub(" ", text).strip().casefold()
+
+
+# Classes without a verb
+
+
+class _NamePattern:
+    """A class known by a phrase: its words in order, with others only where they change nothing."""
+
+    def __init__(self, name: str, phrases: PhraseReader) -> None:
+        chunks = phrases.chunks(name)
+        self.keys = _name_keys(chunks)
+        relations = list(_relations(read_clauses(chunks)))
+        self.relation = relations[0] if len(relations) == 1 else None
+
+    def match(self, chunks: Sequence[Chunk], clauses: Clauses) -> float:
+        """Probability that the phrase is said."""
+        said = _name_keys(chunks)
+        if not self.keys or not said:
+            return 0.0
+        if any(self._matches_at(said, start) for start in range(len(said))):
+            return STATED
+        if self.relation is not None:
+            for relation in _relations(clauses):
+                if all(w.fits(s) for w, s in zip(self.relation, relation, strict=True)):
+                    return STATED
+        return 0.0
+
+    def _matches_at(self, said: list[_Key], start: int) -> bool:
+        i = start
+        for n, wanted in enumerate(self.keys):
+            while n and i < len(said) and said[i].optional and not wanted.fits(said[i]):
+                i += 1
+            if i >= len(said) or not wanted.fits(said[i]) or said[i].negative:
+                return False
+            i += 1
+        return True
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A noun phrase, verb or preposition of a name or caption."""
+
+    kind: str
+    word: str
+    modifiers: frozenset[str] = frozenset()
+    objects: frozenset[str] = frozenset()
+    negative: bool = False
+    optional: bool = False
+
+    def fits(self, said: _Key) -> bool:
+        """Whether what is said is this, or a narrower case of it."""
+        if self.kind != said.kind:
+            return False
+        same = self.word == said.word or bool(self.objects & said.objects)
+        if self.kind == "person" and self.word in ("person", "people", "someone"):
+            same = True
+        return same and self.modifiers <= said.modifiers
+
+
+def _relations(clauses: Clauses) -> Iterator[tuple[_Key, _Key, _Key]]:
+    """Subject, verb (with preposition) and object of every event that is not denied."""
+    for event in clauses.events:
+        if event.negative or event.lemma == "be":
+            continue
+        subjects, objects = event.subjects, [("", o) for o in event.objects]
+        if event.passive:
+            subjects, objects = event.agents, [("", o) for o in event.subjects]
+        for prep, obj in (*objects, *event.adjuncts):
+            for subject in subjects:
+                if not (subject.negative or obj.negative):
+                    verb = _Key("verb", f"{event.lemma} {prep}".strip())
+                    yield _noun_key(subject), verb, _noun_key(obj)
+
+
+def _noun_key(phrase: NounPhrase, denied: bool = False) -> _Key:
+    return _Key(
+        "person" if phrase.kind == "person" else "noun",
+        phrase.head,
+        frozenset(phrase.modifiers),
+        frozenset(phrase.objects),
+        phrase.negative or denied,
+    )
+
+
+def _name_keys(chunks: Sequence[Chunk]) -> list[_Key]:
+    keys: list[_Key] = []
+    denied = False
+    for chunk in chunks:
+        if isinstance(chunk, NounPhrase):
+            phrase: NounPhrase | None = chunk
+            while phrase is not None:
+                keys.append(_noun_key(phrase, denied))
+                phrase = phrase.of
+            denied = False
+        elif isinstance(chunk, VerbGroup):
+            denied = chunk.negative
+            if chunk.lemma:
+                optional = chunk.lemma == "be"
+                keys.append(_Key("verb", chunk.lemma, negative=chunk.negative, optional=optional))
+        elif chunk.word in ("without", "instead of"):
+            denied = True
+        elif chunk.kind == "P":
+            keys.append(_Key("prep", chunk.word, optional=chunk.word in ("down", "along", "up")))
+        elif chunk.kind in ("S", "U"):
+            denied = False
+            keys.append(_Key("mark", chunk.word))
+    return [key for key in keys if key.kind != "mark" or len(keys) > 1]

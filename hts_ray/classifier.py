@@ -1,0 +1,359 @@
+"""A trained student as a classifier of images: paths, folders, URIs or pixels in, labels out.
+
+It runs in this process, without Ray and without a run directory. Millions of images are what
+`hts predict --manifest` is for.
+
+Shapes: N images, R regions of one image, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+from pyarrow import fs as pafs
+
+from hts_ray.config import ImagesConfig, RegionsConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.decode import DecodedImage, ImageError, decode_image, read_image_bytes
+from hts_ray.store import storage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from hts_ray.images.regions import Region
+    from hts_ray.student.model import Student
+
+    ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+
+Pixels = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+
+_READ_THREADS = 4
+_IMAGES = ImagesConfig()
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class that an image has, with the student's logit.
+
+    `box` is where it shows most, xyxy in pixels of the upright image, and `box_score` the logit
+    there; both None unless regions were asked for.
+    """
+
+    class_id: int
+    name: str
+    score: float
+    box: Box | None = None
+    box_score: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The labels of one image, best first; `source` is its path, or its number in the call.
+
+    `width` and `height` are those of the upright image. Of an image that could not be used
+    `error` tells why, and there are no labels. `pixels` are what was looked at, at most 2048 a
+    side.
+    """
+
+    source: str
+    labels: tuple[Label, ...] = ()
+    width: int = 0
+    height: int = 0
+    error: str | None = None
+    pixels: Pixels | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the prediction as JSON-able values, without pixels."""
+        if self.error is not None:
+            return {"image": self.source, "error": self.error}
+        return {
+            "image": self.source,
+            "width": self.width,
+            "height": self.height,
+            "labels": [_label_dict(label) for label in self.labels],
+        }
+
+
+class Classifier:
+    """A student in evaluation mode with its preprocessing and class names."""
+
+    def __init__(self, student: Student, device: str | None = None) -> None:
+        import torch
+
+        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._student = student.eval().to(torch.device(name))
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise ConfigError(field="device", value=name, remedy=str(error)) from error
+        self._gpu = torch.device(name).type == "cuda"
+
+    @property
+    def student(self) -> Student:
+        """The torch module."""
+        return self._student
+
+    @property
+    def class_names(self) -> list[str]:
+        """C display names."""
+        return self._student.class_table.names
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        top_k: int | None = 5,
+        threshold: float | None = None,
+        *,
+        regions: bool = False,
+        batch_size: int = 32,
+        on_error: Literal["raise", "keep"] = "raise",
+    ) -> list[Prediction]:
+        """Return the labels of images: paths, URIs, bytes, PIL images or uint8 arrays (H, W, 3).
+
+        A label is kept among the `top_k` best (None: all) and from the logit `threshold` on.
+        `regions` scores a grid of crops too, some 14 times the work, and tells where each label
+        shows most. An image that cannot be used raises DataError naming it; with
+        on_error="keep" its prediction has `error` instead.
+        """
+        if isinstance(images, str | Path | bytes | np.ndarray) or not isinstance(images, Iterable):
+            images = cast("list[ImageLike]", [images])
+        return list(
+            self.iterate(
+                images,
+                top_k,
+                threshold,
+                regions=regions,
+                batch_size=batch_size,
+                on_error=on_error,
+            )
+        )
+
+    def iterate(
+        self,
+        images: Iterable[ImageLike],
+        top_k: int | None = 5,
+        threshold: float | None = None,
+        *,
+        regions: bool = False,
+        batch_size: int = 32,
+        on_error: Literal["raise", "keep"] = "raise",
+    ) -> Iterator[Prediction]:
+        """Yield what `predict` returns, one batch after the other, for many images."""
+        if top_k is not None and top_k < 1:
+            raise ConfigError(field="top_k", value=top_k, remedy="give 1 or more, or None for all")
+        if batch_size < 1:
+            raise ConfigError(field="batch_size", value=batch_size, remedy="give 1 or more")
+        numbered = enumerate(images)
+        with ThreadPoolExecutor(_READ_THREADS) as threads:
+            while batch := list(islice(numbered, batch_size)):
+                sources = [_source(image, number) for number, image in batch]
+                decoded = list(threads.map(_decoded, [image for _, image in batch]))
+                if on_error == "raise":
+                    _raise_first(sources, decoded)
+                yield from self._batch(sources, decoded, top_k, threshold, regions, batch_size)
+
+    def _batch(
+        self,
+        sources: Sequence[str],
+        decoded: Sequence[DecodedImage | ImageError],
+        top_k: int | None,
+        threshold: float | None,
+        regions: bool,
+        batch_size: int,
+    ) -> Iterator[Prediction]:
+        good = [image for image in decoded if isinstance(image, DecodedImage)]
+        logits_NC = iter(self.logits([image.pixels for image in good], batch_size))
+        for source, image in zip(sources, decoded, strict=True):
+            if isinstance(image, ImageError):
+                yield Prediction(source, error=str(image))
+                continue
+            scores_C = next(logits_NC)
+            if not np.isfinite(scores_C).all():
+                yield Prediction(source, error="the student's logits are not finite")
+                continue
+            chosen = _chosen(scores_C, top_k, threshold)
+            places = self._places(image, chosen, batch_size) if regions else None
+            labels = tuple(self._label(c, scores_C, places) for c in chosen)
+            yield Prediction(source, labels, image.width, image.height, pixels=image.pixels)
+
+    def _label(
+        self,
+        column: int,
+        scores_C: npt.NDArray[np.float32],
+        places: dict[int, tuple[Box, float]] | None,
+    ) -> Label:
+        of_class = self._student.class_table[column]
+        score = float(scores_C[column])
+        if places is None:
+            return Label(of_class.class_id, of_class.name, score)
+        box, box_score = places[column]
+        return Label(of_class.class_id, of_class.name, score, box, box_score)
+
+    def logits(self, images: Sequence[Pixels], batch_size: int = 32) -> npt.NDArray[np.float32]:
+        """Return logits (N, C) of uint8 images (H, W, 3) of any size."""
+        import torch
+
+        student = self._student
+        dtype = torch.bfloat16 if student.config.precision == "bf16" else torch.float16
+        half = self._gpu and student.config.precision != "no"
+        parts = [np.zeros((0, len(student.class_table)), np.float32)]
+        with torch.inference_mode(), torch.autocast("cuda", dtype=dtype, enabled=half):
+            for start in range(0, len(images), batch_size):
+                batch = student.preprocess(images[start : start + batch_size])
+                parts.append(student(batch).float().cpu().numpy())
+        return np.concatenate(parts)
+
+    def _places(
+        self, image: DecodedImage, columns: Sequence[int], batch_size: int
+    ) -> dict[int, tuple[Box, float]]:
+        """Return the crop in which each class scores highest, the whole image among them."""
+        from hts_ray.images.crops import crop_region
+
+        regions = grid(image.width, image.height)
+        crops = [crop_region(image, region) for region in regions]
+        scores_RC = self.logits(crops, batch_size)
+        best = {column: int(np.argmax(scores_RC[:, column])) for column in columns}
+        return {
+            column: (regions[row].box, float(scores_RC[row, column]))
+            for column, row in best.items()
+        }
+
+
+def load(path: str, device: str | None = None) -> Classifier:
+    """Return the student at `path` (run directory, student folder or export) as a classifier.
+
+    `device` is torch's name of one; a GPU where there is one, if not given. Raises DataError when
+    there is no student, ConfigError for a device that is not there.
+    """
+    from hts_ray.student import load_student
+
+    return Classifier(load_student(str(path)), device)
+
+
+def find_images(paths: Sequence[str], *, workers: int = 16) -> tuple[list[str], list[Prediction]]:
+    """Return the images meant by files, folders and URIs, and those that are unusable already.
+
+    Folders are read with the folders below them, images in their order by name. A path where
+    nothing is, and a folder without images, is unusable. Raises DataError for a storage that
+    cannot be opened.
+    """
+    from hts_ray.images.folder import read_folder
+
+    found: list[str] = []
+    bad: list[Prediction] = []
+    for path in paths:
+        kind = _kind(path)
+        if kind == pafs.FileType.NotFound:
+            bad.append(Prediction(path, error="nothing is there"))
+        if kind == pafs.FileType.File:
+            found.append(path)
+        if kind != pafs.FileType.Directory:
+            continue
+        prepared = read_folder(path, workers=workers)
+        for row in prepared.quarantine.to_pylist():
+            bad.append(Prediction(row["uri"], error=row["error"]))
+        if not len(prepared.manifest) and not len(prepared.quarantine):
+            bad.append(Prediction(path, error=f"holds no image: {_counts(prepared.counts)}"))
+        found += prepared.manifest["uri"].to_pylist()
+    return found, bad
+
+
+def grid(width: int, height: int) -> list[Region]:
+    """Return the regions that are scored where labels are to be located: the teacher's grid."""
+    from hts_ray.images.regions import propose_regions
+
+    return propose_regions(width, height, RegionsConfig())
+
+
+def _kind(path: str) -> pafs.FileType:
+    filesystem, inner = storage.resolve(path)
+    return storage.patiently(path, lambda: filesystem.get_file_info(inner).type)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "it is empty"
+
+
+def _source(image: Any, number: int) -> str:
+    return str(image) if isinstance(image, str | Path) else f"image {number}"
+
+
+def _decoded(image: Any) -> DecodedImage | ImageError:
+    """Decode any kind of input as the stages over images do."""
+    try:
+        if isinstance(image, np.ndarray):
+            return _from_pixels(image)
+        if isinstance(image, str | Path):
+            data = read_image_bytes(str(image))
+        elif isinstance(image, bytes):
+            data = image
+        else:
+            data = _encoded(image)
+        return decode_image(
+            data,
+            max_pixels=_IMAGES.max_pixels,
+            min_side=_IMAGES.min_side,
+            max_side=_IMAGES.max_side,
+        )
+    except ImageError as error:
+        return error
+
+
+def _from_pixels(pixels: npt.NDArray[Any]) -> DecodedImage:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise ConfigError(
+            field="images",
+            value=f"{pixels.dtype} {pixels.shape}",
+            remedy="give uint8 RGB arrays of shape (H, W, 3)",
+        )
+    return DecodedImage(pixels, pixels.shape[1], pixels.shape[0])
+
+
+def _encoded(image: Any) -> bytes:
+    """Write a PIL image as PNG, so that transparency, palettes and turns go one way for all."""
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise ConfigError(
+            field="images",
+            value=type(image).__name__,
+            remedy="give paths, URIs, bytes, PIL images or uint8 arrays (H, W, 3)",
+        )
+    sink = BytesIO()
+    image.save(sink, "PNG", exif=image.getexif())
+    return sink.getvalue()
+
+
+def _raise_first(sources: Sequence[str], decoded: Sequence[DecodedImage | ImageError]) -> None:
+    for source, image in zip(sources, decoded, strict=True):
+        if isinstance(image, ImageError):
+            raise DataError(f"{source} cannot be used: {image}") from image
+
+
+def _chosen(
+    scores_C: npt.NDArray[np.float32], top_k: int | None, threshold: float | None
+) -> list[int]:
+    order = np.argsort(-scores_C, kind="stable")[:top_k]
+    if threshold is not None:
+        order = order[scores_C[order] >= threshold]
+    return [int(column) for column in order]
+
+
+def _label_dict(label: Label) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "class_id": label.class_id,
+        "name": label.name,
+        "score": round(label.score, 4),
+    }
+    if label.box is not None:
+        values["box"] = list(label.box)
+        values["box_score"] = round(label.box_score or 0.0, 4)
+    return values

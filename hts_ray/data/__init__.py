@@ -1,1 +1,0 @@
-"""Where images and their annotations come from."""

@@ -1,0 +1,1 @@
+"""The built-in world, and the demo that runs every stage on it."""

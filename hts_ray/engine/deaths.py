@@ -1,0 +1,140 @@
+"""Who died over what: keeps an input that kills its worker from killing the run.
+
+Ray starts a dead worker again and gives it the same batch, for ever where actors are concerned.
+A worker therefore signs its batch in before it works and out afterwards; a batch that is signed
+in twice has killed a worker, and its images are then tried with nothing else at stake.
+
+The log is a plain object; `hts_ray.teacher.stage` keeps one in an actor of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from hts_ray.errors import DataError
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+
+KILLED_WORKER = "killed_worker"
+
+
+@dataclass
+class Deaths:
+    """How many workers died while they held an image: with others, and with it alone."""
+
+    together: int = 0
+    alone: int = 0
+
+
+class AttemptLog:
+    """The batches that workers have signed in to.
+
+    `limit` deaths in a row without a batch that succeeds end the run: then it is not the images.
+    """
+
+    def __init__(self, limit: int = 30) -> None:
+        self.limit = limit
+        self._in_a_row = 0
+        self._open: dict[str, bool] = {}
+        self._deaths: dict[str, Deaths] = {}
+
+    def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
+        """Sign in to a batch, or return the deaths of its images if there was one.
+
+        An image that is signed in already has seen its worker die. The batch is then not
+        opened: its images want to be tried alone. Raises DataError when nothing but deaths is
+        seen any more.
+        """
+        died = [image_id for image_id in ids if image_id in self._open]
+        if died:
+            self._in_a_row += 1
+        for image_id in died:
+            deaths = self._deaths.setdefault(image_id, Deaths())
+            if self._open.pop(image_id):
+                deaths.alone += 1
+            else:
+                deaths.together += 1
+        if self._in_a_row >= self.limit:
+            raise DataError(
+                f"{self._in_a_row} workers died one after the other, the last over {died[:3]}:"
+                " look for the cause in the workers' logs (memory, drivers), then run again"
+            )
+        known = [self._deaths.get(image_id, Deaths()) for image_id in ids]
+        if not alone and any(deaths.together or deaths.alone for deaths in known):
+            return known
+        self._open.update((image_id, alone) for image_id in ids)
+        return None
+
+    def end(self, ids: Sequence[str]) -> None:
+        """Sign out of a batch that was worked through."""
+        self._in_a_row = 0
+        for image_id in ids:
+            self._open.pop(image_id, None)
+
+
+class Log(Protocol):
+    """An AttemptLog, here or elsewhere."""
+
+    def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
+        """See AttemptLog."""
+
+    def end(self, ids: Sequence[str]) -> None:
+        """See AttemptLog."""
+
+
+def survive(
+    log: Log,
+    ids: Sequence[str],
+    work: Callable[[list[int]], list[Result]],
+    refuse: Callable[[int], Result],
+    max_attempts: int,
+) -> list[Result]:
+    """Do `work` on the rows of a batch, row numbers in and one result a row out.
+
+    After a death every row is worked on alone, and one that has killed `max_attempts` workers
+    alone gets what `refuse` makes of it instead.
+    """
+    rows = list(range(len(ids)))
+    deaths = log.begin(ids)
+    if deaths is None:
+        results = work(rows)
+        log.end(ids)
+        return results
+    results = []
+    for row in rows:
+        if deaths[row].alone >= max_attempts:
+            results.append(refuse(row))
+            continue
+        log.begin([ids[row]], alone=True)
+        results += work([row])
+        log.end([ids[row]])
+    return results
+
+
+def each_in_a_process(
+    work: Callable[[Row], Result], rows: Sequence[Row], refuse: Callable[[Row], Result]
+) -> list[Result]:
+    """Do `work` on every row in a process apart; `refuse` answers for a row that kills it.
+
+    `work` and the rows must pickle. Processes are started anew, not forked: a fork would share
+    the parent's threads' locks.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: list[Result] = []
+    waiting = list(rows)
+    while waiting:
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            while waiting:
+                try:
+                    results.append(process.submit(work, waiting[0]).result())
+                except BrokenProcessPool:
+                    results.append(refuse(waiting.pop(0)))
+                    break
+                waiting.pop(0)
+    return results

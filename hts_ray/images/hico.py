@@ -1,0 +1,283 @@
+"""The HICO download as a manifest: `anno.mat` and the image folders beside it.
+
+Source: Chao et al., "HICO: A Benchmark for Recognizing Human-Object Interactions in Images",
+ICCV 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from hts_ray.classes import ClassTable, hico_classes
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.mat5 import Mat5Error, read_mat5
+from hts_ray.images.prepared import Candidate, Prepared, Progress, inspect_images, manifest_table
+from hts_ray.store import storage
+
+SPLITS = ("train", "test")
+ANNO_FILE = "anno.mat"
+LABELS = (1, -1, 0)  # positive, negative, ambiguous; NaN is unknown
+
+_LAYOUT = "expected anno.mat, images/train2015 and images/test2015"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """One split of `anno.mat`: N file names and, for each, the class ids by label."""
+
+    name: str
+    files: list[str]
+    positive_ids: list[list[int]]
+    negative_ids: list[list[int]]
+    ambiguous_ids: list[list[int]]
+
+    def candidates(self, uri_of: Callable[[str, str], str]) -> Iterator[Candidate]:
+        for row, file in enumerate(self.files):
+            yield Candidate(
+                file.rpartition(".")[0] or file,
+                uri_of(self.name, file),
+                self.name,
+                self.positive_ids[row],
+                self.negative_ids[row],
+                self.ambiguous_ids[row],
+            )
+
+
+def read_hico(
+    root: str,
+    splits: Sequence[str] = SPLITS,
+    *,
+    workers: int = 16,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read a HICO download: `root` holds `anno.mat` and `images/{train,test}2015`.
+
+    `image_id` is the file name without its extension. Images that `anno.mat` names and that are
+    not there, or whose header is damaged, become quarantine rows. `counts` has `unlisted`, the
+    files of the image folders that `anno.mat` does not name, and `class_order_unchecked`, 1 for
+    an `anno.mat` without `list_action`. `progress(done, total, quarantined)` is called after every
+    image. Raises DataError when the layout or `anno.mat` is not HICO's, ConfigError for other
+    splits.
+    """
+    for name in splits:
+        if name not in SPLITS:
+            raise ConfigError(field="splits", value=name, remedy="choose train, test or both")
+    if not splits:
+        raise ConfigError(field="splits", value=list(splits), remedy="name train, test or both")
+    root = storage.absolute(root)
+    path = storage.join(root, ANNO_FILE)
+    if not storage.exists(path):
+        raise DataError(
+            f"no {ANNO_FILE} in {root} ({_LAYOUT}){_nested(root)}:"
+            " images without annotations are read with `hts prepare folder`"
+        )
+    variables = _load(path)
+    chosen = list(dict.fromkeys(splits))
+    unlisted = 0
+    found: list[Candidate] = []
+    for split in _read_splits(variables, chosen, path):
+        folder = storage.join(root, "images", f"{split.name}2015")
+        if not storage.exists(folder):
+            raise DataError(
+                f"no folder {folder} ({_LAYOUT}): unpack the images there, or leave"
+                f" {split.name!r} out of splits"
+            )
+        unlisted += len(set(storage.list_names(folder)) - set(split.files))
+        found += split.candidates(
+            lambda name, file: storage.join(root, "images", f"{name}2015", file)
+        )
+    prepared = inspect_images(found, workers=workers, progress=progress)
+    extra = {
+        "unlisted": unlisted,
+        "class_order_unchecked": int("list_action" not in variables),
+    }
+    return Prepared(prepared.manifest, prepared.quarantine, {**prepared.counts, **extra})
+
+
+def read_anno_table(path: str) -> pa.Table:
+    """Return the annotations of an `anno.mat` as a manifest, without looking at images.
+
+    Both splits are read where both are there. `uri` is the file name, width and height are
+    null. Raises DataError when the file is not HICO's.
+    """
+    variables = _load(path)
+    there = [s for s in SPLITS if f"anno_{s}" in variables or f"list_{s}" in variables]
+    if not there:
+        raise DataError(f"{path} has neither anno_train nor anno_test: it is no HICO anno.mat")
+    rows = [
+        (candidate, None)
+        for split in _read_splits(variables, there, path)
+        for candidate in split.candidates(lambda _, file: file)
+    ]
+    return manifest_table(rows)
+
+
+def _nested(root: str) -> str:
+    """Name the folder below `root` that holds anno.mat: the archive has one of its own."""
+    for name in storage.list_names(root):
+        inner = storage.join(root, name)
+        if storage.exists(storage.join(inner, ANNO_FILE)):
+            return f", but {inner} has one: give that folder"
+    return ""
+
+
+def _load(path: str) -> dict[str, Any]:
+    """Return the HICO variables of a MATLAB v5 file; DataError for any other file."""
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError as error:
+        raise DataError(f"no file {path}: check the path") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    _check_format(data, path)
+    names = ["list_action", *(f"{kind}_{split}" for kind in ("list", "anno") for split in SPLITS)]
+    try:
+        loaded = read_mat5(data, names)
+    except Mat5Error as error:
+        raise DataError(
+            f"{path} is damaged or cut short ({len(data)} bytes): {error}: download it again"
+        ) from error
+    return {name: loaded[name] for name in names if name in loaded}
+
+
+def _check_format(data: bytes, path: str) -> None:
+    if not data:
+        raise DataError(f"{path} is empty: download it again")
+    if data.startswith(b"MATLAB 7.3") or b"\x89HDF\r\n" in data[:1024]:
+        raise DataError(
+            f"{path} is a MATLAB 7.3 (HDF5) file: save it with `save -v7` in MATLAB, or take"
+            " the original anno.mat (version 5)"
+        )
+    if data[0] == 0x80 and data[1:2] and 2 <= data[1] <= 5:
+        raise DataError(
+            f"{path} is a Python pickle, which runs code when it is loaded: refused; give a"
+            " MATLAB v5 file"
+        )
+    order = data[126:128]
+    version = data[124:126]
+    if (order, version) not in ((b"IM", b"\x00\x01"), (b"MI", b"\x01\x00")):
+        raise DataError(
+            f"{path} is not a MATLAB v5 file (it begins with {data[:16]!r}): give HICO's anno.mat"
+        )
+
+
+def _read_splits(variables: dict[str, Any], splits: Sequence[str], path: str) -> list[_Split]:
+    classes = hico_classes()
+    for split in splits:
+        for name in (f"list_{split}", f"anno_{split}"):
+            if name not in variables:
+                raise DataError(
+                    f"{path} has no variable {name} (it has {', '.join(variables) or 'none'}):"
+                    " give HICO's anno.mat, or leave the split out"
+                )
+    if "list_action" in variables:
+        _check_actions(variables["list_action"], classes, path)
+    read = [_read_split(variables, split, classes, path) for split in splits]
+    _require_unique(read, path)
+    return read
+
+
+def _read_split(variables: dict[str, Any], split: str, classes: ClassTable, path: str) -> _Split:
+    files = _strings(variables[f"list_{split}"], f"list_{split}", path)
+    for row, file in enumerate(files):
+        if not file or "/" in file or "\\" in file or file in (".", ".."):
+            raise DataError(f"{path}: list_{split}[{row}] = {file!r} is not a file name")
+    anno = _checked_anno(variables[f"anno_{split}"], f"anno_{split}", len(files), classes, path)
+    positive, negative, ambiguous = (_ids_by_image(anno == label, classes) for label in LABELS)
+    return _Split(split, files, positive, negative, ambiguous)
+
+
+def _checked_anno(
+    anno: Any, name: str, images: int, classes: ClassTable, path: str
+) -> npt.NDArray[np.floating[Any]]:
+    count = len(classes)
+    if not isinstance(anno, np.ndarray) or anno.dtype.kind != "f":
+        kind = getattr(anno, "dtype", type(anno).__name__)
+        raise DataError(
+            f"{path}: {name} is {kind}: it must be a full matrix of doubles, in which NaN is"
+            " unknown (integers cannot hold it)"
+        )
+    if anno.shape != (count, images):
+        turned = " (it is transposed)" if anno.shape == (images, count) else ""
+        raise DataError(
+            f"{path}: {name} is {'x'.join(map(str, anno.shape))}{turned}: it must be"
+            f" {count}x{images}, classes by files of list_{name.removeprefix('anno_')}"
+        )
+    wrong = ~(np.isnan(anno) | np.isin(anno, LABELS))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise DataError(
+            f"{path}: {name}[{row}, {column}] = {anno[row, column]:g}, {int(wrong.sum())} such"
+            " values: only 1, -1, 0 and NaN have a meaning"
+        )
+    return anno
+
+
+def _ids_by_image(mask_CN: npt.NDArray[np.bool_], classes: ClassTable) -> list[list[int]]:
+    images, positions = np.nonzero(mask_CN.T)
+    ends = np.cumsum(np.bincount(images, minlength=mask_CN.shape[1]))
+    ids = classes.ids[positions].tolist()
+    starts = [0, *ends[:-1].tolist()]
+    return [ids[start:end] for start, end in zip(starts, ends.tolist(), strict=True)]
+
+
+def _check_actions(actions: Any, classes: ClassTable, path: str) -> None:
+    """Raise DataError unless `list_action` names the packaged classes in their order."""
+    pairs = [(_field(a, "vname"), _field(a, "nname")) for a in np.asarray(actions).ravel()]
+    if len(pairs) != len(classes):
+        raise DataError(
+            f"{path}: list_action has {len(pairs)} classes, HICO has {len(classes)}:"
+            " give HICO's anno.mat"
+        )
+    for row, (pair, known) in enumerate(zip(pairs, classes, strict=True)):
+        if pair != (known.verb, known.object):
+            raise DataError(
+                f"{path}: list_action[{row}] is {pair[0]!r} {pair[1]!r}, HICO's order has"
+                f" {known.verb!r} {known.object!r} there: the rows of this file mean other"
+                " classes"
+            )
+
+
+def _field(action: Any, name: str) -> str | None:
+    # A struct array gives dictionaries; cells of structs give 1x1 arrays of them.
+    try:
+        while isinstance(action, np.ndarray) and action.size == 1:
+            action = action.ravel()[0]
+        value = action[name]
+        while isinstance(value, np.ndarray) and value.size == 1:
+            value = value.ravel()[0]
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+    return "_".join(value.replace("_", " ").split()) if isinstance(value, str) else None
+
+
+def _strings(cells: Any, name: str, path: str) -> list[str]:
+    strings = []
+    for row, cell in enumerate(np.asarray(cells).ravel()):
+        value = cell
+        while isinstance(value, np.ndarray) and value.size == 1:
+            value = value.ravel()[0]
+        if not isinstance(value, str):
+            raise DataError(f"{path}: {name}[{row}] is {type(value).__name__}, not a file name")
+        strings.append(str(value).strip())
+    if not strings:
+        raise DataError(f"{path}: {name} is empty")
+    return strings
+
+
+def _require_unique(splits: Sequence[_Split], path: str) -> None:
+    seen: dict[str, str] = {}
+    for split in splits:
+        for candidate in split.candidates(lambda _, file: file):
+            if candidate.image_id in seen:
+                raise DataError(
+                    f"{path}: {seen[candidate.image_id]!r} and {candidate.uri!r} have the same"
+                    f" image id {candidate.image_id!r}: list every image once"
+                )
+            seen[candidate.image_id] = candidate.uri

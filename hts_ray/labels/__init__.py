@@ -1,0 +1,1 @@
+"""From a teacher's regional scores to pseudo-labels."""

@@ -1,0 +1,142 @@
+"""What made a run: versions, code, inputs and hardware."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import hts_ray
+from hts_ray.classes import ClassTable
+from hts_ray.config import HtsConfig
+from hts_ray.store import storage
+from hts_ray.store.tables import settings_hash
+
+_PACKAGES = (
+    "ray", "torch", "torchvision", "transformers", "open_clip_torch", "accelerate", "pyarrow",
+    "numpy", "pillow",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, this package and the libraries that matter."""
+    found = {"python": platform.python_version(), "hts_ray": hts_ray.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return processor, cores, memory and GPUs of this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": _processor(),
+        "cores": _cores(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": _gpus(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the source tree's commit, with `+changes` if it is not clean; None outside git."""
+    root = Path(hts_ray.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    commit = command_output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    if commit is None:
+        return None
+    status = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
+    dirty = command_output(status)
+    return commit + ("+changes" if dirty else "")
+
+
+def measured_on() -> dict[str, Any]:
+    """Return what a measurement depends on: date, hardware, versions and commit."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return what a benchmark wrote earlier; empty where it never did."""
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write a benchmark's results, all at once: the file before stays until they are complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def write_provenance(config: HtsConfig, class_table: ClassTable, **more: Any) -> None:
+    """Write `config.yaml`, `classes.csv` and `provenance.json` into the run directory."""
+    import tempfile
+
+    run_dir = config.run_dir
+    storage.write_bytes(storage.join(run_dir, "config.yaml"), config.to_yaml().encode())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "classes.csv"
+        class_table.to_csv(path)
+        storage.write_bytes(storage.join(run_dir, "classes.csv"), path.read_bytes())
+    path_json = storage.join(run_dir, "provenance.json")
+    earlier = storage.read_json(path_json) if storage.exists(path_json) else {}
+    storage.write_json(
+        path_json,
+        {
+            **earlier,
+            "versions": versions(),
+            "hardware": hardware(),
+            "git_commit": git_commit(),
+            "settings_hash": settings_hash(config.answer_settings()),
+            "class_fingerprint": class_table.fingerprint(),
+            "num_classes": len(class_table),
+            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **more,
+        },
+    )
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    listed = command_output(query)
+    return listed.splitlines() if listed else []
+
+
+def command_output(command: list[str]) -> str | None:
+    """Return what a command prints; None when it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""Captioners of transformers: families, loading, and how their inputs are prepared."""

@@ -1,0 +1,442 @@
+"""How a loaded model of each family becomes a captioner: decoder, instruction, tokens, pixels.
+
+What a prompt's tokens are is decided by what the model would see: behind an instruction the text
+is tokenized along with it, so that a word's leading space or none is the family's own; at the
+start of a decoder's text it stands alone. Capital letters and full stops stay as given.
+
+| family | in front of the prompt, by default |
+|---|---|
+| BLIP, GIT, VisionEncoderDecoder | the start token |
+| BLIP-2 | "a photo of" |
+| InstructBLIP | "A short image description:", which its Q-Former reads too |
+| PaliGemma | "caption en" and a line break |
+| Florence-2 | the question that its processor makes of `<CAPTION>` |
+| Kosmos-2 | "An image of" |
+| chat models | INSTRUCTION in their chat template, and what it puts before an answer |
+
+`label.teacher.instruction` replaces the words; where there are none, it begins the sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hts_ray.config import TeacherConfig
+from hts_ray.teacher.captioner import Pixels
+from hts_ray.teacher.models.loading import model_error, supported_families
+from hts_ray.teacher.models.preparation import RegionInputs, image_preparation
+from hts_ray.teacher.models.readers import (
+    BatchedCrossAttentionDecoder,
+    BatchedSequenceToSequenceDecoder,
+    CrossAttentionDecoder,
+    Florence2Decoder,
+    GitDecoder,
+    KosmosStyle,
+    PaliGemmaStyle,
+    PrefixBatchedDecoder,
+    PrefixStyle,
+    PrefixTrieDecoder,
+    QFormerStyle,
+    QwenStyle,
+)
+from hts_ray.teacher.scoring.decoders import BatchedDecoder, Decoder
+
+# What chat models are asked before the prompts.
+INSTRUCTION = "Describe the image in one sentence."
+LLAVA_TEXT = "USER: <image>\n{} ASSISTANT:"
+_PROBE = "PROBE"
+
+# Text decoders of VisionEncoderDecoder that take explicit position ids; the value is the start
+# token's. RoBERTa counts from behind its padding token's id.
+_POSITIONED = {"bert": 0, "gpt2": 0, "roberta": None, "xlm-roberta": None}
+# Text models whose attention was seen to take a tree mask behind a cache. Others may be as good,
+# or silently wrong, as T5's position bias is.
+TREE_TEXT_MODELS = {
+    "gemma",
+    "llama",
+    "mistral",
+    "opt",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+}
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a captioner is put together from.
+
+    `decoder` scores what `prepare` makes of R images; `encode` makes tokens of prompts, at most
+    `max_tokens` of them each (None for any number).
+    """
+
+    decoder: Decoder
+    tokenizer: Any
+    prepare: Callable[[Sequence[Pixels]], Any]
+    encode: Encode
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that was loaded from a folder, with its settings."""
+
+    config: TeacherConfig
+    folder: Path
+    model: Any
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` is told besides the folder."""
+        return {
+            "local_files_only": True,
+            "trust_remote_code": self.config.trust_remote_code,
+        }
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, of families that need no processor."""
+        from transformers import AutoTokenizer
+
+        return self._load(AutoTokenizer)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The processor of image and text."""
+        from transformers import AutoProcessor
+
+        processor = self._load(AutoProcessor)
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise model_error(
+                self.config,
+                f"{self.folder} holds no processor of image and text",
+                "save the model's processor with it",
+            )
+        return processor
+
+    def _load(self, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.folder, **self.options)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            raise model_error(
+                self.config,
+                f"its tokenizer or processor does not load: {error}",
+                "save them in the model's folder with save_pretrained",
+            ) from error
+
+    def end_ids(self, tokenizer: Any) -> list[int]:
+        """Return the tokens that end a caption, the one that is scored first."""
+        text = self.model.config.get_text_config(decoder=True)
+        places = (self.model.generation_config, text, tokenizer)
+        for place in places:
+            found = getattr(place, "eos_token_id", None)
+            if found is not None:
+                ids = [int(i) for i in found] if isinstance(found, list) else [int(found)]
+                usual = tokenizer.eos_token_id
+                return [usual, *(i for i in ids if i != usual)] if usual in ids else ids
+        raise model_error(
+            self.config, "it names no end token", "set eos_token_id in generation_config.json"
+        )
+
+
+def build_family(loaded: Loaded) -> Family:
+    """Put the parts of a captioner together; ConfigError where the checkpoint lacks one.
+
+    A family that is not in the list was let in by trust_remote_code: it is fed as a chat model,
+    by batches, and refused by the check of its scores if that is not what it needs.
+    """
+    return _BUILDERS.get(loaded.model.config.model_type, _unknown)(loaded)
+
+
+def tree_obstacle(text: Any) -> str | None:
+    """Return why a text model's config rules out a tree mask, None where nothing does.
+
+    A sliding window counts rows of the cache, which for a tree are no distances; linear
+    attention has no mask.
+    """
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        return ", ".join(sorted(kinds))
+    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        return "sliding_attention"
+    if text.model_type not in TREE_TEXT_MODELS:
+        return f"{text.model_type} text"
+    return None
+
+
+def behind(tokenizer: Any, context: str = "", glue: str = "") -> Encode:
+    """Return what makes tokens of prompts that stand behind `context`, after `glue`.
+
+    Text and context are tokenized together and the context's tokens cut off. Where a prompt
+    changes them it is tokenized alone, as the context's tokens are what the model has read.
+    """
+    before: list[int] = tokenizer(context, add_special_tokens=False).input_ids if context else []
+
+    def encode(prompts: Sequence[str]) -> list[list[int]]:
+        texts = [glue + prompt for prompt in prompts]
+        alone: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
+        if not before:
+            return alone
+        together = tokenizer([context + text for text in texts], add_special_tokens=False)
+        return [
+            whole[len(before) :] if whole[: len(before)] == before else text
+            for whole, text in zip(together.input_ids, alone, strict=True)
+        ]
+
+    return encode
+
+
+def _pixel_family(
+    loaded: Loaded, decoder: Decoder, encode: Encode, tokenizer: Any, text: Any
+) -> Family:
+    longest = getattr(text, "max_position_embeddings", None)
+    return Family(
+        decoder,
+        tokenizer,
+        image_preparation(
+            loaded.config, loaded.folder, str(loaded.model.device), loaded.model.dtype
+        ),
+        encode,
+        # Start tokens, the end, and RoBERTa's offset take positions too.
+        max_tokens=longest - 2 - len(decoder.start_ids) if longest else None,
+    )
+
+
+def _begun(loaded: Loaded, start_id: int) -> tuple[list[int], Encode]:
+    """Return the tokens before a prompt, and what makes tokens of prompts."""
+    tokenizer, words = loaded.tokenizer, loaded.config.instruction
+    if not words:
+        return [start_id], behind(tokenizer)
+    begun = tokenizer(words, add_special_tokens=False).input_ids
+    return [start_id, *begun], behind(tokenizer, words, " ")
+
+
+def _blip(loaded: Loaded) -> Family:
+    model = loaded.model
+    text = model.config.text_config
+    start_ids, encode = _begun(loaded, text.bos_token_id)
+    decoder = CrossAttentionDecoder(
+        model,
+        model.text_decoder,
+        lambda pixels: model.vision_model(pixel_values=pixels).last_hidden_state,
+        start_ids=start_ids,
+        end_ids=[text.sep_token_id],
+    )
+    return _pixel_family(loaded, decoder, encode, loaded.tokenizer, text)
+
+
+def _git(loaded: Loaded) -> Family:
+    config = loaded.model.config
+    start_ids, encode = _begun(loaded, config.bos_token_id)
+    decoder = GitDecoder(loaded.model, start_ids=start_ids, end_ids=[config.eos_token_id])
+    return _pixel_family(loaded, decoder, encode, loaded.tokenizer, config)
+
+
+def _vision_encoder_decoder(loaded: Loaded) -> Family:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    start = _first_set(model, tokenizer, "decoder_start_token_id", "bos_token_id", "cls_token_id")
+    end = _first_set(model, tokenizer, "eos_token_id", "sep_token_id")
+    if start is None or end is None:
+        raise model_error(
+            loaded.config,
+            "it names no decoder_start_token_id or eos_token_id",
+            "set them in config.json",
+        )
+
+    def features(pixels: Tensor) -> Tensor:
+        hidden: Tensor = model.encoder(pixel_values=pixels).last_hidden_state
+        project = getattr(model, "enc_to_dec_proj", None)
+        return hidden if project is None else project(hidden)
+
+    start_ids, encode = _begun(loaded, start)
+    parts = (model, model.decoder, features)
+    text = model.config.decoder
+    decoder: Decoder
+    if text.model_type in _POSITIONED:
+        first = _POSITIONED[text.model_type]
+        decoder = CrossAttentionDecoder(
+            *parts,
+            start_ids=start_ids,
+            end_ids=[end],
+            first_position=text.pad_token_id + 1 if first is None else first,
+        )
+    else:
+        decoder = BatchedCrossAttentionDecoder(
+            *parts, start_ids=start_ids, end_ids=[end], first_position=None
+        )
+    return _pixel_family(loaded, _batches(loaded, decoder), encode, tokenizer, text)
+
+
+def _first_set(model: Any, tokenizer: Any, *names: str) -> int | None:
+    """Return the first special token id that the model or else its tokenizer names."""
+    places = (model.config, model.generation_config, model.config.decoder, tokenizer)
+    for name in names:
+        for place in places:
+            value = getattr(place, name, None)
+            if value is not None:
+                return int(value[0] if isinstance(value, list) else value)
+    return None
+
+
+def _batches(loaded: Loaded, decoder: Decoder) -> Decoder:
+    if isinstance(decoder, BatchedDecoder):
+        decoder.prompt_batch = loaded.config.prompt_batch
+    return decoder
+
+
+def _processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], RegionInputs]:
+    """Return what makes a model's inputs of images and one text."""
+    from PIL import Image
+
+    processor, model = loaded.processor, loaded.model
+    start = processor.tokenizer.bos_token
+    # A chat template may have written the start token that the tokenizer would add.
+    options = {"add_special_tokens": False} if start and text.startswith(start) else {}
+
+    def process(image: Pixels) -> dict[str, Tensor]:
+        # A PIL image: of an array of 3 rows it would have to be guessed what is a channel.
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        inputs = processor(images=picture, text=text, return_tensors="pt", **options)
+        return {
+            name: value.to(model.dtype) if value.is_floating_point() else value
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and name != "labels"
+        }
+
+    return lambda images: RegionInputs(images, process)
+
+
+def _prefix_family(
+    loaded: Loaded, style: PrefixStyle, text: str, encode: Encode, *, tree: bool = True
+) -> Family:
+    """Put together a decoder-only family that reads an image and `text`."""
+    tokenizer = loaded.processor.tokenizer
+    end_ids = loaded.end_ids(tokenizer)
+    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    language = loaded.model.config.get_text_config(decoder=True)
+    takes_tree = tree and tree_obstacle(language) is None
+    kind = PrefixTrieDecoder if takes_tree else PrefixBatchedDecoder
+    decoder: Decoder = kind(loaded.model, style, end_ids=end_ids, pad_id=pad_id)
+    return Family(_batches(loaded, decoder), tokenizer, _processed(loaded, text), encode)
+
+
+def _chat(loaded: Loaded, style: PrefixStyle, *, tree: bool = True) -> Family:
+    words = loaded.config.instruction or INSTRUCTION
+    if getattr(loaded.processor, "chat_template", None):
+        text, glue = _chat_text(loaded.processor, words)
+    elif loaded.model.config.model_type == "llava":  # the first checkpoints have no template
+        text, glue = LLAVA_TEXT.format(words), " "
+    else:
+        raise model_error(
+            loaded.config,
+            f"{loaded.folder} holds no chat template",
+            "save chat_template.jinja with the processor",
+        )
+    encode = behind(loaded.processor.tokenizer, text, glue)
+    return _prefix_family(loaded, style, text, encode, tree=tree)
+
+
+def _chat_text(processor: Any, words: str) -> tuple[str, str]:
+    """Return the text up to the answer, and what stands between it and the answer."""
+    from jinja2 import TemplateError
+
+    asked: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
+    ]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
+    text: str = processor.apply_chat_template(asked, add_generation_prompt=True)
+    try:
+        whole: str = processor.apply_chat_template([*asked, answer])
+    except (TemplateError, TypeError, ValueError):
+        return text, ""
+    before, found, _ = whole.partition(_PROBE)
+    return text, before[len(text) :] if found and before.startswith(text) else ""
+
+
+def _qformer(loaded: Loaded, words: str) -> Family:
+    model = loaded.model
+    words = loaded.config.instruction or words
+    tokenizer = loaded.processor.tokenizer
+    if getattr(model.config, "use_decoder_only_language_model", True):
+        return _prefix_family(loaded, QFormerStyle(), words, behind(tokenizer, words, " "))
+    end_ids = loaded.end_ids(tokenizer)
+    text = model.config.text_config
+    start = text.decoder_start_token_id
+    decoder = BatchedSequenceToSequenceDecoder(
+        model,
+        model.language_model,
+        start_ids=[text.pad_token_id if start is None else start],
+        end_ids=end_ids,
+        pad_id=text.pad_token_id,
+    )
+    return Family(
+        _batches(loaded, decoder), tokenizer, _processed(loaded, words), behind(tokenizer)
+    )
+
+
+def _paligemma(loaded: Loaded) -> Family:
+    words = loaded.config.instruction or "caption en"
+    # The processor puts a line break behind the words; the answer begins a line.
+    encode = behind(loaded.processor.tokenizer, words + "\n")
+    return _prefix_family(loaded, PaliGemmaStyle(), f"<image>{words}", encode)
+
+
+def _kosmos(loaded: Loaded) -> Family:
+    words = loaded.config.instruction or "An image of"
+    encode = behind(loaded.processor.tokenizer, words, " ")
+    return _prefix_family(loaded, KosmosStyle(), words, encode, tree=False)
+
+
+def _florence(loaded: Loaded) -> Family:
+    model, tokenizer = loaded.model, loaded.processor.tokenizer
+    text = model.config.text_config
+    # Captions were learned as the tokenizer writes them, behind a start token of its own.
+    written, alone = (tokenizer("a", add_special_tokens=own).input_ids for own in (True, False))
+    front = written[: written.index(alone[0])]
+    decoder = Florence2Decoder(
+        model,
+        model.model.language_model.decoder.embed_positions,
+        start_ids=[text.decoder_start_token_id, *front],
+        end_ids=loaded.end_ids(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+    )
+    words = loaded.config.instruction or "<CAPTION>"
+    return Family(decoder, tokenizer, _processed(loaded, words), behind(tokenizer))
+
+
+def _unknown(loaded: Loaded) -> Family:
+    try:
+        return _chat(loaded, PrefixStyle(), tree=False)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise model_error(
+            loaded.config, f"it is no chat model of image and text: {error}", supported_families()
+        ) from error
+
+
+_BUILDERS: dict[str, Callable[[Loaded], Family]] = {
+    "blip": _blip,
+    "git": _git,
+    "vision-encoder-decoder": _vision_encoder_decoder,
+    "blip-2": lambda loaded: _qformer(loaded, "a photo of"),
+    "instructblip": lambda loaded: _qformer(loaded, "A short image description:"),
+    "paligemma": _paligemma,
+    "llava": lambda loaded: _chat(loaded, PrefixStyle()),
+    "llava_onevision": lambda loaded: _chat(loaded, PrefixStyle()),
+    "smolvlm": lambda loaded: _chat(loaded, PrefixStyle()),
+    "idefics3": lambda loaded: _chat(loaded, PrefixStyle()),
+    "qwen2_vl": lambda loaded: _chat(loaded, QwenStyle()),
+    "qwen2_5_vl": lambda loaded: _chat(loaded, QwenStyle()),
+    "qwen3_vl": lambda loaded: _chat(loaded, QwenStyle()),
+    "florence2": _florence,
+    "kosmos-2": _kosmos,
+}

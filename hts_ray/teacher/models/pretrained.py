@@ -1,0 +1,332 @@
+"""Captioners of the transformers library as teachers.
+
+Models load from a local folder, from safetensors only, and prove on a few prompts that their
+fast scores equal plain forwards before they are used. How each family is fed:
+`hts_ray.teacher.models.families`.
+
+Shape legend: R regions, P prompts, C classes, V vocabulary, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+
+from hts_ray.config import CaptionConfig, TeacherConfig
+from hts_ray.errors import DataError
+from hts_ray.teacher.captioner import (
+    Caption,
+    ClassPrompts,
+    FloatArray,
+    Pixels,
+    PromptScores,
+    Reduction,
+    class_scores,
+)
+from hts_ray.teacher.models.families import Encode, Family, Loaded, build_family
+from hts_ray.teacher.models.loading import model_error, supported_families
+from hts_ray.teacher.scoring import trie as prompt_tree
+from hts_ray.teacher.scoring.captioning import write_captions
+from hts_ray.teacher.scoring.decoders import Decoder, TrieDecoder
+from hts_ray.teacher.scoring.memory import WORKSPACE
+from hts_ray.teacher.scoring.search import score_objects_first, score_top
+from hts_ray.teacher.scoring.selection import alive_classes, keep_top
+
+logger = logging.getLogger(__name__)
+
+CHECK_PROMPTS = ("a person riding a horse", "a person riding a bicycle", "a dog")
+# Height and width of the two images of the check: most families that cut an image into tiles or
+# patches of its own shape read prefixes of two lengths.
+CHECK_SHAPES = ((64, 64), (64, 160))
+# Largest difference of fast and plain scores in nats a token: rounding at each precision,
+# far below the 0.5 and more that a wrong mask or position was seen to cost.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Lists of prompts whose tokens are kept: the classes', and the objects' of a search.
+_KEPT = 4
+
+
+class TransformersCaptioner:
+    """A pretrained captioner; see `SearchingCaptioner`.
+
+    `decoder` scores what `prepare` makes of R images; `encode` makes tokens of prompts.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        prepare: Callable[[Sequence[Pixels]], Any],
+        encode: Encode,
+        *,
+        append_eos: bool = False,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.prepare = prepare
+        self.encode = encode
+        self.append_eos = append_eos
+        self.max_tokens = max_tokens
+        self._sequences: OrderedDict[tuple[str, ...], list[list[int]]] = OrderedDict()
+
+    @classmethod
+    def of(cls, family: Family, *, append_eos: bool) -> TransformersCaptioner:
+        """Make a captioner of a family's parts."""
+        return cls(
+            family.decoder,
+            family.tokenizer,
+            family.prepare,
+            family.encode,
+            append_eos=append_eos,
+            max_tokens=family.max_tokens,
+        )
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the scored tokens of P prompts, the end token included if asked for.
+
+        Raises DataError for a prompt that has no token or too many.
+        """
+        key = tuple(prompts)
+        if key not in self._sequences:
+            self._sequences[key] = self._tokenized(prompts)
+            if len(self._sequences) > _KEPT:
+                self._sequences.popitem(last=False)
+        return self._sequences[key]
+
+    def _tokenized(self, prompts: Sequence[str]) -> list[list[int]]:
+        end = [self.decoder.end_id] if self.append_eos else []
+        # A prompt of nothing but an end token says nothing of the image.
+        sequences = [[*sequence, *end] if sequence else [] for sequence in self.encode(prompts)]
+        for prompt, sequence in zip(prompts, sequences, strict=True):
+            if not sequence or len(sequence) > (self.max_tokens or len(sequence)):
+                raise DataError(
+                    f"prompt {prompt!r} has {len(sequence)} tokens,"
+                    f" the teacher takes 1 to {self.max_tokens or 'many'}"
+                )
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown != self.decoder.end_id:
+            strange = [p for p, s in zip(prompts, sequences, strict=True) if unknown in s]
+            if strange:
+                logger.warning(
+                    "%d prompts hold words the teacher does not know, e.g. %r",
+                    len(strange),
+                    strange[0],
+                )
+        return sequences
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> PromptScores:
+        """Return log P(prompt | image) for every pair."""
+        sequences = self.tokenize(prompts)
+        scores = self.decoder.log_likelihoods(self.prepare(images), sequences)
+        return PromptScores(
+            log_likelihoods=scores.float().cpu().numpy(),
+            token_counts=np.array([len(sequence) for sequence in sequences], dtype=np.int64),
+        )
+
+    def score_top(
+        self,
+        images: Sequence[Pixels],
+        prompts: ClassPrompts,
+        *,
+        top_k: int | None,
+        reduction: Reduction = "log_mean_exp",
+        offsets_C: FloatArray | None = None,
+        alive_RC: npt.NDArray[np.bool_] | None = None,
+    ) -> FloatArray:
+        """Return class log-likelihoods (R, C), -inf for the classes that were left out.
+
+        A family without a trie scores every class and leaves out the same ones.
+        """
+        decoder = self.decoder
+        if not isinstance(decoder, TrieDecoder):
+            scores = class_scores(self.score(images, prompts.texts), prompts, reduction=reduction)
+            return keep_top(scores, top_k, offsets_C, alive_RC)
+        sequences = self.tokenize(prompts.texts)
+        parts: list[FloatArray] = []
+        first = 0
+        for group in decoder.groups(self.prepare(images)):
+            rows = slice(first, first + len(group))
+            first = rows.stop
+            scores, _ = score_top(
+                decoder,
+                group,
+                sequences,
+                prompts.counts,
+                top_k=top_k,
+                reduction=reduction,
+                offsets_C=offsets_C,
+                alive_RC=None if alive_RC is None else alive_RC[rows],
+            )
+            parts.append(scores)
+        return np.concatenate(parts)
+
+    def score_objects_first(
+        self,
+        images: Sequence[Pixels],
+        prompts: ClassPrompts,
+        objects: Sequence[str],
+        object_of_class_C: npt.NDArray[np.int64],
+        keep: int,
+        *,
+        reduction: Reduction = "log_mean_exp",
+    ) -> FloatArray:
+        """Return scores (R, C) of the classes of a region's `keep` best objects, else -inf.
+
+        A family without a trie scores every class and leaves out the same ones.
+        """
+        decoder = self.decoder
+        if not isinstance(decoder, TrieDecoder):
+            scores_RO = self.score(images, objects).log_likelihoods
+            alive_RC = alive_classes(scores_RO, object_of_class_C, keep)
+            scores = class_scores(self.score(images, prompts.texts), prompts, reduction=reduction)
+            kept = keep_top(scores, None, None, alive_RC)
+            kept[np.isnan(scores_RO).any(axis=1)] = np.nan
+            return kept
+        sequences = self.tokenize(prompts.texts)
+        object_sequences = self.tokenize(objects)
+        parts = [
+            score_objects_first(
+                decoder,
+                group,
+                sequences,
+                prompts.counts,
+                objects=object_sequences,
+                object_of_class_C=object_of_class_C,
+                keep=keep,
+                reduction=reduction,
+            )[0]
+            for group in decoder.groups(self.prepare(images))
+        ]
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def caption(self, images: Sequence[Pixels], settings: CaptionConfig) -> list[list[Caption]]:
+        """Return `settings.count` captions an image, the likeliest first.
+
+        A sample depends on the seed and the image's pixels, not on the images beside it (but
+        for rounding, which a batch's shape may change in the last digits).
+        """
+        texts = max(settings.count, settings.num_beams if settings.decoding == "beam" else 1)
+        vocabulary = int(getattr(self.decoder.head, "out_features", 0)) or 50_000
+        limit = max(1, prompt_tree.MAX_LOGITS // (vocabulary * texts))
+        captions: list[list[Caption]] = []
+        # Of a few tokens each, so that more regions share a step, which reads all the weights.
+        nodes = texts * settings.max_tokens
+        for group in self.decoder.groups(self.prepare(images), limit, nodes):
+            first = len(captions)
+            seeds = [_seed(image) for image in images[first : first + len(group)]]
+            for of_region in write_captions(self.decoder, group, settings, seeds):
+                captions.append([Caption(self._text(tokens), value) for tokens, value in of_region])
+        return captions
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
+
+    @torch.inference_mode()
+    def self_check(self) -> float:
+        """Return the largest difference of fast and plain scores, nats a token.
+
+        A few prompts on two noise images of different shape, read together, each against one
+        full forward; the end token is scored too, whatever the settings.
+        """
+        rng = np.random.default_rng(0)
+        noise = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in CHECK_SHAPES]
+        sequences = [[*s, self.decoder.end_id] for s in self.encode(CHECK_PROMPTS)]
+        images = self.prepare(noise)
+        fast = self.decoder.log_likelihoods(images, sequences)
+        plain = torch.stack([self.decoder.reference(images, s) for s in sequences], dim=1)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=fast.device)
+        difference = ((fast - plain.to(fast.device)).abs() / lengths).max()
+        return float(difference)
+
+
+def _seed(image: Pixels) -> list[int]:
+    return [zlib.crc32(image.tobytes()), *image.shape]
+
+
+def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> TransformersCaptioner:
+    """Load a checked model folder; ConfigError when it does not load or its scores are off.
+
+    `device` is a torch device, or "auto" for accelerate to share the layers out among all GPUs.
+    Weights are converted to `config.dtype` whatever precision they are stored in.
+    """
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    model = _load_model(config, folder, dtype, device)
+    family = build_family(Loaded(config, folder, model))
+    captioner = TransformersCaptioner.of(family, append_eos=config.append_eos)
+    captioner.decoder.workspace = _workspace(config, model.device)
+    method = f"{captioner.decoder.method}, {config.dtype}"
+    try:
+        difference = captioner.self_check()
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise model_error(config, f"does not score ({method}): {error}", _remedy(config)) from error
+    if not difference <= TOLERANCE[dtype]:
+        raise model_error(
+            config,
+            f"prompt scores differ from plain forwards by {difference:.2g} nats a token ({method})",
+            _remedy(config),
+        )
+    logger.info(
+        "%s scores by %s: %.1g nats a token off plain forwards", config.model, method, difference
+    )
+    return captioner
+
+
+def _workspace(config: TeacherConfig, device: torch.device) -> int:
+    """Return the bytes that the forwards of a group of regions may take."""
+    if config.workspace_mib is not None:
+        return config.workspace_mib << 20
+    if device.type != "cuda":
+        return WORKSPACE
+    # Large groups keep a GPU busy; what does not fit after all is halved by the caller.
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(WORKSPACE, free // 4)
+
+
+def _remedy(config: TeacherConfig) -> str:
+    precise = "" if config.dtype == "float32" else "label.teacher.dtype=float32, or "
+    return f"{precise}another model. {supported_families()}"
+
+
+def _load_model(config: TeacherConfig, folder: Path, dtype: torch.dtype, device: str) -> Any:
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging as library_logging
+
+    library_logging.disable_progress_bar()
+    try:
+        # With a device map weights go from the file to their device one by one.
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map="auto" if device == "auto" else {"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (
+        OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError
+    ) as error:  # fmt: skip
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise model_error(config, f"does not load: {error}") from error
+    # The library fills in random numbers; no captioner reads the poolers.
+    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise model_error(
+            config, f"its files lack {len(missing)} weights, e.g. {missing[0]}", "save it again"
+        )
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Scoring prompts and writing captions with a loaded captioner."""

@@ -1,0 +1,366 @@
+"""How prompts are scored behind a region: as a tree in one forward, or as a padded batch.
+
+A decoder reads R regions, and whatever stands before every prompt, once (`encode`); its keys and
+values stay in a cache. Families whose attention takes a tree mask then score by trie, the others
+by batches of prompts. Every family also has a slow plain forward, `reference`, that the fast
+path is checked against when a model loads. How each family is fed:
+`hts_ray.teacher.models.readers`.
+
+Shape legend: R regions, P prompts, N nodes fed at a time, L tokens of the longest prompt, V
+vocabulary, D hidden width.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hts_ray.teacher.scoring import trie as prompt_tree
+from hts_ray.teacher.scoring.memory import WORKSPACE
+from hts_ray.teacher.scoring.trie import PromptTrie, TokenIds, edge_log_probs, split_tries
+
+_Key = tuple[tuple[int, ...], ...]
+# Lists of prompts whose tries are kept: the classes', and the objects' of a search.
+_KEPT = 4
+
+
+def capture_hidden(head: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, Any]:
+    """Run `call` and return what entered `head`, (R, N, D), along with the call's result.
+
+    The head itself then sees no position: logits of R x N x V are never made.
+    """
+    captured: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured.append(inputs[0])
+        return (inputs[0][:, :0], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        result = call()
+    finally:
+        handle.remove()
+    return captured[0], result
+
+
+@dataclass
+class Prefix:
+    """What a decoder has read of R regions before any prompt token, and of the tree since.
+
+    `root` (R, 1, D) is the hidden state that predicts the first prompt token. `first_position`
+    (R,) int64 is the position id of that token. `visible` (R, past) bool tells the cached
+    positions that are not padding; None where none is. `features` is what a decoder with
+    cross-attention looks at: tensors with R entries. `fed` counts the tokens in the cache behind
+    the prefix.
+    """
+
+    cache: Any
+    root: Tensor
+    first_position: Tensor
+    visible: Tensor | None = None
+    features: tuple[Tensor, ...] = ()
+    fed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.root)
+
+    @property
+    def past(self) -> int:
+        """How many positions the cache holds in front of the tree."""
+        return int(self.cache.get_seq_length()) - self.fed
+
+
+def select_regions(prefix: Prefix, regions: Sequence[int]) -> Prefix:
+    """Return a prefix whose n-th entry is region `regions[n]`; the given one stays as it is.
+
+    Where all are one region its keys and values are not copied but seen through views.
+    """
+    first, count = regions[0], len(regions)
+    if all(region == first for region in regions):
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[first : first + 1].expand(count, *tensor.shape[1:])
+
+    else:
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[torch.tensor(regions, device=tensor.device)]
+
+    return replace(
+        prefix,
+        cache=_selected_cache(prefix.cache, pick),
+        root=pick(prefix.root),
+        first_position=pick(prefix.first_position),
+        visible=None if prefix.visible is None else pick(prefix.visible),
+        features=tuple(pick(feature) for feature in prefix.features),
+    )
+
+
+def _selected_cache(cache: Any, pick: Callable[[Tensor], Tensor]) -> Any:
+    selected = copy.copy(cache)
+    if hasattr(cache, "self_attention_cache"):
+        selected.self_attention_cache = _selected_cache(cache.self_attention_cache, pick)
+        selected.cross_attention_cache = _selected_cache(cache.cross_attention_cache, pick)
+        selected.is_updated = dict(cache.is_updated)
+        return selected
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in selected.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.ndim > 1:
+                # Keys and values are only ever concatenated; other states may be written to.
+                picked = pick(value)
+                setattr(layer, name, picked if name in {"keys", "values"} else picked.clone())
+    return selected
+
+
+def additive_mask(prefix: Prefix, visible: Tensor) -> Tensor:
+    """Return the attention mask (R, 1, N, past + fed + N): 0 to see, the dtype's minimum not to.
+
+    `visible`, (N, fed + N) or (R, N, fed + N) bool, is about the tree; of the prefix everything
+    but padding is seen. Additive, because eager attention adds whatever it gets: a boolean mask
+    would be added too, silently.
+    """
+    nodes, tree = visible.shape[-2:]
+    regions, past = len(prefix), prefix.past
+    dtype, device = prefix.root.dtype, prefix.root.device
+    mask = torch.zeros(regions, 1, nodes, past + tree, dtype=dtype, device=device)
+    if prefix.visible is not None:
+        mask[..., :past].masked_fill_(~prefix.visible[:, None, None], torch.finfo(dtype).min)
+    hidden = ~visible.to(device).expand(regions, nodes, tree)
+    mask[..., past:].masked_fill_(hidden[:, None], torch.finfo(dtype).min)
+    return mask
+
+
+class Decoder(ABC):
+    """One family of captioners: how images and prompts are fed to it.
+
+    `head` is the module that makes logits (R, N, V) of hidden states. `start_ids` are the tokens
+    in front of every caption, where they are not part of the prepared inputs; `end_id` ends one,
+    as do all of `end_ids`. `method` names how prompts are scored, for the run's provenance.
+    """
+
+    method: str
+    # Bytes that the forwards of one group of regions may take; see `groups`.
+    workspace: int = WORKSPACE
+
+    def __init__(
+        self,
+        model: Any,
+        head: nn.Module,
+        *,
+        end_ids: Sequence[int],
+        start_ids: Sequence[int] = (),
+    ) -> None:
+        self.model = model
+        self.head = head
+        self.start_ids = tuple(start_ids)
+        self.end_id = end_ids[0]
+        self.end_ids = tuple(end_ids)
+
+    @abstractmethod
+    def encode(self, images: Any) -> Prefix:
+        """Read R prepared regions, and whatever stands before every prompt, once."""
+
+    @abstractmethod
+    def forward(
+        self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Any:
+        """Run the language model on N more tokens behind the prefix and its fed tokens.
+
+        `tokens` and `positions` are (R, N) int64. `mask` is additive, (R, 1, N, past + fed + N);
+        None means that each token sees all before it.
+        """
+
+    @abstractmethod
+    def reference(self, images: Any, sequence: TokenIds) -> Tensor:
+        """Return the log-likelihood of one prompt on R regions by full forwards: (R,) float32.
+
+        No tree, no cache, no padding: slow, and what `log_likelihoods` is checked against.
+        """
+
+    @abstractmethod
+    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+        """Return sums of token log-probabilities (R, P) float32 behind a prefix."""
+
+    @abstractmethod
+    def region_bytes(self, image: Any, nodes: int | None = None) -> int:
+        """Return about how many bytes one prepared region takes, an item of those given.
+
+        `nodes` are the tokens that are fed behind it, those of scoring if not given.
+        """
+
+    def joins(self, first: Any, image: Any) -> bool:
+        """Tell whether two prepared regions can be read in one forward."""
+        return True
+
+    def groups(
+        self, images: Any, limit: int | None = None, nodes: int | None = None
+    ) -> Iterator[Any]:
+        """Cut prepared regions, in order, into groups that fit in `workspace`, or of one.
+
+        No group has more than `limit` regions. `nodes` are the tokens fed behind each, those of
+        scoring if not given. Every group can be given to `encode`.
+        """
+        group: list[Any] = []
+        used = 0
+        for image in images:
+            needed = self.region_bytes(image, nodes)
+            full = used + needed > self.workspace or len(group) == limit
+            if group and (full or not self.joins(group[0], image)):
+                yield _joined(images, group)
+                group, used = [], 0
+            group.append(image)
+            used += needed
+        if group:
+            yield _joined(images, group)
+
+    def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
+        """Return sums of token log-probabilities (R, P) float32 of R prepared regions."""
+        scores = [self._scores(self.encode(group), sequences) for group in self.groups(images)]
+        return torch.cat(scores)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., V) float32 of hidden states (..., D)."""
+        logits: Tensor = self.head(hidden.contiguous())
+        return logits.float()
+
+
+def _joined(images: Any, group: list[Any]) -> Any:
+    return torch.stack(group) if isinstance(images, Tensor) else group
+
+
+class TrieDecoder(Decoder):
+    """A family whose attention takes a tree mask.
+
+    Tree nodes are fed in any order that puts parents first, in one forward or in several: their
+    keys and values stay in the cache until `rewind`.
+    """
+
+    method = "trie"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tries: OrderedDict[_Key, list[tuple[PromptTrie, list[int]]]] = OrderedDict()
+
+    def feed(self, prefix: Prefix, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
+        """Feed N tree nodes and return their hidden states (R, N, D) in front of the head.
+
+        `tokens` and `depths` (1 below the root) are (N,) or (R, N); `visible`, (N, fed + N) or
+        (R, N, fed + N) bool, tells which fed nodes each one sees, itself included.
+        """
+        regions, nodes = len(prefix), tokens.shape[-1]
+        device = prefix.root.device
+        tokens = tokens.to(device).expand(regions, nodes)
+        positions = depths.to(device).expand(regions, nodes) - 1 + prefix.first_position[:, None]
+        mask = additive_mask(prefix, visible)
+        hidden, _ = capture_hidden(self.head, lambda: self.forward(prefix, tokens, positions, mask))
+        prefix.fed += nodes
+        return hidden
+
+    def rewind(self, prefix: Prefix) -> None:
+        """Forget the fed nodes; the prefix stays."""
+        if prefix.fed:
+            cache = getattr(prefix.cache, "self_attention_cache", prefix.cache)
+            cache.crop(-prefix.fed)
+            prefix.fed = 0
+
+    def tries(self, sequences: Sequence[TokenIds]) -> Sequence[tuple[PromptTrie, list[int]]]:
+        """Return `split_tries` of the prompts, made once for a run's."""
+        key = tuple(tuple(sequence) for sequence in sequences)
+        if key not in self._tries:
+            self._tries[key] = split_tries(sequences)
+            if len(self._tries) > _KEPT:
+                self._tries.popitem(last=False)
+        return self._tries[key]
+
+    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+        scores = torch.empty(len(prefix), len(sequences), device=prefix.root.device)
+        for trie, prompts in self.tries(sequences):
+            hidden = prefix.root
+            if len(trie) > 1:
+                seen = trie.ancestors[1:, 1:]
+                fed = self.feed(prefix, trie.tokens[1:], trie.depths[1:], seen)
+                hidden = torch.cat([hidden, fed], dim=1)
+                self.rewind(prefix)
+            scores[:, prompts] = trie.sum_paths(edge_log_probs(self.head, hidden, trie))
+        return scores
+
+
+class BatchedDecoder(Decoder):
+    """Any causal family: `prompt_batch` prompts, padded on the right, behind a region's cache.
+
+    Padding needs no mask of its own, since no prompt token looks to its right. The region is
+    encoded once; its cache is seen through views, of which the model makes copies layer by
+    layer, so that batches are kept as small as `workspace` asks.
+    """
+
+    method = "batched"
+    prompt_batch: int = 64
+
+    @abstractmethod
+    def row_bytes(self, prefix: Prefix, longest: int) -> int:
+        """Return about how many bytes one prompt of `longest` tokens takes behind a prefix."""
+
+    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+        # Prompts of one length meet, for less padding.
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        longest = len(sequences[order[-1]])
+        rows = max(1, min(self.prompt_batch, self.workspace // self.row_bytes(prefix, longest)))
+        scores = torch.empty(len(prefix), len(sequences), device=prefix.root.device)
+        for region in range(len(prefix)):
+            for first in range(0, len(order), rows):
+                chosen = order[first : first + rows]
+                batch = select_regions(prefix, [region] * len(chosen))
+                scores[region, chosen] = self._batch(batch, [sequences[i] for i in chosen])
+        return scores
+
+    def _batch(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+        """Return the sums (P,) of P prompts behind P copies of a region."""
+        device = prefix.root.device
+        longest = max(len(sequence) for sequence in sequences)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        real = torch.zeros(len(sequences), longest, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            real[row, : len(sequence)] = True
+        ids, real = ids.to(device), real.to(device)
+        hidden = prefix.root
+        if longest > 1:
+            hidden = torch.cat([hidden, self.feed_rows(prefix, ids[:, :-1])], dim=1)
+        scores = torch.zeros(ids.shape, device=device)
+        scores[real] = self._token_log_probs(hidden[real], ids[real])
+        return scores.sum(1)
+
+    def feed_rows(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """Feed tokens (R, N), each seeing all before it, and return hidden states (R, N, D)."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device) + prefix.fed
+        positions = prefix.first_position[:, None] + steps
+        hidden, _ = capture_hidden(self.head, lambda: self.forward(prefix, tokens, positions, None))
+        prefix.fed += tokens.shape[1]
+        return hidden
+
+    def _token_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return log P(target) (N,) of hidden states (N, D), some of the vocabulary at a time."""
+        vocabulary = int(getattr(self.head, "out_features", 0)) or 50_000
+        chunk = max(1, prompt_tree.MAX_LOGITS // vocabulary)
+        parts = []
+        for first in range(0, len(targets), chunk):
+            logits = self.project(hidden[first : first + chunk])
+            tokens = targets[first : first + chunk]
+            chosen = logits.gather(1, tokens[:, None].to(logits.device))[:, 0]
+            parts.append(chosen - logits.logsumexp(-1))
+        return torch.cat(parts).to(hidden.device)
+
+
+def sequence_log_likelihood(logits: Tensor, sequence: TokenIds) -> Tensor:
+    """Sum log P(token) over a sequence: logits (R, L, V) that predict its L tokens, to (R,)."""
+    target = torch.tensor(sequence, device=logits.device)
+    positions = torch.arange(len(sequence), device=logits.device)
+    return logits.float().log_softmax(-1)[:, positions, target].sum(1)

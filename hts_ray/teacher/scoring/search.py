@@ -1,0 +1,486 @@
+"""A region's best classes without scoring the others, exact by bounds.
+
+A prompt's log-likelihood is a sum of log-probabilities, so what is known of it after some
+tokens can only fall. A class whose bound lies below the k-th best of the complete classes is
+left out with its branch of the prompt tree; the classes that remain have the scores that
+scoring everything would give them. Every region walks the tree on its own: what it answers does
+not depend on the regions beside it.
+
+Told beforehand which classes can matter (those of the objects that score well alone, an
+approximation), it feeds their branches only; `hts_ray.teacher.scoring.selection` measures what
+that costs.
+
+Shape legend: R regions, P prompts, C classes, N nodes of the prompt tree (0 the root), L tokens
+of the longest prompt, W nodes fed at a time, D hidden width.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hts_ray.teacher.captioner import FloatArray, Reduction, reduce_templates
+from hts_ray.teacher.scoring import trie as prompt_tree
+from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder, select_regions
+from hts_ray.teacher.scoring.selection import alive_classes, keep_top
+from hts_ray.teacher.scoring.trie import TokenIds
+
+BoolArray = npt.NDArray[np.bool_]
+
+# Nodes a region feeds at a time, the most promising first. Few, because every complete class
+# raises the bar for those that wait; more from time to time, for models that prefer nothing.
+BEAM = 16
+GROW_EVERY = 4
+# A node is fed together with its children while no more than so many of them can still matter:
+# a chain of tokens costs one forward.
+AHEAD = 1
+# Once no more than this share of the regions goes on, the others are dropped from the batch.
+GOES_ON = 0.5
+# Bounds are compared with room for rounding, in nats: a class too many costs little.
+MARGIN = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class SearchStats:
+    """What a search cost.
+
+    `nodes_fed` (R,) int64 counts each region's own nodes, `padded` (R,) what it was padded to
+    beside the others; scoring everything feeds `full_nodes`. `forwards` of the language model
+    follow the encoding of the images. `completed` (R,) int64 classes got an exact score.
+    """
+
+    nodes_fed: npt.NDArray[np.int64]
+    padded: npt.NDArray[np.int64]
+    full_nodes: int
+    forwards: int
+    completed: npt.NDArray[np.int64]
+
+
+@torch.inference_mode()
+def score_top(
+    decoder: TrieDecoder,
+    images: Any,
+    sequences: Sequence[TokenIds],
+    counts: Sequence[int],
+    *,
+    top_k: int | None,
+    reduction: Reduction = "log_mean_exp",
+    offsets_C: FloatArray | None = None,
+    alive_RC: BoolArray | None = None,
+) -> tuple[FloatArray, SearchStats]:
+    """Return class log-likelihoods (R, C) float32, -inf for the classes left out, and the cost.
+
+    `images` is what the family's preprocessing made of R regions; `sequences` are P prompts
+    class by class, `counts` (C,) of them each. Among the classes of `alive_RC` (all if None),
+    each region keeps the `top_k` (all if None) with the largest score + `offsets_C`. A region
+    for which the model gives NaN is NaN throughout. Raises ValueError for shapes that do not fit,
+    offsets that are not finite, or a `top_k` below 1.
+    """
+    _check(sequences, counts, top_k, offsets_C, alive_RC)
+    if top_k is not None and top_k >= len(counts):
+        top_k = None
+    if top_k is None and alive_RC is None:
+        return _score_all(decoder, images, sequences, counts, reduction)
+    prefix = decoder.encode(images)
+    if alive_RC is not None and len(alive_RC) != len(prefix):
+        raise ValueError(f"alive_RC has {len(alive_RC)} rows for {len(prefix)} regions")
+    return _behind(decoder, prefix, sequences, counts, top_k, reduction, offsets_C, alive_RC)
+
+
+@torch.inference_mode()
+def score_objects_first(
+    decoder: TrieDecoder,
+    images: Any,
+    sequences: Sequence[TokenIds],
+    counts: Sequence[int],
+    *,
+    objects: Sequence[TokenIds],
+    object_of_class_C: npt.NDArray[np.int64],
+    keep: int,
+    reduction: Reduction = "log_mean_exp",
+) -> tuple[FloatArray, SearchStats]:
+    """Score the classes of the `keep` objects that score best alone: an approximation.
+
+    `objects` are the prompts of O objects, `object_of_class_C` names each class's, -1 for a class
+    without one, which is always scored. The images are encoded once for both. Otherwise as
+    `score_top` without a `top_k`; the cost of the objects is part of `nodes_fed` and `padded`.
+    """
+    _check(sequences, counts, None, None, None)
+    prefix = decoder.encode(images)
+    scores_RO, first = _behind(decoder, prefix, objects, [1] * len(objects), None)
+    alive_RC = alive_classes(scores_RO, object_of_class_C, keep)
+    scores_RC, then = _behind(
+        decoder, prefix, sequences, counts, None, reduction, alive_RC=alive_RC
+    )
+    scores_RC[np.isnan(scores_RO).any(axis=1)] = np.nan
+    stats = replace(
+        then,
+        nodes_fed=first.nodes_fed + then.nodes_fed,
+        padded=first.padded + then.padded,
+        forwards=first.forwards + then.forwards,
+    )
+    return scores_RC, stats
+
+
+def _behind(
+    decoder: TrieDecoder,
+    prefix: Prefix,
+    sequences: Sequence[TokenIds],
+    counts: Sequence[int],
+    top_k: int | None,
+    reduction: Reduction = "log_mean_exp",
+    offsets_C: FloatArray | None = None,
+    alive_RC: BoolArray | None = None,
+) -> tuple[FloatArray, SearchStats]:
+    """Search behind a prefix, which is left as it was."""
+    device = prefix.root.device
+    alive = torch.ones(len(prefix), len(counts), dtype=torch.bool, device=device)
+    if alive_RC is not None:
+        alive = torch.as_tensor(alive_RC, device=device).bool()
+    offsets = torch.zeros(len(counts), dtype=torch.float64, device=device)
+    if offsets_C is not None:
+        offsets = torch.as_tensor(offsets_C, device=device).double()
+    tree = _tree(tuple(tuple(sequence) for sequence in sequences), str(device))
+    walk = _Walk(decoder, prefix, tree)
+    scores = _search(walk, _Classes(counts, reduction, device), alive, offsets, top_k)
+    decoder.rewind(prefix)
+    completed = (scores > -torch.inf).sum(1).cpu().numpy()
+    stats = SearchStats(
+        nodes_fed=walk.nodes_fed.cpu().numpy(),
+        padded=walk.padded.cpu().numpy(),
+        full_nodes=tree.full_nodes,
+        forwards=walk.forwards,
+        completed=completed,
+    )
+    scores_RC = scores.float().cpu().numpy()
+    broken = np.isnan(scores_RC).any(axis=1)
+    scores_RC = keep_top(scores_RC, top_k, offsets_C, alive_RC)
+    scores_RC[broken] = np.nan
+    return scores_RC, stats
+
+
+def _score_all(
+    decoder: TrieDecoder,
+    images: Any,
+    sequences: Sequence[TokenIds],
+    counts: Sequence[int],
+    reduction: Reduction,
+) -> tuple[FloatArray, SearchStats]:
+    values = decoder.log_likelihoods(images, sequences).double().cpu().numpy()
+    scores_RC = reduce_templates(values, counts, reduction).astype(np.float32)
+    scores_RC[np.isnan(scores_RC).any(axis=1)] = np.nan
+    tries = decoder.tries(sequences)
+    nodes = sum(len(trie) - 1 for trie, _ in tries)
+    stats = SearchStats(
+        nodes_fed=np.full(len(scores_RC), nodes),
+        padded=np.full(len(scores_RC), nodes),
+        full_nodes=nodes,
+        forwards=sum(len(trie) > 1 for trie, _ in tries),
+        completed=np.full(len(scores_RC), len(counts)),
+    )
+    return scores_RC, stats
+
+
+def _check(
+    sequences: Sequence[TokenIds],
+    counts: Sequence[int],
+    top_k: int | None,
+    offsets_C: FloatArray | None,
+    alive_RC: BoolArray | None,
+) -> None:
+    if not counts or min(counts) < 1 or sum(counts) != len(sequences):
+        raise ValueError(f"{len(sequences)} prompts, but counts of {len(counts)} classes")
+    if not all(sequences):
+        raise ValueError("every prompt must have at least one token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: at least one class must be kept")
+    if offsets_C is not None and offsets_C.shape != (len(counts),):
+        raise ValueError(f"offsets of shape {offsets_C.shape} for {len(counts)} classes")
+    if offsets_C is not None and not np.isfinite(offsets_C).all():
+        raise ValueError("offsets must be finite")
+    if alive_RC is not None and alive_RC.shape[1:] != (len(counts),):
+        raise ValueError(f"alive_RC of shape {alive_RC.shape} for {len(counts)} classes")
+
+
+@dataclass(frozen=True, eq=False)
+class _Tree:
+    """The tree of all prompts, numbered level by level from the root, 0.
+
+    Arrays over nodes have one entry more, N, for padding. `preorder` (N + 1,) ranks nodes so
+    that a branch is contiguous and parents come first; `of_rank` is its inverse. `ancestors`
+    (N + 1, L) holds the node above at depth 1, 2, ..., itself included, then N. The children of
+    a node are numbered from `first_child`. `ends` (P,) are the nodes where prompts end,
+    `levels` the ranges of nodes at depth 1, 2, ...
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    parent: Tensor
+    preorder: Tensor
+    of_rank: Tensor
+    ancestors: Tensor
+    first_child: Tensor
+    num_children: Tensor
+    ends: Tensor
+    levels: tuple[slice, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def full_nodes(self) -> int:
+        """How many nodes scoring everything feeds: those with children, but for the root."""
+        return int((self.num_children > 0).sum()) - 1
+
+
+@functools.lru_cache(maxsize=8)
+def _tree(sequences: tuple[tuple[int, ...], ...], device: str) -> _Tree:
+    parent, token, depth, paths = prompt_tree.breadth_first(sequences)
+    count, longest = len(parent), paths.shape[1]
+    num_children = np.bincount(parent[1:], minlength=count + 1)
+    # Nodes are numbered by parent, so that a node's children follow those of the node before.
+    first_child = 1 + np.cumsum(num_children) - num_children
+    ancestors = np.full((count + 1, longest), count)
+    bounds = np.searchsorted(depth, np.arange(1, longest + 2))
+    levels = tuple(slice(int(a), int(b)) for a, b in itertools.pairwise(bounds))
+    for level, nodes in enumerate(levels):
+        ancestors[nodes] = ancestors[parent[nodes]]
+        ancestors[nodes, level] = np.arange(nodes.start, nodes.stop)
+    # Rows of ancestors in lexicographic order, a parent before its children.
+    keys = np.where(ancestors[:count] == count, -1, ancestors[:count])
+    order = np.append(np.lexsort(keys.T[::-1]), count)
+    arrays = {
+        "tokens": np.append(np.maximum(token, 0), 0),
+        "depths": np.append(np.maximum(depth, 1), 1),
+        "parent": np.append(np.maximum(parent, 0), 0),
+        "preorder": np.argsort(order),
+        "of_rank": order,
+        "ancestors": ancestors,
+        "first_child": first_child,
+        "num_children": num_children,
+        "ends": paths[np.arange(len(paths)), (paths >= 0).sum(1) - 1],
+    }
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return _Tree(**tensors, levels=levels)
+
+
+class _Classes:
+    """How prompts make classes: `of_prompt` (P,) is the class of each."""
+
+    def __init__(self, counts: Sequence[int], reduction: Reduction, device: torch.device) -> None:
+        sizes = np.asarray(counts)
+        slots = np.arange(sizes.max())
+        prompts = (np.cumsum(sizes) - sizes)[:, None] + slots
+        table = np.where(slots < sizes[:, None], prompts, sizes.sum())
+        self.reduction = reduction
+        self.prompts = torch.from_numpy(table).to(device)  # (C, most), P where there is none
+        self.sizes = torch.from_numpy(sizes).to(device)
+        self.of_prompt = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(device)
+
+    def _gather(self, values_RP: Tensor, fill: float) -> Tensor:
+        return torch.nn.functional.pad(values_RP, (0, 1), value=fill)[:, self.prompts]
+
+    def reduce(self, values_RP: Tensor) -> Tensor:
+        """Make class scores (R, C) of prompt scores, as `reduce_templates` does."""
+        if self.prompts.shape[1] == 1:
+            return values_RP
+        if self.reduction == "max":
+            return self._gather(values_RP, -torch.inf).amax(2)
+        if self.reduction == "mean":
+            return self._gather(values_RP, 0.0).sum(2) / self.sizes
+        return self._gather(values_RP, -torch.inf).logsumexp(2) - self.sizes.log()
+
+    def settled(self, upper_RP: Tensor, complete_RP: Tensor, lower_RC: Tensor) -> Tensor:
+        """Tell the prompts (R, P) that cannot change their class's score any more."""
+        if self.reduction != "max":
+            return complete_RP
+        return upper_RP <= lower_RC[:, self.of_prompt]
+
+    def all_of(self, flags_RP: Tensor) -> Tensor:
+        """Tell the classes (R, C) all of whose prompts are flagged."""
+        if self.prompts.shape[1] == 1:
+            return flags_RP
+        return self._gather(flags_RP.float(), 1.0).amin(2) > 0
+
+
+def _search(
+    walk: _Walk, classes: _Classes, alive_RC: Tensor, offsets_C: Tensor, top_k: int | None
+) -> Tensor:
+    """Walk until no class left out can matter: scores (R, C) float64, -inf where not known."""
+    result = torch.full(alive_RC.shape, -torch.inf, dtype=torch.float64, device=alive_RC.device)
+    while True:
+        alive = alive_RC[walk.rows]
+        upper_RP, complete_RP = walk.bounds()
+        upper = classes.reduce(upper_RP)
+        lower = classes.reduce(upper_RP.masked_fill(~complete_RP, -torch.inf))
+        settled_RP = classes.settled(upper_RP, complete_RP, lower)
+        done = classes.all_of(settled_RP)
+        key = (upper + offsets_C).masked_fill(~alive | done, -torch.inf)
+        # Where no more than k classes are alive, all are needed and there is nothing to wait for.
+        prunes = torch.zeros_like(alive[:, :1])
+        if top_k is not None:
+            prunes = alive.sum(1, keepdim=True) > top_k
+            ranked = (lower + offsets_C).masked_fill(~alive, -torch.inf)
+            threshold = ranked.topk(top_k, dim=1).values[:, -1:]
+            # NaN compares as false: it is not followed.
+            key = torch.where(key >= threshold - MARGIN, key, -torch.inf)
+        best_RN = _best_below(
+            walk.tree, key[:, classes.of_prompt].masked_fill(settled_RP, -torch.inf)
+        )
+        wanted = (best_RN > -torch.inf) & walk.unfed
+        goes_on = wanted.any(1)
+        count = int(goes_on.sum())
+        if count == 0 or count <= GOES_ON * len(goes_on):
+            exact = lower.masked_fill(~(done & alive), -torch.inf)
+            result[walk.rows] = exact.masked_fill(walk.broken[:, None], torch.nan)
+            if count == 0:
+                return result
+            walk.keep(goes_on)
+            best_RN, wanted, prunes = best_RN[goes_on], wanted[goes_on], prunes[goes_on]
+        width = BEAM << (walk.forwards // GROW_EVERY)
+        walk.feed(_choose(walk, best_RN, wanted, prunes, width))
+
+
+def _choose(walk: _Walk, best_RN: Tensor, wanted: Tensor, prunes: Tensor, width: int) -> Tensor:
+    """Pick the nodes (R, N) to feed next: their parents are fed, or chosen too."""
+    tree = walk.tree
+    frontier = wanted & walk.known
+    rank = best_RN.masked_fill(~frontier, -torch.inf)
+    best = rank.topk(min(width, rank.shape[1]), dim=1)
+    beam = torch.zeros_like(frontier).scatter_(1, best.indices, best.values > -torch.inf)
+    chosen = torch.where(prunes, beam, frontier)
+    children = torch.zeros(wanted.shape, dtype=torch.int32, device=wanted.device)
+    children.index_add_(1, tree.parent[1:-1], wanted[:, 1:].int())
+    narrow = (children <= AHEAD) | ~prunes
+    for nodes in tree.levels:
+        above = tree.parent[nodes]
+        chosen[:, nodes] |= wanted[:, nodes] & (chosen & narrow)[:, above]
+    return chosen
+
+
+def _best_below(tree: _Tree, keys_RP: Tensor) -> Tensor:
+    """Return the best key of the prompts at or below every node, (R, N)."""
+    best = torch.full(
+        (len(keys_RP), len(tree)), -torch.inf, dtype=keys_RP.dtype, device=keys_RP.device
+    )
+    best.scatter_reduce_(1, tree.ends.expand(len(keys_RP), -1), keys_RP, "amax")
+    for nodes in reversed(tree.levels[1:]):
+        above = tree.parent[nodes].expand(len(keys_RP), -1)
+        best.scatter_reduce_(1, above, best[:, nodes].clone(), "amax")
+    return best
+
+
+class _Walk:
+    """What R regions know of the tree, and the decoder's cache behind it.
+
+    `edge_scores` (R, N) float32 are log P(node | parent, region), 0 until `known`; `unfed`
+    (R, N) tells the nodes with children whose log-probabilities are not known yet. `rows` are
+    the regions that are still walking; `nodes_fed` and `padded` count for all there were.
+    """
+
+    def __init__(self, decoder: TrieDecoder, prefix: Prefix, tree: _Tree) -> None:
+        self.decoder = decoder
+        self.prefix = prefix
+        self.tree = tree
+        regions, nodes, device = len(prefix), len(tree), prefix.root.device
+        self.edge_scores = torch.zeros(regions, nodes, device=device)
+        self.known = torch.zeros(regions, nodes, dtype=torch.bool, device=device)
+        self.unfed = (tree.num_children[:-1] > 0).repeat(regions, 1)
+        # The column of every node in the cache, -1 where it is not; the last is the padding's.
+        self.column = torch.full((regions, nodes + 1), -1, device=device)
+        self.rows = torch.arange(regions, device=device)
+        self.nodes_fed = torch.zeros(regions, dtype=torch.int64, device=device)
+        self.padded = torch.zeros_like(self.nodes_fed)
+        self.forwards = 0
+        self.limit = max(prompt_tree.MAX_NODES, len(tree.levels))
+        self._score(torch.zeros(regions, 1, dtype=torch.int64, device=device), prefix.root)
+
+    @property
+    def broken(self) -> Tensor:
+        """Which regions (R,) the model gave NaN for."""
+        return self.edge_scores.isnan().any(1)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Return upper bounds (R, P) float64 of the prompts, and which of them are complete."""
+        total = torch.zeros_like(self.edge_scores)
+        for nodes in self.tree.levels:
+            total[:, nodes] = total[:, self.tree.parent[nodes]] + self.edge_scores[:, nodes]
+        return total[:, self.tree.ends].double(), self.known[:, self.tree.ends]
+
+    def feed(self, chosen: Tensor) -> None:
+        """Feed the chosen nodes (R, N), as many as fit.
+
+        The cache holds no more nodes than scoring everything would put there; when it is full it
+        is emptied, and only the branches that are walked on are read again.
+        """
+        needed = self._with_ancestors(chosen)
+        columns = min(int(needed.sum(1).max()), self.limit)
+        if self.prefix.fed + columns > self.limit:
+            self.decoder.rewind(self.prefix)
+            self.column.fill_(-1)
+            needed = self._with_ancestors(chosen)
+            columns = min(int(needed.sum(1).max()), self.limit)
+        # In preorder, so that a branch is whole wherever the limit cuts.
+        tree = self.tree
+        rank = tree.preorder[:-1].expand_as(needed).masked_fill(~needed, len(tree))
+        nodes = tree.of_rank[rank.sort(dim=1).values[:, :columns]]
+        first, fed = self.prefix.fed, self.prefix.fed + columns
+        at = torch.arange(first, fed, device=nodes.device)
+        self.column.scatter_(1, nodes, at.expand_as(nodes))
+        self.column[:, -1] = -1
+        seen = self.column.gather(1, tree.ancestors[nodes].flatten(1)).view(*nodes.shape, -1)
+        visible = torch.zeros(*nodes.shape, fed + 1, dtype=torch.bool, device=nodes.device)
+        visible.scatter_(2, seen.masked_fill(seen < 0, fed), True)
+        # Padding sees itself: no node may attend to nothing.
+        visible[:, at - first, at] = True
+        hidden = self.decoder.feed(
+            self.prefix, tree.tokens[nodes], tree.depths[nodes], visible[..., :-1]
+        )
+        self.nodes_fed[self.rows] += (nodes < len(tree)).sum(1)
+        self.padded[self.rows] += columns
+        self.forwards += 1
+        self._score(nodes, hidden)
+
+    def keep(self, flags: Tensor) -> None:
+        """Go on with the flagged (R,) of the regions."""
+        chosen = flags.nonzero()[:, 0]
+        self.prefix = select_regions(self.prefix, chosen.tolist())
+        self.edge_scores, self.known = self.edge_scores[chosen], self.known[chosen]
+        self.unfed, self.column = self.unfed[chosen], self.column[chosen]
+        self.rows = self.rows[chosen]
+
+    def _with_ancestors(self, chosen: Tensor) -> Tensor:
+        """Add the nodes above that the cache does not hold, and take off those it holds."""
+        tree, absent = self.tree, self.column[:, :-1] < 0
+        below = chosen.int()
+        for nodes in reversed(tree.levels[1:]):
+            below.index_add_(1, tree.parent[nodes], below[:, nodes].clone())
+        return (below > 0) & absent
+
+    def _score(self, nodes: Tensor, hidden: Tensor) -> None:
+        """Score the children of the nodes (R, W) whose hidden states (R, W, D) came out."""
+        tree = self.tree
+        unfed = torch.nn.functional.pad(self.unfed, (0, 1)).gather(1, nodes)
+        regions, places = unfed.nonzero(as_tuple=True)
+        parents = nodes[regions, places]
+        vocabulary = int(getattr(self.decoder.head, "out_features", 0)) or 50_000
+        chunk = max(1, prompt_tree.MAX_LOGITS // vocabulary)
+        for first in range(0, len(parents), chunk):
+            part = slice(first, first + chunk)
+            logits = self.decoder.project(hidden[regions[part], places[part]][None])[0]
+            counts = tree.num_children[parents[part]]
+            row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+            nth = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+            child = tree.first_child[parents[part]][row] + nth
+            scores = logits[row, tree.tokens[child]] - logits.logsumexp(-1)[row]
+            self.edge_scores[regions[part][row], child] = scores
+            self.known[regions[part][row], child] = True
+        self.unfed[regions, parents] = False

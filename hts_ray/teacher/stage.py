@@ -1,0 +1,337 @@
+"""The teacher pass over a manifest with Ray Data: resumable, one output row an image.
+
+A row is read, decoded by a CPU task, scored by an actor that holds the teacher, and
+written together with a checkpoint of its id. A killed run that is started again continues
+behind the last written block. Bad images become quarantined rows; they never stop a run, not
+even when they kill the process that looks at them.
+
+Shape legend: R regions, C classes, P prompts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray.classes import ClassTable
+from hts_ray.config import LabelConfig
+from hts_ray.engine.deaths import KILLED_WORKER, AttemptLog, Deaths, Log, survive
+from hts_ray.engine.image_pass import (
+    CHECKPOINT,
+    OK,
+    QUARANTINED,
+    committed_rows,
+    data_context,
+    decode_batch,
+    finish,
+    manifest_ids,
+    manifest_rows,
+    read_manifest,
+    remove_uncommitted,
+    row_progress,
+    users_mistakes_unwrapped,
+)
+from hts_ray.engine.telemetry import HeldGpus, Meter
+from hts_ray.store import storage
+from hts_ray.store.tables import REGION_SCORES_SCHEMA, StageFolder, read_table
+from hts_ray.teacher.actor import (
+    Teaching,
+    image_task,
+    load_on_device,
+    region_scorer,
+    table_info,
+)
+from hts_ray.teacher.scorers import ImageFailure, ImageTask, ScoredImage, breaks_device
+
+if TYPE_CHECKING:
+    import ray.data
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, int], None]
+
+STAGE = "label"
+AGREEMENT = "agreement.json"
+BAD_BOX = "bad_box"
+_GIB = 1 << 30
+_BLOCKS_PER_ACTOR = 16
+
+
+def label_images(
+    config: LabelConfig,
+    *,
+    manifest_path: str,
+    class_table: ClassTable,
+    stage: StageFolder,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score every selected image of a manifest and publish `region_scores`.
+
+    Ray must be initialised. A finished stage returns its stats at once; an unfinished one
+    is continued: no finished image is scored again, none is lost, none stands twice.
+    `progress` gets (done, total, quarantined) images about once a second, from another
+    thread. Of the manifest only ids, URIs and splits are read.
+
+    Returns stats: rows_in, rows_out (scored), rows_resumed (found finished), quarantined,
+    quarantined_by_kind, bad_boxes, regions, seconds, rows_per_second and regions_per_second (of
+    this run), and with an approximate search its `agreement` with exact scores. Raises DataError
+    when nothing is selected, when the output does not hold every image once, and when every
+    image was quarantined (the quarantine table is written all the same, and the rest is
+    removed so that the next run tries again); ConfigError for a teacher that does not load.
+    """
+    if stage.finished:
+        return stage.stats
+    stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
+    started = time.monotonic()
+    rows = manifest_rows(manifest_path, config.splits, config.limit, config.limit_seed)
+    teaching = Teaching.plan(config, class_table, rows, stage)
+    expected = manifest_ids(manifest_path, config.splits, config.limit, config.limit_seed)
+    resumed = committed_rows(stage)
+    before = _region_count(stage) if resumed else 0
+    if resumed < len(expected):
+        with data_context(stage.file(CHECKPOINT)):
+            images = read_manifest(manifest_path, config.splits, config.limit, config.limit_seed)
+            rows_per_block = block_rows(config, len(expected))
+            dataset = _scored(images, teaching, rows_per_block, Meter.of(stage, STAGE))
+        with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
+            dataset.write_parquet(stage.path)
+    remove_uncommitted(stage)
+    regions = _region_count(stage)
+    seconds = time.monotonic() - started
+    notes = _bad_boxes(stage)
+    more_stats: dict[str, Any] = {
+        "rows_resumed": resumed,
+        "rows_per_second": (len(expected) - resumed) / seconds,
+        "regions": regions,
+        "regions_per_second": (regions - before) / seconds,
+        "bad_boxes": len(notes),
+    }
+    if storage.exists(stage.file(AGREEMENT)):
+        more_stats["agreement"] = storage.read_json(stage.file(AGREEMENT))
+    stats = finish(stage, expected, name=STAGE, seconds=seconds, more_stats=more_stats, notes=notes)
+    if progress is not None:
+        progress(stats["rows_in"], stats["rows_in"], stats["quarantined"])
+    return stats
+
+
+def _region_count(stage: StageFolder) -> int:
+    kinds = read_table(stage.path, ["region_kinds"])["region_kinds"]
+    return pc.sum(pc.list_value_length(kinds)).as_py() or 0
+
+
+def _bad_boxes(stage: StageFolder) -> pa.Table:
+    """Return a quarantine row for every box that could not be used, of images that could."""
+    table = read_table(stage.path, ["image_id", "uri", "problems"])
+    table = table.filter(pc.greater(pc.list_value_length(table["problems"]), 0))
+    rows = [
+        {"image_id": row["image_id"], "uri": row["uri"], "error_kind": BAD_BOX, "error": problem}
+        for row in table.to_pylist()
+        for problem in row["problems"]
+    ]
+    names = ("image_id", "uri", "error_kind", "error")
+    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in names]))
+
+
+class RemoteLog:
+    """An AttemptLog in an actor; it forgets rather than fails when that actor is lost."""
+
+    def __init__(self, handle: Any, meter: Meter) -> None:
+        self.handle = handle
+        self.meter = meter
+
+    def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
+        """See AttemptLog."""
+        import ray
+
+        try:
+            answer: list[Deaths] | None = ray.get(self.handle.begin.remote(list(ids), alone))
+        except ray.exceptions.RayActorError:
+            return None
+        if answer is not None:
+            self.meter.count(retries=len(ids))
+        return answer
+
+    def end(self, ids: Sequence[str]) -> None:
+        """See AttemptLog; nobody waits for the answer."""
+        self.handle.end.remote(list(ids))
+
+
+def start_log(meter: Meter) -> RemoteLog:
+    """Start the log of a run on the driver's node, beside whatever else runs there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(AttemptLog).options(num_cpus=0, scheduling_strategy=node)
+    return RemoteLog(actor.remote(), meter)
+
+
+class TeacherActor:
+    """The stateful UDF of Ray Data: loads the teacher once, scores batch after batch."""
+
+    def __init__(self, teaching: Teaching, attempts: Log, meter: Meter) -> None:
+        self.teaching = teaching
+        self.attempts = attempts
+        self.meter = meter
+        self._held = HeldGpus(meter, teaching.config.pool.num_gpus)
+        captioner, device = load_on_device(teaching.config)
+        if not storage.exists(teaching.info_path):
+            storage.write_json(teaching.info_path, table_info(captioner, teaching))
+        self.scorer = region_scorer(captioner, teaching, device)
+        # One measurement a run is enough; two actors that both make it write the same thing.
+        self._agreement = storage.join(teaching.info_path.rpartition("/")[0], AGREEMENT)
+        approximate = teaching.config.teacher.search == "objects"
+        self._measure = approximate and not storage.exists(self._agreement)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Return rows of REGION_SCORES_SCHEMA for rows of decoded images, one for one."""
+        with self.meter.busy():
+            table = self._teach(batch)
+        regions = pc.sum(pc.list_value_length(table["region_kinds"])).as_py() or 0
+        self.meter.count_rows(table, regions=regions)
+        self._held.tick()
+        return table
+
+    def _teach(self, batch: pa.Table) -> pa.Table:
+        readable = np.flatnonzero(batch["error_kind"].is_null().to_numpy()).tolist()
+        tasks = [image_task(batch, row) for row in readable]
+        found = survive(
+            self.attempts,
+            [f"teach {task.image_id}" for task in tasks],
+            lambda numbers: self._score([tasks[number] for number in numbers]),
+            lambda number: ImageFailure(KILLED_WORKER, "the teacher's process died over it"),
+            self.teaching.config.max_attempts,
+        )
+        results = dict(zip(readable, found, strict=True))
+        rows = [_output_row(batch, row, results.get(row)) for row in range(batch.num_rows)]
+        return pa.Table.from_pylist(rows, schema=REGION_SCORES_SCHEMA)
+
+    def _score(self, tasks: list[ImageTask]) -> list[ScoredImage | ImageFailure]:
+        try:
+            results = self.scorer(tasks)
+            if self._measure and tasks:
+                storage.write_json(self._agreement, self.scorer.agreement(tasks))
+                self._measure = False
+        except Exception as error:
+            if breaks_device(error):
+                # Nothing that this process says from here on is true. Ray starts another.
+                logger.exception("the device is unusable")
+                os._exit(1)
+            raise
+        return results
+
+
+def _output_row(
+    batch: pa.Table, row: int, result: ScoredImage | ImageFailure | None
+) -> dict[str, Any]:
+    names = ("image_id", "uri", "split", "width", "height", "error_kind", "error")
+    output = {name: batch[name][row].as_py() for name in names}
+    if result is None:
+        return {**output, "status": QUARANTINED}
+    if isinstance(result, ImageFailure):
+        failed = {"error_kind": result.kind, "error": result.message}
+        return {**output, **failed, "status": QUARANTINED}
+    return {
+        **output,
+        "boxes": [region.box for region in result.regions],
+        "region_kinds": [region.kind for region in result.regions],
+        "margins": [region.margin for region in result.regions],
+        "captions": result.captions,
+        "scores": result.scores.ravel(),
+        "problems": result.problems,
+        "status": OK,
+    }
+
+
+def block_rows(config: LabelConfig, images: int) -> int:
+    """Return how many images a block of a run over so many images gets, at most `block_rows`.
+
+    Every actor gets some blocks to itself, or a small run would end with most of them idle while
+    the last ones finish whole blocks; a block is never smaller than an actor's batch.
+    """
+    share = -(-images // (_BLOCKS_PER_ACTOR * config.pool.max_size))
+    return min(config.block_rows, max(config.batch_images, share))
+
+
+def _scored(
+    images: ray.data.Dataset, teaching: Teaching, rows: int, meter: Meter
+) -> ray.data.Dataset:
+    """Add decoding on CPU tasks, in blocks of `rows`, and scoring on the actor pool.
+
+    Every step maps rows one for one: Ray's checkpoints count on it.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    config = teaching.config
+    pool = config.pool
+    resources: dict[str, Any] = (
+        {"num_gpus": pool.num_gpus} if pool.num_gpus else {"num_cpus": pool.num_cpus}
+    )
+    if pool.memory_gib is not None:
+        resources["memory"] = int(pool.memory_gib * _GIB)
+    _warn_of_waiting(config, ray.cluster_resources())
+    attempts = start_log(meter)
+    return (
+        images.repartition(target_num_rows_per_block=rows)
+        .map_batches(
+            decode_batch,
+            fn_kwargs={
+                "images": config.images,
+                "retries": config.transient_retries,
+                "attempts": attempts,
+                "meter": meter,
+            },
+            batch_size=config.batch_images,
+            batch_format="pyarrow",
+            # Also what keeps Ray from fusing decoding into the actors: resources that differ.
+            memory=_decode_memory(config),
+        )
+        .map_batches(
+            TeacherActor,
+            fn_constructor_args=(teaching, attempts, meter),
+            batch_size=config.batch_images,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=pool.min_size,
+                max_size=pool.max_size,
+                max_tasks_in_flight_per_actor=pool.tasks_in_flight,
+            ),
+            **resources,
+        )
+    )
+
+
+def _decode_memory(config: LabelConfig) -> int:
+    """Return the bytes that a decoding task reserves: its batch twice, as pixels and as a table."""
+    if config.decode_memory_gib is not None:
+        return int(config.decode_memory_gib * _GIB)
+    largest = 3 * config.images.max_side**2
+    return min(max(2 * config.batch_images * largest, _GIB // 16), _GIB)
+
+
+def _warn_of_waiting(config: LabelConfig, resources: Mapping[str, float]) -> None:
+    """Say what a cluster lacks: Ray would wait for it without a word."""
+    pool = config.pool
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    if pool.num_gpus * pool.min_size > gpus:
+        logger.warning(
+            "waiting for GPUs: label.pool wants %g x %d, the cluster has %g",
+            pool.num_gpus,
+            pool.min_size,
+            gpus,
+        )
+    busy = pool.actor_cpus * pool.min_size
+    if busy + 1 > cpus:
+        logger.warning(
+            "waiting for CPUs: the teacher takes %g and decoding at least 1, the cluster has %g",
+            busy,
+            cpus,
+        )

@@ -1,0 +1,197 @@
+"""How long steps are told of, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from hts_ray.engine import console
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        """Return the time that was set."""
+        return self.now
+
+
+def test_neither_loading_nor_resuming_counts_into_the_rate():
+    """Catches an ETA of days while a model loads, or of nothing after a resume."""
+    clock = Clock()
+    pace = console.Pace(clock)
+    clock.now += 60  # a model is loaded
+    pace.update(500, 1000)  # what an earlier run finished
+    assert (pace.rate, pace.left) == (None, None)
+    clock.now += 10
+    pace.update(520, 1000)
+    assert pace.rate == pytest.approx(2.0)
+    clock.now += 10
+    pace.update(620, 1000)  # ten a second since the first advance
+    assert pace.rate == pytest.approx(10.0)
+    assert pace.left == pytest.approx(38.0)
+    clock.now += 8  # nothing new: the time goes on
+    assert pace.left == pytest.approx(30.0)
+    assert pace.rate == pytest.approx(10.0)
+    clock.now += 1000
+    assert pace.left == 0.0
+
+
+def test_the_first_epoch_of_a_resumed_training_tells_the_pace():
+    """Catches a training that goes on in epoch 8 and is thought to have done 8 in a moment."""
+    clock = Clock()
+    pace = console.Pace(clock)
+    clock.now += 30
+    pace.resume(7)
+    pace.update(8, 10)
+    assert pace.left == pytest.approx(60.0)
+
+
+def test_work_that_is_done_again_is_timed_anew():
+    """Catches a negative rate, or an ETA of nothing, after a worker died."""
+    clock = Clock()
+    pace = console.Pace(clock)
+    for done in (0, 50, 90):
+        pace.update(done, 100)
+        clock.now += 10
+    pace.update(60, 100)
+    assert (pace.rate, pace.left) == (None, None)
+    clock.now += 10
+    pace.update(70, 100)
+    assert pace.rate == pytest.approx(1.0)
+    assert pace.left == pytest.approx(30.0)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Return what is written to a console that is no terminal."""
+    sink = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=sink, width=160))
+    return sink
+
+
+def test_elsewhere_a_line_now_and_then(plain, monkeypatch):
+    """Catches logs that fill with one line an image, or bars in a file."""
+    clock = Clock()
+    monkeypatch.setattr(console.time, "monotonic", clock)
+    with console.steps() as shown:
+        tell = shown.images("label [x]")
+        for done in range(0, 1001, 100):
+            clock.now += 5
+            tell(done, 1000, 3)
+    lines = plain.getvalue().splitlines()
+    assert len(lines) == 4  # of 55 seconds, and the end
+    assert lines[-2] == "label [x]: 800/1000 images, 20.0 images/s, ETA 10 s, 3 quarantined"
+    assert "\x1b" not in plain.getvalue()
+
+
+def test_elsewhere_what_was_told_of_is_told_to_its_end(plain, monkeypatch):
+    """Catches a log that stops at 65 of 150 images, an end told twice, and lines of short steps."""
+    clock = Clock()
+    monkeypatch.setattr(console.time, "monotonic", clock)
+    with console.steps() as shown:
+        tell = shown.images("predict")
+        for done in (0, 65, 150, 150):
+            tell(done, 150, 0)
+            clock.now += 16
+        shown.images("prepare")(7, 7, 0)
+    assert plain.getvalue().splitlines() == [
+        "predict: 65/150 images, 4.1 images/s, ETA 21 s",
+        "predict: 150/150 images, 5.3 images/s",
+    ]
+
+
+def test_elsewhere_the_last_epoch_is_always_told(plain):
+    """Catches a short training of which a log says nothing."""
+    with console.steps() as shown:
+        tell = shown.epochs("train", 3)
+        for epoch in range(3):
+            tell({"epoch": epoch, "loss": 0.5, "images": 100, "validation_mAP": 0.25})
+    (line,) = plain.getvalue().splitlines()
+    assert line.startswith("train: 300/300 images")
+    assert line.endswith("epoch 3 of 3, loss 0.5000, validation mAP 25.0")
+
+
+def test_a_training_is_told_of_within_its_epochs(plain, monkeypatch):
+    """Catches an epoch of an hour without a word, and an ETA that is of this epoch alone."""
+    clock = Clock()
+    monkeypatch.setattr(console.time, "monotonic", clock)
+    with console.steps() as shown:
+        tell = shown.epochs("train", 2)
+        for images in (0, 10, 20):
+            clock.now += 20
+            tell({"epoch": 0, "images": images, "of": 100, "loss": 0.75})
+        clock.now += 160
+        tell({"epoch": 0, "images": 100, "loss": 0.5, "validation_mAP": 0.1})
+        clock.now += 20
+        tell({"epoch": 1, "images": 10, "of": 100, "loss": 0.4})
+        tell({"encoded": 0, "of": 4, "quarantined": 0})
+        clock.now += 20
+        tell({"encoded": 3, "of": 4, "quarantined": 1})
+    assert plain.getvalue().splitlines() == [
+        "train: 0/200 images, epoch 1 of 2, loss 0.7500",
+        "train: 10/200 images, 0.5 images/s, ETA 6 min 20 s, epoch 1 of 2, loss 0.7500",
+        "train: 20/200 images, 0.5 images/s, ETA 6 min 0 s, epoch 1 of 2, loss 0.7500",
+        "train: 100/200 images, 0.5 images/s, ETA 3 min 20 s, epoch 1 of 2, loss 0.5000,"
+        " validation mAP 10.0",
+        "train: 110/200 images, 0.5 images/s, ETA 3 min 0 s, epoch 2 of 2, loss 0.4000,"
+        " validation mAP 10.0",
+        "train: features: 3/4 images, 0.1 images/s, ETA 7 s, 1 quarantined",
+    ]
+
+
+def test_a_terminal_gets_bars_of_what_goes_on(monkeypatch):
+    """Catches a bar without rate, ETA or quarantine, and bars of stages that were done before."""
+    monkeypatch.setenv("TERM", "xterm")
+    sink = io.StringIO()
+    terminal = Console(file=sink, width=160, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "console", terminal)
+    monkeypatch.setattr(console, "_SHORTEST_S", 1e-9)
+    with console.steps() as shown:
+        shown.images("predict")  # finished before: never told of
+        tell = shown.images("label")
+        tell(0, 10, 0)
+        tell(10, 10, 2)
+        shown.epochs("train", 4)({"epoch": 0, "loss": 1.25, "images": 7})
+    last = sink.getvalue().rpartition("label")[2]
+    assert "10/10" in last
+    assert "/s" in last
+    assert "2 quarantined" in last
+    assert "loss 1.2500" in last
+    assert "7/28" in last
+    assert "ETA" in last.partition("train")[2]
+
+
+def test_bars_of_steps_that_had_nothing_to_do_go():
+    """Catches `predict 0/?` under a finished run."""
+    bars = Progress(console=Console(file=io.StringIO()))
+    shown = console.Steps(bars)
+    shown.images("predict")
+    shown.images("label")(1, 2, 0)
+    shown.clean()
+    assert [(task.description, task.completed, task.total) for task in bars.tasks] == [
+        ("label", 1, 2)
+    ]
+
+
+def test_the_next_command_can_be_copied(plain):
+    """Catches paths that a shell takes apart, or that the terminal takes for markup."""
+    console.print_next("hts", "label", "--run-dir", "my runs/[1]")
+    assert plain.getvalue() == "next: hts label --run-dir 'my runs/[1]'\n"
+
+
+def test_brackets_are_no_markup(plain):
+    """Catches paths, classes and settings of which a terminal shows the half without brackets."""
+    console.print_rows("run [a]", ["class"], [["a [red] car"]])
+    console.print_mapping("plan [b]", {"read": "photos [c]"})
+    console.print_written("report", "runs/[d]/report.html")
+    console.print_line("features -> runs/[e]")
+    told = plain.getvalue()
+    for words in ("run [a]", "a [red] car", "plan [b]", "photos [c]", "runs/[d]/", "runs/[e]"):
+        assert words in told

@@ -1,0 +1,174 @@
+"""Scoring a manifest: the same logits as in memory, every image once, resumption."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from crashes import crash_before_the_last_block
+
+from hts_ray.config import PoolConfig, PredictConfig
+from hts_ray.errors import DataError
+from hts_ray.store import storage
+from hts_ray.store.tables import StageFolder, predictions_schema, read_table, write_table
+from hts_ray.student import load_student
+from hts_ray.student.checkpoints import save_student
+from hts_ray.student.model import build_student
+from hts_ray.student.predict import (
+    StudentScorer,
+    estimate,
+    predict_images,
+    prediction_rows,
+    score_images,
+)
+
+
+@pytest.fixture(scope="module")
+def student_path(tmp_path_factory, student_config, color_table):
+    path = str(tmp_path_factory.mktemp("student") / "student-1")
+    save_student(build_student(student_config, color_table), path)
+    return path
+
+
+@pytest.fixture
+def manifest(tmp_path, color_world):
+    """40 test images of which one is missing, and 8 of another split."""
+    uris = color_world["uri"].to_pylist()
+    uris[2] = "/nowhere.png"
+    splits = ["test"] * 40 + ["train"] * 8
+    path = str(tmp_path / "manifest.parquet")
+    write_table(path, pa.table({"image_id": color_world["image_id"], "uri": uris, "split": splits}))
+    return path
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return StageFolder(str(tmp_path), "predictions", "k")
+
+
+def expected_logits(student_path, uris):
+    from PIL import Image
+
+    student = load_student(student_path)
+    with torch.no_grad():
+        pixels = [np.asarray(Image.open(uri).convert("RGB")) for uri in uris]
+        return student(student.preprocess(pixels)).numpy()
+
+
+def test_predictions_are_the_students_logits(
+    ray_session, student_path, manifest, stage, color_world, color_table
+):
+    """Catches rows that swap images, a second preprocessing, a lost row, and other splits."""
+    told = []
+    config = PredictConfig(batch_images=64)
+    stats = predict_images(
+        config=config,
+        student_path=student_path,
+        manifest_path=manifest,
+        stage=stage,
+        progress=lambda *counts: told.append(counts),
+    )
+    assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (40, 39, 1)
+    assert told[-1] == (40, 40, 1)
+    table = read_table(stage.path).sort_by("image_id")
+    assert table.schema.equals(predictions_schema(3))
+    assert table["image_id"].to_pylist() == color_world["image_id"].to_pylist()[:40]
+    assert table["scores"].to_pylist()[2] is None
+    good = [i for i in range(40) if i != 2]
+    uris = [color_world["uri"].to_pylist()[i] for i in good]
+    scores = np.array(table["scores"].take(pa.array(good)).to_pylist())
+    assert np.allclose(scores, expected_logits(student_path, uris), atol=1e-3)
+    bad = read_table(stage.file("quarantine", "part-0.parquet")).to_pylist()
+    assert [(row["image_id"], row["error_kind"]) for row in bad] == [("i002", "missing")]
+    info = storage.read_json(stage.file("table.json"))
+    assert info["class_ids"] == color_table.ids.tolist()
+    again = predict_images(
+        config=config, student_path="/nowhere", manifest_path="/nowhere", stage=stage
+    )
+    assert again == stats
+
+
+def test_a_rerun_after_a_crash_scores_the_rest_only(
+    ray_session, student_path, manifest, stage, color_world
+):
+    """Catches rows written twice or never, and finished blocks that are computed again."""
+    config = PredictConfig(batch_images=16, pool=PoolConfig(num_gpus=1.0))
+    arguments = {"config": config, "student_path": student_path, "manifest_path": manifest}
+    predict_images(**arguments, stage=stage)
+    kept = crash_before_the_last_block(stage)
+    stats = predict_images(**arguments, stage=stage)
+    assert stats["rows_in"] == 40
+    assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept.items())
+    assert sorted(read_table(stage.path)["image_id"].to_pylist()) == [
+        f"i{i:03d}" for i in range(40)
+    ]
+
+
+def test_a_manifest_without_usable_images_is_refused(
+    ray_session, student_path, tmp_path, stage, color_world
+):
+    """Catches an empty result that looks finished, and a rerun that can never succeed."""
+    path = str(tmp_path / "nowhere.parquet")
+    columns = {"image_id": ["a", "b"], "uri": ["/no/a", "/no/b"], "split": ["test", "test"]}
+    write_table(path, pa.table(columns))
+    arguments = {"student_path": student_path, "manifest_path": path, "stage": stage}
+    with pytest.raises(DataError, match=r"none of 2 images can be used.*missing.*/no/"):
+        predict_images(config=PredictConfig(), **arguments)
+    assert not stage.finished
+    assert storage.list_names(stage.path) == ["quarantine"]
+    with pytest.raises(DataError, match="no image in split val: it has test"):
+        predict_images(config=PredictConfig(split="val"), **arguments)
+
+
+def test_scorer_takes_batches_without_a_good_row(student_path):
+    """Catches an empty stack that fails only in the rare batch whose images are all bad."""
+    columns = {
+        "image_id": ["a", "b"],
+        "uri": ["x", "y"],
+        "split": ["test", "test"],
+        "pixels": pa.array([None, None], pa.large_binary()),
+        "error_kind": ["missing", "empty"],
+        "error": ["m", "e"],
+    }
+    table = StudentScorer(student_path, "", PoolConfig())(pa.table(columns))
+    assert table["scores"].to_pylist() == [None, None]
+    assert table["status"].to_pylist() == ["quarantined"] * 2
+
+
+def test_infinite_logits_are_quarantined():
+    """Catches NaN in a scores table, which no metric can rank."""
+    nothing = pa.array([None, None, "missing"], pa.string())
+    table = pa.table(
+        {"image_id": ["a", "b", "c"], "uri": ["x", "y", "z"], "split": ["test"] * 3}
+        | {"error_kind": nothing, "error": nothing}
+    )
+    logits = np.array([[1.0, 2.0], [np.nan, 0.0]], np.float32)
+    rows = prediction_rows(table, np.array([True, True, False]), logits).to_pylist()
+    assert [row["scores"] for row in rows] == [[1.0, 2.0], None, None]
+    assert [row["error_kind"] for row in rows] == [None, "not_finite", "missing"]
+
+
+def test_scoring_in_process_equals_the_dataset(student_path, color_world, tmp_path):
+    """Catches the demo's comparison rows scored otherwise than by `hts predict`."""
+    images = color_world.select(["image_id", "uri"]).append_column(
+        "split", pa.array(["test"] * len(color_world))
+    )
+    missing = pa.table({"image_id": ["no"], "uri": [str(tmp_path / "no.png")], "split": ["test"]})
+    images = pa.concat_tables([images.cast(missing.schema), missing])
+    ids, logits = score_images(str(student_path), images, PredictConfig(batch_images=5))
+    assert ids == color_world["image_id"].to_pylist()
+    expected = expected_logits(student_path, color_world["uri"].to_pylist())
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match="none of 1 images"):
+        score_images(str(student_path), missing, PredictConfig())
+
+
+def test_estimate_measures_without_writing(student_path, manifest, tmp_path):
+    """Catches a dry run that leaves files, counts another split, or fails on a bad image."""
+    before = sorted(tmp_path.rglob("*"))
+    figures = estimate(PredictConfig(), str(student_path), manifest, sample=40)
+    assert (figures["images"], figures["sample"]) == (40, 39)
+    assert figures["seconds"] == pytest.approx(40 * figures["seconds_per_image"])
+    assert figures["gpu_hours"] == 0
+    assert sorted(tmp_path.rglob("*")) == before

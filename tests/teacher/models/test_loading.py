@@ -1,0 +1,313 @@
+"""Tests of finding, checking, hashing and loading teachers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hts_ray.config import CaptionConfig, TeacherConfig
+from hts_ray.errors import ConfigError
+from hts_ray.teacher.captioner import ClassPrompts, SearchingCaptioner, score_classes
+from hts_ray.teacher.models import loading
+from hts_ray.teacher.models.loading import (
+    check_teacher,
+    load_captioner,
+    model_fingerprint,
+    model_folder,
+)
+
+
+def broken_copy(source: Path, target: Path, *, remove: str = "", **changes: Any) -> str:
+    shutil.copytree(source, target)
+    if remove:
+        (target / remove).unlink()
+    if changes:
+        settings = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**settings, **changes}))
+    return str(target)
+
+
+def lacking_a_weight(source: Path, target: Path) -> str:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    del weights["vision_model.embeddings.class_embedding"]
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+def half_copied(source: Path, target: Path) -> str:
+    shutil.copytree(source, target)
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    return str(target)
+
+
+def test_unusable_models_are_named(tiny_blip_path: Path, tmp_path: Path) -> None:
+    """Catches a wrong model ending in a traceback, or pickled weights being loaded."""
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "/no/such/folder": "no such folder",
+        "builtin:nothing": "no packaged file",
+        str(tmp_path / "empty"): "no config.json",
+        broken_copy(tiny_blip_path, tmp_path / "w", remove="model.safetensors"): "no .safetensors",
+        lacking_a_weight(tiny_blip_path, tmp_path / "l"): "lack 1 weights",
+        half_copied(tiny_blip_path, tmp_path / "h"): "does not load",
+        broken_copy(
+            tiny_blip_path, tmp_path / "t", model_type="t5"
+        ): "family 't5' .*BLIP.*Qwen3-VL.*import:",
+        broken_copy(tiny_blip_path, tmp_path / "p", remove="processor_config.json"): "processor",
+    }
+    for model, told in cases.items():
+        with pytest.raises(ConfigError, match=told) as caught:
+            load_captioner(TeacherConfig(model=model))
+        assert caught.value.field == "label.teacher.model"
+        assert model in str(caught.value)
+
+
+def test_fingerprint_follows_the_files(tiny_blip_path: Path, tmp_path: Path) -> None:
+    """Catches a changed model answering under the old settings hash."""
+    copy = Path(broken_copy(tiny_blip_path, tmp_path / "blip"))
+    config = TeacherConfig(model=str(copy))
+    before = model_fingerprint(config)
+    assert before == model_fingerprint(TeacherConfig(model=str(tiny_blip_path)))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert model_fingerprint(config) != before
+    hub = TeacherConfig(model="some/model", revision="abc")
+    assert model_fingerprint(hub) == "some/model@abc"
+
+
+# -- classes of the user's own ------------------------------------------------------------------
+
+COLOURS = """
+from __future__ import annotations
+
+import numpy as np
+
+from hts_ray.teacher.captioner import Caption, PromptScores
+
+COLOURS = {"red": 0, "green": 1, "blue": 2}
+
+
+class ColourTeacher:
+    def __init__(self, config, device):
+        self.sharpness = 10.0
+        self.device = device
+
+    def _shares(self, image):
+        total = image.reshape(-1, 3).sum(0).astype(np.float64) + 1.0
+        return np.log(total / total.sum())
+
+    def score(self, images, prompts):
+        shares = np.stack([self._shares(image) for image in images])
+        columns = [COLOURS[prompt.split()[-1]] for prompt in prompts]
+        return PromptScores(
+            (self.sharpness * shares[:, columns]).astype(np.float32),
+            np.array([len(prompt.split()) for prompt in prompts]),
+        )
+
+    def caption(self, images, settings):
+        captions = []
+        for image in images:
+            shares = self._shares(image)
+            best = np.argsort(-shares)[: settings.count]
+            names = list(COLOURS)
+            captions.append([Caption(f"something {names[i]}", float(shares[i])) for i in best])
+        return captions
+
+
+class Silent:
+    def score(self, images, prompts):
+        return None
+"""
+
+
+@pytest.fixture
+def colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "colour_teacher.py").write_text(COLOURS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "colour_teacher", raising=False)
+    return "import:colour_teacher:"
+
+
+def test_a_class_of_your_own_is_a_teacher(colours: str) -> None:
+    """Catches a protocol that asks more of a user's class than is promised."""
+    config = TeacherConfig(model=f"{colours}ColourTeacher")
+    check_teacher(config)
+    teacher = load_captioner(config, "cpu")
+    assert teacher.device == "cpu"  # type: ignore[attr-defined]
+    assert not isinstance(teacher, SearchingCaptioner)
+    images = [np.zeros((8, 9, 3), np.uint8) for _ in range(3)]
+    for channel, image in enumerate(images):
+        image[..., channel] = 200
+    prompts = ClassPrompts.of([["all red"], ["all green"], ["all blue"]], 1)
+    scores = score_classes(teacher, images, prompts)
+    assert scores.argmax(1).tolist() == [0, 1, 2]
+    captions = teacher.caption(images, CaptionConfig(decoding="beam", count=2))
+    assert [len(of_image) for of_image in captions] == [2, 2, 2]
+    assert captions[2][0].text == "something blue"
+    assert model_fingerprint(config).startswith(config.model)
+
+
+def test_a_class_that_is_none_is_told(colours: str) -> None:
+    """Catches a mistyped module or class, or one without captions, failing on the workers only."""
+    cases = {
+        "import:no_such_module:Teacher": "does not import: No module",
+        "import:colour_teacher": "does not import",
+        "import:": "does not import",
+        f"{colours}Nobody": "has no attribute 'Nobody'",
+        f"{colours}Silent": "has no method caption",
+    }
+    for model, told in cases.items():
+        for refuse in (check_teacher, load_captioner):
+            with pytest.raises(ConfigError, match=told) as caught:
+                refuse(TeacherConfig(model=model))
+            assert caught.value.field == "label.teacher.model"
+
+
+def test_the_fingerprint_follows_the_source(colours: str, tmp_path: Path) -> None:
+    """Catches a changed teacher answering under the old settings hash."""
+    config = TeacherConfig(model=f"{colours}ColourTeacher")
+    before = model_fingerprint(config)
+    (tmp_path / "colour_teacher.py").write_text(COLOURS.replace("10.0", "11.0"))
+    assert model_fingerprint(config) != before
+
+
+# -- the hub ------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """A stand-in for `snapshot_download`: fails as told, then answers with a folder."""
+
+    def __init__(self, folder: Path, *failures: Exception, local: Path | None = None) -> None:
+        self.folder = folder
+        self.failures = list(failures)
+        self.local = local
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, repo_id: str, **options: Any) -> str:
+        """Answer as `snapshot_download` would."""
+        self.calls.append({"repo_id": repo_id, **options})
+        if options["local_files_only"]:
+            if self.local is None:
+                from huggingface_hub.errors import LocalEntryNotFoundError
+
+                raise LocalEntryNotFoundError("not in the cache")
+            return str(self.local)
+        if self.failures:
+            raise self.failures.pop(0)
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub(tiny_blip_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    waits: list[float] = []
+    monkeypatch.setattr(loading.time, "sleep", waits.append)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def install(*failures: Exception, local: Path | None = None) -> tuple[Hub, list[float]]:
+        answers = Hub(tiny_blip_path, *failures, local=local)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", answers)
+        return answers, waits
+
+    return install
+
+
+def http_error(status: int, kind: Any = None) -> Exception:
+    import huggingface_hub.errors as errors
+    from huggingface_hub.errors import HfHubHTTPError
+
+    library = sys.modules[errors.Response.__module__.partition(".")[0]]  # whichever client it uses
+    request = library.Request("GET", "https://huggingface.co/some/model")
+    response = library.Response(status, request=request)
+    return (kind or HfHubHTTPError)(f"status {status}", response=response)
+
+
+def test_a_hub_model_is_fetched_and_loaded(hub: Any) -> None:
+    """Catches a hub id that is not fetched at its revision, or with pickled weights."""
+    answers, waits = hub()
+    captioner = load_captioner(TeacherConfig(model="some/model", revision="v1"))
+    assert len(captioner.caption([np.zeros((9, 9, 3), np.uint8)], CaptionConfig())[0]) == 1
+    assert [call["repo_id"] for call in answers.calls] == ["some/model"]
+    assert answers.calls[0]["revision"] == "v1"
+    patterns = answers.calls[0]["allow_patterns"]
+    assert "*.safetensors" in patterns
+    assert not {"*.bin", "*.py", "*"} & set(patterns)
+    assert not waits
+
+
+def test_a_failing_hub_is_asked_again(hub: Any) -> None:
+    """Catches one lost connection of one actor ending a run of hours."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    answers, waits = hub(http_error(503), TimeoutError("slow"), LocalEntryNotFoundError("lost"))
+    model_folder(TeacherConfig(model="some/model"))
+    assert len(answers.calls) == 4
+    assert waits == list(loading.RETRY_WAITS)
+    answers, _ = hub(*[http_error(429)] * 9)
+    with pytest.raises(ConfigError, match="not to be had from the hub"):
+        model_folder(TeacherConfig(model="some/model"))
+    assert len(answers.calls) == 4
+
+
+def test_a_wrong_id_is_not_asked_for_again(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a mistyped id, or work offline, answered after half a minute of waiting."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    answers, waits = hub(http_error(404, RepositoryNotFoundError))
+    with pytest.raises(ConfigError, match="status 404"):
+        model_folder(TeacherConfig(model="some/model"))
+    assert (len(answers.calls), waits) == (1, [])
+    forbidden = LocalEntryNotFoundError("forbidden")
+    forbidden.__cause__ = http_error(403)
+    answers, waits = hub(forbidden)
+    with pytest.raises(ConfigError, match="forbidden"):
+        model_folder(TeacherConfig(model="some/model"))
+    assert (len(answers.calls), waits) == (1, [])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    answers, waits = hub(LocalEntryNotFoundError("offline"))
+    with pytest.raises(ConfigError, match="offline"):
+        model_folder(TeacherConfig(model="some/model"))
+    assert (len(answers.calls), waits) == (1, [])
+
+
+def test_a_commit_in_the_cache_needs_no_network(hub: Any, tiny_blip_path: Path) -> None:
+    """Catches every actor asking the hub about a commit that cannot change."""
+    answers, _ = hub(http_error(404), local=tiny_blip_path)
+    config = TeacherConfig(model="some/model", revision=COMMIT)
+    assert model_folder(config) == tiny_blip_path
+    assert [call["local_files_only"] for call in answers.calls] == [True]
+    # A branch may have moved.
+    with pytest.raises(ConfigError, match="status 404"):
+        model_folder(TeacherConfig(model="some/model", revision="main"))
+
+
+def test_half_a_snapshot_is_completed(hub: Any, tiny_blip_path: Path, tmp_path: Path) -> None:
+    """Catches a download that was cut off being taken for the model."""
+    half = tmp_path / "half"
+    shutil.copytree(tiny_blip_path, half)
+    (half / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (half / "model.safetensors.index.json").write_text(json.dumps(index))
+    (half / "model-1.safetensors").touch()
+    answers, _ = hub(local=half)
+    config = TeacherConfig(model="some/model", revision=COMMIT)
+    assert model_folder(config) == tiny_blip_path
+    assert [call["local_files_only"] for call in answers.calls] == [True, False]
+    (half / "model-2.safetensors").touch()
+    assert model_folder(config) == half

@@ -1,0 +1,432 @@
+"""Tests of the search for the best classes: equal to scoring everything, with less work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hts_ray.classes import ClassTable, hico_classes, load_class_table
+from hts_ray.config import TeacherConfig
+from hts_ray.demo.world import render_scene, sample_scene, world_class_ids
+from hts_ray.teacher.captioner import ClassPrompts, Reduction, class_scores, reduce_templates
+from hts_ray.teacher.models.loading import load_captioner
+from hts_ray.teacher.scoring import search as search_module
+from hts_ray.teacher.scoring import trie as trie_module
+from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder
+from hts_ray.teacher.scoring.search import score_objects_first, score_top
+from hts_ray.teacher.scoring.selection import alive_classes, keep_top
+from hts_ray.teacher.scoring.trie import PromptTrie
+
+VOCABULARY = 4
+REDUCTIONS: tuple[Reduction, ...] = ("log_mean_exp", "mean", "max")
+
+
+class TableCache:
+    """The tokens and positions that a decoder has read, (R, length) each, in its one layer."""
+
+    def __init__(self, regions: int) -> None:
+        empty = torch.zeros(regions, 0, dtype=torch.int64)
+        self.layers = [SimpleNamespace(tokens=empty, positions=empty)]
+
+    def get_seq_length(self) -> int:
+        """Return the length."""
+        return self.layers[0].tokens.shape[1]
+
+    def append(self, tokens: Tensor, positions: Tensor) -> None:
+        """Add (R, N) more."""
+        layer = self.layers[0]
+        layer.tokens = torch.cat([layer.tokens, tokens], dim=1)
+        layer.positions = torch.cat([layer.positions, positions], dim=1)
+
+    def crop(self, length: int) -> None:
+        """Drop the last -length."""
+        layer = self.layers[0]
+        layer.tokens, layer.positions = layer.tokens[:, :length], layer.positions[:, :length]
+
+
+class TableDecoder(TrieDecoder):
+    """A language model that is a table: logits drawn for every image and every visible prefix.
+
+    Images are numbers. `scale` says how much the logits differ, 0 being no preference at all;
+    `dead` is the share of tokens of probability zero, `broken` an image that gives NaN.
+    """
+
+    def __init__(self, seed: int, scale: float, dead: float = 0.0, broken: int | None = None):
+        super().__init__(None, nn.Identity(), end_ids=[VOCABULARY - 1])
+        self.seed, self.scale, self.dead, self.broken = seed, scale, dead, broken
+
+    def logits(self, image: int, context: Sequence[int]) -> Tensor:
+        """Return the logits (V,) of what follows a context."""
+        rng = np.random.default_rng([self.seed, image, len(context), *context])
+        values = self.scale * rng.standard_normal(VOCABULARY)
+        values[1:][rng.random(VOCABULARY - 1) < self.dead] = -np.inf
+        if image == self.broken and len(context) > 1:
+            values[0] = np.nan
+        return torch.from_numpy(values).float()
+
+    def encode(self, images: Any) -> Prefix:
+        """Read nothing: the root is the empty context."""
+        root = torch.stack([self.logits(image, ()) for image in images])[:, None]
+        first = torch.zeros(len(images), dtype=torch.int64)
+        return Prefix(TableCache(len(images)), root, first, features=(torch.tensor(images),))
+
+    def forward(self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor) -> Any:
+        """Return the logits behind what the mask lets each node see."""
+        prefix.cache.append(tokens, positions)
+        hidden = torch.empty(*tokens.shape, VOCABULARY)
+        layer = prefix.cache.layers[0]
+        for row, image in enumerate(prefix.features[0].tolist()):
+            for node in range(tokens.shape[1]):
+                seen = (mask[row, 0, node] == 0).nonzero()[:, 0]
+                seen = seen[layer.positions[row, seen].argsort()]
+                assert len(seen)
+                assert layer.positions[row, seen].tolist() == list(range(len(seen)))
+                hidden[row, node] = self.logits(image, layer.tokens[row, seen].tolist())
+        return self.head(hidden)
+
+    def region_bytes(self, image: Any, nodes: int | None = None) -> int:
+        """Return nothing worth counting."""
+        return 0
+
+    def reference(self, images: Any, sequence: Sequence[int]) -> Tensor:
+        """Add up the table's entries."""
+        return torch.stack(
+            [
+                sum(
+                    self.logits(image, sequence[:depth]).log_softmax(0)[token]
+                    for depth, token in enumerate(sequence)
+                )
+                for image in images
+            ]
+        )
+
+
+def brute_force(
+    decoder: TableDecoder, images: Any, sequences: Any, counts: Any, reduction: Reduction
+) -> np.ndarray:
+    values = [decoder.reference(images, sequence).double().numpy() for sequence in sequences]
+    return reduce_templates(np.stack(values, axis=1), counts, reduction).astype(np.float32)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a table, prompts shared out among classes, and what is asked of them."""
+    counts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=8))
+    sequence = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5)
+    total = sum(counts)
+    images = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
+    classes = len(counts)
+    offsets = st.lists(st.floats(-20, 20, width=32), min_size=classes, max_size=classes)
+    alive = st.lists(st.booleans(), min_size=classes * len(images), max_size=classes * len(images))
+    drawn_offsets = draw(st.none() | offsets)
+    drawn_alive = draw(st.none() | alive)
+    return {
+        "decoder": TableDecoder(
+            draw(st.integers(0, 99)),
+            draw(st.sampled_from([0.0, 0.3, 3.0, 30.0])),
+            draw(st.sampled_from([0.0, 0.0, 0.4])),
+        ),
+        "images": images,
+        "sequences": draw(st.lists(sequence, min_size=total, max_size=total)),
+        "counts": counts,
+        "top_k": draw(st.none() | st.integers(1, classes + 1)),
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+        "offsets_C": None if drawn_offsets is None else np.array(drawn_offsets, dtype=np.float32),
+        "alive_RC": None
+        if drawn_alive is None
+        else np.array(drawn_alive).reshape(len(images), classes),
+    }
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "BEAM": st.integers(1, 4),
+        "GROW_EVERY": st.integers(1, 5),
+        "AHEAD": st.integers(0, 3),
+        "GOES_ON": st.sampled_from([0.0, 0.5, 1.0]),
+    }
+)
+
+
+def found(problem: dict[str, Any]) -> np.ndarray:
+    arguments = dict(problem)
+    positional = [arguments.pop(name) for name in ("decoder", "images", "sequences", "counts")]
+    return score_top(*positional, **arguments)[0]
+
+
+def assert_equal_but_for_ties(got: np.ndarray, exact: np.ndarray, problem: dict[str, Any]) -> None:
+    """Compare with scoring everything; among equals any class may be left out."""
+    top_k, offsets, alive = (problem[name] for name in ("top_k", "offsets_C", "alive_RC"))
+    expected = keep_top(exact, top_k, offsets, alive)
+    kept = np.isfinite(got)
+    assert kept.sum(1).tolist() == np.isfinite(expected).sum(1).tolist()
+    if alive is not None:
+        assert not kept[~alive].any()
+    np.testing.assert_allclose(got[kept], exact[kept], atol=1e-4)
+    shift = 0.0 if offsets is None else offsets
+    np.testing.assert_allclose(
+        np.sort(got + shift, axis=1), np.sort(expected + shift, axis=1), atol=1e-4
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems(), sizes, st.integers(1, 12))
+def test_equals_scoring_everything(
+    problem: dict[str, Any], constants: dict[str, int], max_nodes: int
+) -> None:
+    """Catches a bound that is none, a node fed twice or never, and a branch left too early.
+
+    Any beam and any cache size, down to one that is emptied before every forward, must give
+    the same answer.
+    """
+    exact = brute_force(
+        *(problem[name] for name in ("decoder", "images", "sequences", "counts")),
+        problem["reduction"],
+    )
+    with (
+        mock.patch.multiple(search_module, **constants),
+        mock.patch.object(trie_module, "MAX_NODES", max_nodes),
+    ):
+        got = found(problem)
+    assert got.dtype == np.float32
+    assert_equal_but_for_ties(got, exact, problem)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_regions_do_not_see_each_other(problem: dict[str, Any]) -> None:
+    """Catches an answer that depends on the other regions of the batch.
+
+    Padding, a shared threshold or a class that a neighbour completed would all show.
+    """
+    if problem["decoder"].scale == 0:
+        return  # all ties
+    together = found(problem)
+    for row, image in enumerate(problem["images"]):
+        alone = {**problem, "images": [image]}
+        if problem["alive_RC"] is not None:
+            alone["alive_RC"] = problem["alive_RC"][row : row + 1]
+        np.testing.assert_allclose(together[row], found(alone)[0], atol=1e-5)
+
+
+def test_max_waits_for_every_prompt_that_may_be_better() -> None:
+    """Catches a class taken for settled by its first prompt, though another may beat it."""
+    continued = [[1, a, b] for a in range(4) for b in range(4)]
+    sequences = [[first, *rest] for first in range(3) for rest in ([0], *continued)]
+    counts = [17] * 3
+    for seed in range(20):
+        decoder, images = TableDecoder(seed, 3.0), [0, 1]
+        exact = brute_force(decoder, images, sequences, counts, "max")
+        with mock.patch.object(search_module, "BEAM", 1):
+            got, _ = score_top(decoder, images, sequences, counts, top_k=2, reduction="max")
+        np.testing.assert_allclose(got, keep_top(exact, 2), atol=1e-4)
+
+
+def pair_sequences() -> list[list[int]]:
+    """Return 64 prompts of 4 tokens that fork at three of them."""
+    return [[0, a, b, c] for a in range(4) for b in range(4) for c in range(4)]
+
+
+def test_a_sure_model_costs_a_fraction() -> None:
+    """Catches a search that is exact because it feeds everything."""
+    sequences = pair_sequences()
+    decoder = TableDecoder(seed=1, scale=8.0)
+    with mock.patch.object(search_module, "BEAM", 2):
+        scores, stats = score_top(decoder, [0, 1, 2], sequences, [1] * 64, top_k=3)
+    assert stats.full_nodes == len(PromptTrie(sequences)) - 1 == 21
+    assert stats.nodes_fed.max() <= 10
+    assert (stats.completed >= 3).all()
+    assert (stats.completed < 64).all()
+    assert np.isfinite(scores).sum(1).tolist() == [3, 3, 3]
+
+
+def test_an_undecided_model_costs_no_more_than_everything() -> None:
+    """Catches nodes fed again and again while nothing can be left out."""
+    sequences = pair_sequences()
+    _, stats = score_top(TableDecoder(0, 0.0), [0, 1], sequences, [1] * 64, top_k=3)
+    assert stats.nodes_fed.tolist() == [stats.full_nodes] * 2
+    assert stats.padded.tolist() == [stats.full_nodes] * 2
+
+
+def test_known_classes_cost_their_own_branches_in_one_forward() -> None:
+    """Catches objects mode walking level by level, or through branches of other objects."""
+    sequences = pair_sequences()
+    alive = np.zeros((2, 64), dtype=np.bool_)
+    alive[0, :3] = True  # 0 0 0 *: three nodes
+    alive[1, [5, 40]] = True  # 0 0 1 1 and 0 2 2 0: five nodes
+    decoder = TableDecoder(0, 1.0)
+    scores, stats = score_top(decoder, [0, 1], sequences, [1] * 64, top_k=None, alive_RC=alive)
+    assert stats.nodes_fed.tolist() == [3, 5]
+    assert (stats.forwards, stats.padded.tolist()) == (1, [5, 5])
+    assert (np.isfinite(scores) == alive).all()
+
+
+def test_regions_that_are_done_cost_nothing_more() -> None:
+    """Catches a region that waits in the batch until the least decided one is done."""
+    sequences = [[0, *pair] for pair in pair_sequences()]
+    counts, alive = [1] * 64, np.ones((4, 64), dtype=np.bool_)
+    alive[1:, 1:] = False
+    with mock.patch.object(search_module, "BEAM", 1):
+        _, stats = score_top(
+            TableDecoder(0, 0.0), [0, 1, 2, 3], sequences, counts, top_k=3, alive_RC=alive
+        )
+    assert stats.nodes_fed.tolist() == [stats.full_nodes, 4, 4, 4]
+    assert stats.padded[0] >= stats.full_nodes
+    assert stats.padded[1:].tolist() == [4, 4, 4]
+
+
+def test_objects_first() -> None:
+    """Catches objects scored behind another image, or their nodes left in the cache."""
+    decoder, images = TableDecoder(3, 2.0), [0, 1, 2, 3]
+    sequences, counts = pair_sequences(), [1] * 64
+    objects = [[1, 0, 0], [2, 0], [3], [2, 3, 1]]
+    object_of_class = np.arange(64) % 5 - 1
+    scores, stats = score_objects_first(
+        decoder,
+        images,
+        sequences,
+        counts,
+        objects=objects,
+        object_of_class_C=object_of_class,
+        keep=2,
+    )
+    exact = brute_force(decoder, images, sequences, counts, "mean")
+    alone = brute_force(decoder, images, objects, [1] * 4, "mean")
+    alive = alive_classes(alone, object_of_class, 2)
+    np.testing.assert_allclose(scores, keep_top(exact, None, None, alive), atol=1e-4)
+    _, only = score_top(decoder, images, sequences, counts, top_k=None, alive_RC=alive)
+    assert stats.nodes_fed.tolist() == (only.nodes_fed + 4).tolist()
+    broken, _ = score_objects_first(
+        TableDecoder(3, 2.0, broken=2),
+        images,
+        sequences,
+        counts,
+        objects=objects,
+        object_of_class_C=object_of_class,
+        keep=2,
+    )
+    assert np.isnan(broken).any(axis=1).tolist() == [False, False, True, False]
+
+
+def test_a_chain_is_one_forward() -> None:
+    """Catches a forward for every token of a stretch without a fork."""
+    sequences = [[0, 1, 2, 3, token, 0] for token in range(4)]
+    _, stats = score_top(TableDecoder(0, 1.0), [0], sequences, [1] * 4, top_k=1)
+    assert stats.forwards <= 2
+
+
+@pytest.mark.parametrize("top_k", [1, None])
+def test_nan_is_not_mistaken_for_a_class_left_out(top_k: int | None) -> None:
+    """Catches a model that overflows passing for one that finds nothing."""
+    decoder = TableDecoder(0, 1.0, broken=7)
+    sequences = pair_sequences()
+    alive = np.ones((3, 64), dtype=np.bool_)
+    scores, _ = score_top(decoder, [6, 7, 8], sequences, [1] * 64, top_k=top_k, alive_RC=alive)
+    assert np.isnan(scores[1]).all()
+    assert not np.isnan(scores[[0, 2]]).any()
+    everything, _ = score_top(decoder, [6, 7, 8], sequences, [1] * 64, top_k=None)
+    assert np.isnan(everything[1]).all()
+    assert np.isfinite(everything[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 0}, "top_k=0"),
+        ({"offsets_C": np.zeros(3, dtype=np.float32)}, "offsets of shape"),
+        ({"offsets_C": np.array([0.0, np.inf], dtype=np.float32)}, "finite"),
+        ({"alive_RC": np.ones((1, 3), dtype=np.bool_)}, "alive_RC of shape"),
+        ({"alive_RC": np.ones((2, 2), dtype=np.bool_)}, "2 rows for 1 regions"),
+        ({"counts": [1, 2]}, "counts of 2 classes"),
+        ({"counts": [0, 2]}, "counts of 2 classes"),
+        ({"sequences": [[1], []]}, "at least one token"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Catches shapes that broadcast into scores of the wrong classes."""
+    problem = {
+        "decoder": TableDecoder(0, 1.0),
+        "images": [0],
+        "sequences": [[1], [2, 3]],
+        "counts": [1, 1],
+        "top_k": 1,
+    }
+    with pytest.raises(ValueError, match=message):
+        found({**problem, **changes})
+
+
+PROMPTS = [
+    f"{start} {verb} a {noun}"
+    for verb in ("riding", "holding", "washing", "sitting on")
+    for noun in ("bicycle", "horse", "hot dog", "dog", "bicycle wheel")
+    for start in ("a person", "a dog")
+]
+
+
+@pytest.mark.parametrize("name", ["blip", "git", "blip2_opt", "florence2", "paligemma", "qwen2_vl"])
+@pytest.mark.parametrize("max_nodes", [12, 384])
+def test_real_decoders_agree(
+    name: str, max_nodes: int, tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches masks, positions and caches of several forwards that a real model reads otherwise.
+
+    With 12 nodes the cache is emptied many times on the way.
+    """
+    config = TeacherConfig(model=str(tiny_path(name)), append_eos=True)
+    captioner: Any = load_captioner(config)
+    assert isinstance(captioner.decoder, TrieDecoder)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (40, 40 + 8 * i, 3), dtype=np.uint8) for i in range(3)]
+    prompts = ClassPrompts(tuple(PROMPTS), (2,) * 20)
+    scores = captioner.score(images, prompts.texts)
+    offsets = rng.normal(0, 3, 20).astype(np.float32)
+    alive = rng.random((3, 20)) < 0.8
+    monkeypatch.setattr(trie_module, "MAX_NODES", max_nodes)
+    monkeypatch.setattr(search_module, "BEAM", 3)
+    for reduction in REDUCTIONS:
+        exact = class_scores(scores, prompts, reduction=reduction)
+        for top_k in (4, None):
+            got = captioner.score_top(
+                images,
+                prompts,
+                top_k=top_k,
+                reduction=reduction,
+                offsets_C=offsets,
+                alive_RC=alive,
+            )
+            expected = keep_top(exact, top_k, offsets, alive)
+            np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+def world_crops(count: int) -> list[np.ndarray]:
+    return [render_scene(sample_scene(100, "test", index)) for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("table", "share"),
+    [(load_class_table("hico", world_class_ids()), 0.75), (hico_classes(), 0.2)],
+    ids=["demo", "hico"],
+)
+def test_the_packaged_captioner_finds_its_best_classes_early(
+    table: ClassTable, share: float
+) -> None:
+    """Catches a search that is wrong, or no cheaper, on the teacher and the classes we ship."""
+    captioner: Any = load_captioner(TeacherConfig())
+    sequences = captioner.tokenize(table.primary_prompts)
+    counts = [1] * len(table)
+    with torch.inference_mode():
+        pixels = captioner.prepare(world_crops(6))
+        exact = captioner.decoder.log_likelihoods(pixels, sequences).numpy()
+    got, stats = score_top(captioner.decoder, pixels, sequences, counts, top_k=10)
+    np.testing.assert_allclose(got, keep_top(exact, 10), atol=1e-4)
+    assert stats.nodes_fed.mean() < share * stats.full_nodes

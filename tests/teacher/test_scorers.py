@@ -1,0 +1,191 @@
+"""Tests of one batch through a teacher: regions, searches, captions, and who pays for a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig
+from hts_ray.images.decode import DecodedImage
+from hts_ray.images.regions import Detection
+from hts_ray.teacher.captioner import Caption, ClassPrompts, DummyCaptioner, PromptScores
+from hts_ray.teacher.scorers import (
+    ImageFailure,
+    ImageTask,
+    RegionScorer,
+    ScoredImage,
+)
+from hts_ray.teacher.scoring.selection import object_gate
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names it."""
+
+
+class FragileCaptioner(DummyCaptioner):
+    """Fails on images by their first pixel: 1 raises, 2 gives NaN; memory for `fits` regions."""
+
+    def __init__(self, fits: int = 1000) -> None:
+        super().__init__()
+        self.fits = fits
+        self.sizes: list[int] = []
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> PromptScores:
+        """Fail where the images say so."""
+        self.sizes.append(len(images))
+        if len(images) > self.fits:
+            raise OutOfMemoryError("CUDA out of memory")
+        marks = [int(image.max()) for image in images]
+        if 1 in marks:
+            raise RuntimeError("odd image")
+        if 3 in marks:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        scores = super().score(images, prompts)
+        scores.log_likelihoods[[mark == 2 for mark in marks]] = np.nan
+        return scores
+
+
+def scorer(captioner: DummyCaptioner) -> RegionScorer:
+    prompts = ClassPrompts.of([["a b"], ["c", "d"]], 2)
+    regions = RegionsConfig(grid_scales=(), grid_steps=())
+    return RegionScorer(captioner, prompts, TeacherConfig(max_batch_regions=8), regions)
+
+
+def marked(*marks: int) -> list[ImageTask]:
+    images = [DecodedImage(np.full((20, 20, 3), mark, np.uint8), 20, 20) for mark in marks]
+    return [ImageTask(image) for image in images]
+
+
+def test_failures_are_pinned_to_their_image() -> None:
+    """Catches one odd image taking its batch along, or NaN entering the table."""
+    results = scorer(FragileCaptioner())(marked(9, 1, 9, 9, 2, 9, 1))
+    kinds = [r.kind if isinstance(r, ImageFailure) else "ok" for r in results]
+    assert kinds == ["ok", "teacher_error", "ok", "ok", "not_finite", "ok", "teacher_error"]
+    assert isinstance(results[0], ScoredImage)
+    assert results[0].scores.shape == (1, 2)
+
+
+def test_out_of_memory_halves_the_chunk() -> None:
+    """Catches images given up although fewer at a time would fit."""
+    captioner = FragileCaptioner(fits=3)
+    results = scorer(captioner)(marked(*range(10, 20)))
+    assert all(isinstance(result, ScoredImage) for result in results)
+    assert captioner.sizes == [8, 4, 2, 2, 2, 2, 2]
+    alone = scorer(FragileCaptioner(fits=0))(marked(9))
+    assert isinstance(alone[0], ImageFailure)
+    assert alone[0].kind == "out_of_memory"
+
+
+def test_broken_device_stops_the_run() -> None:
+    """Catches a dead GPU quarantining every image that comes after it."""
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        scorer(FragileCaptioner())(marked(9, 3))
+
+
+class LettersCaptioner(DummyCaptioner):
+    """Says of an image what its first pixel is told to say."""
+
+    def caption(self, images: Sequence[np.ndarray], settings: CaptionConfig) -> list[list[Caption]]:
+        """Return two captions an image, the first twice as likely."""
+        marks = [int(image[0, 0, 0]) for image in images]
+        return [
+            [Caption(f"class {mark}", np.log(0.2)), Caption("class 9", np.log(0.1))]
+            for mark in marks
+        ]
+
+
+def find_numbers(captions: Sequence[str]) -> list[dict[int, float]]:
+    """Find class n, position n, in "class n"; the others say nothing."""
+    numbers = [int(caption.split()[1]) for caption in captions]
+    return [{number: 0.8} if number < 3 else {} for number in numbers]
+
+
+@pytest.mark.parametrize(("decoding", "expected"), [("sample", 0.4), ("beam", 0.8 * 2 / 3)])
+def test_caption_mode(decoding: str, expected: float) -> None:
+    """Catches captions counted for another region, and beams counted as if they were samples."""
+    settings = TeacherConfig.model_validate(
+        {"mode": "captions", "caption": {"decoding": decoding, "count": 2}}
+    )
+    regions = RegionsConfig(grid_scales=(), grid_steps=())
+    prompts = ClassPrompts.of([["a"], ["b"], ["c"]], 1)
+    captioner = LettersCaptioner()
+    result = RegionScorer(captioner, prompts, settings, regions, matcher=find_numbers)(
+        marked(1, 7, 2)
+    )
+    assert all(isinstance(scored, ScoredImage) for scored in result)
+    probabilities = np.exp(np.concatenate([scored.scores for scored in result]))  # type: ignore[union-attr]
+    np.testing.assert_allclose(
+        probabilities, [[0, expected, 0], [0, 0, 0], [0, 0, expected]], rtol=1e-6
+    )
+    assert result[0].captions == [["class 1", "class 9"]]  # type: ignore[union-attr]
+
+
+def test_searches_on_a_teacher_that_knows_none() -> None:
+    """Catches a search that means something else on a teacher of one's own."""
+    prompts = ClassPrompts.of([[f"prompt {n}", f"other {n}"] for n in range(12)], 2)
+    regions = RegionsConfig(grid_scales=(0.5,), grid_steps=(2,), min_side=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
+    images = [ImageTask(DecodedImage(of_image, 20, 20)) for of_image in pixels]
+    captioner = DummyCaptioner()
+    exact = RegionScorer(captioner, prompts, TeacherConfig(), regions)(images)
+    offsets = np.linspace(0, 30, 12, dtype=np.float32)
+    settings = TeacherConfig(search="top_k", top_k=4, search_alpha=0.5)
+    top = RegionScorer(captioner, prompts, settings, regions, offsets_C=offsets)(images)
+    for all_scores, kept in zip(exact, top, strict=True):
+        assert isinstance(all_scores, ScoredImage)
+        assert isinstance(kept, ScoredImage)
+        for row_C, kept_C in zip(all_scores.scores, kept.scores, strict=True):
+            best = np.argsort(-(row_C + offsets))[:4]
+            assert set(np.flatnonzero(np.isfinite(kept_C))) == set(best)
+            np.testing.assert_array_equal(kept_C[best], row_C[best])
+    gate = object_gate(["cat", "dog", None] * 4, keep=1)
+    assert gate.prompts == ("a cat", "a dog")
+    settings = TeacherConfig(search="objects")
+    gated = RegionScorer(captioner, prompts, settings, regions, gate=gate)
+    for scored in gated(images):
+        assert isinstance(scored, ScoredImage)
+        kept_RC = np.isfinite(scored.scores)
+        assert kept_RC[:, 2::3].all()  # classes without an object are always scored
+        assert (kept_RC[:, 0::3].all(1) ^ kept_RC[:, 1::3].all(1)).all()
+        assert (kept_RC.sum(1) == 8).all()
+    found = gated.agreement(images)
+    assert found["regions"] == 15
+    assert 0 < found["lost_mass"] < 1
+
+
+def test_given_boxes_and_detections_become_regions() -> None:
+    """Catches detections left in the coordinates of the shrunk pixels."""
+
+    class Finder:
+        def detect(self, images: Sequence[np.ndarray]) -> list[list[Detection]]:
+            return [
+                [Detection((0, 0, 10, 10), "person", 0.9), Detection((8, 8, 18, 18), "dog", 0.8)]
+                for _ in images
+            ]
+
+    class Given:
+        def of(self, image_id: str, uri: str, width: int, height: int) -> Any:
+            assert (image_id, uri, width, height) == ("a", "/a.png", 200, 200)
+            return [], [(100.0, 100.0, 160.0, 160.0)], ["box 1: no area"]
+
+    image = DecodedImage(np.zeros((20, 20, 3), np.uint8), 200, 200)
+    prompts = ClassPrompts.of([["a"], ["b"]], 1)
+    regions = RegionsConfig(grid_scales=(), grid_steps=(), margins=(0.0, 0.5))
+    scorer = RegionScorer(
+        DummyCaptioner(), prompts, TeacherConfig(), regions, detector=Finder(), given=Given()
+    )
+    result = scorer([ImageTask(image, "a", "/a.png")])[0]
+    assert isinstance(result, ScoredImage)
+    shown = {(r.kind, r.margin): r.box for r in result.regions}
+    assert shown[("union", 0.0)] == (0, 0, 180, 180)
+    assert shown[("person", 0.0)] == (0, 0, 100, 100)
+    assert shown[("person", 0.5)] == (0, 0, 150, 150)
+    assert shown[("given", 0.0)] == (100, 100, 160, 160)
+    assert result.problems == ["box 1: no area"]
+    scorer.limit = 2
+    limited = scorer([ImageTask(image, "a", "/a.png")])[0]
+    assert isinstance(limited, ScoredImage)
+    assert [region.kind for region in limited.regions] == ["whole", "union"]
