@@ -36,7 +36,8 @@ from hts_ray.config import LabelConfig, RayConfig
 from hts_ray.engine.image_pass import committed_names
 from hts_ray.engine.session import ray_cluster
 from hts_ray.store.provenance import measured_on, write_results
-from hts_ray.store.tables import MANIFEST_SCHEMA, StageFolder, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 from hts_ray.teacher.stage import label_images
 
 RESULTS = Path(__file__).parent / "results" / "node_loss.json"

@@ -37,7 +37,7 @@ from hts_ray.engine.image_pass import manifest_rows
 from hts_ray.engine.session import ray_cluster
 from hts_ray.evaluate import label_matrix
 from hts_ray.store.provenance import measured_on, read_results, write_results
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.student.features import ensure_features, read_feature_table
 from hts_ray.student.head import head_logits
 from hts_ray.student.predict import score_images

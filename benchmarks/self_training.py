@@ -31,7 +31,8 @@ from hts_ray.engine.console import print_rows
 from hts_ray.engine.session import ray_cluster
 from hts_ray.evaluate import evaluate_scores, label_matrix, read_annotations
 from hts_ray.store.provenance import measured_on, read_results, write_results
-from hts_ray.store.tables import StageFolder, read_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import read_table
 from hts_ray.student.predict import score_images
 
 RESULTS = Path(__file__).parent / "results" / "self_training.json"

@@ -44,7 +44,8 @@ from hts_ray.engine.console import percent, print_rows
 from hts_ray.engine.session import ray_cluster
 from hts_ray.store import storage
 from hts_ray.store.provenance import measured_on, read_results, write_results
-from hts_ray.store.tables import StageFolder, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import read_table, write_table
 from hts_ray.sweep.space import nested
 from hts_ray.sweep.stage import TRIALS_FILE, plan_sweep, run_sweep
 

@@ -37,7 +37,7 @@ from hts_ray.engine.session import ray_cluster
 from hts_ray.losses import make_loss
 from hts_ray.store import storage
 from hts_ray.store.provenance import measured_on, write_results
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.student import loop
 from hts_ray.student import train as training
 from hts_ray.student.checkpoints import load_student

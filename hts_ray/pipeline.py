@@ -23,17 +23,13 @@ from hts_ray.config import HtsConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.corrections import overrides_key
 from hts_ray.store import storage
+from hts_ray.store.run import StageFolder, content_hash, find_stage, require_stage, settings_hash
 from hts_ray.store.tables import (
     ANNOTATION_COLUMNS,
     MANIFEST_SCHEMA,
-    StageFolder,
     check_table,
-    content_hash,
-    find_stage,
     read_table,
-    require_stage,
     require_unique_ids,
-    settings_hash,
     write_table,
 )
 

@@ -29,7 +29,7 @@ from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.engine.console import image_progress, steps
 from hts_ray.engine.session import command_cluster
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, require_stage
+from hts_ray.store.run import StageFolder, require_stage
 
 
 def settings(preset: str | None = None, *, file: str | None = None, **values: Any) -> HtsConfig:

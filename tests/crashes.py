@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 
 
 def crash_before_the_last_block(stage: StageFolder) -> dict[str, bytes]:

@@ -12,12 +12,8 @@ from PIL import Image
 from hts_ray import pipeline
 from hts_ray.config import HtsConfig, parse_config
 from hts_ray.store import storage
-from hts_ray.store.tables import (
-    MANIFEST_SCHEMA,
-    REGION_SCORES_SCHEMA,
-    StageFolder,
-    write_table,
-)
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import MANIFEST_SCHEMA, REGION_SCORES_SCHEMA, write_table
 
 IDS = [18, 19, 74]  # of HICO: ride bicycle, sit on bicycle, and one of another object
 SIZE = (60, 40)

@@ -15,7 +15,7 @@ from documented import PAGES, ROOT, Command, blocks, commands
 
 from hts_ray import cli
 from hts_ray.demo.world import world_class_ids, write_world
-from hts_ray.store.tables import find_stage
+from hts_ray.store.run import find_stage
 
 pytestmark = pytest.mark.slow
 

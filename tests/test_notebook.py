@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hts_ray import stages
-from hts_ray.store.tables import find_stage
+from hts_ray.store.run import find_stage
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "example.ipynb"
 SIZE = re.compile(r"^TRAIN, TEST = \d+, \d+", re.M)

@@ -16,7 +16,7 @@ from hts_ray.errors import DataError
 from hts_ray.images import decode as images
 from hts_ray.images.folder import read_folder
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, find_stage
+from hts_ray.store.run import StageFolder, find_stage
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from labeled_run import save_run
 from hts_ray import stages
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 
 
 def test_settings_start_from_a_preset_and_are_checked():

@@ -26,7 +26,7 @@ from hts_ray.engine.console import (
 )
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, find_stage, require_stage
+from hts_ray.store.run import StageFolder, find_stage, require_stage
 
 if TYPE_CHECKING:
     from hts_ray.classifier import Prediction

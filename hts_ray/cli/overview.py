@@ -12,7 +12,7 @@ from hts_ray import pipeline
 from hts_ray.cli.options import CONFIG_FILE
 from hts_ray.engine.console import console, duration, print_next, print_rows
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 
 RUNS = "runs"
 REPORT = "report.html"

@@ -361,7 +361,7 @@ def evaluate(
     """Compare predictions with annotations by HICO's official protocol."""
     from hts_ray import pipeline
     from hts_ray.store import storage
-    from hts_ray.store.tables import require_stage
+    from hts_ray.store.run import require_stage
 
     run = settings.open()
     source = predictions or require_stage(run.run_dir, "predictions", "predict").path

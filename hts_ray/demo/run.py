@@ -22,7 +22,7 @@ from hts_ray.engine.console import console, percent, print_rows, print_stage, pr
 from hts_ray.evaluate import evaluate_scores, read_annotations
 from hts_ray.labels.stage import image_evidence
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 
 NUM_TRAIN = 1200
 NUM_TEST = 500

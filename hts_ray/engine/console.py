@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from hts_ray.store.tables import StageFolder
+    from hts_ray.store.run import StageFolder
 
 # In a file or a pipe there is no width to keep to.
 _WIDTH = None if sys.stdout.isatty() else 160

@@ -28,10 +28,10 @@ from hts_ray.config import ImagesConfig
 from hts_ray.engine.deaths import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.errors import DataError, UserError
 from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import (
     MANIFEST_SCHEMA,
     QUARANTINE_SCHEMA,
-    StageFolder,
     check_table,
     read_table,
     require_unique_ids,

@@ -24,7 +24,7 @@ from hts_ray.config import RayConfig
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from hts_ray.store.tables import StageFolder
+    from hts_ray.store.run import StageFolder
 
 TAGS = ("stage", "run")
 # All only rise. Ray forgets a gauge when the process that set it has ended, so that a sum over

@@ -16,14 +16,8 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
 from hts_ray.labels.stage import class_probabilities, iter_region_rows, kept_regions, read_info
 from hts_ray.store import storage
-from hts_ray.store.tables import (
-    PSEUDO_LABELS_SCHEMA,
-    StageFolder,
-    check_table,
-    find_stage,
-    read_table,
-    require_stage,
-)
+from hts_ray.store.run import StageFolder, find_stage, require_stage
+from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, check_table, read_table
 
 _BATCH_ROWS = 1024
 _COLUMNS = ("image_id", "uri", "split", "positive_ids", "ignored_ids", "probability", "support")

@@ -13,13 +13,8 @@ import pyarrow as pa
 
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import (
-    CORRECTIONS_SCHEMA,
-    check_table,
-    content_hash,
-    read_table,
-    require_unique_ids,
-)
+from hts_ray.store.run import content_hash
+from hts_ray.store.tables import CORRECTIONS_SCHEMA, check_table, read_table, require_unique_ids
 
 OVERRIDES = "overrides.parquet"
 _VALUES = {"positive_ids": 1, "negative_ids": -1, "ambiguous_ids": 0}

@@ -20,7 +20,8 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels import select as pseudo_labels
 from hts_ray.labels.corrections import Corrected, apply_overrides, read_overrides
 from hts_ray.store import storage
-from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, StageFolder, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, write_table
 
 # Changes the probabilities (R, C) of an image's regions, given its id and which were kept.
 Opinion = Callable[[str, np.ndarray, np.ndarray], np.ndarray]

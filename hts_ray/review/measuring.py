@@ -12,13 +12,8 @@ from hts_ray.labels.corrections import OVERRIDES, read_overrides
 from hts_ray.review.agreement import Agreement, measure_agreement
 from hts_ray.review.importing import MANIFEST
 from hts_ray.store import storage
-from hts_ray.store.tables import (
-    CORRECTIONS_SCHEMA,
-    StageFolder,
-    content_hash,
-    read_table,
-    settings_hash,
-)
+from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.store.tables import CORRECTIONS_SCHEMA, read_table
 
 TABLE = "review"
 AGREEMENT = "agreement.json"

@@ -15,7 +15,7 @@ from hts_ray.report.run_gallery import stored_thumbnail
 from hts_ray.review.agreement import Machine
 from hts_ray.review.measuring import AGREEMENT, TABLE
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, find_stage, finished_stages
+from hts_ray.store.run import StageFolder, find_stage, finished_stages
 
 Content = Mapping[str, Any]
 

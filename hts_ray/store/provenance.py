@@ -16,7 +16,7 @@ import hts_ray
 from hts_ray.classes import ClassTable
 from hts_ray.config import HtsConfig
 from hts_ray.store import storage
-from hts_ray.store.tables import settings_hash
+from hts_ray.store.run import settings_hash
 
 _PACKAGES = (
     "ray", "torch", "torchvision", "transformers", "open_clip_torch", "accelerate", "pyarrow",

@@ -21,7 +21,7 @@ from hts_ray.classes import ClassTable, read_class_csv
 from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import find_stage
+from hts_ray.store.run import find_stage
 from hts_ray.student.model import Student, rebuild_student
 
 FORMAT = "hts_ray.student"

@@ -25,7 +25,7 @@ from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.student.checkpoints import (
     DESCRIPTION,
     description_of,

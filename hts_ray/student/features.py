@@ -39,15 +39,8 @@ from hts_ray.engine.image_pass import (
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import (
-    StageFolder,
-    content_hash,
-    features_schema,
-    read_table,
-    require_unique_ids,
-    settings_hash,
-    write_table,
-)
+from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.store.tables import features_schema, read_table, require_unique_ids, write_table
 from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, student_fingerprint
 from hts_ray.student.pool import StudentWorker, map_on_students, vector_rows
 

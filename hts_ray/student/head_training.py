@@ -21,7 +21,8 @@ from hts_ray.config import TrainConfig
 from hts_ray.engine.image_pass import OK
 from hts_ray.metrics import hico_average_precision
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import read_table, write_table
 from hts_ray.student.checkpoints import WEIGHTS
 from hts_ray.student.features import Features, ensure_features, read_feature_table
 from hts_ray.student.head import HeadFit, fit_head, head_logits

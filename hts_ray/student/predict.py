@@ -29,7 +29,8 @@ from hts_ray.engine.image_pass import (
 )
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError
-from hts_ray.store.tables import StageFolder, predictions_schema
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import predictions_schema
 from hts_ray.student.checkpoints import (
     description_of,
     find_student,

@@ -36,7 +36,8 @@ from hts_ray.errors import DataError
 from hts_ray.images.crops import pixel_span
 from hts_ray.images.regions import Region
 from hts_ray.store import storage
-from hts_ray.store.tables import STUDENT_SCORES_SCHEMA, StageFolder, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import STUDENT_SCORES_SCHEMA, read_table, write_table
 from hts_ray.student.checkpoints import description_of, find_student, student_fingerprint
 from hts_ray.student.pool import StudentWorker, map_on_students
 from hts_ray.teacher.actor import decoded_image

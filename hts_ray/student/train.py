@@ -35,7 +35,8 @@ from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.evaluate import label_matrix
 from hts_ray.store import storage
-from hts_ray.store.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
 from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import dense_targets, train_loop
 from hts_ray.student.progress import Progress, training_progress

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from hts_ray import pipeline
 from hts_ray.config import override
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.sweep.finalists import FOLDS, final_objective
 from hts_ray.sweep.stage import (
     TABLE,

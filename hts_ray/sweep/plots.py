@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from hts_ray.assets import asset_path
 from hts_ray.store import storage
-from hts_ray.store.tables import find_stage, read_table
+from hts_ray.store.run import find_stage
+from hts_ray.store.tables import read_table
 from hts_ray.sweep.log import OWN
 from hts_ray.sweep.stage import FINALISTS_FILE, TABLE, TRIALS_FILE
 

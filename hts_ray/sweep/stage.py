@@ -22,15 +22,8 @@ from hts_ray import pipeline
 from hts_ray.config import override
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import (
-    StageFolder,
-    content_hash,
-    read_table,
-    require_stage,
-    settings_hash,
-    trials_schema,
-    write_table,
-)
+from hts_ray.store.run import StageFolder, content_hash, require_stage, settings_hash
+from hts_ray.store.tables import read_table, trials_schema, write_table
 from hts_ray.sweep.finalists import FOLDER, Finalist, labeled_among, run_finalists
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first, promising_first
 from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES

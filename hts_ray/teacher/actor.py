@@ -20,7 +20,7 @@ from hts_ray.engine.image_pass import decode_batch
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.decode import DecodedImage
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, settings_hash
+from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.teacher.captioner import (
     Captioner,
     ClassPrompts,

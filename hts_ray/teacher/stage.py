@@ -40,7 +40,8 @@ from hts_ray.engine.image_pass import (
 )
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.store import storage
-from hts_ray.store.tables import REGION_SCORES_SCHEMA, StageFolder, read_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import REGION_SCORES_SCHEMA, read_table
 from hts_ray.teacher.actor import (
     Teaching,
     image_task,

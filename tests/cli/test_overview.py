@@ -6,7 +6,7 @@ import pytest
 
 from hts_ray.cli.overview import find_runs, next_words, print_overview, steps_of
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 
 TABLES = ["manifest", "region_scores", "pseudo_labels", "student", "predictions", "evaluation"]
 

@@ -22,7 +22,8 @@ from hts_ray.cluster.submit import DETACHED, STOPPED, Job, check_on, exit_code, 
 from hts_ray.engine.room import Cluster, Node
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.store import storage
-from hts_ray.store.tables import find_stage, read_table
+from hts_ray.store.run import find_stage
+from hts_ray.store.tables import read_table
 
 
 @pytest.fixture(autouse=True)

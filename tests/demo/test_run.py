@@ -6,7 +6,7 @@ import pytest
 
 from hts_ray.config import load_config
 from hts_ray.demo import run as demo
-from hts_ray.store.tables import find_stage
+from hts_ray.store.run import find_stage
 
 
 @pytest.fixture(scope="module")

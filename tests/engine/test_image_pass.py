@@ -26,7 +26,8 @@ from hts_ray.engine.image_pass import (
 )
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import QUARANTINE_SCHEMA, StageFolder, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
 
 
 @pytest.fixture

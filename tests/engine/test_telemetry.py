@@ -24,7 +24,7 @@ from hts_ray.engine.telemetry import (
     log_as,
     run_tag,
 )
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 
 FOLDER = StageFolder("/data/runs/hico/", "region_scores", "0123456789ab")
 

@@ -11,7 +11,8 @@ from fault_cluster import Driver, FaultCluster
 
 from hts_ray.engine.image_pass import committed_names
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, find_stage, read_table
+from hts_ray.store.run import StageFolder, find_stage
+from hts_ray.store.tables import read_table
 
 TABLE_OF = {"label": "region_scores", "train": "student", "sweep": "sweep"}
 # Ray ends the process of a driver whose head is gone by itself, with these words.

@@ -18,7 +18,8 @@ from servers import BUCKET, FaultyStore
 from hts_ray import cli
 from hts_ray.demo.world import world_class_ids, write_world
 from hts_ray.store import storage
-from hts_ray.store.tables import find_stage, read_table, write_table
+from hts_ray.store.run import find_stage
+from hts_ray.store.tables import read_table, write_table
 
 ASKED = tuple(filter(None, os.environ.get("HTS_FAULT_KINDS", "").split(",")))
 KEPT = os.environ.get("HTS_FAULT_LAB", "")  # a folder that keeps the unbroken runs between calls

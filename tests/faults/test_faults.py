@@ -22,7 +22,8 @@ from PIL import Image, PngImagePlugin
 from servers import BUCKET
 
 from hts_ray.demo.world import write_world
-from hts_ray.store.tables import find_stage, read_table
+from hts_ray.store.run import find_stage
+from hts_ray.store.tables import read_table
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

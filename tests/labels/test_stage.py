@@ -14,7 +14,8 @@ from hts_ray.labels.stage import (
     kept_regions,
 )
 from hts_ray.store import storage
-from hts_ray.store.tables import REGION_SCORES_SCHEMA, StageFolder, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import REGION_SCORES_SCHEMA, read_table, write_table
 
 IDS = np.array([7, 3, 11], dtype=np.int16)
 

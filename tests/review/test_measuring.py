@@ -15,7 +15,8 @@ from hts_ray.exports.source import read_labels
 from hts_ray.review.importing import import_labels, write_import
 from hts_ray.review.measuring import corrections_of, review
 from hts_ray.review.reading import Read, ReadImage
-from hts_ray.store.tables import read_table, require_stage
+from hts_ray.store.run import require_stage
+from hts_ray.store.tables import read_table
 
 TRUTH = {
     "a/1": ("ride bicycle",),

@@ -14,7 +14,7 @@ from hts_ray.review.measuring import review
 from hts_ray.review.reading import Read, ReadImage
 from hts_ray.review.section import MAX_IMAGES, disagreed_images, review_sections
 from hts_ray.store import storage
-from hts_ray.store.tables import require_stage
+from hts_ray.store.run import require_stage
 
 TRUTH = {
     "a/1": ("ride bicycle",),

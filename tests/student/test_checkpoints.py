@@ -10,7 +10,7 @@ import torch
 from hts_ray.config import StudentConfig
 from hts_ray.errors import DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import description_hash, save_student, student_fingerprint
 from hts_ray.student.model import build_student

@@ -13,7 +13,7 @@ from hts_ray.classes import hico_classes
 from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.student import convert as export
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student, student_fingerprint

@@ -12,7 +12,8 @@ from PIL import Image
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
 from hts_ray.errors import DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, features_schema, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import features_schema, read_table, write_table
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student
 from hts_ray.student.features import (

@@ -12,7 +12,8 @@ from safetensors.torch import load as load_weights
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.errors import DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, read_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import read_table
 from hts_ray.student import load_student
 from hts_ray.student import train as training
 from hts_ray.student.train import train_student

@@ -11,7 +11,8 @@ from crashes import crash_before_the_last_block
 from hts_ray.config import PoolConfig, PredictConfig
 from hts_ray.errors import DataError
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder, predictions_schema, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import predictions_schema, read_table, write_table
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student
 from hts_ray.student.model import build_student

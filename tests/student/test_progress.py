@@ -8,7 +8,7 @@ import pytest
 
 from hts_ray.config import OptimConfig, TrainConfig
 from hts_ray.store import storage
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.student import loop, progress
 from hts_ray.student.progress import StepLog, training_progress
 from hts_ray.student.train import train_student

@@ -12,10 +12,10 @@ from hts_ray.config import ImagesConfig, PoolConfig, SelfTrainingConfig
 from hts_ray.engine.image_pass import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import (
     REGION_SCORES_SCHEMA,
     STUDENT_SCORES_SCHEMA,
-    StageFolder,
     read_table,
     write_table,
 )

@@ -18,7 +18,8 @@ from hts_ray.config import AugmentConfig, OptimConfig, PredictConfig, TrainConfi
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.evaluate import label_matrix
 from hts_ray.metrics import hico_average_precision
-from hts_ray.store.tables import StageFolder, read_table, write_table
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import read_table, write_table
 from hts_ray.student import load_student, loop
 from hts_ray.student import train as training
 from hts_ray.student.predict import score_images
@@ -208,7 +209,8 @@ from hts_ray.config import StudentConfig, TrainConfig
 from hts_ray.classes import read_class_csv
 from hts_ray.student import loop
 from hts_ray.student import train as training
-from hts_ray.store.tables import StageFolder, read_table, write_table
+from hts_ray.store.tables import read_table, write_table
+from hts_ray.store.run import StageFolder
 run = json.loads(sys.argv[1])
 ray.init(address=run["address"], log_to_driver=False)
 take_step, taken = loop._train_step, []

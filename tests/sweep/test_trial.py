@@ -19,10 +19,10 @@ from hts_ray.evaluate import label_matrix
 from hts_ray.labels.stage import filter_regions
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import (
     MANIFEST_SCHEMA,
     REGION_SCORES_SCHEMA,
-    StageFolder,
     features_schema,
     read_table,
     write_table,

@@ -15,7 +15,7 @@ from PIL import Image
 from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig, RegionsConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.teacher.actor import (
     Teaching,
     prior_log_likelihoods,

@@ -26,11 +26,11 @@ from hts_ray.images.crops import crop_region
 from hts_ray.images.regions import Region
 from hts_ray.labels.stage import read_info
 from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import (
     MANIFEST_SCHEMA,
     QUARANTINE_SCHEMA,
     REGION_SCORES_SCHEMA,
-    StageFolder,
     check_table,
     read_table,
     write_table,
@@ -203,7 +203,7 @@ import json, sys
 import ray
 from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig
-from hts_ray.store.tables import StageFolder
+from hts_ray.store.run import StageFolder
 from hts_ray.teacher.stage import block_rows, label_images
 
 arguments = json.loads(sys.argv[1])

@@ -1,0 +1,116 @@
+"""The run directory: one folder a stage, named by a hash of what made it.
+
+A stage writes to a folder named `<table>-<key>`. The folder is finished when its `stats.json`
+exists, which is written last and in one step. Readers refuse a folder without it, so an unfinished
+folder is never read as a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from hts_ray.errors import DataError
+from hts_ray.store import storage
+from hts_ray.store.tables import STATS_FILE, read_table
+
+
+def settings_hash(*parts: Any) -> str:
+    """Return 12 hexadecimal digits that change whenever any of the JSON-able parts does."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def content_hash(table: pa.Table) -> str:
+    """Return a hash of a table's rows, whatever its chunks and file layout."""
+    digest = hashlib.sha256()
+    combined = table.combine_chunks().replace_schema_metadata(None)
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, combined.schema) as writer:
+        writer.write_table(combined)
+    digest.update(sink.getvalue())
+    return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's output folder inside a run directory: `<table>-<key>`."""
+
+    run_dir: str
+    table: str
+    key: str
+
+    @property
+    def path(self) -> str:
+        """The folder's path or URI."""
+        return storage.join(self.run_dir, f"{self.table}-{self.key}")
+
+    def file(self, *names: str) -> str:
+        """The path of a file inside the folder."""
+        return storage.join(self.path, *names)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage's last step, its `stats.json`, was written."""
+        return storage.exists(self.file(STATS_FILE))
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the finished stage counted."""
+        stats = storage.read_json(self.file(STATS_FILE))
+        assert isinstance(stats, dict)
+        return stats
+
+    def read(self, columns: Iterable[str] | None = None) -> pa.Table:
+        """Return the stage's rows, of some columns or all; DataError where there is nothing."""
+        return read_table(self.path, columns)
+
+    def publish(self, stats: Mapping[str, Any]) -> None:
+        """Make the folder's contents a result; `stats` holds rows in, out, quarantined, seconds."""
+        storage.write_json(
+            self.file(STATS_FILE),
+            {**stats, "table": self.table, "key": self.key, "finished_at": time.time()},
+        )
+
+
+def finished_stages(run_dir: str, table: str) -> list[StageFolder]:
+    """Return every finished folder of `table`, the latest last."""
+    prefix = f"{table}-"
+    folders = [
+        StageFolder(run_dir, table, name[len(prefix) :])
+        for name in storage.list_names(run_dir)
+        if name.startswith(prefix)
+    ]
+    finished = [folder for folder in folders if folder.finished]
+    return sorted(finished, key=lambda folder: float(folder.stats["finished_at"]))
+
+
+def find_stage(run_dir: str, table: str) -> StageFolder | None:
+    """Return the most recently finished folder of `table`, or None."""
+    return next(reversed(finished_stages(run_dir, table)), None)
+
+
+def require_stage(run_dir: str, table: str, command: str) -> StageFolder:
+    """Return the latest finished folder of `table`; DataError naming the command to run first."""
+    folder = find_stage(run_dir, table)
+    if folder is None:
+        raise DataError(f"{run_dir} holds no finished {table}: run `hts {command}` first")
+    return folder
+
+
+def given_stage(path: str, table: str) -> StageFolder:
+    """Return the finished stage folder at `path`; DataError when it is another table's."""
+    folder, _, name = storage.absolute(path).rstrip("/").rpartition("/")
+    if not name.startswith(f"{table}-"):
+        raise DataError(f"{path} is not a {table} folder: its name must start with {table}-")
+    stage = StageFolder(folder, table, name.removeprefix(f"{table}-"))
+    if not stage.finished:
+        raise DataError(f"{path} is not finished: run the stage again, it resumes")
+    return stage
