@@ -9,7 +9,8 @@ from typing import Any
 from hts_ray.metrics import RECALL_THRESHOLDS
 from hts_ray.report.data import ComparisonRow, Role, TrainingCurve
 from hts_ray.report.formatting import finite
-from hts_ray.store import storage, tables
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
 
 Metrics = Mapping[str, Any]
 
@@ -86,7 +87,7 @@ def read_training(run_dir: str, metrics: Mapping[str, Metrics]) -> list[Training
     names = {last_part(str(values["student"])): name for name, values in metrics.items()}
     curves: dict[str, TrainingCurve] = {}
     for entry in storage.list_names(run_dir):
-        folder = tables.StageFolder(run_dir, "student", entry.removeprefix("student-"))
+        folder = StageFolder(run_dir, "student", entry.removeprefix("student-"))
         path = folder.file("history.json")
         if not (entry.startswith("student-") and folder.finished and storage.exists(path)):
             continue

@@ -24,6 +24,7 @@ from hts_ray.report.evaluations import read_evaluations
 from hts_ray.report.quality import LabeledImage, LabelQuality, judge, measure
 from hts_ray.report.stages import FinishedStages
 from hts_ray.store import storage, tables
+from hts_ray.store.run import StageFolder
 
 Row = dict[str, Any]
 
@@ -38,7 +39,7 @@ class Found:
     config_text: str
     config: HtsConfig
     manifest: pa.Table | None
-    regions: tables.StageFolder | None
+    regions: StageFolder | None
     labels: pa.Table | None
     metrics: Mapping[str, Mapping[str, Any]]
 
@@ -87,9 +88,7 @@ class Found:
         )
 
 
-def read_found(
-    run_dir: str, stages: FinishedStages, labels: tables.StageFolder | None = None
-) -> Found:
+def read_found(run_dir: str, stages: FinishedStages, labels: StageFolder | None = None) -> Found:
     """Read what the report needs; `labels` is the latest pseudo_labels folder if not given.
 
     Raises DataError when a table that is there cannot be read.
@@ -111,7 +110,7 @@ def read_found(
     )
 
 
-def read_columns(folder: tables.StageFolder | None, columns: Sequence[str]) -> pa.Table | None:
+def read_columns(folder: StageFolder | None, columns: Sequence[str]) -> pa.Table | None:
     """Return some columns of a stage's table; None without a folder."""
     return None if folder is None else tables.read_table(folder.path, columns)
 

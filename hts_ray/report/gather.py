@@ -26,7 +26,8 @@ from hts_ray.report.found import ROWS_AT_ONCE, Found, read_columns, read_found
 from hts_ray.report.quality import reliability
 from hts_ray.report.run_gallery import run_gallery
 from hts_ray.report.stages import FinishedStages, read_quarantine, run_facts, stage_rows
-from hts_ray.store import storage, tables
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
 
 DEFAULT_IMAGES = 200
 DROP_REASONS = {
@@ -41,7 +42,7 @@ def report_for_run(
     run_dir: str,
     max_images: int = DEFAULT_IMAGES,
     *,
-    labels_stage: tables.StageFolder | None = None,
+    labels_stage: StageFolder | None = None,
 ) -> ReportData:
     """Gather what a run directory holds so far; a stage that has not run is left out.
 

@@ -10,6 +10,7 @@ from hts_ray.config import HtsConfig, PoolConfig
 from hts_ray.report.data import Facts, QuarantineRow, StageRow
 from hts_ray.report.evaluations import LABEL_SOURCES, number, read_object
 from hts_ray.store import storage, tables
+from hts_ray.store.run import StageFolder
 
 Stats = Mapping[str, Any]
 
@@ -57,23 +58,23 @@ STAGE_KINDS = (
 class FinishedStages:
     """Every finished folder of a run, by table, the latest last."""
 
-    folders: Mapping[str, Sequence[tuple[tables.StageFolder, Stats]]]
+    folders: Mapping[str, Sequence[tuple[StageFolder, Stats]]]
 
     @classmethod
     def of(cls, run_dir: str) -> FinishedStages:
         """Look through a run directory once."""
-        found: dict[str, list[tuple[tables.StageFolder, Stats]]] = {}
+        found: dict[str, list[tuple[StageFolder, Stats]]] = {}
         known = {kind.table for kind in STAGE_KINDS}
         for name in storage.list_names(run_dir):
             table, _, key = name.rpartition("-")
-            folder = tables.StageFolder(run_dir, table, key)
+            folder = StageFolder(run_dir, table, key)
             if table in known and folder.finished:
                 found.setdefault(table, []).append((folder, folder.stats))
         for entries in found.values():
             entries.sort(key=lambda entry: entry[1].get("finished_at", 0.0))
         return cls(found)
 
-    def latest(self, table: str) -> tables.StageFolder | None:
+    def latest(self, table: str) -> StageFolder | None:
         """Return the folder of a table that was finished last."""
         entries = self.folders.get(table)
         return entries[-1][0] if entries else None

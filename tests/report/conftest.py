@@ -15,6 +15,7 @@ from report_pages import photo
 from hts_ray.classes import hico_classes
 from hts_ray.config import parse_config
 from hts_ray.store import storage, tables
+from hts_ray.store.run import StageFolder
 
 CLASS_IDS = [5, 9, 400]
 
@@ -51,7 +52,7 @@ def _evaluations(run):
             f"{run}/predictions-{key}/table.json", {"student": f"/old/student-{key}"}
         )
         storage.write_json(f"{run}/evaluation-{key}/metrics.json", metrics)
-        student = tables.StageFolder(run, "student", key)
+        student = StageFolder(run, "student", key)
         history = [{"loss": 2.0}, {"loss": 1.0, "validation_mAP": 0.4}] if key == "b" else []
         storage.write_json(student.file("history.json"), history)
         info = {"train": {"labels": "pseudo" if key == "b" else "none", "loss": "bce"}, "epochs": 2}
@@ -80,7 +81,7 @@ def run_dir(tmp_path):
         ("region_scores", scores, tables.REGION_SCORES_SCHEMA),
         ("pseudo_labels", labels, tables.PSEUDO_LABELS_SCHEMA),
     ):
-        stage = tables.StageFolder(run, name, "abc")
+        stage = StageFolder(run, name, "abc")
         tables.write_table(stage.file("part-0.parquet"), pa.Table.from_pylist(rows, schema))
         if name == "region_scores":
             table = pa.Table.from_pylist(quarantine, tables.QUARANTINE_SCHEMA)

@@ -13,6 +13,7 @@ from hts_ray import report
 from hts_ray.cli import report as command
 from hts_ray.report import gather
 from hts_ray.store import storage, tables
+from hts_ray.store.run import StageFolder
 
 
 def test_report_for_run_reads_every_stage(run_dir):
@@ -68,12 +69,12 @@ def test_report_for_unfinished_runs(run_dir, tmp_path):
 
 def test_given_labels_beat_the_latest(run_dir):
     """Catches a demo whose report is about its last ablation."""
-    other = tables.StageFolder(run_dir, "pseudo_labels", "later")
+    other = StageFolder(run_dir, "pseudo_labels", "later")
     table = tables.read_table(f"{run_dir}/pseudo_labels-abc").slice(0, 1)
     tables.write_table(other.file("part-0.parquet"), table)
     other.publish({})
     assert {s.name: s.count for s in report.report_for_run(run_dir).funnel}["images filtered"] == 1
-    main = tables.StageFolder(run_dir, "pseudo_labels", "abc")
+    main = StageFolder(run_dir, "pseudo_labels", "abc")
     data = report.report_for_run(run_dir, labels_stage=main)
     assert {s.name: s.count for s in data.funnel}["images filtered"] == 5
 

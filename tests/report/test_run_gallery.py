@@ -10,6 +10,7 @@ from hts_ray.report.found import read_found
 from hts_ray.report.run_gallery import run_gallery
 from hts_ray.report.stages import FinishedStages
 from hts_ray.store import tables
+from hts_ray.store.run import StageFolder
 
 
 def gallery_of(run_dir, max_images=10):
@@ -46,7 +47,7 @@ def test_a_rare_class_is_among_the_candidates(run_dir, monkeypatch):
     monkeypatch.setattr("hts_ray.report.run_gallery.GALLERY_CANDIDATES", 1)
     rows = tables.read_table(f"{run_dir}/pseudo_labels-abc").to_pylist()
     rows[4]["positive_ids"] = [400]
-    stage = tables.StageFolder(run_dir, "pseudo_labels", "abc")
+    stage = StageFolder(run_dir, "pseudo_labels", "abc")
     table = pa.Table.from_pylist(rows, tables.PSEUDO_LABELS_SCHEMA)
     tables.write_table(stage.file("part-0.parquet"), table)
     assert {item.image_id for item in gallery_of(run_dir)} == {"im0", "im4"}
@@ -55,7 +56,7 @@ def test_a_rare_class_is_among_the_candidates(run_dir, monkeypatch):
 def test_region_scores_of_another_pass_are_no_reason_to_fail(run_dir):
     """Catches a crash where the latest teacher pass has not seen a labeled image."""
     rows = tables.read_table(f"{run_dir}/region_scores-abc").slice(0, 2)
-    later = tables.StageFolder(run_dir, "region_scores", "later")
+    later = StageFolder(run_dir, "region_scores", "later")
     tables.write_table(later.file("part-0.parquet"), rows)
     later.publish({})
     assert {item.image_id for item in gallery_of(run_dir)} == {"im0", "im1"}

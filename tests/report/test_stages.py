@@ -6,7 +6,8 @@ import pytest
 
 from hts_ray.config import parse_config
 from hts_ray.report.stages import FinishedStages, read_quarantine, run_facts, stage_rows
-from hts_ray.store import storage, tables
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
 
 GPUS = {
     "label": {"pool": {"max_size": 4, "num_gpus": 0.5}},
@@ -16,7 +17,7 @@ GPUS = {
 
 def test_only_finished_folders_count_and_the_latest_is_taken(run_dir):
     """Catches half-written results, and another table whose name begins alike."""
-    tables.StageFolder(run_dir, "student", "half").file()
+    StageFolder(run_dir, "student", "half").file()
     storage.write_json(f"{run_dir}/student-half/history.json", [])
     storage.write_json(f"{run_dir}/student_scores-x/stats.json", {"finished_at": 1e12})
     stages = FinishedStages.of(run_dir)
@@ -40,7 +41,7 @@ def test_gpu_hours_are_time_by_gpus(run_dir):
 
 def test_resumed_time_is_told(run_dir):
     """Catches a throughput that seems to belong to all rows where most came from an earlier run."""
-    stage = tables.StageFolder(run_dir, "region_scores", "abc")
+    stage = StageFolder(run_dir, "region_scores", "abc")
     stage.publish({**stage.stats, "rows_resumed": 1234, "regions_per_second": 56.7})
     rows = {row.name: row for row in stage_rows(FinishedStages.of(run_dir), parse_config({}))}
     assert "57 regions/s" in rows["region scores"].note

@@ -5,6 +5,7 @@ import pytest
 
 from hts_ray.errors import DataError
 from hts_ray.store import tables
+from hts_ray.store.run import StageFolder
 
 ROWS = [
     {"image_id": "a", "uri": "/a.jpg", "width": 4, "height": 3, "split": "train"},
@@ -25,45 +26,9 @@ def test_written_tables_keep_schema_and_version(tmp_path):
     assert back.equals(manifest())
 
 
-def test_content_hash_sees_values_and_not_chunks():
-    """Would catch a rerun for nothing, or an old answer for a changed input."""
-    whole = manifest()
-    chunked = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
-    changed = manifest([{**ROWS[0], "uri": "/c.jpg"}, ROWS[1]])
-    assert tables.content_hash(whole) == tables.content_hash(chunked)
-    assert tables.content_hash(whole) != tables.content_hash(changed)
-
-
-def test_settings_hash_depends_on_values_and_not_on_key_order():
-    """Would catch hashes that differ between processes or miss a change."""
-    one = tables.settings_hash({"a": 1, "b": [1, 2]})
-    assert one == tables.settings_hash({"b": [1, 2], "a": 1})
-    assert one != tables.settings_hash({"a": 1, "b": [2, 1]})
-
-
-def test_folder_counts_only_after_publish(tmp_path):
-    """Would catch a half-written stage taken for a result."""
-    stage = tables.StageFolder(str(tmp_path), "pseudo_labels", "0123")
-    tables.write_table(stage.file("part-0.parquet"), manifest())
-    assert not stage.finished
-    assert tables.find_stage(str(tmp_path), "pseudo_labels") is None
-    with pytest.raises(DataError, match="hts filter"):
-        tables.require_stage(str(tmp_path), "pseudo_labels", "filter")
-    stage.publish({"rows_in": 2, "rows_out": 2, "quarantined": 0})
-    assert tables.find_stage(str(tmp_path), "pseudo_labels") == stage
-    assert stage.stats["rows_in"] == 2
-
-
-def test_latest_published_folder_wins(tmp_path):
-    """Would catch a stage that goes on with an older result."""
-    for key in ("b", "a"):
-        tables.StageFolder(str(tmp_path), "student", key).publish({"rows_in": 0})
-    assert tables.find_stage(str(tmp_path), "student").key == "a"
-
-
 def test_reading_skips_the_stage_s_own_bookkeeping(tmp_path):
     """Would catch quarantine or checkpoint rows counted as results."""
-    stage = tables.StageFolder(str(tmp_path), "region_scores", "k")
+    stage = StageFolder(str(tmp_path), "region_scores", "k")
     tables.write_table(stage.file("part.parquet"), manifest())
     tables.write_table(stage.file("quarantine", "part-0.parquet"), manifest())
     tables.write_table(stage.file("checkpoint", "ids.parquet"), manifest())
