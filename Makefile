@@ -70,8 +70,6 @@ benchmarks: install
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/sweep.py
-	$(BIN)/python benchmarks/self_training.py choice
-	$(BIN)/python benchmarks/self_training.py result
 	$(BIN)/python benchmarks/world.py
 
 clean:

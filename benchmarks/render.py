@@ -122,12 +122,6 @@ def interval(value: Json) -> str:
     return f"{mean} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
 
 
-def gain(value: Json) -> str:
-    """Show {gain, standard_error} in points."""
-    error = value["standard_error"]
-    return f"{100 * value['gain']:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
-
-
 def mean_of(values: Sequence[float]) -> float:
     """Return the mean."""
     return sum(values) / len(values)
@@ -239,26 +233,6 @@ def _sweep(report: Json) -> Iterator[Grid]:
         columns += [Column(f"world {seed}", seed, number(1)) for seed in seeds]
         columns += [Column(f"gap closed, world {seed}", f"gap {seed}", number()) for seed in seeds]
         yield grid(columns, rows, "Quality")
-
-
-def _self_training(report: Json) -> Iterator[Grid]:
-    columns = [
-        Column("teacher", "teacher"),
-        Column("setting", "setting"),
-        Column("runs", "runs"),
-        Column("mAP before", "mAP.before", PERCENT),
-        Column("gain", "mAP", gain),
-        Column("known object", "mAP_known_object", gain),
-        Column("few@10", "few@10", gain),
-        Column("labels' precision", "label_precision", gain),
-        Column("labels' recall", "label_recall", gain),
-    ]
-    titles = {"choice": "The choice, on validation worlds", "result": "The result, on other worlds"}
-    for part, title in titles.items():
-        if part in report:
-            seeds = report[part]["seeds"]
-            caption = f"{title} {seeds}: gains in points, mean ± standard error"
-            yield grid(columns, report[part]["summary"], caption)
 
 
 def _train_speed(report: Json) -> Iterator[Grid]:
@@ -446,7 +420,6 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "losses": ("Losses", _losses),
     "sweep": ("Sweep", _sweep),
     "objectives": ("Objectives without labels", _objectives),
-    "self_training": ("Self-training", _self_training),
     "caption_matching": ("Captions to classes", _caption_matching),
     "pipeline_efficiency": ("The teacher pass beside a bare loop", _pipeline_efficiency),
     "scale": ("Scale, by simulation", _scale),

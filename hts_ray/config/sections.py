@@ -551,6 +551,14 @@ class SelfTrainingConfig(Section):
     batch_regions: int = execution(64, ge=1, description="regions in one forward")
 
 
+class ScoreConfig(Section):
+    """Scoring a teacher's regions with a student."""
+
+    pool: PoolConfig = execution(PoolConfig())
+    batch_images: int = execution(16, ge=1, description="images handed to an actor at a time")
+    batch_regions: int = execution(64, ge=1, description="regions in one forward")
+
+
 class RangeConfig(Section):
     """What one setting may be in a sweep: a range, or choices."""
 
@@ -678,6 +686,7 @@ class HtsConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     self_training: SelfTrainingConfig = Field(default_factory=SelfTrainingConfig)
     predict: PredictConfig = Field(default_factory=PredictConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
     sweep: SweepConfig = Field(default_factory=SweepConfig)
     export: ExportConfig = execution(ExportConfig())
     ray: RayConfig = execution(RayConfig())

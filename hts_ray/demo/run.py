@@ -75,7 +75,6 @@ VARIANTS = (
     SUPERVISED,
 )
 TEACHER_NAME = "teacher alone"
-SELF_TRAINED_NAME = "HTS self-trained"
 
 
 def demo_config(config: HtsConfig, seed: int) -> HtsConfig:
@@ -156,9 +155,6 @@ def run_variants(
                 rows[variant.name] = train_here(run, manifest, scores, variant, watch)
         rows[HTS.name] = main.result()
     names = [first.name, TEACHER_NAME, *(variant.name for variant in others)]
-    if run.config.self_training.rounds:
-        rows[SELF_TRAINED_NAME] = self_trained_row(run, manifest, scores, rows[HTS.name])
-        names.insert(names.index(HTS.name) + 1, SELF_TRAINED_NAME)
     return [rows[name] for name in names]
 
 
@@ -240,18 +236,6 @@ def _evaluated(trained: _Trained, manifest: str) -> Row:
 def _tell(row: Row) -> None:
     mean_ap = percent(row.metrics["mAP"])
     console.print(f"[bold]{row.name}[/bold]: mAP {mean_ap}, {row.seconds:.0f} s")
-
-
-def self_trained_row(run: pipeline.Run, manifest: str, scores: StageFolder, main: Row) -> Row:
-    """Let the main row's student help to filter, train anew and evaluate."""
-    assert main.student is not None
-    started = time.perf_counter()
-    labels, student = pipeline.self_train(run, scores, main.student)
-    settings = run.config.self_training
-    note = f"rounds {settings.rounds}, student weight {settings.student_weight:g}"
-    variant = Variant(SELF_TRAINED_NAME, note, uses_teacher=True)
-    seconds = time.perf_counter() - started
-    return _evaluated(_Trained(run, variant, labels, student, seconds), manifest)
 
 
 def teacher_row(run: pipeline.Run, manifest: str, scores: StageFolder) -> Row:
