@@ -1,6 +1,6 @@
 """What English words say of HICO's classes: the packaged lexicon, and its reading.
 
-`assets/caption_lexicon.yaml` holds the nouns that name objects, people, animals and vehicles, the
+`lexicon.yaml` holds the nouns that name objects, people, animals and vehicles, the
 surface phrases of verbs ("take bite of" = eat) and what verbs entail. All keys are lemmas.
 
 Knows words and set phrases alone: neither the text around them, beyond the set of its words, nor
@@ -12,11 +12,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hts_ray.assets import asset_path
 from hts_ray.captions.morphology import names_agent, noun_key, word_set
 
 STATED = 0.9  # probability of a class that the caption says in so many words
@@ -151,8 +151,8 @@ _WORD_LISTS = (
 
 @functools.lru_cache(maxsize=1)
 def _source() -> dict[str, Any]:
-    """Read `assets/caption_lexicon.yaml` into the tables of a `Lexicon`."""
-    text = asset_path("caption_lexicon.yaml").read_text(encoding="utf-8")
+    """Read `lexicon.yaml` into the tables of a `Lexicon`."""
+    text = Path(__file__).with_name("lexicon.yaml").read_text(encoding="utf-8")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a hundred times faster where built
     raw = yaml.load(text, Loader=loader)  # noqa: S506
     things: dict[str, dict[str, float]] = {}

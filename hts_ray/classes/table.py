@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hts_ray.assets import asset_path
 from hts_ray.errors import ConfigError, DataError
 
 MAX_CLASS_ID = 32767  # class ids are stored as int16
@@ -533,7 +532,7 @@ def name_prompts(name: str) -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def hico_classes() -> ClassTable:
     """Return HICO's 600 verb-object classes in the order of `list_action`, with `few_shot`."""
-    return read_class_csv(asset_path("hico_classes.csv"))
+    return read_class_csv(Path(__file__).with_name("hico_classes.csv"))
 
 
 def load_class_table(source: str | Path = "hico", ids: Iterable[int] | None = None) -> ClassTable:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -23,10 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from hts_ray.assets import asset_path
 from hts_ray.errors import ConfigError
 
 _EXECUTION = "execution"
+_PRESETS = Path(__file__).parent / "presets"
 _MOST_VALUES = 100_000  # of a settings file, aliases written out
 
 
@@ -698,7 +699,7 @@ class HtsConfig(Section):
 
 def preset_names() -> list[str]:
     """Return the names of the packaged presets."""
-    return sorted(path.stem for path in asset_path("presets").glob("*.yaml"))
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
 def load_config(
@@ -747,7 +748,7 @@ def _read_preset(name: str) -> dict[str, Any]:
             value=name,
             remedy=f"choose one of {', '.join(names)}{_nearest_hint(name, names)}",
         )
-    return _read_yaml(str(asset_path("presets") / f"{name}.yaml"))
+    return _read_yaml(str(_PRESETS / f"{name}.yaml"))
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

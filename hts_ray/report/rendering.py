@@ -6,11 +6,11 @@ import base64
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hts_ray.assets import asset_path
 from hts_ray.metrics import mean_average_precision
 from hts_ray.report import formatting
 from hts_ray.report.charts import (
@@ -36,6 +36,7 @@ from hts_ray.store import storage
 
 MAX_QUARANTINE_ROWS = 200
 MAX_CONFUSED_PAIRS = 12
+_TEMPLATES = Path(__file__).parent / "templates"
 OPEN_CONFUSIONS = 1  # tables that are unfolded from the start
 
 Curves = Mapping[str, Mapping[int, Sequence[float]]]
@@ -94,7 +95,7 @@ def write_report(path: str, data: ReportData) -> None:
 def environment() -> Environment:
     """Return what renders the templates of the page: escaped, with the page's filters."""
     made = Environment(
-        loader=FileSystemLoader(asset_path("report")),
+        loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -113,7 +114,7 @@ def environment() -> Environment:
 
 
 def _asset(name: str) -> str:
-    return asset_path(f"report/{name}").read_text(encoding="utf-8")
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _series(data: ReportData) -> dict[str, int]:

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from hts_ray.assets import asset_path
 from hts_ray.classes import ClassTable
 from hts_ray.config import OptimConfig, StudentConfig
 from hts_ray.engine.image_pass import Pixels, squash
 from hts_ray.errors import ConfigError
+from hts_ray.teacher.builtin import BUILTIN, builtin_folder
 
 Trainable = Literal["all", "head", "last"]
 _TEXT_BATCH = 256
 _CONFIG_FILE = "open_clip_config.json"
-_LOCAL, _HUB, _BUILTIN = "local-dir:", "hf-hub:", "builtin:"
+_LOCAL, _HUB = "local-dir:", "hf-hub:"
 
 
 class Student(nn.Module):
@@ -307,9 +307,9 @@ def _resolve_name(config: StudentConfig) -> str:
     import open_clip
 
     name = config.model
-    if name.startswith(_BUILTIN):
+    if name.startswith(BUILTIN):
         try:
-            name = _LOCAL + str(asset_path(f"{name[len(_BUILTIN) :]}/{_CONFIG_FILE}").parent)
+            name = _LOCAL + str(builtin_folder(name, _CONFIG_FILE))
         except FileNotFoundError as error:
             raise ConfigError(
                 field="student.model", value=config.model, remedy=str(error)

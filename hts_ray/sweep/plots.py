@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from hts_ray.assets import asset_path
 from hts_ray.store import storage
 from hts_ray.store.run import find_stage
 from hts_ray.store.tables import read_table
@@ -23,6 +23,7 @@ from hts_ray.sweep.stage import FINALISTS_FILE, TABLE, TRIALS_FILE
 
 Row = dict[str, Any]
 
+_TEMPLATE = Path(__file__).with_name("sweep.html.j2")
 TOP_SHARE = 0.1  # of the complete trials are drawn as the best
 _AXIS_STEP, _HEIGHT, _TOP = 92.0, 250.0, 96.0
 _SMALL_WIDTH, _SMALL_HEIGHT = 220.0, 120.0
@@ -105,7 +106,7 @@ def render_sweep(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(asset_path("sweep.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     drawn = [row for row in rows if row["objective"] is not None]
     layers = _layer_of(drawn, int(stats["best_trial"]))
     objective = _objective_axis(drawn, str(stats["objective"]))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from hts_ray.assets import asset_path
 from hts_ray.report import thumbnail_data_uri
 from hts_ray.store import storage
 from hts_ray.teacher.estimate import Estimate, ImageExample, RegionExample
 
+_TEMPLATE = Path(__file__).with_name("preview.html.j2")
 _PICTURE_SIDE = 640
 _PICTURE_BYTES = 80_000
 
@@ -20,7 +21,7 @@ def write_preview(path: str, estimate: Estimate) -> None:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(asset_path("preview.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         sample=estimate.sample,
         figures=[(name, _shown(value)) for name, value in estimate.figures().items()],

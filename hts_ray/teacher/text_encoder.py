@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hts_ray.assets import asset_path
 from hts_ray.errors import ConfigError
+from hts_ray.teacher.builtin import BUILTIN, builtin_folder
 
 FIELD = "label.teacher.caption.text_encoder"
-_BUILTIN = "builtin:"
 _BATCH = 256
 
 
@@ -28,13 +27,11 @@ class ClipTextEncoder:
         import torch
 
         model, _, tag = name.partition("@")
-        if model.startswith(_BUILTIN):
-            folder = model.removeprefix(_BUILTIN)
+        if model.startswith(BUILTIN):
             try:
-                path = asset_path(f"{folder}/open_clip_config.json")
+                model = f"local-dir:{builtin_folder(model, 'open_clip_config.json')}"
             except FileNotFoundError as error:
                 raise ConfigError(str(error), field=FIELD, value=name) from None
-            model = f"local-dir:{path.parent}"
         if not (tag or ":" in model):
             tags = open_clip.list_pretrained_tags_by_model(model)
             raise ConfigError(

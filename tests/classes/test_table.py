@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hts_ray.assets import asset_path
 from hts_ray.classes import (
     OBJECT_PHRASES,
     VERB_PHRASES,
@@ -252,14 +251,6 @@ def test_sources(tmp_path):
         load_class_table(tmp_path / "none.csv")
     with pytest.raises(DataError, match="cannot be read"):
         read_class_csv(tmp_path)
-
-
-def test_assets_name_what_exists():
-    """A path out of the package must not be handed out."""
-    assert asset_path("hico_classes.csv").is_file()
-    for name in ("../errors.py", "/etc/passwd", "no.csv"):
-        with pytest.raises(FileNotFoundError, match=r"hico_classes\.csv"):
-            asset_path(name)
 
 
 def test_bad_classes_are_refused():

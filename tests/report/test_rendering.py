@@ -8,6 +8,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from markupsafe import Markup
@@ -15,7 +16,6 @@ from PIL import Image
 from report_pages import HOSTILE, Page, make_data, make_item
 
 from hts_ray import report
-from hts_ray.assets import asset_path
 from hts_ray.classes import hico_classes
 
 
@@ -238,7 +238,7 @@ def contrast(one, two):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_is_enough(scheme):
     """Catches a colour that WCAG 2.2 AA calls unreadable, in either scheme."""
-    css = asset_path("report/report.css").read_text()
+    css = (Path(report.__file__).parent / "templates/report.css").read_text()
     light, dark = re.findall(r":root {(.*?)}", css, flags=re.S)
     named = dict(re.findall(r"--([\w-]+): (#\w{6})", light if scheme == "light" else dark))
     for text, behind in [

@@ -28,7 +28,7 @@ def test_unit_vectors_in_order() -> None:
     ("name", "told"),
     [
         ("ViT-B-32", "random numbers.*ViT-B-32@"),
-        ("builtin:none", "no packaged file"),
+        ("builtin:none", "no packaged model.*builtin:world_clip"),
         ("local-dir:/no/such/folder", "does not load"),
     ],
 )

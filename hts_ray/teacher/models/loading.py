@@ -20,16 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hts_ray.assets import asset_path
 from hts_ray.config import TeacherConfig
 from hts_ray.errors import ConfigError
+from hts_ray.teacher.builtin import BUILTIN, builtin_folder
 from hts_ray.teacher.captioner import Captioner, DummyCaptioner
 
 logger = logging.getLogger(__name__)
 
-BUILTIN = "builtin:"
 IMPORT = "import:"
-DUMMY = "builtin:dummy"
+DUMMY = f"{BUILTIN}dummy"
 FIELD = "label.teacher.model"
 # Larger weights are told apart by name and size: hashing them would cost more than it tells.
 HASHED_BYTES = 64 << 20
@@ -153,7 +152,7 @@ def local_model_folder(config: TeacherConfig) -> Path | None:
     """
     if config.model.startswith(BUILTIN):
         try:
-            return asset_path(f"{config.model.removeprefix(BUILTIN)}/config.json").parent
+            return builtin_folder(config.model, "config.json")
         except FileNotFoundError as error:
             raise model_error(config, str(error), f"name a built-in model, e.g. {DUMMY}") from None
     return local_folder(config.model, partial(model_error, config))

@@ -55,7 +55,7 @@ def test_unusable_models_are_named(tiny_blip_path: Path, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     cases = {
         "/no/such/folder": "no such folder",
-        "builtin:nothing": "no packaged file",
+        "builtin:nothing": r"no packaged model.*builtin:world_captioner",
         str(tmp_path / "empty"): "no config.json",
         broken_copy(tiny_blip_path, tmp_path / "w", remove="model.safetensors"): "no .safetensors",
         lacking_a_weight(tiny_blip_path, tmp_path / "l"): "lack 1 weights",
