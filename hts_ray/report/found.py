@@ -5,18 +5,16 @@ Tables stay in Arrow; only annotated rows become Python objects.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from hts_ray.classes import ClassTable, load_class_table
+from hts_ray.classes import ClassTable, read_class_csv
 from hts_ray.config import HtsConfig, parse_config
 from hts_ray.errors import ConfigError
 from hts_ray.report.data import Verdict
@@ -121,14 +119,7 @@ def _read_text(path: str) -> str:
 
 def _run_classes(run_dir: str) -> ClassTable | None:
     path = storage.join(run_dir, "classes.csv")
-    if not storage.exists(path):
-        return None
-    if not storage.is_remote(path):
-        return load_class_table(path)
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "classes.csv"
-        local.write_bytes(storage.read_bytes(path))
-        return load_class_table(local)
+    return read_class_csv(path) if storage.exists(path) else None
 
 
 def _run_config(text: str) -> HtsConfig:

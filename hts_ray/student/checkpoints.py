@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 
-from hts_ray.classes import ClassTable, read_class_csv
+from hts_ray.classes import parse_class_csv
 from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
@@ -35,7 +33,7 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
     The same student and info give the same bytes.
     """
     weights = safetensors.torch.save(_state(student))
-    classes = _class_csv(student.class_table)
+    classes = student.class_table.csv_bytes()
     description: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -68,9 +66,10 @@ def load_student(path: str) -> Student:
     folder = find_student(path)
     description = description_of(folder)
     weights = _checked(folder, WEIGHTS, description)
-    class_table = _class_table(_checked(folder, CLASSES, description), folder)
+    class_file = storage.join(folder, CLASSES)
+    class_table = parse_class_csv(_checked(folder, CLASSES, description), class_file)
     if class_table.fingerprint() != description["class_fingerprint"]:
-        raise DataError(f"{storage.join(folder, CLASSES)}: other classes than the student's")
+        raise DataError(f"{class_file}: other classes than the student's")
     try:
         return rebuild_student(
             StudentConfig.model_validate(description["student"]),
@@ -159,23 +158,6 @@ def _checked(folder: str, name: str, description: Mapping[str, Any]) -> bytes:
     if _sha256(data) != description["sha256"].get(name):
         raise DataError(f"{path} is damaged, its hash differs: copy or train the student again")
     return data
-
-
-def _class_csv(class_table: ClassTable) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / CLASSES
-        class_table.to_csv(path)
-        return path.read_bytes()
-
-
-def _class_table(data: bytes, folder: str) -> ClassTable:
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / CLASSES
-        path.write_bytes(data)
-        try:
-            return read_class_csv(path)
-        except DataError as error:
-            raise DataError(f"{storage.join(folder, CLASSES)}: {error}") from error
 
 
 def _sha256(data: bytes) -> str:
