@@ -19,12 +19,13 @@ from typing import Any
 
 from scipy import stats
 
-from hts_ray import pipeline
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.demo.run import Variant, demo_config, make_world, train_here
 from hts_ray.engine.console import percent, print_rows
+from hts_ray.engine.run import open_run
 from hts_ray.engine.session import ray_cluster
 from hts_ray.store.provenance import measured_on, write_results
+from hts_ray.teacher.stage import plan_label
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
 LOSSES = ("lse_sign", "bce", "focal", "asl")
@@ -37,9 +38,9 @@ class World:
     """One labeled world, on whose pseudo-labels students are trained."""
 
     def __init__(self, config: HtsConfig, seed: int) -> None:
-        self.run = pipeline.open_run(demo_config(config, seed))
+        self.run = open_run(demo_config(config, seed))
         self.manifest = make_world(self.run)
-        self.scores = pipeline.label(self.run, self.manifest)
+        self.scores = plan_label(self.run, self.run.manifest(self.manifest)).run()
 
     def metrics(self, loss: str, temperature: float, rate: float) -> dict[str, Any]:
         """Train with one setting and return the test metrics."""

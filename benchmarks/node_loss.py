@@ -35,6 +35,7 @@ from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig, RayConfig
 from hts_ray.engine.image_pass import committed_names
 from hts_ray.engine.session import ray_cluster
+from hts_ray.images.manifest import open_manifest
 from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
@@ -147,7 +148,7 @@ def label(manifest: str, stage: StageFolder, seconds: float) -> float:
     )
     started = time.monotonic()
     classes = hico_classes().subset(range(CLASSES))
-    stats = label_images(config, manifest_path=manifest, class_table=classes, stage=stage)
+    stats = label_images(config, manifest=open_manifest(manifest), class_table=classes, stage=stage)
     assert stats["quarantined"] == 0  # that every image came out once, label_images has checked
     return time.monotonic() - started
 

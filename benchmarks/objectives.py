@@ -29,18 +29,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import kendalltau, spearmanr
 
-from hts_ray import metrics, pipeline
+from hts_ray import metrics
 from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.demo.run import ZERO_SHOT, Variant, demo_config, make_world, train_here
 from hts_ray.engine.console import print_rows
-from hts_ray.engine.image_pass import manifest_rows
+from hts_ray.engine.run import Run, open_run
 from hts_ray.engine.session import ray_cluster
 from hts_ray.evaluate import label_matrix
+from hts_ray.images.manifest import open_manifest
+from hts_ray.labels.stage import plan_filter
 from hts_ray.store.provenance import measured_on, read_results, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.student.features import ensure_features, read_feature_table
 from hts_ray.student.head import head_logits
 from hts_ray.student.predict import score_images
+from hts_ray.student.train import plan_train, training_labels
 from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
 from hts_ray.sweep.space import Space, build_space, nested
 from hts_ray.sweep.trial import (
@@ -52,6 +55,7 @@ from hts_ray.sweep.trial import (
     run_trial,
     trial_config,
 )
+from hts_ray.teacher.stage import plan_label
 
 RESULTS = Path(__file__).parent / "results" / "objectives.json"
 LABELED = (50, 200)  # images with annotations, a criterion to compare with
@@ -88,7 +92,7 @@ SPACES = {"filter and training": "", "filter alone": "filter."}  # prefix of wha
 class World:
     """A world's stages, and what its annotations say of the test and training images."""
 
-    run: pipeline.Run
+    run: Run
     manifest: str
     scores: StageFolder
     data: SweepData
@@ -119,22 +123,22 @@ class Labeled:
 
 def open_world(config: HtsConfig, seed: int) -> World:
     """Render, label and encode the world of a seed, where that is not done yet."""
-    run = pipeline.open_run(demo_config(config, seed))
+    run = open_run(demo_config(config, seed))
     manifest = make_world(run)
-    scores = pipeline.label(run, manifest)
+    scores = plan_label(run, run.manifest(manifest)).run()
     zero_shot = train_here(run, manifest, scores, ZERO_SHOT).student
     assert zero_shot is not None
     features = ensure_features(
         run.config.train.features,
         run_dir=run.run_dir,
         student_path=zero_shot.path,
-        images=manifest_rows(manifest),
+        images=open_manifest(manifest).rows(),
         flipped=True,
     )
     data = load_sweep_data(run.config, run.class_table, scores.path, features.path, SPACE_SEED)
     space = build_space(run.config, scores.path)
     stored = read_feature_table(features.path)
-    table = pipeline.read_manifest(manifest)
+    table = open_manifest(manifest).table
 
     def labeled(split: str) -> Labeled:
         rows = table.filter(pc.equal(table["split"], split)).sort_by("image_id")
@@ -229,8 +233,8 @@ def finalist_outcome(world: World, settings: Settings, student: str) -> Outcome:
     data, ids = world.data, world.data.regions.image_ids
     config = trial_config(world.run.config, settings)
     longer = {"num_workers": 0, "epochs": 2 * config.train.epochs}
-    run = pipeline.Run(override(config, {"train": longer}), world.run.class_table)
-    table = pipeline.read_manifest(world.manifest)
+    run = Run(override(config, {"train": longer}), world.run.class_table)
+    table = open_manifest(world.manifest).table
     images = table.filter(pc.is_in(table["image_id"], pa.array(ids))).sort_by("image_id")
     fold_N = np.random.default_rng(SPACE_SEED).permutation(np.arange(len(ids)) % 2)
 
@@ -239,13 +243,13 @@ def finalist_outcome(world: World, settings: Settings, student: str) -> Outcome:
         assert found == ids.tolist()
         return logits_NC
 
-    source = pipeline.filter_labels(run, world.scores)
-    labels = pipeline.training_labels(run, source, None)
+    source = plan_filter(run, world.scores).run()
+    labels = training_labels(run, source, None)
     assert labels is not None
     halves = []
     for fold in (0, 1):
         half = labels.filter(pc.is_in(labels["image_id"], pa.array(ids[fold_N == fold])))
-        halves.append(logits(pipeline.train(run, half.combine_chunks()).path))
+        halves.append(logits(plan_train(run, half.combine_chunks()).run().path))
     return Outcome(
         data.reference,
         fold_N.astype(np.int8),

@@ -33,6 +33,7 @@ from hts_ray.config import CaptionConfig, LabelConfig, RayConfig
 from hts_ray.engine.image_pass import decode_batch
 from hts_ray.engine.session import ray_cluster
 from hts_ray.images.crops import CropBatch
+from hts_ray.images.manifest import open_manifest
 from hts_ray.images.regions import propose_regions
 from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.store.run import StageFolder
@@ -138,7 +139,9 @@ def pipeline_rate(
     """Return regions/s through Ray Data: between commits, and of the whole call."""
     stage = StageFolder(str(folder), "region_scores", str(time.time_ns()))
     started = time.monotonic()
-    stats = label_images(config, manifest_path=manifest, class_table=class_table, stage=stage)
+    stats = label_images(
+        config, manifest=open_manifest(manifest), class_table=class_table, stage=stage
+    )
     wall = time.monotonic() - started
     times = sorted(path.stat().st_mtime for path in Path(stage.path).glob("*.parquet"))
     share = (len(times) - 1) / len(times)

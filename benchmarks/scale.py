@@ -34,6 +34,7 @@ from PIL import Image
 from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig, RayConfig
 from hts_ray.engine.session import ray_cluster
+from hts_ray.images.manifest import open_manifest
 from hts_ray.store.provenance import measured_on, read_results, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
@@ -134,7 +135,7 @@ def run_one(actors: int, images: int, seconds: float) -> dict[str, Any]:
         started = time.monotonic()
         stats = label_images(
             config,
-            manifest_path=manifest,
+            manifest=open_manifest(manifest),
             class_table=hico_classes().subset(range(CLASSES)),
             stage=stage,
             progress=told,

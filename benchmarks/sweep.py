@@ -29,7 +29,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline, report
+from hts_ray import report
 from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.demo.run import (
     HTS,
@@ -41,23 +41,28 @@ from hts_ray.demo.run import (
     train_here,
 )
 from hts_ray.engine.console import percent, print_rows
+from hts_ray.engine.run import Run, open_run
 from hts_ray.engine.session import ray_cluster
+from hts_ray.images.manifest import open_manifest
+from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.provenance import measured_on, read_results, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import read_table, write_table
+from hts_ray.student.train import plan_train, training_labels
 from hts_ray.sweep.space import nested
 from hts_ray.sweep.stage import TRIALS_FILE, plan_sweep, run_sweep
+from hts_ray.teacher.stage import plan_label
 
 RESULTS = Path(__file__).parent / "results" / "sweep.json"
 LABELED = 200
 LABEL_FREE, WITH_LABELS = "label-free sweep", f"sweep with {LABELED} labels"
 
 
-def elsewhere(run: pipeline.Run, name: str, **settings: Any) -> pipeline.Run:
+def elsewhere(run: Run, name: str, **settings: Any) -> Run:
     """Return the run with a folder of its own, where nothing is finished yet."""
     folder = storage.join(run.config.run_dir, f"{name}-{time.time_ns():x}")
-    return pipeline.Run(override(run.config, {"run_dir": folder, **settings}), run.class_table)
+    return run.changed({"run_dir": folder, **settings})
 
 
 @contextmanager
@@ -95,19 +100,19 @@ def metered() -> Iterator[dict[str, float]]:
     figures["cpu_seconds"] = sum(value - before.get(pid, 0.0) for pid, value in used.items())
 
 
-def full_run(run: pipeline.Run, manifest: str) -> dict[str, Any]:
+def full_run(run: Run, manifest: str) -> dict[str, Any]:
     """Return the seconds of labeling, filtering and training anew."""
     own = elsewhere(run, "full")
     with metered() as label:
-        scores = pipeline.label(own, manifest)
+        scores = plan_label(own, own.manifest(manifest)).run()
     with metered() as train:
-        labels = pipeline.filter_labels(own, scores)
-        pipeline.train(own, pipeline.training_labels(own, labels, manifest))
+        labels = plan_filter(own, scores).run()
+        plan_train(own, training_labels(own, labels, manifest)).run()
     total = {name: label[name] + train[name] for name in label}
     return {**total, "label": label, "filter_and_train": train}
 
 
-def whole_sweep(run: pipeline.Run, scores: StageFolder, seed: int) -> dict[str, Any]:
+def whole_sweep(run: Run, scores: StageFolder, seed: int) -> dict[str, Any]:
     """Return the seconds of a sweep that has nothing but region scores, and what became of it."""
     plan = plan_sweep(elsewhere(run, "timed", sweep={"seed": seed}), scores)
     with metered() as total:
@@ -124,9 +129,9 @@ def whole_sweep(run: pipeline.Run, scores: StageFolder, seed: int) -> dict[str, 
 
 def measure_time(config: HtsConfig, seed: int, rounds: int) -> dict[str, Any]:
     """Time full runs and sweeps in turn, a full run first and last."""
-    run = pipeline.open_run(demo_config(config, seed))
+    run = open_run(demo_config(config, seed))
     manifest = make_world(run)
-    scores = pipeline.label(run, manifest)
+    scores = plan_label(run, run.manifest(manifest)).run()
     full, sweeps = [full_run(run, manifest)], []
     for number in range(rounds):
         sweeps.append(whole_sweep(run, scores, number))
@@ -145,9 +150,9 @@ def measure_time(config: HtsConfig, seed: int, rounds: int) -> dict[str, Any]:
     return summary
 
 
-def labeled_sample(run: pipeline.Run, manifest: str) -> str:
+def labeled_sample(run: Run, manifest: str) -> str:
     """Write a manifest of `LABELED` training images drawn by the run's seed; return its path."""
-    table = pipeline.read_manifest(manifest)
+    table = open_manifest(manifest).table
     train = table.filter(pc.equal(table["split"], "train")).sort_by("image_id")
     rows = np.random.default_rng(run.config.seed).choice(len(train), LABELED, replace=False)
     path = storage.join(run.run_dir, "labeled.parquet")
@@ -157,9 +162,9 @@ def labeled_sample(run: pipeline.Run, manifest: str) -> str:
 
 def measure_quality(config: HtsConfig, seed: int) -> dict[str, Any]:
     """Return test mAP, and the gap closed, of the preset and of both sweeps' choices."""
-    run = pipeline.open_run(demo_config(override(config, {"train": {"num_workers": 0}}), seed))
+    run = open_run(demo_config(override(config, {"train": {"num_workers": 0}}), seed))
     manifest = make_world(run)
-    scores = pipeline.label(run, manifest)
+    scores = plan_label(run, run.manifest(manifest)).run()
     mean_ap = {
         variant.name: train_here(run, manifest, scores, variant).metrics["mAP"]
         for variant in (ZERO_SHOT, SUPERVISED, HTS)
@@ -169,7 +174,7 @@ def measure_quality(config: HtsConfig, seed: int) -> dict[str, Any]:
         (LABEL_FREE, {}),
         (WITH_LABELS, {"validation": labeled_sample(run, manifest)}),
     ):
-        own = pipeline.Run(override(run.config, {"sweep": settings}), run.class_table)
+        own = run.changed({"sweep": settings})
         plan = plan_sweep(own, scores)
         stage = run_sweep(plan)
         table = read_table(stage.file(TRIALS_FILE))

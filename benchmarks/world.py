@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hts_ray import pipeline
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.demo.run import (
     FEW,
@@ -29,6 +28,7 @@ from hts_ray.demo.run import (
     run_variants,
 )
 from hts_ray.engine.console import print_rows
+from hts_ray.engine.run import open_run
 from hts_ray.engine.session import ray_cluster
 from hts_ray.store.provenance import measured_on, write_results
 
@@ -55,7 +55,7 @@ METRICS = ("mAP", "mAP_known_object", "few@1", "few@5", "few@10")
 
 def run_seed(config: HtsConfig, seed: int) -> list[Row]:
     """Run all rows on the world of one seed."""
-    run = pipeline.open_run(demo_config(config, seed))
+    run = open_run(demo_config(config, seed))
     return run_variants(run, make_world(run), [*VARIANTS, *ABLATIONS])
 
 

@@ -4,24 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from hts_ray import metrics
 from hts_ray.classes import ClassTable
+from hts_ray.engine.run import Run
 from hts_ray.errors import DataError
+from hts_ray.images.hico import read_anno_table
+from hts_ray.images.manifest import Manifest, open_manifest
 from hts_ray.store import storage
-from hts_ray.store.tables import (
-    ANNOTATION_COLUMNS,
-    MANIFEST_SCHEMA,
-    check_table,
-    read_table,
-    require_unique_ids,
-)
+from hts_ray.store.run import settings_hash
+from hts_ray.store.tables import ANNOTATION_COLUMNS, read_table, require_unique_ids
 
 FEW_SHOT_LEVELS = (1, 5, 10)
+
+
+def evaluate_predictions(
+    run: Run, predictions: str, annotations: str | Manifest, split: str = "test", name: str = ""
+) -> dict[str, Any]:
+    """Return the HICO metrics of a predictions table, and publish them in the run directory.
+
+    `annotations` is a manifest or the path of one or of an `anno.mat`.
+    """
+    ids, scores_NC = read_predictions(predictions, run.class_table)
+    truth = read_annotations(annotations, run.class_table, split)
+    result = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
+    source = annotations if isinstance(annotations, str) else annotations.path
+    publish_metrics(run, result, predictions, source, split, name)
+    return result
+
+
+def publish_metrics(
+    run: Run, result: dict[str, Any], scores: str, annotations: str, split: str, name: str = ""
+) -> None:
+    """Store metrics in the run directory, with what they were measured on."""
+    result.update(class_ids=run.class_table.ids.tolist(), predictions=scores)
+    if name:
+        result["name"] = name
+    stage = run.stage("evaluation", settings_hash(scores, annotations, split))
+    storage.write_json(stage.file("metrics.json"), result)
+    rows = result["num_images"]
+    stage.publish({"rows_in": rows, "rows_out": rows, "quarantined": 0})
 
 
 @dataclass(frozen=True)
@@ -37,29 +63,30 @@ class Annotations:
     train_positives_C: np.ndarray | None
 
 
-def read_annotations(path: str, class_table: ClassTable, split: str = "test") -> Annotations:
-    """Read annotations from a manifest, or from a HICO `anno.mat`.
+def read_annotations(
+    source: str | Manifest, class_table: ClassTable, split: str = "test"
+) -> Annotations:
+    """Read annotations from a manifest or its path, or from a HICO `anno.mat`.
 
     Raises DataError when the split has no annotated image.
     """
-    if path.endswith(".mat"):
-        from hts_ray.images.hico import read_anno_table
-
-        table = read_anno_table(path)
-    else:
-        table = check_table(read_table(path), MANIFEST_SCHEMA, path)
-    require_unique_ids(table, path)
-    annotated = table.filter(table["positive_ids"].is_valid())
-    chosen = annotated.filter(pc.equal(annotated["split"], split))
+    if isinstance(source, str):
+        source = _read_anno_mat(source) if source.endswith(".mat") else open_manifest(source)
+    chosen, train = source.annotated(split), source.annotated("train")
     if not len(chosen):
-        raise DataError(f"{path} has no annotated image in split {split!r}")
-    train = annotated.filter(pc.equal(annotated["split"], "train"))
+        raise DataError(f"{source.path} has no annotated image in split {split!r}")
     counts = (label_matrix(train, class_table) == metrics.POSITIVE).sum(axis=0)
     return Annotations(
         chosen["image_id"].to_pylist(),
         label_matrix(chosen, class_table),
         counts if len(train) else None,
     )
+
+
+def _read_anno_mat(path: str) -> Manifest:
+    table = read_anno_table(path)
+    require_unique_ids(table, path)
+    return Manifest(path, table)
 
 
 def label_matrix(manifest: pa.Table, class_table: ClassTable) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""The stages as functions of a configuration, for notebooks and scripts.
+"""The stages of a run, in order: what the `hts` commands, notebooks and scripts call.
 
-Each does what the command of the same name does: it finds its input in the run directory unless it
-is given, shows how it goes, and returns the folder it wrote, at once where that is finished
-already. `read()` of a folder is its Arrow table, `stats` what was counted.
+Each stage finds its input in the run directory unless it is given, records what makes it, joins or
+starts Ray where it needs it, shows how far it is, and returns the folder it wrote. It returns at
+once where that folder is finished. `read()` of a folder is its Arrow table, `stats` what was
+counted.
 
     from hts_ray import stages
 
@@ -13,23 +14,48 @@ already. `read()` of a folder is its Arrow table, `stats` what was counted.
     stages.train(config)
     stages.predict(config).read().to_pandas()
 
-Ray is joined or started by every stage that needs it, and once for all of them by `start`.
+A stage takes the settings, or a `Run` that was opened with them: `open_run(config)`. With one `Run`
+for all, classes and manifest are read once. Ray is joined or started by every stage that needs it,
+and once for all of them by `start`.
 """
 
 from __future__ import annotations
 
 import atexit
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
 
+import pyarrow as pa
 import yaml
 
-from hts_ray import pipeline
 from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.engine.console import image_progress, steps
+from hts_ray.engine.run import Run, Stage, open_run
 from hts_ray.engine.session import command_cluster
+from hts_ray.evaluate import evaluate_predictions
+from hts_ray.images.stage import prepare_manifest
+from hts_ray.labels.stage import plan_filter
+from hts_ray.report import report_for_run, write_report
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, require_stage
+from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
+from hts_ray.teacher.stage import plan_label
+
+Progress = Callable[[int, int, int], None]
+TrainProgress = Callable[[Mapping[str, Any]], None]
+
+# The tables of a run, in the order in which its stages write them.
+TABLES = ("manifest", "region_scores", "pseudo_labels", "student", "predictions", "evaluation")
+
+
+class Watch(Protocol):
+    """Gives the callbacks that show how long stages go; `hts_ray.engine.console.Steps` is one."""
+
+    def images(self, title: str) -> Progress:
+        """Return a callback (done, total, quarantined) for a stage over images."""
+
+    def epochs(self, title: str, epochs: int) -> TrainProgress:
+        """Return a callback for the records of a training's epochs."""
 
 
 def settings(preset: str | None = None, *, file: str | None = None, **values: Any) -> HtsConfig:
@@ -48,7 +74,7 @@ def changed(config: HtsConfig, **values: Any) -> HtsConfig:
 
 def class_names(config: HtsConfig) -> list[str]:
     """Return the names of the classes, in the order of every score."""
-    return pipeline.open_run(config).class_table.names
+    return open_run(config).class_table.names
 
 
 def start(config: HtsConfig) -> None:
@@ -58,119 +84,231 @@ def start(config: HtsConfig) -> None:
     atexit.register(stack.close)
 
 
-def prepare(config: HtsConfig, source: str, root: str) -> StageFolder:
+def prepare(config: HtsConfig | Run, source: str, root: str) -> StageFolder:
     """Write the manifest of a HICO download (`hico`) or a folder of images (`folder`).
 
     Raises DataError when no image is usable.
     """
+    run = _opened(config)
     with image_progress("prepare") as progress:
-        run = pipeline.open_run(config)
-        stage = pipeline.prepare(run, source, root, progress)
-    _record(run)
+        stage = prepare_manifest(run.config.prepare, run.run_dir, source, root, progress)
+    run.record()
     return stage
 
 
-def label(config: HtsConfig, manifest: StageFolder | None = None) -> StageFolder:
-    """Let the teacher score every class on every region of the images."""
-    run, path = _with_manifest(config, manifest)
-    _record(run, teacher_model=config.label.teacher.model)
-    cluster = command_cluster(config, "label", manifest=path)
-    with cluster, image_progress("label") as progress:
-        return pipeline.label(run, path, progress)
+def label(
+    config: HtsConfig | Run, manifest: StageFolder | str | None = None, *, limit: int | None = None
+) -> StageFolder:
+    """Let the teacher score every class on every region of the images; returns region_scores.
+
+    `limit` takes a seeded sample of so many images, and is not remembered by the run.
+    """
+    run = _opened(config)
+    images = run.manifest(_path(manifest))
+    plan = plan_label(limited(run, limit), images)
+    run.record(teacher_model=run.config.label.teacher.model)
+    cluster = command_cluster(run.config, "label", manifest=images)
+    return _on_ray(plan, cluster, image_progress("label"))
 
 
-def filter_labels(config: HtsConfig, region_scores: StageFolder | None = None) -> StageFolder:
+def limited(run: Run, limit: int | None) -> Run:
+    """Return the run with the teacher pass cut to a seeded sample; itself for None."""
+    return run if limit is None else run.changed({"label": {"limit": limit}})
+
+
+def filter_labels(
+    config: HtsConfig | Run, region_scores: StageFolder | str | None = None
+) -> StageFolder:
     """Turn the teacher's scores into pseudo-labels."""
-    run = pipeline.open_run(config)
-    stage = pipeline.filter_labels(run, region_scores or pipeline.region_scores_stage(run))
-    _record(run)
+    run = _opened(config)
+    stage = plan_filter(run, found(run, region_scores, "region_scores", "label")).run()
+    run.record()
     return stage
 
 
 def train(
-    config: HtsConfig,
-    pseudo_labels: StageFolder | None = None,
-    manifest: StageFolder | None = None,
+    config: HtsConfig | Run,
+    pseudo_labels: StageFolder | str | None = None,
+    manifest: StageFolder | str | None = None,
 ) -> StageFolder:
     """Fine-tune the student on what `train.labels` says: pseudo, annotations or none (zero-shot).
 
     `manifest` is where annotations and the images of `train.validation_split` come from.
     """
-    run = pipeline.open_run(config)
-    path = None if manifest is None else pipeline.manifest_path(run, manifest.path)
-    labels = pipeline.training_labels(run, pseudo_labels, path)
-    validation = pipeline.validation_rows(run, path)
-    _record(run, student_model=config.student.model)
-    cluster = command_cluster(config, "train", labels=labels)
+    run = _opened(config)
+    plan, labels = plan_training(run, pseudo_labels, manifest)
+    run.record(student_model=run.config.student.model)
+    cluster = command_cluster(run.config, "train", labels=labels)
+    if plan.folder.finished:
+        return plan.folder
     with cluster, steps() as shown:
-        epochs = shown.epochs("train", config.train.epochs)
-        return pipeline.train(run, labels, epochs, validation)
+        return plan.run(shown.epochs("train", run.config.train.epochs))
 
 
-def sweep(config: HtsConfig, region_scores: StageFolder | None = None) -> StageFolder:
+def plan_training(
+    run: Run, pseudo_labels: StageFolder | str | None, manifest: StageFolder | str | None
+) -> tuple[Stage, pa.Table | None]:
+    """Plan `train`; returns the labels that it learns from too."""
+    from hts_ray.student.train import (  # torch loads slowly
+        plan_train,
+        training_labels,
+        validation_rows,
+    )
+
+    source = None
+    if pseudo_labels is not None:
+        source = found(run, pseudo_labels, "pseudo_labels", "filter")
+    images = _path(manifest)
+    labels = training_labels(run, source, images)
+    return plan_train(run, labels, validation_rows(run, images)), labels
+
+
+def sweep(config: HtsConfig | Run, region_scores: StageFolder | str | None = None) -> StageFolder:
     """Try many settings of filter and training; `with_best` takes those that did best."""
-    from hts_ray.sweep.progress import features_progress, sweep_progress
-    from hts_ray.sweep.stage import plan_sweep, run_sweep
+    from hts_ray.sweep.progress import features_progress, sweep_progress  # torch loads slowly
+    from hts_ray.sweep.stage import plan_sweep, run_sweep  # torch loads slowly
 
-    run = pipeline.open_run(config)
-    plan = plan_sweep(run, region_scores or pipeline.region_scores_stage(run))
-    _record(run)
-    cluster = command_cluster(config, "sweep")
-    with cluster, sweep_progress(plan) as on_trial:
+    run = _opened(config)
+    plan = plan_sweep(run, found(run, region_scores, "region_scores", "label"))
+    run.record()
+    with command_cluster(run.config, "sweep"), sweep_progress(plan) as on_trial:
         return run_sweep(plan, on_trial=on_trial, on_features=features_progress())
 
 
 def with_best(config: HtsConfig, sweep: StageFolder) -> HtsConfig:
     """Return the configuration with a sweep's best settings."""
-    from hts_ray.sweep.stage import BEST_FILE
+    from hts_ray.sweep.stage import BEST_FILE  # torch loads slowly
 
     return override(config, yaml.safe_load(storage.read_bytes(sweep.file(BEST_FILE))) or {})
 
 
 def predict(
-    config: HtsConfig,
-    student: StageFolder | None = None,
-    manifest: StageFolder | None = None,
+    config: HtsConfig | Run,
+    student: StageFolder | str | None = None,
+    manifest: StageFolder | str | None = None,
 ) -> StageFolder:
     """Score the images of `predict.split` with a student, all classes each."""
-    run, path = _with_manifest(config, manifest)
-    source = pipeline.student_path(run, None if student is None else student.path)
-    cluster = command_cluster(config, "predict", manifest=path, student=source)
-    with cluster, image_progress("predict") as progress:
-        return pipeline.predict(run, source, path, progress)
+    from hts_ray.student.predict import plan_predict  # torch loads slowly
+
+    run = _opened(config)
+    source, images = student_path(run, student), run.manifest(_path(manifest))
+    plan = plan_predict(run, source, images)
+    cluster = command_cluster(run.config, "predict", manifest=images, student=source)
+    return _on_ray(plan, cluster, image_progress("predict"))
+
+
+def student_path(run: Run, student: StageFolder | str | None = None) -> str:
+    """Return a given student's folder, or that of the run's latest."""
+    if student is None:
+        return require_stage(run.run_dir, "student", "train").path
+    return storage.absolute(student) if isinstance(student, str) else student.path
 
 
 def evaluate(
-    config: HtsConfig,
-    predictions: StageFolder | None = None,
-    manifest: StageFolder | None = None,
+    config: HtsConfig | Run,
+    predictions: StageFolder | str | None = None,
+    manifest: StageFolder | str | None = None,
     split: str = "test",
 ) -> dict[str, Any]:
     """Return HICO's metrics of predictions on the annotated images of a split.
 
-    `mAP`, `mAP_known_object`, `few@10` and more, in [0, 1]; `ap` by class.
+    `manifest` may be an `anno.mat` too. The result has `mAP`, `mAP_known_object`, `few@10` and
+    more, in [0, 1], and `ap` by class; it is stored in the run.
     """
-    run, path = _with_manifest(config, manifest)
-    scored = predictions or require_stage(run.run_dir, "predictions", "predict")
-    return pipeline.evaluate(run, scored.path, path, split)
+    run, truth = _opened(config), _path(manifest)
+    if predictions is None:
+        predictions = require_stage(run.run_dir, "predictions", "predict")
+    scored = predictions if isinstance(predictions, str) else predictions.path
+    if truth is not None and truth.endswith(".mat"):
+        return evaluate_predictions(run, scored, truth, split)
+    return evaluate_predictions(run, scored, run.manifest(truth), split)
+
+
+def pipeline(
+    config: HtsConfig | Run,
+    manifest: StageFolder | str | None = None,
+    *,
+    on_stage: Callable[[str, StageFolder], None] = lambda name, stage: None,
+) -> dict[str, Any]:
+    """Run label, filter, train, predict and, where there are annotations, evaluate.
+
+    `on_stage` is called with the name and folder of every stage that is done. Returns the
+    metrics, or an empty dict without annotations.
+    """
+    run = _opened(config)
+    run.record()
+    images = run.manifest(_path(manifest))
+    with command_cluster(run.config, "pipeline", manifest=images), steps() as shown:
+        return run_all(run, images.path, on_stage=on_stage, watch=shown)
+
+
+def run_all(
+    run: Run,
+    manifest: str,
+    *,
+    on_stage: Callable[[str, StageFolder], None] = lambda name, stage: None,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Do what `pipeline` does on a cluster that is up already."""
+    from hts_ray.student.predict import plan_predict  # torch loads slowly
+
+    images = run.manifest(manifest)
+    scores = plan_label(run, images).run(watch and watch.images("label"))
+    on_stage("label", scores)
+    labels = plan_filter(run, scores).run()
+    on_stage("filter", labels)
+    plan, _ = plan_training(run, labels, manifest)
+    student = plan.run(watch and watch.epochs("train", run.config.train.epochs))
+    on_stage("train", student)
+    plan = plan_predict(run, student.path, images)
+    predictions = plan.run(watch and watch.images("predict"))
+    on_stage("predict", predictions)
+    split = run.config.predict.split or "test"
+    if not len(images.annotated(split)):
+        return {}
+    return evaluate_predictions(run, predictions.path, images, split)
 
 
 def report(config: HtsConfig, path: str | None = None, max_images: int = 200) -> str:
     """Write the page that `hts report` writes, and return its path."""
-    from hts_ray.report import report_for_run, write_report
+    return write_run_report(storage.absolute(config.run_dir), path, max_images)
 
-    run_dir = storage.absolute(config.run_dir)
+
+def write_run_report(run_dir: str, path: str | None = None, max_images: int = 200) -> str:
+    """Write one HTML page about a run directory, `report.html` in it by default."""
     path = path or storage.join(run_dir, "report.html")
     write_report(path, report_for_run(run_dir, max_images))
     return path
 
 
-def _with_manifest(config: HtsConfig, manifest: StageFolder | None) -> tuple[pipeline.Run, str]:
-    run = pipeline.open_run(config)
-    return run, pipeline.manifest_path(run, None if manifest is None else manifest.path)
+def overview(run_dir: str) -> list[tuple[str, StageFolder | None]]:
+    """Return the latest finished folder of every table of a run, in order."""
+    return [(table, find_stage(run_dir, table)) for table in TABLES]
 
 
-def _record(run: pipeline.Run, **more: Any) -> None:
-    from hts_ray.store.provenance import write_provenance
+def found(run: Run, given: StageFolder | str | None, table: str, command: str) -> StageFolder:
+    """Return a given stage folder, or the run's latest of a table.
 
-    write_provenance(run.config, run.class_table, **more)
+    DataError when there is none, naming the `command` that writes it.
+    """
+    if given is None:
+        return require_stage(run.run_dir, table, command)
+    return given_stage(given, table) if isinstance(given, str) else given
+
+
+def _opened(config: HtsConfig | Run) -> Run:
+    return config if isinstance(config, Run) else open_run(config)
+
+
+def _path(given: StageFolder | str | None) -> str | None:
+    return given.path if isinstance(given, StageFolder) else given
+
+
+def _on_ray(
+    plan: Stage, cluster: AbstractContextManager[None], shown: AbstractContextManager[Progress]
+) -> StageFolder:
+    """Do a stage's work on a cluster; a finished one needs none."""
+    if plan.folder.finished:
+        return plan.folder
+    with cluster, shown as progress:
+        return plan.run(progress)

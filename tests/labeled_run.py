@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from hts_ray import pipeline
 from hts_ray.config import HtsConfig, parse_config
+from hts_ray.engine.run import Run, open_run
+from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import MANIFEST_SCHEMA, REGION_SCORES_SCHEMA, write_table
@@ -88,22 +89,22 @@ def save_run(root: Path, changes: dict[str, object] | None = None) -> HtsConfig:
             **(changes or {}),
         }
     )
-    run = pipeline.open_run(config)
-    pipeline.filter_labels(run, scores)
+    run = open_run(config)
+    plan_filter(run, scores).run()
     return config
 
 
 @pytest.fixture(scope="session")
-def labeled(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return the run; tests read it and write elsewhere."""
-    return pipeline.open_run(save_run(tmp_path_factory.mktemp("labeled")))
+    return open_run(save_run(tmp_path_factory.mktemp("labeled")))
 
 
 @pytest.fixture(scope="session")
-def own_classes(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
+def own_classes(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return the same run under other class names, which are no verb-object pairs."""
     root = tmp_path_factory.mktemp("own")
     (root / "classes.csv").write_text(
         "class_id,name\n18,a red thing\n19,a <blue> & green thing\n74,café\n", encoding="utf-8"
     )
-    return pipeline.open_run(save_run(root, {"classes": {"source": str(root / "classes.csv")}}))
+    return open_run(save_run(root, {"classes": {"source": str(root / "classes.csv")}}))

@@ -38,16 +38,16 @@ from fuzzing import (
 )
 from PIL import Image
 
-from hts_ray import pipeline
 from hts_ray.classes import hico_classes, load_class_table
 from hts_ray.cli import cli
 from hts_ray.config import HtsConfig, ImagesConfig, load_config
-from hts_ray.engine.image_pass import decode_batch, manifest_rows
+from hts_ray.engine.image_pass import decode_batch
 from hts_ray.errors import UserError
 from hts_ray.images.boxes import read_given_boxes
 from hts_ray.images.decode import ERROR_KINDS
 from hts_ray.images.folder import read_folder
 from hts_ray.images.hico import read_anno_table
+from hts_ray.images.manifest import open_manifest
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 
 PEAK_GIB = 1.5  # that reading a small hostile file may add to the process
@@ -283,7 +283,7 @@ def test_manifests_keep_all_their_rows_or_are_refused(tmp_path):
         return damaged(whole, rng)
 
     def check(path: Path, what: str) -> None:
-        table = pipeline.read_manifest(str(path))
+        table = open_manifest(str(path)).table
         assert table.schema.equals(MANIFEST_SCHEMA)
         rows = table.to_pylist()
         if not what.startswith("wrong"):
@@ -291,7 +291,9 @@ def test_manifests_keep_all_their_rows_or_are_refused(tmp_path):
         for name in ("image_id", "uri", "split"):
             assert all(row[name] for row in rows), f"an empty {name}"
         assert len(rows) == pq.read_metadata(path).num_rows
-        chosen = [manifest_rows(str(path), (split,)) for split in {row["split"] for row in rows}]
+        chosen = [
+            open_manifest(str(path)).rows((split,)) for split in {row["split"] for row in rows}
+        ]
         assert sum(map(len, chosen)) == len(rows)
 
     assert fuzz("manifest", 100, tmp_path, "manifest.parquet", make, check) > 0
@@ -307,7 +309,7 @@ def test_stages_refuse_what_the_manifest_reader_refuses(tmp_path):
         return what, stream.getvalue()
 
     def check(path: Path, _: str) -> None:
-        rows = manifest_rows(str(path), ("train", "test")).to_pylist()
+        rows = open_manifest(str(path)).rows(("train", "test")).to_pylist()
         assert len(rows) == pq.read_metadata(path).num_rows
         assert all(isinstance(row["image_id"], str) for row in rows)
 
@@ -473,7 +475,7 @@ def test_the_trap_works(tmp_path):
     [
         (read_anno_table, "Python pickle, which runs code"),
         (read_given_boxes, "Python pickle, which runs code"),
-        (pipeline.read_manifest, "cannot be read as Parquet"),
+        (open_manifest, "cannot be read as Parquet"),
         (load_class_table, "not UTF-8"),
         (lambda path: load_config(file=path), "not readable as YAML"),
     ],

@@ -14,7 +14,6 @@ from hts_ray.cli.stages import (
     label,
     predict,
     prepare,
-    self_train,
     sweep,
     train,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "prepare",
     "report",
     "review",
-    "self_train",
     "submit",
     "sweep",
     "train",

@@ -16,7 +16,7 @@ from hts_ray.errors import UserError
 # How `hts --help` groups the commands; one that is missing here comes last.
 _GROUPS = {
     "Stages": ("prepare", "label", "filter", "train", "predict", "evaluate", "report"),
-    "More of a run": ("demo", "pipeline", "sweep", "self-train"),
+    "More of a run": ("demo", "pipeline", "sweep"),
     "People and other tools": ("export", "import-labels", "review", "import-checkpoint"),
     "Machines": ("submit", "doctor", "completion"),
 }

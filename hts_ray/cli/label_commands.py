@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hts_ray import pipeline
 from hts_ray.engine.console import (
     console,
     errors,
@@ -24,9 +23,10 @@ from hts_ray.engine.console import (
     print_rows,
     print_written,
 )
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, find_stage, require_stage
+from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 
 if TYPE_CHECKING:
     from hts_ray.classifier import Prediction
@@ -181,7 +181,7 @@ def _free_name(source: str, taken: set[str]) -> str:
 
 
 def export_command(
-    run: pipeline.Run,
+    run: Run,
     form: str,
     output: str,
     *,
@@ -214,7 +214,7 @@ def export_command(
 
 
 def import_command(
-    run: pipeline.Run,
+    run: Run,
     file: str,
     output: str,
     *,
@@ -236,7 +236,7 @@ def import_command(
     refuse_existing(output, replace=force, marker=OVERRIDES)
     imported = import_labels(
         read_labels(file),
-        pipeline.read_manifest(pipeline.manifest_path(run, manifest)),
+        run.manifest(manifest).table,
         run.class_table,
         unmarked=unmarked,
         split=split,
@@ -263,7 +263,7 @@ def import_command(
     _advise(run, output, split, parted=validation_share is not None)
 
 
-def _advise(run: pipeline.Run, output: str, split: str, *, parted: bool) -> None:
+def _advise(run: Run, output: str, split: str, *, parted: bool) -> None:
     where = ["--run-dir", run.config.run_dir]
     print_next("hts", "filter", *where, f"filter.overrides={output}", why="to train on them")
     predict = ["hts", "predict", *where, "--manifest", output, f"predict.split={split}"]
@@ -274,14 +274,14 @@ def _advise(run: pipeline.Run, output: str, split: str, *, parted: bool) -> None
     print_next("hts", "review", output, *where)
 
 
-def _labels_stage(run: pipeline.Run, given: str | None) -> StageFolder | None:
+def _labels_stage(run: Run, given: str | None) -> StageFolder | None:
     if given is not None:
-        return pipeline.given_stage(given, "pseudo_labels")
+        return given_stage(given, "pseudo_labels")
     return find_stage(run.run_dir, "pseudo_labels")
 
 
 def review_command(
-    run: pipeline.Run,
+    run: Run,
     corrections: str,
     *,
     labels: str | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -16,11 +16,9 @@ from hts_ray.cli.completion import (
     complete_setting,
 )
 from hts_ray.engine.console import duration, percent, print_line, print_next, print_rows
+from hts_ray.engine.run import Run, open_run
 
 CONFIG_FILE = "config.yaml"
-if TYPE_CHECKING:
-    from hts_ray import pipeline
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -67,19 +65,11 @@ class Settings:
             extra={"run_dir": run_dir} if run_dir else {},
         )
 
-    def open(self) -> pipeline.Run:
+    def open(self) -> Run:
         """Load the classes; say so when the settings come from the run directory."""
-        from hts_ray import pipeline
-
         if self.remembered:
             print_line(f"settings: {self.remembered}")
-        return pipeline.open_run(self.config)
-
-    def record(self, run: pipeline.Run, **more: Any) -> None:
-        """Write config.yaml, classes.csv and provenance.json."""
-        from hts_ray.store.provenance import write_provenance
-
-        write_provenance(self.config, run.class_table, **more)
+        return open_run(self.config)
 
 
 def stage_command(
@@ -182,7 +172,7 @@ def _figure(name: str, value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def print_next_stage(command: str, run: pipeline.Run, *more: str) -> None:
+def print_next_stage(command: str, run: Run, *more: str) -> None:
     """Print the command to run next on the same run, with further arguments."""
     target = run.config.run_dir
     where = [target] if command == "report" else ["--run-dir", target]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.markup import escape
 
-from hts_ray import pipeline
+from hts_ray import stages
 from hts_ray.cli.options import CONFIG_FILE
 from hts_ray.engine.console import console, duration, print_next, print_rows
 from hts_ray.store import storage
@@ -55,7 +55,7 @@ def steps_of(run_dir: str) -> list[Step]:
     names = storage.list_names(run_dir)
     return [
         Step(*_STAGES[table], stage, any(name.startswith(f"{table}-") for name in names))
-        for table, stage in pipeline.stage_overview(run_dir)
+        for table, stage in stages.overview(run_dir)
     ]
 
 
@@ -84,8 +84,8 @@ def _is_run(path: str) -> bool:
 
 
 def _last_change(run_dir: str) -> float:
-    stages = (stage for _, stage in pipeline.stage_overview(run_dir) if stage is not None)
-    return max((float(stage.stats["finished_at"]) for stage in stages), default=0.0)
+    found = (stage for _, stage in stages.overview(run_dir) if stage is not None)
+    return max((float(stage.stats["finished_at"]) for stage in found), default=0.0)
 
 
 def next_words(run_dir: str, steps: Sequence[Step]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from hts_ray import stages
 from hts_ray.cli.app import cli
 from hts_ray.cli.options import (
     Settings,
@@ -13,6 +14,7 @@ from hts_ray.cli.options import (
     print_next_stage,
     stage_command,
 )
+from hts_ray.demo.run import demo_config, run_demo
 from hts_ray.engine.console import (
     busy,
     console,
@@ -20,9 +22,11 @@ from hts_ray.engine.console import (
     print_next,
     print_stage,
     print_written,
-    steps,
 )
+from hts_ray.engine.session import command_cluster
 from hts_ray.errors import DataError
+from hts_ray.store import storage
+from hts_ray.teacher.stage import plan_label
 
 
 @cli.command("pipeline")
@@ -30,19 +34,14 @@ from hts_ray.errors import DataError
 @stage_command()
 def pipeline_command(settings: Settings, manifest: str | None) -> None:
     """Run label, filter, train, predict and (with annotations) evaluate."""
-    from hts_ray import pipeline
-    from hts_ray.engine.session import command_cluster
-
     run = settings.open()
-    path = pipeline.manifest_path(run, manifest)
     if settings.dry_run:
-        scores = pipeline.label_stage(run, path)
-        rows = len(pipeline.read_manifest(path))
-        print_mapping("plan", {"read": path, "images": rows, "write first": scores.path})
+        images = run.manifest(manifest)
+        first = plan_label(run, images).folder.path
+        rows = {"images": len(images.table), "write first": first}
+        print_mapping("plan", {"read": images.path, **rows})
         return
-    settings.record(run)
-    with command_cluster(settings.config, "pipeline", manifest=path), steps() as shown:
-        result = pipeline.run_all(run, path, on_stage=print_stage, watch=shown)
+    result = stages.pipeline(run, manifest, on_stage=print_stage)
     if result:
         print_metrics(result)
     else:
@@ -55,9 +54,6 @@ def pipeline_command(settings: Settings, manifest: str | None) -> None:
 @stage_command("demo")
 def demo(settings: Settings, seed: int) -> None:
     """Run everything on the built-in synthetic world; nothing is downloaded."""
-    from hts_ray.demo.run import demo_config, run_demo
-    from hts_ray.engine.session import command_cluster
-
     config = demo_config(settings.config, seed)
     if settings.dry_run:
         print_mapping("plan", {"write": config.run_dir, "seed": seed})
@@ -80,13 +76,9 @@ def demo(settings: Settings, seed: int) -> None:
 )
 def report(run_dir: str, output: str | None, images: int) -> None:
     """Write one self-contained HTML page about a run."""
-    from hts_ray.report import report_for_run, write_report
-    from hts_ray.store import storage
-
     if not storage.list_names(run_dir):
         raise DataError(f"{run_dir} holds no run: `hts` alone lists those that are found here")
-    path = output or storage.join(run_dir, "report.html")
     with busy("report"):
-        write_report(path, report_for_run(run_dir, images))
+        path = stages.write_run_report(run_dir, output, images)
     print_written("report", path)
     console.print("open it in a browser; it needs no other file")

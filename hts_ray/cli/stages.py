@@ -1,14 +1,15 @@
-"""The stages as commands, in their order."""
+"""The stages as commands: what they print; what they do is in `hts_ray.stages`."""
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from hts_ray import stages
 from hts_ray.cli.app import cli
+from hts_ray.cli.label_commands import predict_paths
 from hts_ray.cli.options import (
     Settings,
     argument,
@@ -29,12 +30,17 @@ from hts_ray.engine.console import (
     print_rows,
     print_stage,
     print_written,
-    steps,
 )
+from hts_ray.engine.run import Run
+from hts_ray.engine.session import command_cluster
 from hts_ray.errors import ConfigError
-
-if TYPE_CHECKING:
-    from hts_ray import pipeline
+from hts_ray.images.stage import prepare_manifest
+from hts_ray.labels.stage import plan_filter
+from hts_ray.store import storage
+from hts_ray.store.run import require_stage
+from hts_ray.teacher.estimate import estimate as estimate_label
+from hts_ray.teacher.preview import write_preview
+from hts_ray.teacher.stage import plan_label
 
 
 @cli.command()
@@ -43,20 +49,14 @@ if TYPE_CHECKING:
 @stage_command()
 def prepare(settings: Settings, source: str, root: str) -> None:
     """List images in a manifest: a HICO download or any folder."""
-    from hts_ray import pipeline
-    from hts_ray.store import storage
-
     run = settings.open()
     if settings.dry_run:
-        print_mapping(
-            "plan", {"read": f"{source} {root}", "write": storage.join(run.run_dir, "manifest-*")}
-        )
+        write = storage.join(run.run_dir, "manifest-*")
+        print_mapping("plan", {"read": f"{source} {root}", "write": write})
         if not storage.exists(root):
             raise ConfigError(field="--root", value=root, remedy="no such folder")
         return
-    with image_progress("prepare") as progress:
-        stage = pipeline.prepare(run, source, root, progress)
-    settings.record(run)
+    stage = stages.prepare(run, source, root)
     print_stage("prepare", stage)
     counts = {k: v for k, v in stage.stats.items() if isinstance(v, int) and "rows" not in k}
     print_mapping("counted", counts)
@@ -74,54 +74,25 @@ def label(
     settings: Settings, manifest: str | None, limit: int | None, sample: int, preview: str | None
 ) -> None:
     """Score every class prompt on every region of every image (the teacher)."""
-    from hts_ray import pipeline
-    from hts_ray.engine.session import command_cluster
-
     if preview and not settings.dry_run:
         raise ConfigError(field="--preview", value=preview, remedy="give --dry-run with it")
     run = settings.open()
-    path = pipeline.manifest_path(run, manifest)
     if settings.dry_run:
-        _preview_label(_limited(run, limit), path, sample, preview)
+        _preview_label(stages.limited(run, limit), manifest, sample, preview)
         return
-    settings.record(run, teacher_model=settings.config.label.teacher.model)
-    # Behind `record`: what the run directory remembers must not be limited.
-    run = _limited(run, limit)
-    stage = pipeline.label_stage(run, path)
-    cluster = command_cluster(settings.config, "label", manifest=path)
-    with cluster, image_progress("label") as progress:
-        pipeline.label(run, path, progress)
+    stage = stages.label(run, manifest, limit=limit)
     print_stage("label", stage)
-    stats = stage.stats
-    if stats.get("bad_boxes"):
-        console.print(f"{stats['bad_boxes']} boxes could not be used: see the quarantine table")
-    if stats.get("agreement"):
-        found = stats["agreement"]["top_1"]
-        console.print(f"search=objects kept the best class of {percent(found)} % of the regions")
+    if stage.stats.get("bad_boxes"):
+        bad = stage.stats["bad_boxes"]
+        console.print(f"{bad} boxes could not be used: see the quarantine table")
     print_next_stage("filter", run)
 
 
-def _short(text: str) -> str:
-    """Cut a table's cell, so that the columns before it keep their width."""
-    return textwrap.shorten(text, 60, placeholder=" ...")
-
-
-def _limited(run: pipeline.Run, limit: int | None) -> pipeline.Run:
-    if limit is None:
-        return run
-    from hts_ray.config import override
-
-    return replace(run, config=override(run.config, {"label": {"limit": limit}}))
-
-
-def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str | None) -> None:
+def _preview_label(run: Run, given: str | None, sample: int, preview: str | None) -> None:
     """Measure the teacher on a sample, and show what it says of it."""
-    from hts_ray import pipeline
-    from hts_ray.teacher.estimate import estimate
-
-    stage = pipeline.label_stage(run, manifest)
-    config = run.config
-    measured = estimate(
+    manifest, config = run.manifest(given), run.config
+    plan = plan_label(run, manifest)
+    measured = estimate_label(
         config.label, manifest, run.class_table, sample=sample, filtering=config.filter
     )
     for example in measured.examples:
@@ -139,12 +110,15 @@ def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str |
         header = ["region", "box", "likeliest classes, %", "caption"]
         print_rows(title, header, rows, text_columns=4)
     figures = readable(measured.figures())
-    print_mapping("plan", {"read": manifest, "write": stage.path, **figures})
+    print_mapping("plan", {"read": manifest.path, "write": plan.folder.path, **figures})
     if preview:
-        from hts_ray.teacher.preview import write_preview
-
         write_preview(preview, measured)
         print_written("preview", preview)
+
+
+def _short(text: str) -> str:
+    """Cut a table's cell, so that the columns before it keep their width."""
+    return textwrap.shorten(text, 60, placeholder=" ...")
 
 
 @cli.command("filter")
@@ -152,18 +126,15 @@ def _preview_label(run: pipeline.Run, manifest: str, sample: int, preview: str |
 @stage_command(from_sweep=True)
 def filter_command(settings: Settings, region_scores: str | None, from_sweep: str | None) -> None:
     """Turn regional scores into positives, ignored and negatives."""
-    from hts_ray import pipeline
-
     run = settings.open()
-    source = pipeline.region_scores_stage(run, region_scores or _swept_scores(from_sweep))
-    stage = pipeline.filter_stage(run, source)
+    given = region_scores or _swept_scores(from_sweep)
+    source = stages.found(run, given, "region_scores", "label")
     if settings.dry_run:
-        rows = source.stats.get("rows_out")
-        print_mapping("plan", {"read": source.path, "images": rows, "write": stage.path})
+        rows, write = source.stats.get("rows_out"), plan_filter(run, source).folder.path
+        print_mapping("plan", {"read": source.path, "images": rows, "write": write})
         return
     with busy("filter"):
-        pipeline.filter_labels(run, source)
-    settings.record(run)
+        stage = stages.filter_labels(run, source)
     print_stage("filter", stage)
     names = ("positives", "positives_per_image", "images_without_positive",
              "classes_without_positive", "ignored_band", "below_support", "over_cap")  # fmt: skip
@@ -182,70 +153,29 @@ def train(
     settings: Settings, pseudo_labels: str | None, manifest: str | None, from_sweep: str | None
 ) -> None:
     """Fine-tune the student (train.labels: pseudo, annotations or none)."""
-    from hts_ray import pipeline
-    from hts_ray.engine.session import command_cluster
-
     run = settings.open()
-    source = pipeline.given_stage(pseudo_labels, "pseudo_labels") if pseudo_labels else None
-    if from_sweep and source is None and run.config.train.labels == "pseudo":
+    if from_sweep and pseudo_labels is None and run.config.train.labels == "pseudo":
         # The run's latest labels may be those of other settings.
-        scores = pipeline.region_scores_stage(run, _swept_scores(from_sweep))
-        source = pipeline.filter_stage(run, scores)
-        if settings.dry_run and not source.finished:
-            print_mapping("plan", {"filter": scores.path, "write first": source.path})
+        scores = stages.found(run, _swept_scores(from_sweep), "region_scores", "label")
+        swept = plan_filter(run, scores)
+        if settings.dry_run and not swept.folder.finished:
+            print_mapping("plan", {"filter": scores.path, "write first": swept.folder.path})
             return
-        pipeline.filter_labels(run, scores)
-    labels = pipeline.training_labels(run, source, manifest)
-    validation = pipeline.validation_rows(run, manifest)
-    stage = pipeline.train_stage(run, labels)
+        pseudo_labels = swept.run().path
     if settings.dry_run:
-        from hts_ray.student.train import estimate
-
-        figures = estimate(settings.config.train, settings.config.student, run.class_table, labels)
-        print_mapping("plan", {"write": stage.path, **readable(figures)})
+        _preview_train(run, pseudo_labels, manifest)
         return
-    settings.record(run, student_model=settings.config.student.model)
-    epochs = run.config.train.epochs
-    with command_cluster(settings.config, "train", labels=labels), steps() as shown:
-        pipeline.train(run, labels, shown.epochs("train", epochs), validation)
+    stage = stages.train(run, pseudo_labels, manifest)
     print_stage("train", stage)
     print_next_stage("predict", run)
 
 
-@cli.command("self-train")
-@option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
-@option("--manifest", metavar="PATH", help="Manifest, for train.validation_split.")
-@stage_command()
-def self_train(settings: Settings, region_scores: str | None, manifest: str | None) -> None:
-    """Let the trained student help to filter, and train anew (self_training.rounds times)."""
-    from hts_ray import pipeline
-    from hts_ray.config import override
-    from hts_ray.engine.session import command_cluster
+def _preview_train(run: Run, pseudo_labels: str | None, manifest: str | None) -> None:
+    from hts_ray.student.train import estimate  # torch loads slowly
 
-    if settings.config.self_training.rounds == 0:  # asking for it by name is asking for a round
-        settings.config = override(settings.config, {"self_training": {"rounds": 1}})
-    pipeline.check_self_training(settings.config)
-    run = settings.open()
-    source = pipeline.region_scores_stage(run, region_scores)
-    validation = pipeline.validation_rows(run, manifest)
-    if settings.dry_run:
-        rounds, regions = run.config.self_training.rounds, source.stats.get("regions")
-        print_mapping("plan", {"read": source.path, "regions": regions, "rounds": rounds})
-        return
-    settings.record(run, student_model=settings.config.student.model)
-    # Both return at once where they are finished, and the rounds go on from there.
-    labels = pipeline.filter_labels(run, source)
-    with command_cluster(settings.config, "self-train"), steps() as shown:
-        student = pipeline.train(
-            run,
-            pipeline.training_labels(run, labels, None),
-            shown.epochs("train", run.config.train.epochs),
-            validation,
-        )
-        pipeline.self_train(
-            run, source, student, validation=validation, on_stage=print_stage, watch=shown
-        )
-    print_next_stage("predict", run)
+    plan, labels = stages.plan_training(run, pseudo_labels, manifest)
+    figures = estimate(run.config.train, run.config.student, run.class_table, labels)
+    print_mapping("plan", {"write": plan.folder.path, **readable(figures)})
 
 
 @cli.command()
@@ -271,43 +201,41 @@ def predict(
     PATHs are images, folders or URIs of storage; they are labeled in this process and printed.
     Without them a table with the scores of all classes is written to the run.
     """
-    from hts_ray import pipeline
-    from hts_ray.engine.session import command_cluster
-    from hts_ray.store import storage
-
-    if paths:
-        if manifest or images:
-            given = "--manifest" if manifest else "--images"
-            raise ConfigError(field=given, value=manifest or images, remedy="leave the PATHs out")
-        from hts_ray.cli.label_commands import predict_paths
-
-        source = student or storage.absolute(settings.config.run_dir)
-        predict_paths(source, paths, dry_run=settings.dry_run, **shown)
+    if not paths:
+        _require_no_options_of_paths(shown)
+        _predict_table(settings, student, manifest, images)
         return
+    if manifest or images:
+        given = "--manifest" if manifest else "--images"
+        raise ConfigError(field=given, value=manifest or images, remedy="leave the PATHs out")
+    source = student or storage.absolute(settings.config.run_dir)
+    predict_paths(source, paths, dry_run=settings.dry_run, **shown)
+
+
+def _require_no_options_of_paths(shown: dict[str, Any]) -> None:
     for name, value in shown.items():
         if value not in (None, False):
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(field=option, value=value, remedy="name images: hts predict PATH")
+            field = f"--{name.replace('_', '-')}"
+            raise ConfigError(field=field, value=value, remedy="name images: hts predict PATH")
+
+
+def _predict_table(
+    settings: Settings, student: str | None, manifest: str | None, images: str | None
+) -> None:
+    """Score the images of a manifest or a folder, and write all scores to the run."""
     run = settings.open()
     if manifest and images:
         raise ConfigError(field="--images", value=images, remedy="give --manifest or --images")
-    source = pipeline.student_path(run, student)
+    student = stages.student_path(run, student)
     if images:
-        manifest, run = _folder_manifest(settings, run, images)
-    path = pipeline.manifest_path(run, manifest)
-    stage = pipeline.predict_stage(run, source, path)
+        manifest, run = _folder_manifest(run, images)
     if settings.dry_run:
-        from hts_ray.student.predict import estimate
-
-        figures = estimate(run.config.predict, source, path)
-        print_mapping("plan", {"student": source, "write": stage.path, **readable(figures)})
+        _preview_predict(run, student, manifest)
         return
-    cluster = command_cluster(settings.config, "predict", manifest=path, student=source)
-    with cluster, image_progress("predict") as progress:
-        pipeline.predict(run, source, path, progress)
+    stage = stages.predict(run, student, manifest)
     print_stage("predict", stage)
     split = run.config.predict.split or "test"
-    if pipeline.is_annotated(path, split):
+    if len(run.manifest(manifest).annotated(split)):
         more = ["--annotations", manifest] if manifest else []
         more += [] if split == "test" else ["--split", split]
         print_next_stage("evaluate", run, *more)
@@ -315,34 +243,57 @@ def predict(
         print_next_stage("report", run)
 
 
+def _folder_manifest(run: Run, images: str) -> tuple[str, Run]:
+    """Prepare a folder of images inside the run; returns the run that predicts all of it."""
+    inner = storage.join(run.run_dir, "images")
+    with image_progress("prepare") as progress:
+        stage = prepare_manifest(run.config.prepare, inner, "folder", images, progress)
+    print_stage("prepare", stage)
+    return stage.path, run.changed({"predict": {"split": None}})
+
+
+def _preview_predict(run: Run, student: str, manifest: str | None) -> None:
+    from hts_ray.student.predict import estimate, plan_predict  # torch loads slowly
+
+    images = run.manifest(manifest)
+    plan = plan_predict(run, student, images)
+    figures = readable(estimate(run.config.predict, student, images))
+    print_mapping("plan", {"student": student, "write": plan.folder.path, **figures})
+
+
 @cli.command()
 @option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
 @stage_command()
 def sweep(settings: Settings, region_scores: str | None) -> None:
     """Try many settings of filter and training over one teacher pass, and keep the best."""
-    from hts_ray import pipeline
-    from hts_ray.engine.session import command_cluster
+    from hts_ray.sweep.estimate import estimate
+    from hts_ray.sweep.progress import features_progress, print_sweep, sweep_progress
     from hts_ray.sweep.stage import plan_sweep, run_sweep
 
     run = settings.open()
-    plan = plan_sweep(run, pipeline.region_scores_stage(run, region_scores))
+    plan = plan_sweep(run, stages.found(run, region_scores, "region_scores", "label"))
     if settings.dry_run:
-        from hts_ray.sweep.estimate import estimate
-
         rows = [list(row) for row in plan.space.describe()]
         print_rows("settings", ["setting", "own", "tried"], rows, text_columns=3)
         figures = readable(estimate(plan))
         objective = {"objective": plan.objective, "write": plan.stage.path}
         print_mapping("plan", {"read": plan.region_scores.path, **objective, **figures})
         return
-    from hts_ray.sweep.progress import features_progress, print_sweep, sweep_progress
-
-    settings.record(run)
-    with command_cluster(settings.config, "sweep"), sweep_progress(plan) as on_trial:
+    run.record()
+    with command_cluster(run.config, "sweep"), sweep_progress(plan) as on_trial:
         stage = run_sweep(plan, on_trial=on_trial, on_features=features_progress(), tell=print_line)
     print_stage("sweep", stage)
     print_sweep(stage)
     print_next("hts", "train", "--run-dir", run.config.run_dir, "--from-sweep", stage.path)
+
+
+def _swept_scores(from_sweep: str | None) -> str | None:
+    """Return the region scores that a sweep was over; None without a sweep."""
+    if from_sweep is None:
+        return None
+    from hts_ray.sweep.stage import find_sweep
+
+    return str(find_sweep(from_sweep).stats["region_scores"])
 
 
 @cli.command()
@@ -359,47 +310,15 @@ def evaluate(
     json_file: str | None,
 ) -> None:
     """Compare predictions with annotations by HICO's official protocol."""
-    from hts_ray import pipeline
-    from hts_ray.store import storage
-    from hts_ray.store.run import require_stage
-
     run = settings.open()
-    source = predictions or require_stage(run.run_dir, "predictions", "predict").path
-    truth = annotations or pipeline.manifest_path(run)
     if settings.dry_run:
+        source = predictions or require_stage(run.run_dir, "predictions", "predict").path
+        truth = annotations or run.manifest().path
         print_mapping("plan", {"predictions": source, "annotations": truth, "split": split})
         return
     with busy("evaluate"):
-        result = pipeline.evaluate(run, source, truth, split)
+        result = stages.evaluate(run, predictions, annotations, split)
     if json_file:
         storage.write_json(json_file, result)
     print_metrics(result)
     print_next_stage("report", run)
-
-
-def _swept_scores(from_sweep: str | None) -> str | None:
-    """Return the region scores that a sweep was over; None without a sweep."""
-    if from_sweep is None:
-        return None
-    from hts_ray.sweep.stage import find_sweep
-
-    return str(find_sweep(from_sweep).stats["region_scores"])
-
-
-def _folder_manifest(
-    settings: Settings, run: pipeline.Run, images: str
-) -> tuple[str, pipeline.Run]:
-    """Prepare a folder of images inside the run, and predict all of it."""
-    from hts_ray import pipeline
-    from hts_ray.store import storage
-
-    values = settings.config.model_dump()
-    values["predict"]["split"] = None
-    from hts_ray.config import parse_config
-
-    run = pipeline.Run(parse_config(values), run.class_table)
-    inner = parse_config({**values, "run_dir": storage.join(run.run_dir, "images")})
-    with image_progress("prepare") as progress:
-        stage = pipeline.prepare(pipeline.Run(inner, run.class_table), "folder", images, progress)
-    print_stage("prepare", stage)
-    return stage.file("manifest.parquet"), run

@@ -15,14 +15,19 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from hts_ray import pipeline, report
+from hts_ray import report, stages
 from hts_ray.config import HtsConfig, override
 from hts_ray.demo.world import world_class_ids, write_world
 from hts_ray.engine.console import console, percent, print_rows, print_stage, print_written, steps
-from hts_ray.evaluate import evaluate_scores, read_annotations
-from hts_ray.labels.stage import image_evidence
+from hts_ray.engine.run import Run, open_run
+from hts_ray.evaluate import evaluate_scores, publish_metrics, read_annotations
+from hts_ray.images.manifest import open_manifest
+from hts_ray.images.stage import prepare_manifest
+from hts_ray.labels.stage import image_evidence, plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
+from hts_ray.student.train import plan_train, training_labels
+from hts_ray.teacher.stage import plan_label
 
 NUM_TRAIN = 1200
 NUM_TEST = 500
@@ -87,7 +92,7 @@ def demo_config(config: HtsConfig, seed: int) -> HtsConfig:
 def run_demo(config: HtsConfig) -> list[Row]:
     """Run the whole demo and print its table; the report lies in the run directory."""
     started = time.perf_counter()
-    run = pipeline.open_run(config)
+    run = open_run(config)
     manifest = make_world(run)
     with steps() as shown:
         rows = run_variants(run, manifest, VARIANTS, shown)
@@ -112,10 +117,8 @@ def _leave_main_as_latest(rows: Sequence[Row]) -> None:
         stage.publish(stage.stats)
 
 
-def make_world(run: pipeline.Run) -> str:
+def make_world(run: Run) -> str:
     """Render the seed's world in HICO's layout, read it as HICO is read; return its manifest."""
-    from hts_ray.store.provenance import write_provenance
-
     num_train, num_test = NUM_TRAIN, NUM_TEST
     root = storage.join(run.run_dir, f"world-{num_train}-{num_test}")
     if not storage.exists(root):
@@ -126,23 +129,25 @@ def make_world(run: pipeline.Run) -> str:
             f"[bold]world[/bold]: {num_train} train and {num_test} test scenes of"
             f" {len(run.class_table)} classes, rendered in {seconds:.0f} s"
         )
-    stage = pipeline.prepare(run, "hico", root)
+    stage = prepare_manifest(run.config.prepare, run.run_dir, "hico", root)
     print_stage("prepare", stage)
-    write_provenance(run.config, run.class_table)
+    run.record()
     return stage.file("manifest.parquet")
 
 
 def run_variants(
-    run: pipeline.Run,
+    run: Run,
     manifest: str,
     variants: Sequence[Variant],
-    watch: pipeline.Watch | None = None,
+    watch: stages.Watch | None = None,
 ) -> list[Row]:
     """Label once, then filter, train, predict and evaluate every variant, in the order given.
 
     The main row trains on a Ray Train worker while the rows it is compared with train here.
     """
-    scores = pipeline.label(run, manifest, None if watch is None else watch.images("label"))
+    scores = plan_label(run, run.manifest(manifest)).run(
+        None if watch is None else watch.images("label")
+    )
     print_stage("label", scores)
     rows = {TEACHER_NAME: teacher_row(run, manifest, scores)}
     _tell(rows[TEACHER_NAME])
@@ -160,7 +165,7 @@ def run_variants(
 
 @dataclass(frozen=True)
 class _Trained:
-    run: pipeline.Run
+    run: Run
     variant: Variant
     labels: StageFolder | None
     student: StageFolder
@@ -168,41 +173,41 @@ class _Trained:
 
 
 def _train(
-    run: pipeline.Run,
+    run: Run,
     manifest: str,
     scores: StageFolder,
     variant: Variant,
-    watch: pipeline.Watch | None,
+    watch: stages.Watch | None,
 ) -> _Trained:
     """Filter and train one variant."""
     started = time.perf_counter()
-    own = pipeline.Run(override(run.config, variant.settings), run.class_table)
-    labels = pipeline.filter_labels(own, scores) if variant.uses_teacher else None
+    own = run.changed(variant.settings)
+    labels = plan_filter(own, scores).run() if variant.uses_teacher else None
     epochs = None if watch is None else watch.epochs(variant.name, own.config.train.epochs)
-    student = pipeline.train(own, pipeline.training_labels(own, labels, manifest), epochs)
+    student = plan_train(own, training_labels(own, labels, manifest)).run(epochs)
     return _Trained(own, variant, labels, student, time.perf_counter() - started)
 
 
 def train_here(
-    run: pipeline.Run,
+    run: Run,
     manifest: str,
     scores: StageFolder,
     variant: Variant,
-    watch: pipeline.Watch | None = None,
+    watch: stages.Watch | None = None,
 ) -> Row:
     """Train a variant in this process and evaluate it."""
     local = override(run.config, {"train": {"num_workers": 0}})
     return _evaluated(
-        _train(pipeline.Run(local, run.class_table), manifest, scores, variant, watch), manifest
+        _train(Run(local, run.class_table), manifest, scores, variant, watch), manifest
     )
 
 
 def _run_on_ray(
-    run: pipeline.Run,
+    run: Run,
     manifest: str,
     scores: StageFolder,
     variant: Variant,
-    watch: pipeline.Watch | None,
+    watch: stages.Watch | None,
 ) -> Row:
     """Train a variant on Ray Train's workers and evaluate it."""
     return _evaluated(_train(run, manifest, scores, variant, watch), manifest)
@@ -214,13 +219,13 @@ def _evaluated(trained: _Trained, manifest: str) -> Row:
 
     started = time.perf_counter()
     run, variant = trained.run, trained.variant
-    table = pipeline.read_manifest(manifest)
+    table = open_manifest(manifest).table
     images = table.filter(pc.equal(table["split"], "test"))
     ids, scores_NC = score_images(trained.student.path, images, run.config.predict)
     truth = read_annotations(manifest, run.class_table)
     metrics = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
     path = trained.student.path
-    pipeline.publish_metrics(run, metrics, path, manifest, "test", variant.name)
+    publish_metrics(run, metrics, path, manifest, "test", variant.name)
     row = Row(
         variant.name,
         variant.note,
@@ -238,14 +243,14 @@ def _tell(row: Row) -> None:
     console.print(f"[bold]{row.name}[/bold]: mAP {mean_ap}, {row.seconds:.0f} s")
 
 
-def teacher_row(run: pipeline.Run, manifest: str, scores: StageFolder) -> Row:
+def teacher_row(run: Run, manifest: str, scores: StageFolder) -> Row:
     """Evaluate the teacher's aggregated probabilities as if they were predictions."""
     evidence = image_evidence(scores.path, run.config.filter).of_split("test")
     truth = read_annotations(manifest, run.class_table)
     result = evaluate_scores(
         evidence.image_ids, evidence.probabilities_NC, truth, run.class_table
     ).to_dict()
-    pipeline.publish_metrics(run, result, scores.path, manifest, "test", TEACHER_NAME)
+    publish_metrics(run, result, scores.path, manifest, "test", TEACHER_NAME)
     seconds = float(scores.stats["seconds"])
     return Row(TEACHER_NAME, "regions, no student", result, seconds)
 
@@ -273,7 +278,7 @@ def print_table(rows: Sequence[Row]) -> None:
     print_rows(title, ["", "default", "known object", f"few@{FEW}", "seconds"], cells)
 
 
-def write_demo_report(run: pipeline.Run, rows: Sequence[Row]) -> str:
+def write_demo_report(run: Run, rows: Sequence[Row]) -> str:
     """Write `report.html` of a demo world and return its path.
 
     The gallery and the funnel are those of the main row's pseudo-labels.

@@ -27,14 +27,12 @@ from hts_ray import errors
 from hts_ray.config import ImagesConfig
 from hts_ray.engine.deaths import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.errors import DataError, UserError
+from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import (
-    MANIFEST_SCHEMA,
     QUARANTINE_SCHEMA,
-    check_table,
     read_table,
-    require_unique_ids,
     write_table,
 )
 
@@ -46,10 +44,6 @@ if TYPE_CHECKING:
 OK = "ok"
 QUARANTINED = "quarantined"
 CHECKPOINT = "checkpoint"  # the folder in a stage where Ray keeps the ids of written rows
-MANIFEST_COLUMNS = ("image_id", "uri", "split")
-_MANIFEST = pa.schema(
-    [MANIFEST_SCHEMA.field(name) for name in MANIFEST_COLUMNS], MANIFEST_SCHEMA.metadata
-)
 DECODED_FIELDS = (
     pa.field("pixels", pa.large_binary()),
     pa.field("pixel_height", pa.int32()),
@@ -66,58 +60,20 @@ _READ_THREADS = 4  # a task's reads overlap; storage is mostly waited for
 Pixels = npt.NDArray[np.uint8]
 
 
-def manifest_rows(
-    manifest_path: str,
-    splits: Sequence[str] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> pa.Table:
-    """Return image_id, uri and split of the images that a stage has to answer, in order.
-
-    `splits` None takes all; `limit` draws so many at random, the same for the same `seed`.
-    Annotations are not read. Raises DataError when no image is left, naming the splits that
-    exist, when an id occurs twice, or when a row lacks one of the three.
-    """
-    table = read_table(manifest_path, columns=list(MANIFEST_COLUMNS))
-    table = check_table(table, _MANIFEST, manifest_path)
-    chosen = table if splits is None else table.filter(pc.is_in(table["split"], pa.array(splits)))
-    if not len(chosen):
-        found = ", ".join(sorted(str(name) for name in table["split"].unique().to_pylist()))
-        asked = "" if splits is None else f" in split {', '.join(splits)}"
-        raise DataError(f"{manifest_path} holds no image{asked}: it has {found or 'no rows'}")
-    if limit is not None and limit < len(chosen):
-        drawn = np.random.default_rng(seed).choice(len(chosen), limit, replace=False)
-        chosen = chosen.take(np.sort(drawn))
-    chosen = chosen.combine_chunks()
-    require_unique_ids(chosen, manifest_path)
-    return chosen
-
-
-def manifest_ids(
-    manifest_path: str,
-    splits: Sequence[str] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> pa.Array:
-    """Return the image ids of `manifest_rows`."""
-    return pa.concat_arrays(manifest_rows(manifest_path, splits, limit, seed)["image_id"].chunks)
-
-
-def read_manifest(
-    manifest_path: str,
-    splits: Sequence[str] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
+def image_dataset(
+    path: str, splits: Sequence[str] | None = None, only: pa.Array | None = None
 ) -> ray.data.Dataset:
-    """Return the manifest's image_id, uri and split as a dataset, cut to `manifest_ids`."""
+    """Return image_id, uri and split of a Parquet file's rows as a dataset that workers read.
+
+    `splits` and `only`, image ids, cut it down. It starts with a read, as Ray's checkpoints ask.
+    """
     import ray.data
     from ray.data.expressions import col
 
-    dataset = ray.data.read_parquet(manifest_path).select_columns(list(MANIFEST_COLUMNS))
-    if limit is not None:
+    dataset = ray.data.read_parquet(path).select_columns(list(IMAGE_COLUMNS))
+    if only is not None:
         # Not Dataset.limit: on a resumed run that would count from the images still to do.
-        ids = manifest_ids(manifest_path, splits, limit, seed)
-        return dataset.map_batches(partial(_keep_ids, ids=ids), batch_format="pyarrow")
+        return dataset.map_batches(partial(_keep_ids, ids=only), batch_format="pyarrow")
     return dataset if splits is None else dataset.filter(expr=col("split").is_in(list(splits)))
 
 

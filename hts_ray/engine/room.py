@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from hts_ray.config import HtsConfig, PoolConfig, RayConfig, TrainConfig
 from hts_ray.errors import ConfigError
+from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
-from hts_ray.store.tables import read_table
 
 # Tasks that must find a CPU while all actors of a pool hold theirs: reading, decoding, and the
 # filter of a resumed run. Without them Ray waits for ever.
@@ -355,7 +355,7 @@ def check_joined(
     command: str,
     paths: Iterable[tuple[str, str]] = (),
     *,
-    manifest: str = "",
+    manifest: Manifest | None = None,
     labels: pa.Table | None = None,
 ) -> list[str]:
     """Check the cluster that this process has joined for a command; returns notes for the user.
@@ -367,9 +367,9 @@ def check_joined(
     cluster = joined_cluster(config.ray)
     shared = config.ray.shared_paths
     check_paths(cluster, shared, [*worker_paths(config, command), *paths])
-    if manifest and cluster.several_hosts:
-        check_paths(cluster, shared, [("manifest", manifest)])
-        check_uris(cluster, shared, read_table(manifest, columns=["uri"])["uri"], manifest)
+    if manifest is not None and cluster.several_hosts:
+        check_paths(cluster, shared, [("manifest", manifest.path)])
+        check_uris(cluster, shared, manifest.table["uri"], manifest.path)
     if labels is not None and cluster.several_hosts:
         check_uris(cluster, shared, labels["uri"], "the labels")
     return check_room(cluster, demands(config, command))

@@ -18,6 +18,7 @@ from hts_ray.engine.console import busy, print_note
 from hts_ray.engine.room import CPUS_BESIDE, check_joined
 from hts_ray.engine.telemetry import configured
 from hts_ray.errors import ConfigError, UserError
+from hts_ray.images.manifest import Manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -112,7 +113,7 @@ def command_cluster(
     config: HtsConfig,
     command: str,
     *,
-    manifest: str = "",
+    manifest: Manifest | None = None,
     student: str = "",
     labels: pa.Table | None = None,
 ) -> Iterator[None]:

@@ -10,13 +10,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline
 from hts_ray.config import FilterConfig
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
-from hts_ray.labels.stage import class_probabilities, iter_region_rows, kept_regions, read_info
+from hts_ray.images.manifest import open_manifest
+from hts_ray.labels.stage import (
+    class_probabilities,
+    iter_region_rows,
+    kept_regions,
+    plan_filter,
+    read_info,
+)
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, find_stage, require_stage
+from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, check_table, read_table
 
 _BATCH_ROWS = 1024
@@ -71,7 +78,7 @@ class LabelRows:
 
 
 def read_labels(
-    run: pipeline.Run,
+    run: Run,
     labels: str | None = None,
     manifest: str | None = None,
     *,
@@ -88,16 +95,16 @@ def read_labels(
     if manifest is not None:
         if labels is not None:
             raise ConfigError(field="--labels", value=labels, remedy="give --labels or --manifest")
-        return _annotations(run, pipeline.manifest_path(run, manifest or None), split, limit)
+        return _annotations(run, run.manifest(manifest or None).path, split, limit)
     if labels is None:
         stage = require_stage(run.run_dir, "pseudo_labels", "filter")
     else:
-        stage = pipeline.given_stage(labels, "pseudo_labels")
+        stage = given_stage(labels, "pseudo_labels")
     return _pseudo_labels(run, stage, split, limit, regions)
 
 
-def _annotations(run: pipeline.Run, path: str, split: str | None, limit: int | None) -> LabelRows:
-    table = pipeline.read_manifest(path)
+def _annotations(run: Run, path: str, split: str | None, limit: int | None) -> LabelRows:
+    table = open_manifest(path).table
     table = table.filter(table["positive_ids"].is_valid())
     if not len(table):
         raise DataError(f"{path} has no annotated image: export pseudo-labels instead")
@@ -112,7 +119,7 @@ def _annotations(run: pipeline.Run, path: str, split: str | None, limit: int | N
 
 
 def _pseudo_labels(
-    run: pipeline.Run, stage: StageFolder, split: str | None, limit: int | None, with_regions: bool
+    run: Run, stage: StageFolder, split: str | None, limit: int | None, with_regions: bool
 ) -> LabelRows:
     table = check_table(
         read_table(stage.path, columns=[*_COLUMNS, "dropped"]), PSEUDO_LABELS_SCHEMA, stage.path
@@ -172,21 +179,19 @@ def _made(stage: StageFolder) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _region_scores(
-    run: pipeline.Run, stage: StageFolder, made: Mapping[str, Any]
-) -> StageFolder | None:
+def _region_scores(run: Run, stage: StageFolder, made: Mapping[str, Any]) -> StageFolder | None:
     """Return the teacher pass that the labels were filtered from, where it is there."""
     name = str(made.get("region_scores", ""))
     if name:
         scores = StageFolder(stage.run_dir, "region_scores", name.removeprefix("region_scores-"))
         return scores if scores.finished else None
     latest = find_stage(stage.run_dir, "region_scores")
-    same = latest is not None and pipeline.filter_stage(run, latest).key == stage.key
+    same = latest is not None and plan_filter(run, latest).folder.key == stage.key
     return latest if same else None
 
 
 def _regions_of(
-    run: pipeline.Run, table: pa.Table, scores: StageFolder, made: Mapping[str, Any]
+    run: Run, table: pa.Table, scores: StageFolder, made: Mapping[str, Any]
 ) -> dict[str, tuple[SupportRegion, ...]]:
     recorded = made.get("filter")
     config = run.config.filter if recorded is None else FilterConfig.model_validate(recorded)
@@ -228,7 +233,7 @@ def supporting_regions(
 
 
 def _origin(
-    run: pipeline.Run,
+    run: Run,
     stage: StageFolder,
     scores: StageFolder | None,
     made: Mapping[str, Any],
@@ -256,7 +261,7 @@ def _is_path(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or storage.is_remote(model)
 
 
-def _details(run: pipeline.Run) -> dict[str, str]:
+def _details(run: Run) -> dict[str, str]:
     """Return versions and commit as the run recorded them, and the hash of its classes."""
     path = storage.join(run.run_dir, "provenance.json")
     found = storage.read_json(path) if storage.exists(path) else {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hts_ray.config import ExportConfig
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.anno_mat import write_anno_mat
 from hts_ray.exports.coco import write_coco
@@ -22,7 +23,6 @@ from hts_ray.exports.parquet_file import write_parquet
 from hts_ray.exports.records import Context, ImageFile, LabeledImage, Tally
 from hts_ray.exports.source import LabelRows
 from hts_ray.exports.webdataset import write_webdataset
-from hts_ray.pipeline import Run
 from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
 

@@ -16,11 +16,17 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from hts_ray.config import FilterConfig
+from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels import select as pseudo_labels
-from hts_ray.labels.corrections import Corrected, apply_overrides, read_overrides
+from hts_ray.labels.corrections import (
+    Corrected,
+    apply_overrides,
+    overrides_key,
+    read_overrides,
+)
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder
+from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, write_table
 
 # Changes the probabilities (R, C) of an image's regions, given its id and which were kept.
@@ -175,6 +181,35 @@ def kept_regions(row: dict[str, Any], config: FilterConfig) -> np.ndarray:
         nearest = np.abs(np.subtract.outer(margins, config.margins)).min(axis=1, initial=np.inf)
         keep &= ~with_context | (nearest < 1e-4)
     return keep
+
+
+def plan_filter(run: Run, region_scores: StageFolder) -> Stage:
+    """Plan the filter over a region_scores folder: regional scores in, `pseudo_labels` out.
+
+    Raises DataError for corrections that cannot be read.
+    """
+    config, split = run.config.filter, run.config.train.split
+    parts = [config.answer_settings(), split, region_scores.key, run.class_table.fingerprint()]
+    if config.overrides is not None:
+        parts += ["overrides", overrides_key(config.overrides)]
+    folder = run.stage("pseudo_labels", settings_hash(*parts))
+
+    def work(_progress: object) -> object:
+        return filter_regions(
+            config,
+            region_scores_path=region_scores.path,
+            class_ids=stored_class_ids(region_scores),
+            split=split,
+            stage=folder,
+        )
+
+    return Stage(folder, {"region_scores": region_scores.path}, work)
+
+
+def stored_class_ids(region_scores: StageFolder) -> np.ndarray:
+    """Return the class ids (C,) of a stage's score columns, in their order."""
+    ids = storage.read_json(region_scores.file("table.json"))["class_ids"]
+    return np.asarray(ids, dtype=np.int16)
 
 
 def filter_regions(

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline
+from hts_ray.engine.run import Run
 from hts_ray.labels.corrections import OVERRIDES, read_overrides
 from hts_ray.review.agreement import Agreement, measure_agreement
 from hts_ray.review.importing import MANIFEST
@@ -39,7 +39,7 @@ def corrections_of(path: str) -> pa.Table:
 
 
 def agreement_of(
-    run: pipeline.Run, corrections: pa.Table, labels: StageFolder
+    run: Run, corrections: pa.Table, labels: StageFolder
 ) -> tuple[Agreement, dict[str, Any]]:
     """Compare corrections with a pseudo_labels folder; returns the figures, as JSON as well.
 
@@ -63,7 +63,7 @@ def _corrected_ids(labels: StageFolder) -> list[str]:
     return list(storage.read_json(path).get("corrected_ids", ())) if storage.exists(path) else []
 
 
-def review(run: pipeline.Run, path: str, labels: StageFolder) -> tuple[Agreement, dict[str, Any]]:
+def review(run: Run, path: str, labels: StageFolder) -> tuple[Agreement, dict[str, Any]]:
     """Measure the corrections at `path` and publish `review-KEY/agreement.json` in the run.
 
     Returns what `agreement_of` does.

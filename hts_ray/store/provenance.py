@@ -13,10 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import hts_ray
-from hts_ray.classes import ClassTable
-from hts_ray.config import HtsConfig
-from hts_ray.store import storage
-from hts_ray.store.run import settings_hash
 
 _PACKAGES = (
     "ray", "torch", "torchvision", "transformers", "open_clip_torch", "accelerate", "pyarrow",
@@ -81,34 +77,6 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
-
-
-def write_provenance(config: HtsConfig, class_table: ClassTable, **more: Any) -> None:
-    """Write `config.yaml`, `classes.csv` and `provenance.json` into the run directory."""
-    import tempfile
-
-    run_dir = config.run_dir
-    storage.write_bytes(storage.join(run_dir, "config.yaml"), config.to_yaml().encode())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "classes.csv"
-        class_table.to_csv(path)
-        storage.write_bytes(storage.join(run_dir, "classes.csv"), path.read_bytes())
-    path_json = storage.join(run_dir, "provenance.json")
-    earlier = storage.read_json(path_json) if storage.exists(path_json) else {}
-    storage.write_json(
-        path_json,
-        {
-            **earlier,
-            "versions": versions(),
-            "hardware": hardware(),
-            "git_commit": git_commit(),
-            "settings_hash": settings_hash(config.answer_settings()),
-            "class_fingerprint": class_table.fingerprint(),
-            "num_classes": len(class_table),
-            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **more,
-        },
-    )
 
 
 def _cores() -> int | None:

@@ -25,12 +25,11 @@ import safetensors.torch
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
 from hts_ray.engine.image_pass import (
     CHECKPOINT,
-    MANIFEST_COLUMNS,
     OK,
     data_context,
     decode_batch,
     finish,
-    read_manifest,
+    image_dataset,
     row_progress,
     rows_per_block,
     stack_pixels,
@@ -38,6 +37,7 @@ from hts_ray.engine.image_pass import (
 )
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError
+from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
 from hts_ray.store.tables import features_schema, read_table, require_unique_ids, write_table
@@ -49,7 +49,7 @@ Progress = Callable[[int, int, int], None]
 
 TABLE = "features"
 _INPUT = "_input"  # readers of tables leave out what starts so
-_IMAGE_SCHEMA = pa.schema([(name, pa.string()) for name in MANIFEST_COLUMNS])
+_IMAGE_SCHEMA = pa.schema([(name, pa.string()) for name in IMAGE_COLUMNS])
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ def ensure_features(
 ) -> StageFolder:
     """Return a finished features folder of the run that holds these images; compute it if need be.
 
-    `images` has image_id, uri and split, as `image_pipeline.manifest_rows` returns them. A folder
+    `images` has image_id, uri and split, as `Manifest.rows` returns them. A folder
     of more images serves as well. Raises what `compute_features` raises.
     """
     decoding = decoding or ImagesConfig.model_validate({})
@@ -285,7 +285,7 @@ def _encode_on_ray(
     manifest = stage.file(_INPUT, "images.parquet")
     write_table(manifest, images)
     with data_context(stage.file(CHECKPOINT)):
-        blocks = read_manifest(manifest).repartition(
+        blocks = image_dataset(manifest).repartition(
             target_num_rows_per_block=rows_per_block(len(images), config.batch_images)
         )
         decoded = blocks.map_batches(
@@ -338,7 +338,7 @@ class FeatureEncoder(StudentWorker):
 
 def _checked(images: pa.Table) -> pa.Table:
     """Return image_id, uri and split of images as one chunk; DataError for none, or an id twice."""
-    images = images.select(list(MANIFEST_COLUMNS)).cast(_IMAGE_SCHEMA).combine_chunks()
+    images = images.select(list(IMAGE_COLUMNS)).cast(_IMAGE_SCHEMA).combine_chunks()
     if not len(images):
         raise DataError("no image to encode: the manifest's splits or the labels are empty")
     require_unique_ids(images, "the images to encode")

@@ -19,17 +19,18 @@ from hts_ray.engine.image_pass import (
     data_context,
     decode_batch,
     finish,
-    manifest_ids,
-    manifest_rows,
-    read_manifest,
+    image_dataset,
     row_progress,
     rows_per_block,
     stack_pixels,
     users_mistakes_unwrapped,
 )
+from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError
-from hts_ray.store.run import StageFolder
+from hts_ray.images.manifest import Manifest
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import predictions_schema
 from hts_ray.student.checkpoints import (
     description_of,
@@ -42,11 +43,40 @@ if TYPE_CHECKING:
     import ray.data
 
 
+def plan_predict(run: Run, student: str, manifest: Manifest) -> Stage:
+    """Plan scoring a manifest's images with the student at a path.
+
+    Raises DataError when there is no student.
+    """
+    weights = storage.join(student, "student.json")
+    if not storage.exists(weights):
+        raise DataError(f"no student at {student}: `hts train` writes one")
+    config = run.config.predict
+    key = settings_hash(
+        config.answer_settings(),
+        student.rsplit("/", 1)[-1],
+        storage.read_json(weights),
+        manifest.fingerprint,
+    )
+    folder = run.stage("predictions", key)
+
+    def work(progress: Callable[[int, int, int], None] | None) -> object:
+        return predict_images(
+            config=config,
+            student_path=student,
+            manifest=manifest,
+            stage=folder,
+            progress=progress,
+        )
+
+    return Stage(folder, {"student": student, "manifest": manifest.path}, work)
+
+
 def predict_images(
     *,
     config: PredictConfig,
     student_path: str,
-    manifest_path: str,
+    manifest: Manifest,
     stage: StageFolder,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -62,11 +92,11 @@ def predict_images(
         return stage.stats
     started = time.monotonic()
     splits = None if config.split is None else (config.split,)
-    expected = manifest_ids(manifest_path, splits)
+    expected = manifest.rows(splits)["image_id"].combine_chunks()
     folder = find_student(student_path)
     description = description_of(folder)
     with data_context(stage.file(CHECKPOINT)):
-        blocks = read_manifest(manifest_path, splits).repartition(
+        blocks = image_dataset(manifest.path, splits).repartition(
             target_num_rows_per_block=rows_per_block(len(expected), config.batch_images)
         )
         dataset = _scored(blocks, config, folder, description, Meter.of(stage, "predict"))
@@ -134,7 +164,7 @@ def score_images(
 
 
 def estimate(
-    config: PredictConfig, student_path: str, manifest_path: str, sample: int = 8
+    config: PredictConfig, student_path: str, manifest: Manifest, sample: int = 8
 ) -> dict[str, Any]:
     """Measure the student on a few images in this process and extrapolate; writes nothing.
 
@@ -142,7 +172,7 @@ def estimate(
     and gpu_hours; times are None when no sampled image could be read. Raises DataError when
     there is no student or no image.
     """
-    images = manifest_rows(manifest_path, None if config.split is None else (config.split,))
+    images = manifest.rows(None if config.split is None else (config.split,))
     folder = find_student(student_path)
     scorer = StudentScorer(folder, student_fingerprint(folder), config.pool)
     rows = np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)

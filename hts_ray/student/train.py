@@ -31,11 +31,12 @@ from hts_ray.engine.image_pass import (
     users_mistakes_unwrapped,
     write_quarantine,
 )
+from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.evaluate import label_matrix
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder
+from hts_ray.store.run import StageFolder, content_hash, require_stage, settings_hash
 from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
 from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import dense_targets, train_loop
@@ -87,6 +88,82 @@ class ValidationSet:
         table = manifest.select(["image_id", "uri"])
         table = table.append_column("row", pa.array(np.arange(len(table))))
         return cls(table.combine_chunks(), label_matrix(manifest, class_table))
+
+
+def training_labels(
+    run: Run, source: StageFolder | None = None, manifest: str | None = None
+) -> pa.Table | None:
+    """Return what the student learns from: image_id, uri, positive_ids, ignored_ids.
+
+    With `train.soft_labels` the positives' probability comes with them. `train.labels` decides:
+
+    - `pseudo`: the labels in `source`, or the run's latest; no manifest is opened;
+    - `annotations`: those of the manifest, unknown counting as negative as HICO's protocol has it;
+    - `none`: None.
+
+    Raises DataError when there is nothing of the kind.
+    """
+    train = run.config.train
+    if train.labels == "none":
+        return None
+    columns = ["image_id", "uri", "positive_ids", "ignored_ids"]
+    if train.labels == "pseudo":
+        columns += ["probability"] if train.soft_labels else []
+        folder = source or require_stage(run.run_dir, "pseudo_labels", "filter")
+        table = folder.read([*columns, "split"])
+        return table.filter(pc.equal(table["split"], train.split)).select(columns)
+    chosen = run.manifest(manifest).annotated(train.split)
+    if not len(chosen):
+        raise DataError(f"train.labels=annotations: no annotated image in split {train.split!r}")
+    names = ["ignored_ids" if n == "ambiguous_ids" else n for n in chosen.column_names]
+    return chosen.rename_columns(names).select(columns)
+
+
+def validation_rows(run: Run, manifest: str | None = None) -> pa.Table | None:
+    """Return the annotated rows of `train.validation_split`, or None when it is not set.
+
+    DataError when the split has none.
+    """
+    split = run.config.train.validation_split
+    if split is None:
+        return None
+    chosen = run.manifest(manifest).annotated(split)
+    if not len(chosen):
+        raise DataError(f"train.validation_split={split}: no image of the manifest is annotated")
+    return chosen
+
+
+def plan_train(run: Run, labels: pa.Table | None, validation: pa.Table | None = None) -> Stage:
+    """Plan a training on labels; None stores the zero-shot student.
+
+    `validation`, annotated rows of a manifest, is measured while the training runs.
+    """
+    from hts_ray.student.model import source_fingerprint
+
+    config = run.config
+    key = settings_hash(
+        config.train.answer_settings(),
+        config.student.answer_settings(),
+        source_fingerprint(config.student),
+        config.seed,
+        run.class_table.fingerprint(),
+        None if labels is None else content_hash(labels),
+    )
+    folder = run.stage("student", key)
+
+    def work(progress: Progress | None) -> object:
+        return train_student(
+            config=config.train,
+            student_config=config.student,
+            class_table=run.class_table,
+            labels=labels,
+            stage=folder,
+            seed=config.seed,
+            validation=validation,
+            progress=progress,
+        )
+
+    return Stage(folder, {"student": config.student.model, "labels": config.train.labels}, work)
 
 
 def train_student(

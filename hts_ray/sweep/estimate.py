@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline
-from hts_ray.config import override
+from hts_ray.labels.stage import plan_filter
 from hts_ray.store.run import StageFolder
+from hts_ray.student.train import training_labels
 from hts_ray.sweep.finalists import FOLDS, final_objective
 from hts_ray.sweep.stage import (
     TABLE,
@@ -97,8 +97,8 @@ def _training_seconds(plan: Plan, folder: str) -> float:
     """Return the seconds of a training in full with the run's own settings."""
     from hts_ray.student.train import estimate as estimate_training
 
-    run = pipeline.Run(override(plan.run.config, {"run_dir": folder}), plan.run.class_table)
-    labels = pipeline.training_labels(run, pipeline.filter_labels(run, plan.region_scores), None)
+    run = plan.run.changed({"run_dir": folder})
+    labels = training_labels(run, plan_filter(run, plan.region_scores).run(), None)
     config = run.config
     figures = estimate_training(config.train, config.student, run.class_table, labels, config.seed)
     return float(figures["seconds"])

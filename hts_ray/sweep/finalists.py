@@ -17,13 +17,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray import pipeline
 from hts_ray.config import SweepConfig, TrainConfig, override
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, UserError
 from hts_ray.evaluate import label_matrix
+from hts_ray.labels.stage import plan_filter
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
+from hts_ray.student.predict import plan_predict
+from hts_ray.student.train import plan_train, training_labels
 from hts_ray.sweep.log import OWN, Trial
 from hts_ray.sweep.objectives import OBJECTIVES, Outcome, find_objective
 from hts_ray.sweep.space import Settings
@@ -192,12 +195,12 @@ def _train(plan: Plan, trial: Trial, image_ids: Sequence[str], parts: int) -> _S
     optim = {"restart_epochs": config.train.optim.restart_epochs * parts}
     longer = {"epochs": config.train.epochs * parts, "optim": optim}
     config = override(config, {"run_dir": plan.stage.file(FOLDER), "train": longer})
-    run = pipeline.Run(config, plan.run.class_table)
-    source = pipeline.filter_labels(run, plan.region_scores)
-    labels = pipeline.training_labels(run, source, None)
+    run = Run(config, plan.run.class_table)
+    source = plan_filter(run, plan.region_scores).run()
+    labels = training_labels(run, source, None)
     assert labels is not None
     labels = labels.filter(pc.is_in(labels["image_id"], pa.array(image_ids))).combine_chunks()
-    stage = pipeline.train(run, labels)
+    stage = plan_train(run, labels).run()
     return _Student(stage.path, float(stage.stats["seconds"]))
 
 
@@ -276,6 +279,6 @@ def _score(plan: Plan, student: _Student, images: pa.Table) -> tuple[list[str], 
     manifest = storage.join(plan.stage.file(FOLDER), "images.parquet")
     write_table(manifest, pa.table(columns, schema=MANIFEST_SCHEMA))
     values = {"run_dir": plan.stage.file(FOLDER), "predict": {"split": None}}
-    run = pipeline.Run(override(config, values), plan.run.class_table)
-    stage = pipeline.predict(run, student.path, manifest)
+    run = Run(override(config, values), plan.run.class_table)
+    stage = plan_predict(run, student.path, run.manifest(manifest)).run()
     return read_predictions(stage.path, plan.run.class_table)

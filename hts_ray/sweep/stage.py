@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from hts_ray import pipeline
-from hts_ray.config import override
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, content_hash, require_stage, settings_hash
+from hts_ray.store.run import StageFolder, content_hash, given_stage, require_stage, settings_hash
 from hts_ray.store.tables import read_table, trials_schema, write_table
+from hts_ray.student.model import source_fingerprint
+from hts_ray.student.train import plan_train
 from hts_ray.sweep.finalists import FOLDER, Finalist, labeled_among, run_finalists
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first, promising_first
 from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -52,7 +54,7 @@ class Plan:
     annotated rows of the labeled images, or is None.
     """
 
-    run: pipeline.Run
+    run: Run
     region_scores: StageFolder
     space: Space
     objective: str
@@ -61,7 +63,7 @@ class Plan:
     stage: StageFolder
 
 
-def plan_sweep(run: pipeline.Run, region_scores: StageFolder) -> Plan:
+def plan_sweep(run: Run, region_scores: StageFolder) -> Plan:
     """Check everything that a sweep needs, without Ray, and name its folder.
 
     Raises ConfigError for wrong settings, values, objectives or labels; DataError when there is
@@ -90,10 +92,10 @@ def plan_sweep(run: pipeline.Run, region_scores: StageFolder) -> Plan:
         space.fingerprint(),
         objective,
         None if validation is None else content_hash(validation),
-        pipeline.filter_stage(run, region_scores).key,  # scores, classes, corrections, settings
+        plan_filter(run, region_scores).folder.key,  # scores, classes, corrections, settings
         config.train.answer_settings(),
         config.student.answer_settings(),
-        pipeline.student_source_fingerprint(run),
+        source_fingerprint(run.config.student),
         config.seed,
     )
     stage = run.stage(TABLE, key)
@@ -127,7 +129,7 @@ def scored_images(region_scores: StageFolder, split: str) -> pa.Table:
     return chosen.select(_IMAGE_COLUMNS).sort_by("image_id").combine_chunks()
 
 
-def labeled_images(run: pipeline.Run, path: str) -> pa.Table:
+def labeled_images(run: Run, path: str) -> pa.Table:
     """Return the annotated rows of a manifest, by id; an `anno.mat` takes paths from the run's.
 
     `path` may be a folder that holds `manifest.parquet`, as `hts import-labels` writes one.
@@ -137,11 +139,11 @@ def labeled_images(run: pipeline.Run, path: str) -> pa.Table:
         from hts_ray.images.hico import read_anno_table
 
         annotated = read_anno_table(path)
-        known = pipeline.read_manifest(pipeline.manifest_path(run)).select(["image_id", "uri"])
+        known = run.manifest().table.select(["image_id", "uri"])
         joined = annotated.drop_columns(["uri"]).join(known, "image_id", join_type="inner")
         table = joined.select(annotated.column_names).cast(annotated.schema)
     else:
-        table = pipeline.read_manifest(pipeline.manifest_path(run, path))
+        table = run.manifest(path).table
     table = table.filter(table["positive_ids"].is_valid())
     if not len(table):
         raise DataError(f"sweep.validation={path}: no annotated image that the run knows")
@@ -238,8 +240,8 @@ def needs_flipped(plan: Plan) -> bool:
 def start_student(plan: Plan, folder: str) -> str:
     """Store the zero-shot student in a folder of its own, and return its path."""
     values = {"run_dir": folder, "train": {"labels": "none"}}
-    run = pipeline.Run(override(plan.run.config, values), plan.run.class_table)
-    return pipeline.train(run, None).path
+    run = plan.run.changed(values)
+    return plan_train(run, None).run().path
 
 
 def all_images(plan: Plan) -> pa.Table:
@@ -379,7 +381,7 @@ def find_sweep(path: str) -> StageFolder:
     """
     name = storage.absolute(path).rstrip("/").rpartition("/")[2]
     if name.startswith(f"{TABLE}-"):
-        return pipeline.given_stage(path, TABLE)
+        return given_stage(path, TABLE)
     return require_stage(storage.absolute(path), TABLE, "sweep")
 
 

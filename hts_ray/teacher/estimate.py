@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, LabelConfig
-from hts_ray.engine.image_pass import decode_batch, manifest_rows
+from hts_ray.engine.image_pass import decode_batch
 from hts_ray.images.decode import DecodedImage
+from hts_ray.images.manifest import Manifest
 from hts_ray.images.regions import Region
 from hts_ray.labels.stage import class_probabilities
 from hts_ray.teacher.actor import (
@@ -99,7 +100,7 @@ class Estimate:
 
 def estimate(
     config: LabelConfig,
-    manifest_path: str,
+    manifest: Manifest,
     class_table: ClassTable,
     *,
     sample: int = 4,
@@ -110,7 +111,7 @@ def estimate(
     The first scored image is scored twice: once to warm up. Class probabilities are those that
     `filtering` would make of the scores. Raises as a run would for settings it refuses.
     """
-    selection = manifest_rows(manifest_path, config.splits, config.limit, config.limit_seed)
+    selection = manifest.rows(config.splits, config.limit, config.limit_seed)
     teaching = Teaching.plan(config, class_table, selection)
     started = time.monotonic()
     captioner, device = _load(config)

@@ -31,24 +31,26 @@ from hts_ray.engine.image_pass import (
     data_context,
     decode_batch,
     finish,
-    manifest_ids,
-    manifest_rows,
-    read_manifest,
+    image_dataset,
     remove_uncommitted,
     row_progress,
     users_mistakes_unwrapped,
 )
+from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import HeldGpus, Meter
+from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder
+from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import REGION_SCORES_SCHEMA, read_table
 from hts_ray.teacher.actor import (
     Teaching,
     image_task,
     load_on_device,
     region_scorer,
+    region_sources,
     table_info,
 )
+from hts_ray.teacher.models.loading import model_fingerprint
 from hts_ray.teacher.scorers import ImageFailure, ImageTask, ScoredImage, breaks_device
 
 if TYPE_CHECKING:
@@ -65,10 +67,38 @@ _GIB = 1 << 30
 _BLOCKS_PER_ACTOR = 16
 
 
+def plan_label(run: Run, manifest: Manifest) -> Stage:
+    """Plan the teacher pass over a manifest: images in, `region_scores` out.
+
+    Annotations are left out of its key: the teacher must not see them. Raises ConfigError for a
+    teacher, boxes or a detector that cannot be used.
+    """
+    label = run.config.label
+    key = settings_hash(
+        label.answer_settings(),
+        run.class_table.fingerprint(),
+        manifest.fingerprint,
+        model_fingerprint(label.teacher),
+        region_sources(label.regions),
+    )
+    folder = run.stage("region_scores", key)
+
+    def work(progress: Progress | None) -> object:
+        return label_images(
+            label,
+            manifest=manifest,
+            class_table=run.class_table,
+            stage=folder,
+            progress=progress,
+        )
+
+    return Stage(folder, {"manifest": manifest.path, "teacher": label.teacher.model}, work)
+
+
 def label_images(
     config: LabelConfig,
     *,
-    manifest_path: str,
+    manifest: Manifest,
     class_table: ClassTable,
     stage: StageFolder,
     progress: Progress | None = None,
@@ -91,14 +121,15 @@ def label_images(
         return stage.stats
     stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
     started = time.monotonic()
-    rows = manifest_rows(manifest_path, config.splits, config.limit, config.limit_seed)
+    rows = manifest.rows(config.splits, config.limit, config.limit_seed)
     teaching = Teaching.plan(config, class_table, rows, stage)
-    expected = manifest_ids(manifest_path, config.splits, config.limit, config.limit_seed)
+    expected = rows["image_id"].combine_chunks()
     resumed = committed_rows(stage)
     before = _region_count(stage) if resumed else 0
     if resumed < len(expected):
         with data_context(stage.file(CHECKPOINT)):
-            images = read_manifest(manifest_path, config.splits, config.limit, config.limit_seed)
+            only = None if config.limit is None else expected
+            images = image_dataset(manifest.path, config.splits, only)
             rows_per_block = block_rows(config, len(expected))
             dataset = _scored(images, teaching, rows_per_block, Meter.of(stage, STAGE))
         with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():

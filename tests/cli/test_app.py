@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hts_ray import cli, pipeline
+from hts_ray import cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = [
@@ -78,7 +78,7 @@ def test_unforeseen_errors_are_told_by_what_helps(error, words, others, monkeypa
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(pipeline, "open_run", fail)
+    monkeypatch.setattr("hts_ray.cli.options.open_run", fail)
     code, _, err = hts("filter", capsys=capsys)
     assert code == 1
     assert words in " ".join(err.split())
@@ -156,7 +156,7 @@ def test_unexpected_faults_keep_their_traceback_for_debugging_only(monkeypatch, 
     def fail(*_):
         raise RuntimeError("boom [bold]")
 
-    monkeypatch.setattr(pipeline, "open_run", fail)
+    monkeypatch.setattr("hts_ray.cli.options.open_run", fail)
     code, _, err = hts("label", capsys=capsys)
     assert code == 1
     assert "RuntimeError: boom [bold]" in err

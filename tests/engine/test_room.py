@@ -16,6 +16,7 @@ from hts_ray.engine.room import (
     is_shared,
 )
 from hts_ray.errors import ConfigError
+from hts_ray.images.manifest import open_manifest
 from hts_ray.images.prepared import Candidate, manifest_table
 from hts_ray.store.tables import write_table
 
@@ -148,11 +149,12 @@ def test_images_at_local_paths_are_found(tmp_path, monkeypatch):
     write_table(path, table)
     monkeypatch.setattr(preflight, "joined_cluster", lambda _: TWO_HOSTS)
     config = load_config(overrides=["run_dir=s3://b/r", f"ray.shared_paths=[{tmp_path}]"])
-    for images in ({"manifest": path}, {"labels": table}):
+    manifest = open_manifest(path)
+    for images in ({"manifest": manifest}, {"labels": table}):
         with pytest.raises(ConfigError, match="lie at local paths"):
             preflight.check_joined(config, "label", **images)
     monkeypatch.setattr(preflight, "joined_cluster", lambda _: cluster(("a", 8, 0)))
-    assert preflight.check_joined(config, "label", manifest=path, labels=table) == []
+    assert preflight.check_joined(config, "label", manifest=manifest, labels=table) == []
 
 
 def test_model_folders_are_told_from_hub_ids(tmp_path):

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from labeled_run import IGNORED, POSITIVES
 
-from hts_ray import pipeline
 from hts_ray.config import override
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.source import read_labels
+from hts_ray.store.run import require_stage
 
 
 def test_pseudo_labels_come_with_sizes_regions_and_their_making(labeled):
@@ -74,7 +74,7 @@ def test_classes_outside_the_run_are_left_out(labeled):
 
 def test_boxes_need_the_teacher_pass_they_came_from(labeled, tmp_path):
     """Catches boxes of another teacher pass, and an export that fails where there is none."""
-    stage = pipeline.require_stage(labeled.run_dir, "pseudo_labels", "filter")
+    stage = require_stage(labeled.run_dir, "pseudo_labels", "filter")
     moved = tmp_path / stage.path.rsplit("/", 1)[-1]
     shutil.copytree(stage.path, moved)
     rows = read_labels(labeled, str(moved))

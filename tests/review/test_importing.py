@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from labeled_run import IDS
 
-from hts_ray import pipeline
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluate import read_annotations
 from hts_ray.labels.corrections import read_overrides
@@ -16,7 +15,7 @@ from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA, read_table
 
 @pytest.fixture
 def manifest(labeled):
-    return pipeline.read_manifest(pipeline.manifest_path(labeled))
+    return labeled.manifest().table
 
 
 def test_what_is_not_marked_is_negative_and_mistakes_are_told(labeled, manifest):
@@ -112,7 +111,7 @@ def test_the_folder_serves_as_annotations_and_as_overrides(labeled, manifest, tm
     done = import_labels(read, manifest, labeled.class_table)
     output = str(tmp_path / "corrected")
     write_import(done, output, {"agreement.json": {"images": 1}})
-    assert len(pipeline.read_manifest(pipeline.manifest_path(labeled, output))) == 1
+    assert len(labeled.manifest(output).table) == 1
     truth = read_annotations(output, labeled.class_table, "validation")
     assert truth.labels_NC.tolist() == [[-1, -1, 1]]
     assert read_overrides(output)["positive_ids"].to_pylist() == [[74]]

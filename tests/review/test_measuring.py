@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from labeled_run import save_run
 
-from hts_ray import pipeline
 from hts_ray.config import override
+from hts_ray.engine.run import open_run
 from hts_ray.exports.source import read_labels
+from hts_ray.labels.stage import plan_filter
 from hts_ray.review.importing import import_labels, write_import
 from hts_ray.review.measuring import corrections_of, review
 from hts_ray.review.reading import Read, ReadImage
@@ -29,12 +30,12 @@ TRUTH = {
 
 @pytest.fixture
 def run(tmp_path):
-    return pipeline.open_run(save_run(tmp_path))
+    return open_run(save_run(tmp_path))
 
 
 def imported(run, output, **options):
     read = Read(tuple(ReadImage("", image_id, names) for image_id, names in TRUTH.items()))
-    manifest = pipeline.read_manifest(pipeline.manifest_path(run))
+    manifest = run.manifest().table
     write_import(import_labels(read, manifest, run.class_table, **options), output)
     return output
 
@@ -50,7 +51,7 @@ def test_the_filter_takes_the_corrections(run, tmp_path):
     config = override(run.config, {"filter": {"overrides": path}})
     own = replace(run, config=config)
     scores = require_stage(run.run_dir, "region_scores", "label")
-    labels = pipeline.filter_labels(own, scores)
+    labels = plan_filter(own, scores).run()
     assert labels.key != before.key
     rows = {row["image_id"]: row for row in read_table(labels.path).to_pylist()}
     assert rows["a/2"]["positive_ids"] == [18]
@@ -69,7 +70,7 @@ def test_the_filter_takes_the_corrections(run, tmp_path):
     # The same corrections elsewhere are the same labels; other ones are not.
     moved = imported(run, str(tmp_path / "copy"))
     elsewhere = replace(run, config=override(config, {"filter": {"overrides": moved}}))
-    assert pipeline.filter_stage(elsewhere, scores).key == labels.key
+    assert plan_filter(elsewhere, scores).folder.key == labels.key
 
 
 def test_figures_are_stored_for_the_report(run, tmp_path):
@@ -91,7 +92,7 @@ def test_images_whose_corrections_were_applied_are_not_judged(run, tmp_path):
     path = imported(run, str(tmp_path / "corrected"), validation_share=0.4, seed=1)
     held_out = set(read_table(f"{path}/manifest.parquet")["image_id"].to_pylist())
     own = replace(run, config=override(run.config, {"filter": {"overrides": path}}))
-    labels = pipeline.filter_labels(own, require_stage(run.run_dir, "region_scores", "label"))
+    labels = plan_filter(own, require_stage(run.run_dir, "region_scores", "label")).run()
     found, content = review(own, path, labels)
     assert found.images == len(held_out) == 2
     assert content["left_out_as_applied"] == 3

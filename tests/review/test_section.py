@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 from labeled_run import save_run
 
-from hts_ray import pipeline, report
+from hts_ray import report
 from hts_ray.config import override
+from hts_ray.engine.run import open_run
+from hts_ray.labels.stage import plan_filter
 from hts_ray.review.importing import import_labels, write_import
 from hts_ray.review.measuring import review
 from hts_ray.review.reading import Read, ReadImage
@@ -27,12 +29,12 @@ TRUTH = {
 
 @pytest.fixture
 def run(tmp_path):
-    return pipeline.open_run(save_run(tmp_path))
+    return open_run(save_run(tmp_path))
 
 
 def reviewed(run, folder, truth=TRUTH):
     read = Read(tuple(ReadImage("", image_id, names) for image_id, names in truth.items()))
-    manifest = pipeline.read_manifest(pipeline.manifest_path(run))
+    manifest = run.manifest().table
     write_import(import_labels(read, manifest, run.class_table), str(folder))
     review(run, str(folder), require_stage(run.run_dir, "pseudo_labels", "filter"))
     return str(folder)
@@ -82,7 +84,7 @@ def test_the_page_tells_when_labels_were_corrected_or_are_newer(run, tmp_path):
     path = reviewed(run, tmp_path / "corrected")
     assert "Every review of this run" not in section(run)
     own = replace(run, config=override(run.config, {"filter": {"overrides": path}}))
-    labels = pipeline.filter_labels(own, require_stage(run.run_dir, "region_scores", "label"))
+    labels = plan_filter(own, require_stage(run.run_dir, "region_scores", "label")).run()
     assert f"the run has pseudo_labels-{labels.key} now" in section(run)
     review(own, path, labels)
     html = section(own)
@@ -97,7 +99,7 @@ def test_names_of_users_are_escaped(tmp_path):
     """Catches a class name that becomes markup."""
     (tmp_path / "classes.csv").write_text("class_id,name\n18,<b>bold</b>\n19,b\n74,c\n")
     config = save_run(tmp_path, {"classes": {"source": str(tmp_path / "classes.csv")}})
-    run = pipeline.open_run(config)
+    run = open_run(config)
     reviewed(run, tmp_path / "corrected", {"a/1": ("b",)})
     html = section(run)
     assert "&lt;b&gt;bold" in html

@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from hts_ray.classes import hico_classes
-from hts_ray.config import parse_config
 from hts_ray.store import provenance
 
 
@@ -26,18 +24,6 @@ def test_measurements_name_hardware_versions_and_commit():
     assert found["hardware"]["memory_gib"] > 0
     assert all(version[0].isdigit() for version in found["versions"].values())
     assert found["git_commit"] is None or len(found["git_commit"].partition("+")[0]) == 40
-
-
-def test_a_run_remembers_what_made_it_and_adds_to_it(tmp_path):
-    """Would catch a second command that wipes what the first recorded."""
-    config = parse_config({"run_dir": str(tmp_path / "run")})
-    table = hico_classes().subset(range(3))
-    provenance.write_provenance(config, table, images=7)
-    provenance.write_provenance(config, table, teacher="blip")
-    record = json.loads((tmp_path / "run" / "provenance.json").read_text())
-    assert (record["images"], record["teacher"], record["num_classes"]) == (7, "blip", 3)
-    assert record["class_fingerprint"] == table.fingerprint()
-    assert (tmp_path / "run" / "classes.csv").read_text().count("\n") == 4
 
 
 def test_a_program_that_is_missing_or_fails_prints_nothing():

@@ -10,6 +10,7 @@ from crashes import crash_before_the_last_block
 
 from hts_ray.config import PoolConfig, PredictConfig
 from hts_ray.errors import DataError
+from hts_ray.images.manifest import open_manifest
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import predictions_schema, read_table, write_table
@@ -66,7 +67,7 @@ def test_predictions_are_the_students_logits(
     stats = predict_images(
         config=config,
         student_path=student_path,
-        manifest_path=manifest,
+        manifest=open_manifest(manifest),
         stage=stage,
         progress=lambda *counts: told.append(counts),
     )
@@ -85,7 +86,7 @@ def test_predictions_are_the_students_logits(
     info = storage.read_json(stage.file("table.json"))
     assert info["class_ids"] == color_table.ids.tolist()
     again = predict_images(
-        config=config, student_path="/nowhere", manifest_path="/nowhere", stage=stage
+        config=config, student_path="/nowhere", manifest=open_manifest(manifest), stage=stage
     )
     assert again == stats
 
@@ -95,7 +96,8 @@ def test_a_rerun_after_a_crash_scores_the_rest_only(
 ):
     """Catches rows written twice or never, and finished blocks that are computed again."""
     config = PredictConfig(batch_images=16, pool=PoolConfig(num_gpus=1.0))
-    arguments = {"config": config, "student_path": student_path, "manifest_path": manifest}
+    images = open_manifest(manifest)
+    arguments = {"config": config, "student_path": student_path, "manifest": images}
     predict_images(**arguments, stage=stage)
     kept = crash_before_the_last_block(stage)
     stats = predict_images(**arguments, stage=stage)
@@ -113,7 +115,7 @@ def test_a_manifest_without_usable_images_is_refused(
     path = str(tmp_path / "nowhere.parquet")
     columns = {"image_id": ["a", "b"], "uri": ["/no/a", "/no/b"], "split": ["test", "test"]}
     write_table(path, pa.table(columns))
-    arguments = {"student_path": student_path, "manifest_path": path, "stage": stage}
+    arguments = {"student_path": student_path, "manifest": open_manifest(path), "stage": stage}
     with pytest.raises(DataError, match=r"none of 2 images can be used.*missing.*/no/"):
         predict_images(config=PredictConfig(), **arguments)
     assert not stage.finished
@@ -168,7 +170,7 @@ def test_scoring_in_process_equals_the_dataset(student_path, color_world, tmp_pa
 def test_estimate_measures_without_writing(student_path, manifest, tmp_path):
     """Catches a dry run that leaves files, counts another split, or fails on a bad image."""
     before = sorted(tmp_path.rglob("*"))
-    figures = estimate(PredictConfig(), str(student_path), manifest, sample=40)
+    figures = estimate(PredictConfig(), str(student_path), open_manifest(manifest), sample=40)
     assert (figures["images"], figures["sample"]) == (40, 39)
     assert figures["seconds"] == pytest.approx(40 * figures["seconds_per_image"])
     assert figures["gpu_hours"] == 0

@@ -6,10 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hts_ray import pipeline
-from hts_ray.config import load_config, override
+from hts_ray.config import load_config
 from hts_ray.demo.world import world_class_ids, write_world
+from hts_ray.engine.run import open_run
 from hts_ray.evaluate import label_matrix
+from hts_ray.images.manifest import open_manifest
+from hts_ray.images.stage import prepare_manifest
 from hts_ray.store import storage
 from hts_ray.store.tables import REGION_SCORES_SCHEMA, write_table
 
@@ -26,9 +28,11 @@ def swept_run(tmp_path_factory):
         overrides=["train.epochs=1", "train.num_workers=0", "train.batch_size=16"],
         extra={"run_dir": str(folder / "run"), "classes": {"ids": list(world_class_ids())}},
     )
-    run = pipeline.open_run(config)
-    manifest = pipeline.prepare(run, "hico", str(folder / "hico")).file("manifest.parquet")
-    write_scores(run, pipeline.read_manifest(manifest))
+    run = open_run(config)
+    manifest = prepare_manifest(run.config.prepare, run.run_dir, "hico", str(folder / "hico")).file(
+        "manifest.parquet"
+    )
+    write_scores(run, open_manifest(manifest).table)
     return run
 
 
@@ -62,6 +66,6 @@ def with_sweep(swept_run):
     """Return a function that gives the run other settings of the sweep."""
 
     def change(**settings):
-        return pipeline.Run(override(swept_run.config, settings), swept_run.class_table)
+        return swept_run.changed(settings)
 
     return change

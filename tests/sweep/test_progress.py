@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from hts_ray import pipeline
+from hts_ray.store.run import require_stage
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, TrialLog
 from hts_ray.sweep.progress import SweepState, sweep_progress
 from hts_ray.sweep.stage import plan_sweep
@@ -39,7 +39,9 @@ def test_earlier_trials_do_not_speed_up_the_clock():
 
 def test_terminals_get_a_table_and_files_get_lines(with_sweep, swept_run):
     """Would catch control characters in a log, and a terminal that shows nothing."""
-    plan = plan_sweep(with_sweep(sweep={"trials": 4}), pipeline.region_scores_stage(swept_run))
+    plan = plan_sweep(
+        with_sweep(sweep={"trials": 4}), require_stage(swept_run.run_dir, "region_scores", "label")
+    )
     TrialLog(plan.stage.file(TRIALS_FOLDER)).write(TRIALS[0])
     for terminal in (True, False):
         sink = io.StringIO()

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hts_ray import pipeline
 from hts_ray.config import FilterConfig, HtsConfig, load_config
 from hts_ray.errors import ConfigError
+from hts_ray.store.run import require_stage
 from hts_ray.sweep.space import Parameter, Space, build_space, field_of, nested, subsets, value_of
 
 
@@ -106,7 +106,7 @@ def test_a_logarithmic_range_is_drawn_evenly_in_its_logarithm():
 
 def test_default_space_follows_what_the_teacher_stored(swept_run):
     """Would catch kinds, margins, priors or levels that these scores do not have."""
-    scores = pipeline.region_scores_stage(swept_run)
+    scores = require_stage(swept_run.run_dir, "region_scores", "label")
     space = build_space(swept_run.config, scores.path)
     found = {p.name: p for p in space.parameters}
     kinds = found["filter.region_kinds"].choices

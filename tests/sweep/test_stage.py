@@ -7,11 +7,13 @@ import pyarrow.compute as pc
 import pytest
 import yaml
 
-from hts_ray import cli, pipeline
+from hts_ray import cli, stages
 from hts_ray.config import parse_config
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluate import label_matrix
 from hts_ray.store import storage
+from hts_ray.store.run import require_stage
 from hts_ray.store.tables import read_table, write_table
 from hts_ray.sweep import stage as sweep_stage
 from hts_ray.sweep.estimate import estimate
@@ -48,21 +50,19 @@ TINY = {
 
 
 def plan_of(run):
-    return plan_sweep(run, pipeline.region_scores_stage(run))
+    return plan_sweep(run, require_stage(run.run_dir, "region_scores", "label"))
 
 
 def annotated(run, count, split="test"):
     """Return the first rows of a split of the run's manifest."""
-    table = pipeline.read_manifest(pipeline.manifest_path(run))
+    table = run.manifest().table
     return table.filter(pc.equal(table["split"], split)).slice(0, count)
 
 
 @pytest.fixture(scope="module")
 def swept(swept_run, ray_session):
     """A finished label-free sweep, and what it told."""
-    run = pipeline.Run(
-        parse_config({**swept_run.config.model_dump(), "sweep": TINY}), swept_run.class_table
-    )
+    run = Run(parse_config({**swept_run.config.model_dump(), "sweep": TINY}), swept_run.class_table)
     plan = plan_of(run)
     told, lines = [], []
     return plan, run_sweep(plan, on_trial=told.append, tell=lines.append), told, lines
@@ -141,7 +141,7 @@ def test_a_sweep_publishes_trials_finalists_and_the_best(swept):
 def test_finalists_are_never_the_run_s_students(swept):
     """Would catch `hts predict` with a student of half the images."""
     plan, _, _, _ = swept
-    overview = dict(pipeline.stage_overview(plan.run.run_dir))
+    overview = dict(stages.overview(plan.run.run_dir))
     assert overview["student"] is None
     assert overview["pseudo_labels"] is None
 
@@ -205,7 +205,7 @@ def test_labels_without_a_positive_annotation_column_are_refused(swept_run, tmp_
     write_table(path, table.set_column(place, table.schema.field(place), empty))
     with pytest.raises(DataError, match="no annotated image"):
         labeled_images(swept_run, path)
-    folder = pipeline.manifest_path(swept_run).rpartition("/")[0]
+    folder = swept_run.manifest().path.rpartition("/")[0]
     kept = labeled_images(swept_run, folder)
     assert kept.equals(labeled_images(swept_run, f"{folder}/manifest.parquet"))
     assert (label_matrix(kept, swept_run.class_table) == 1).any()
@@ -311,7 +311,7 @@ def test_other_commands_take_the_best(swept, capsys, tmp_path):
     assert "pseudo_labels-" in out
     code, out, err = hts("train", *common, "--from-sweep", run_dir, capsys=capsys)
     assert code == 0, err
-    overview = dict(pipeline.stage_overview(run_dir))
+    overview = dict(stages.overview(run_dir))
     assert overview["pseudo_labels"] is not None
     assert overview["student"] is not None
     code, out, err = hts("sweep", *common, "sweep.space={filter.topk: {choices: [1]}}",

@@ -13,6 +13,7 @@ from PIL import Image
 from hts_ray.classes import hico_classes
 from hts_ray.config import FilterConfig, LabelConfig
 from hts_ray.errors import ConfigError
+from hts_ray.images.manifest import open_manifest
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 from hts_ray.teacher.estimate import estimate
 
@@ -44,7 +45,8 @@ def test_figures_and_examples(tmp_path: Path) -> None:
     """Catches a dry run that writes, counts wrongly, or shows other classes than the filter."""
     manifest = make_manifest(tmp_path, 8, ["empty.jpg"])
     before = sorted(tmp_path.rglob("*"))
-    found = estimate(config(), manifest, CLASSES, sample=3, filtering=FilterConfig())
+    images = open_manifest(manifest)
+    found = estimate(config(), images, CLASSES, sample=3, filtering=FilterConfig())
     assert (found.images, found.sample, found.sample_quarantined) == (9, 2, 1)
     assert found.seconds_per_image is not None
     assert found.seconds_per_image > 14 * 0.001
@@ -70,7 +72,7 @@ def test_gpu_hours_are_of_all_actors(tmp_path: Path) -> None:
     settings = config().model_copy(
         update={"pool": type(config().pool).model_validate(pool)},
     )
-    found = estimate(settings, manifest, CLASSES, sample=2)
+    found = estimate(settings, open_manifest(manifest), CLASSES, sample=2)
     assert found.seconds_per_image is not None
     assert found.seconds == pytest.approx(found.load_seconds + found.seconds_per_image)
     assert found.gpu_hours == pytest.approx(4 * found.seconds_per_image * 0.5 / 3600)
@@ -79,7 +81,7 @@ def test_gpu_hours_are_of_all_actors(tmp_path: Path) -> None:
 def test_nothing_readable(tmp_path: Path) -> None:
     """Catches a division by an empty sample."""
     manifest = make_manifest(tmp_path, 0, ["empty.jpg"])
-    found = estimate(config(), manifest, CLASSES)
+    found = estimate(config(), open_manifest(manifest), CLASSES)
     assert found.seconds is None
     assert found.figures()["regions"] is None
 
@@ -87,7 +89,9 @@ def test_nothing_readable(tmp_path: Path) -> None:
 def test_approximate_search_is_measured(tmp_path: Path) -> None:
     """Catches an approximation that is sold without its cost."""
     manifest = make_manifest(tmp_path, 3)
-    found = estimate(config(search="objects", top_objects=1), manifest, hico_classes(), sample=2)
+    found = estimate(
+        config(search="objects", top_objects=1), open_manifest(manifest), hico_classes(), sample=2
+    )
     assert found.agreement is not None
     assert found.agreement["regions"] == 28
     assert 0 <= found.agreement["top_1"] < 1  # the dummy's objects mean nothing
@@ -98,4 +102,4 @@ def test_wrong_settings_are_refused_first(tmp_path: Path) -> None:
     """Catches a dry run that passes and a run that then fails."""
     manifest = make_manifest(tmp_path, 1)
     with pytest.raises(ConfigError, match="no such folder"):
-        estimate(config(model="/no/such/model"), manifest, CLASSES)
+        estimate(config(model="/no/such/model"), open_manifest(manifest), CLASSES)

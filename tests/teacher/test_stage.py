@@ -23,6 +23,7 @@ from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConf
 from hts_ray.engine.image_pass import committed_names, data_files, decode_batch
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.crops import crop_region
+from hts_ray.images.manifest import open_manifest
 from hts_ray.images.regions import Region
 from hts_ray.labels.stage import read_info
 from hts_ray.store import storage
@@ -113,7 +114,7 @@ def test_run_with_bad_images(ray_session: None, tmp_path: Path) -> None:
     seen: list[tuple[int, int, int]] = []
     stats = label_images(
         dummy_config(),
-        manifest_path=manifest,
+        manifest=open_manifest(manifest),
         class_table=classes(),
         stage=stage,
         progress=lambda *counts: seen.append(counts),
@@ -146,7 +147,7 @@ def test_run_with_bad_images(ray_session: None, tmp_path: Path) -> None:
     assert sorted(quarantine["image_id"].to_pylist()) == sorted(bad)
     assert stats["regions"] == sum(len(row["region_kinds"] or []) for row in rows.values())
     again = label_images(
-        dummy_config(), manifest_path="/nowhere", class_table=classes(), stage=stage
+        dummy_config(), manifest=open_manifest(manifest), class_table=classes(), stage=stage
     )
     assert again == stats
 
@@ -181,7 +182,9 @@ def test_all_bad_is_an_error(ray_session: None, tmp_path: Path) -> None:
     manifest = make_manifest(tmp_path, 0, list(BAD_FILES))
     stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
     with pytest.raises(DataError, match=r"none of 3 images can be used \(.*empty 1"):
-        label_images(dummy_config(), manifest_path=manifest, class_table=classes(), stage=stage)
+        label_images(
+            dummy_config(), manifest=open_manifest(manifest), class_table=classes(), stage=stage
+        )
     assert not stage.finished
     assert read_table(stage.file("quarantine")).num_rows == 3
     assert not data_files(stage)
@@ -194,7 +197,7 @@ def test_bad_teacher_is_the_user_s_mistake(ray_session: None, tmp_path: Path) ->
     stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
     config = dummy_config().model_copy(update={"teacher": TeacherConfig(model="/no/such/model")})
     with pytest.raises(ConfigError, match=r"label\.teacher\.model = '/no/such/model'") as caught:
-        label_images(config, manifest_path=manifest, class_table=classes(), stage=stage)
+        label_images(config, manifest=open_manifest(manifest), class_table=classes(), stage=stage)
     assert "Traceback" not in str(caught.value)
 
 
@@ -203,6 +206,7 @@ import json, sys
 import ray
 from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig
+from hts_ray.images.manifest import open_manifest
 from hts_ray.store.run import StageFolder
 from hts_ray.teacher.stage import block_rows, label_images
 
@@ -210,7 +214,7 @@ arguments = json.loads(sys.argv[1])
 ray.init(address=arguments["address"], log_to_driver=False)
 label_images(
     LabelConfig.model_validate(arguments["config"]),
-    manifest_path=arguments["manifest"],
+    manifest=open_manifest(arguments["manifest"]),
     class_table=hico_classes().subset(range(150)),
     stage=StageFolder(arguments["run_dir"], "region_scores", "k"),
 )
@@ -253,7 +257,9 @@ def test_kill_and_rerun(tmp_path: Path, ray_session: None) -> None:
     assert not stage.finished
     # A write that never committed must not survive beside the rows that replace it.
     Path(stage.file("stray_000000-0.parquet")).write_bytes(Path(next(iter(kept))).read_bytes())
-    stats = label_images(config, manifest_path=manifest, class_table=classes(150), stage=stage)
+    stats = label_images(
+        config, manifest=open_manifest(manifest), class_table=classes(150), stage=stage
+    )
     assert stats["rows_resumed"] == done
     assert stats["rows_out"] == total
     ids = Counter(read_table(stage.path, ["image_id"])["image_id"].to_pylist())
@@ -344,7 +350,9 @@ def test_a_deadly_image_costs_nothing_but_itself(
         batch_images=4,
         max_attempts=1,
     )
-    stats = label_images(config, manifest_path=manifest, class_table=classes(), stage=stage)
+    stats = label_images(
+        config, manifest=open_manifest(manifest), class_table=classes(), stage=stage
+    )
     assert (stats["rows_out"], stats["quarantined"], stats["bad_boxes"]) == (8, 1, 1)
     assert stats["quarantined_by_kind"] == {"killed_worker": 1}
     assert stats["regions"] == 8 * 3  # a budget of 27 regions leaves 3 to each of 9 images

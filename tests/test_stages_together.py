@@ -8,12 +8,22 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 
-from hts_ray import pipeline
+from hts_ray import stages
 from hts_ray.config import load_config, override
 from hts_ray.demo.world import world_class_ids, write_world
-from hts_ray.errors import ConfigError, DataError
+from hts_ray.engine.run import Run, open_run
+from hts_ray.errors import DataError
+from hts_ray.images import manifest as images_manifest
+from hts_ray.images.manifest import open_manifest
+from hts_ray.images.stage import prepare_manifest
+from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
+from hts_ray.store.run import require_stage
 from hts_ray.store.tables import ANNOTATION_COLUMNS, read_table, write_table
+from hts_ray.student import model as student_model
+from hts_ray.student.train import training_labels
+from hts_ray.teacher import stage as teacher_stage
+from hts_ray.teacher.stage import plan_label
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,7 +42,7 @@ def small_run(run_dir, **settings):
         overrides=["train.epochs=1", "train.num_workers=0", "label.pool.min_size=1"],
         extra={"run_dir": str(run_dir), "classes": {"ids": list(world_class_ids())}},
     )
-    return pipeline.open_run(override(config, settings))
+    return open_run(override(config, settings))
 
 
 class Watch:
@@ -56,9 +66,11 @@ class Watch:
 def finished(world, tmp_path_factory, ray_session):
     """A run that went through every stage."""
     run = small_run(tmp_path_factory.mktemp("run"))
-    manifest = pipeline.prepare(run, "hico", str(world)).file("manifest.parquet")
+    manifest = prepare_manifest(run.config.prepare, run.run_dir, "hico", str(world)).file(
+        "manifest.parquet"
+    )
     told, watch = [], Watch()
-    metrics = pipeline.run_all(
+    metrics = stages.run_all(
         run, manifest, on_stage=lambda name, stage: told.append(name), watch=watch
     )
     return run, manifest, metrics, told, watch
@@ -72,7 +84,7 @@ def test_every_stage_publishes_and_the_metrics_are_measured(finished):
     assert watch.last["label"] == (64, 64, 0)
     assert watch.last["train"][0]["epoch"] == 0
     assert watch.last["predict"] == (24, 24, 0)
-    assert all(stage is not None for _, stage in pipeline.stage_overview(run.run_dir))
+    assert all(stage is not None for _, stage in stages.overview(run.run_dir))
     assert metrics["num_images"] == 24
     assert metrics["num_classes"] > 5
     assert 0 < metrics["mAP"] < 1
@@ -81,10 +93,12 @@ def test_every_stage_publishes_and_the_metrics_are_measured(finished):
 def test_every_image_is_labeled_once(finished):
     """Would catch lost or doubled images between manifest and labels."""
     run, manifest, *_ = finished
-    rows = pipeline.read_manifest(manifest)
-    scored = read_table(pipeline.region_scores_stage(run).path, columns=["image_id"])
+    rows = open_manifest(manifest).table
+    scored = read_table(
+        require_stage(run.run_dir, "region_scores", "label").path, columns=["image_id"]
+    )
     assert sorted(scored["image_id"].to_pylist()) == sorted(rows["image_id"].to_pylist())
-    labels = read_table(dict(pipeline.stage_overview(run.run_dir))["pseudo_labels"].path)
+    labels = read_table(dict(stages.overview(run.run_dir))["pseudo_labels"].path)
     assert len(labels) == 40
 
 
@@ -92,10 +106,10 @@ def test_a_second_run_reuses_everything(finished):
     """Would catch a teacher pass that is paid for twice."""
     run, manifest, metrics, *_ = finished
     before = {name: stage.stats["finished_at"] for name, stage in
-              pipeline.stage_overview(run.run_dir) if name != "evaluation"}  # fmt: skip
-    again = pipeline.run_all(run, manifest)
+              stages.overview(run.run_dir) if name != "evaluation"}  # fmt: skip
+    again = stages.run_all(run, manifest)
     after = {name: stage.stats["finished_at"] for name, stage in
-             pipeline.stage_overview(run.run_dir) if name != "evaluation"}  # fmt: skip
+             stages.overview(run.run_dir) if name != "evaluation"}  # fmt: skip
     assert again == metrics
     assert before == after
 
@@ -103,16 +117,16 @@ def test_a_second_run_reuses_everything(finished):
 def test_changed_settings_get_folders_of_their_own(finished):
     """Would catch an old answer served for new settings."""
     run, manifest, *_ = finished
-    changed = pipeline.Run(
+    changed = Run(
         override(run.config, {"label": {"regions": {"grid_scales": [], "grid_steps": []}}}),
         run.class_table,
     )
-    scores = pipeline.region_scores_stage(run)
-    assert pipeline.label_stage(changed, manifest) != scores
-    stricter = pipeline.Run(override(run.config, {"filter": {"top_k": 4}}), run.class_table)
-    assert pipeline.filter_stage(stricter, scores) != pipeline.filter_stage(run, scores)
-    fewer = pipeline.Run(run.config, run.class_table.subset(run.class_table.ids[:5]))
-    assert pipeline.label_stage(fewer, manifest) != scores
+    scores = require_stage(run.run_dir, "region_scores", "label")
+    assert plan_label(changed, changed.manifest(manifest)).folder != scores
+    stricter = run.changed({"filter": {"top_k": 4}})
+    assert plan_filter(stricter, scores).folder != plan_filter(run, scores).folder
+    fewer = Run(run.config, run.class_table.subset(run.class_table.ids[:5]))
+    assert plan_label(fewer, fewer.manifest(manifest)).folder != scores
 
 
 def test_training_on_pseudo_labels_never_sees_annotations(finished, tmp_path):
@@ -127,13 +141,13 @@ def test_training_on_pseudo_labels_never_sees_annotations(finished, tmp_path):
     bare = str(tmp_path / "manifest.parquet")
     write_table(bare, table)
     other = small_run(tmp_path / "run")
-    assert pipeline.run_all(other, bare) == {}
+    assert stages.run_all(other, bare) == {}
     for name in ("region_scores", "pseudo_labels", "student"):
-        with_truth = dict(pipeline.stage_overview(run.run_dir))[name]
-        without = dict(pipeline.stage_overview(other.run_dir))[name]
+        with_truth = dict(stages.overview(run.run_dir))[name]
+        without = dict(stages.overview(other.run_dir))[name]
         assert with_truth.key == without.key, name
     weights = [
-        storage.read_bytes(storage.join(pipeline.student_path(r), "model.safetensors"))
+        storage.read_bytes(storage.join(stages.student_path(r), "model.safetensors"))
         for r in (run, other)
     ]
     assert weights[0] == weights[1]
@@ -142,26 +156,24 @@ def test_training_on_pseudo_labels_never_sees_annotations(finished, tmp_path):
 def test_supervised_and_zero_shot_come_from_the_same_command(finished):
     """Would catch baselines that train on pseudo-labels, or an upper bound without annotations."""
     run, manifest, *_ = finished
-    supervised = pipeline.Run(
-        override(run.config, {"train": {"labels": "annotations"}}), run.class_table
-    )
-    labels = pipeline.training_labels(supervised, None, manifest)
-    truth = pipeline.read_manifest(manifest)
+    supervised = run.changed({"train": {"labels": "annotations"}})
+    labels = training_labels(supervised, None, manifest)
+    truth = open_manifest(manifest).table
     train = truth.filter(pc.equal(truth["split"], "train"))
     assert labels["positive_ids"].to_pylist() == train["positive_ids"].to_pylist()
     assert labels["ignored_ids"].to_pylist() == train["ambiguous_ids"].to_pylist()
-    zero = pipeline.Run(override(run.config, {"train": {"labels": "none"}}), run.class_table)
-    assert pipeline.training_labels(zero, None, manifest) is None
+    zero = run.changed({"train": {"labels": "none"}})
+    assert training_labels(zero, None, manifest) is None
 
 
 def test_a_folder_of_another_table_is_refused(finished, tmp_path):
     """Would catch predictions read as region scores."""
     run, *_ = finished
-    wrong = dict(pipeline.stage_overview(run.run_dir))["predictions"].path
+    wrong = dict(stages.overview(run.run_dir))["predictions"].path
     with pytest.raises(DataError, match="must start with region_scores-"):
-        pipeline.region_scores_stage(run, wrong)
+        stages.found(run, wrong, "region_scores", "label")
     with pytest.raises(DataError, match="not finished"):
-        pipeline.region_scores_stage(run, str(tmp_path / "region_scores-k"))
+        stages.found(run, str(tmp_path / "region_scores-k"), "region_scores", "label")
 
 
 def test_jobs_pipeline_runs_the_same(finished, world, monkeypatch, capsys):
@@ -178,43 +190,29 @@ def test_jobs_pipeline_runs_the_same(finished, world, monkeypatch, capsys):
     assert f"{100 * metrics['mAP']:.1f}" in out
 
 
-def test_the_student_helps_to_filter_and_is_trained_anew(finished):
-    """Would catch a round without effect, one over other regions, and weight 0 with an effect."""
+def test_a_command_reads_the_manifest_and_the_model_once(finished, monkeypatch):
+    """Would catch a manifest of a million rows that is read five times, or weights hashed twice."""
     run, manifest, *_ = finished
-    run = pipeline.Run(override(run.config, {"train": {"trainable": "head"}}), run.class_table)
-    scores = pipeline.region_scores_stage(run)
-    plain = pipeline.filter_labels(run, scores)
-    student = pipeline.train(run, pipeline.training_labels(run, plain, manifest))
-
-    def self_trained(weight, rounds=1):
-        changes = {"self_training": {"rounds": rounds, "student_weight": weight}}
-        changed = pipeline.Run(override(run.config, changes), run.class_table)
-        told = []
-        result = pipeline.self_train(
-            changed, scores, student, on_stage=lambda name, stage: told.append((name, stage))
-        )
-        return result, told
-
-    (labels, second), told = self_trained(0.5)
-    assert [name for name, _ in told] == ["student scores", "filter", "train"]
-    assert told[0][1].stats["rows_in"] == 40  # the training split alone
-    assert {labels, second}.isdisjoint({plain, student})
-    assert len(read_table(labels.path)) == 40
-    # The teacher alone: other folder, same labels, hence the same student.
-    (same, again), _ = self_trained(0.0)
-    assert same != plain
-    assert again == student
-    (_, third), told = self_trained(0.5, rounds=2)
-    assert [stage for name, stage in told if name == "train"] == [second, third]
-    assert third != second
-
-
-def test_self_training_is_refused_where_it_has_nothing_to_do(finished):
-    """Would catch a setting that is quietly without effect, found out after a day of labeling."""
-    run, manifest, *_ = finished
-    changes = {"self_training": {"rounds": 1}, "train": {"labels": "annotations"}}
-    supervised = pipeline.Run(override(run.config, changes), run.class_table)
-    with pytest.raises(ConfigError, match=r"self_training.rounds = 1.*pseudo-labels only"):
-        pipeline.run_all(supervised, manifest)
-    with pytest.raises(ConfigError, match=r"self_training.rounds = 0: give 1"):
-        pipeline.self_train(run, pipeline.region_scores_stage(run), None)
+    read, hashed = [], []
+    real_read, real_label = images_manifest.read_table, teacher_stage.model_fingerprint
+    real_student = student_model.source_fingerprint
+    monkeypatch.setattr(
+        images_manifest, "read_table", lambda path: read.append(path) or real_read(path)
+    )
+    monkeypatch.setattr(
+        teacher_stage, "model_fingerprint", lambda of: hashed.append(of) or real_label(of)
+    )
+    monkeypatch.setattr(
+        student_model, "source_fingerprint", lambda of: hashed.append(of) or real_student(of)
+    )
+    annotated = {"train": {"labels": "annotations", "validation_split": "test"}}
+    for command, settings in (
+        (lambda config: stages.label(config, manifest), {"label": {"limit": 3}}),
+        (lambda config: stages.train(config, manifest=manifest), annotated),
+        (lambda config: stages.predict(config, manifest=manifest), {"predict": {"split": "train"}}),
+    ):
+        read.clear()
+        hashed.clear()
+        command(override(run.config, settings))
+        assert read == [manifest]
+        assert len(hashed) <= 1

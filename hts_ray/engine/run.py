@@ -1,0 +1,102 @@
+"""What every stage is given and what it is: a run, and a step of it that is named by a key."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hts_ray.classes import ClassTable, load_class_table
+from hts_ray.config import HtsConfig, override
+from hts_ray.images.manifest import Manifest, latest_manifest, open_manifest
+from hts_ray.store import storage
+from hts_ray.store.provenance import git_commit, hardware, versions
+from hts_ray.store.run import StageFolder, settings_hash
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory with its settings and classes; it reads each manifest once."""
+
+    config: HtsConfig
+    class_table: ClassTable
+    _manifests: dict[str, Manifest] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def run_dir(self) -> str:
+        """Absolute path or URI of the run directory."""
+        return storage.absolute(self.config.run_dir)
+
+    def stage(self, table: str, key: str) -> StageFolder:
+        """Return the folder of a stage."""
+        return StageFolder(self.run_dir, table, key)
+
+    def manifest(self, given: str | None = None) -> Manifest:
+        """Return a given manifest, or the run's latest; DataError when it cannot be used."""
+        path = latest_manifest(self.run_dir) if given is None else storage.absolute(given)
+        if path not in self._manifests:
+            self._manifests[path] = open_manifest(path)
+        return self._manifests[path]
+
+    def changed(self, values: Mapping[str, Any]) -> Run:
+        """Return the run with other settings, given as nested mappings."""
+        return Run(override(self.config, values), self.class_table, self._manifests)
+
+    def record(self, **more: Any) -> None:
+        """Write `config.yaml`, `classes.csv` and `provenance.json` into the run directory.
+
+        `more` is added to what earlier commands recorded.
+        """
+        run_dir = self.config.run_dir
+        storage.write_bytes(storage.join(run_dir, "config.yaml"), self.config.to_yaml().encode())
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "classes.csv"
+            self.class_table.to_csv(local)
+            storage.write_bytes(storage.join(run_dir, "classes.csv"), local.read_bytes())
+        path = storage.join(run_dir, "provenance.json")
+        earlier = storage.read_json(path) if storage.exists(path) else {}
+        made_by = {
+            "versions": versions(),
+            "hardware": hardware(),
+            "git_commit": git_commit(),
+            "settings_hash": settings_hash(self.config.answer_settings()),
+            "class_fingerprint": self.class_table.fingerprint(),
+            "num_classes": len(self.class_table),
+            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        storage.write_json(path, {**earlier, **made_by, **more})
+
+
+def open_run(config: HtsConfig) -> Run:
+    """Load the classes of a configuration."""
+    source, ids = config.classes.source, config.classes.ids
+    if not storage.is_remote(source):
+        return Run(config, load_class_table(source, ids))
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "classes.csv"
+        local.write_bytes(storage.read_bytes(source))
+        return Run(config, load_class_table(str(local), ids))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run, planned but not done.
+
+    A room plans its step once a command: it checks what the step reads, and hashes it together
+    with the settings into the key that names `folder`. `inputs` says what is read, by name, for
+    people. `work` fills the folder and publishes it; it takes a callback that shows progress,
+    or None.
+    """
+
+    folder: StageFolder
+    inputs: Mapping[str, str]
+    work: Callable[[Any], object]
+
+    def run(self, progress: Any = None) -> StageFolder:
+        """Do the work unless it is done already, and return the folder."""
+        if not self.folder.finished:
+            self.work(progress)
+        return self.folder
