@@ -22,7 +22,8 @@ from pyarrow import fs as pafs
 
 from hts_ray.config import ImagesConfig, RegionsConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.images.decode import DecodedImage, ImageError, decode_image, read_image_bytes
+from hts_ray.images.decode import DecodedImage, ImageError, decode_image
+from hts_ray.images.retry import read_image_bytes
 from hts_ray.store import storage
 
 if TYPE_CHECKING:

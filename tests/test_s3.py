@@ -13,7 +13,7 @@ from hts_ray import cli
 from hts_ray.config import ImagesConfig
 from hts_ray.engine.image_pass import decode_batch
 from hts_ray.errors import DataError
-from hts_ray.images import decode as images
+from hts_ray.images import retry as images
 from hts_ray.images.folder import read_folder
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage

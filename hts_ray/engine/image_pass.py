@@ -181,7 +181,7 @@ def decode_batch(
     Storage that fails is asked again up to `retries` times, a few times by default. With a log of
     `attempts`, a batch that has killed its worker is decoded in a process apart. A `meter` counts
     what is asked again. Raises DataError where it is the storage that fails and not an image, see
-    `hts_ray.images.decode.patiently`.
+    `hts_ray.images.retry.patiently`.
     """
     uris = table["uri"].to_pylist()
     work = partial(_decode_row, images=images, square=square, retries=retries, meter=meter)
@@ -212,7 +212,8 @@ def _decode_row(
     retries: int | None = None,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
-    from hts_ray.images.decode import RETRIES, ImageError, decode_image, read_image_bytes
+    from hts_ray.images.decode import ImageError, decode_image
+    from hts_ray.images.retry import RETRIES, read_image_bytes
 
     def retried() -> None:
         if meter is not None:

@@ -14,7 +14,8 @@ from typing import TypeVar
 from PIL import Image
 
 from hts_ray.exports.records import ImageFile, LabeledImage, Tally
-from hts_ray.images.decode import FORMATS, ImageError, probe_image, probe_uri, read_image_bytes
+from hts_ray.images.decode import FORMATS, ImageError, probe_image
+from hts_ray.images.retry import probe_uri, read_image_bytes
 
 T = TypeVar("T")
 _BATCH = 64  # images whose files are read before the first of them is written

@@ -1,33 +1,25 @@
 """Image bytes to upright RGB pixels, with every way a file can be bad named.
 
-Only `ImageError` leaves this module, whatever the bytes are, and nothing is printed: a run
-over millions of web images meets each of these, and one of them must cost one row.
+Only `ImageError` leaves this module, whatever the bytes are: a run over millions of web images
+meets every damage, and a damaged image must cost one row. Warnings of Pillow are not shown; what
+libtiff itself prints of damaged TIFFs is.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import io
-import random
-import stat
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, TypeVar, get_args
-from urllib.parse import unquote, urlsplit
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hts_ray.errors import DataError
-from hts_ray.store import storage
 
 ErrorKind = Literal[
     "empty",
@@ -40,15 +32,6 @@ ErrorKind = Literal[
     "missing",
 ]
 ERROR_KINDS: tuple[str, ...] = get_args(ErrorKind)
-
-Result = TypeVar("Result")
-
-RETRIES = 3
-_RETRY_SECONDS = 0.5  # the pauses double
-_BUFFER_BYTES = 1 << 16
-# Errors of local and mounted disks that another try may not meet, and those that every try will.
-_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
-_LASTING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 # Pillow reads some fifty formats; one of them (EPS) starts Ghostscript. These are photographs',
 # as far as this Pillow was built with them.
@@ -103,14 +86,6 @@ class DecodedImage:
     height: int
 
 
-class ImageHeader(NamedTuple):
-    """What a header tells: upright width and height in pixels, the file's size in bytes."""
-
-    width: int
-    height: int
-    size: int
-
-
 def decode_image(
     data: bytes,
     *,
@@ -126,7 +101,7 @@ def decode_image(
     original, and the other kinds for bytes that cannot be decoded in full.
     """
     try:
-        with _quiet_pillow(), _opened(io.BytesIO(data), len(data), data) as image:
+        with _quiet_pillow(), _opened(data) as image:
             orientation, width, height = _header(image)
             _check_size(width, height, max_pixels, min_side)
             scale = min(1.0, max_side / max(width, height))
@@ -143,7 +118,7 @@ def decode_image(
     except ImageError:
         raise
     except Exception as error:
-        raise _as_image_error(error, data, len(data)) from error
+        raise _as_image_error(error, data) from error
 
 
 def probe_image(data: bytes) -> tuple[int, int]:
@@ -151,191 +126,26 @@ def probe_image(data: bytes) -> tuple[int, int]:
 
     The pixels are not decoded, so a truncated file passes.
     """
-    return _probe(io.BytesIO(data), len(data), data[:4096] + data[-64:])
-
-
-def probe_uri(uri: str) -> ImageHeader:
-    """Return the upright size of the image at a path or URI, reading its header only.
-
-    Raises ImageError, `missing` and `unreadable` among its kinds, and what `patiently` raises.
-    """
-
-    def probe() -> ImageHeader:
-        with _stream(uri) as (stream, size):
-            return ImageHeader(*_probe(stream, size, None), size)
-
-    return patiently(uri, probe)
-
-
-def read_image_bytes(
-    uri: str, retries: int = RETRIES, retried: Callable[[], None] | None = None
-) -> bytes:
-    """Return a file's bytes from a path or a URI that pyarrow can open.
-
-    Raises ImageError: `missing` when nothing is there, `unreadable` for a folder, a pipe, a lack
-    of permission or a storage that fails for this file; and what `patiently` raises.
-    """
-
-    def read() -> bytes:
-        with _stream(uri) as (stream, _):
-            return bytes(stream.read())
-
-    return patiently(uri, read, retries, retried)
-
-
-def patiently(
-    uri: str,
-    read: Callable[[], Result],
-    retries: int = RETRIES,
-    retried: Callable[[], None] | None = None,
-) -> Result:
-    """Read an image's file, and again after growing pauses where its storage failed for once.
-
-    `retried` is called before each of the `retries`. An ImageError is raised for what is wrong
-    with this image. When its storage still fails, something else is asked of that storage: if
-    that fails as well it is no image's fault, and DataError ends the run, which can go on later,
-    instead of an outage that costs every image that was due.
-    """
-    for attempt in range(retries):
-        try:
-            return read()
-        except ImageError as error:
-            if not _may_pass(error, uri):
-                raise
-        if retried is not None:
-            retried()
-        # Spread, so that a thousand tasks do not come back in step.
-        time.sleep(_RETRY_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
     try:
-        return read()
-    except ImageError as error:
-        if not (_may_pass(error, uri) and storage.is_one_store(uri)):
-            raise
-    storage.require_answer(uri)
-    return read()
-
-
-def _may_pass(error: ImageError, uri: str) -> bool:
-    """Tell a storage error that another try may not meet: throttling, a lost connection."""
-    if error.kind != "unreadable":
-        return False
-    cause = error.__cause__
-    if isinstance(cause, DataError):  # the storage could not be opened
-        cause = cause.__cause__
-        if not isinstance(cause, OSError):
-            return False
-    number = getattr(cause, "errno", None)
-    if number in _LASTING or storage.is_refusal(cause):
-        return False
-    return storage.is_remote(uri) or number in _TRANSIENT
-
-
-@contextmanager
-def _stream(uri: str) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a local or remote file for random access, with its size in bytes."""
-    try:
-        path = _local_path(uri)
-        if path is not None:
-            status = Path(path).stat()
-            if not stat.S_ISREG(status.st_mode):
-                # Opening a pipe would wait for ever.
-                raise ImageError("unreadable", f"{uri} is not a file")
-            with open(path, "rb") as stream:
-                yield stream, status.st_size
-        else:
-            filesystem, inner = storage.resolve(uri)
-            with filesystem.open_input_file(inner) as remote:
-                # Buffered: a header is read in many small steps, and each would be a request.
-                yield io.BufferedReader(_Remote(uri, remote), _BUFFER_BYTES), remote.size()
+        with _quiet_pillow(), _opened(data) as image:
+            return _header(image)[1:]
     except ImageError:
         raise
     except Exception as error:
-        raise _as_storage_error(uri, error) from error
-
-
-def _as_storage_error(uri: str, error: Exception) -> ImageError:
-    missing = isinstance(error, FileNotFoundError) or (
-        isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR)
-    )
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ImageError("missing" if missing else "unreadable", f"{uri}: {reason}")
-
-
-class _Remote(io.RawIOBase):
-    """A remote file whose failures are the storage's and not the image's."""
-
-    def __init__(self, uri: str, file: pa.NativeFile) -> None:
-        self._uri, self._file = uri, file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self._read(None)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def _read(self, size: int | None) -> bytes:
-        try:
-            return bytes(self._file.read(size))
-        except Exception as error:
-            raise _as_storage_error(self._uri, error) from error
-
-
-def _local_path(uri: str) -> str | None:
-    if uri.startswith("file://"):
-        return unquote(urlsplit(uri).path)
-    return None if storage.is_remote(uri) and not uri.startswith("/") else uri
-
-
-def _probe(stream: IO[bytes], size: int, sample: bytes | None) -> tuple[int, int]:
-    try:
-        with _quiet_pillow(), _opened(stream, size, sample) as image:
-            _, width, height = _header(image)
-            return width, height
-    except ImageError:
-        raise
-    except Exception as error:
-        if sample is None:
-            sample = _sample(stream, size)
-        raise _as_image_error(error, sample, size) from error
-
-
-def _sample(stream: IO[bytes], size: int) -> bytes:
-    try:
-        stream.seek(0)
-        head = stream.read(4096)
-        stream.seek(max(0, size - 64))
-        return bytes(head + stream.read(64))
-    except (OSError, ValueError):
-        return b""
+        raise _as_image_error(error, data) from error
 
 
 @contextmanager
-def _opened(stream: IO[bytes], size: int, sample: bytes | None) -> Iterator[Image.Image]:
-    if size == 0:
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    if not data:
         raise ImageError("empty", "the file is empty")
     try:
-        image = Image.open(stream, formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        if sample is None:
-            sample = _sample(stream, size)
-        name = _signature(sample)
+        name = _signature(data)
         if name is None:
-            raise ImageError("not_an_image", f"not an image: {_excerpt(sample)}") from error
-        if _looks_cut(sample, name, size):
+            raise ImageError("not_an_image", f"not an image: {_excerpt(data)}") from error
+        if _looks_cut(data, name):
             raise ImageError("truncated", f"{name} data that end inside the header") from error
         raise ImageError("decode_error", f"{name} data with a damaged header") from error
     with image:
@@ -351,8 +161,6 @@ def _header(image: Image.Image) -> tuple[int, int, int]:
         return 1, width, height
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except ImageError:
-        raise
     except Exception:  # damaged EXIF says nothing about the pixels
         orientation = 1
     if not isinstance(orientation, int) or not 1 <= orientation <= 8:
@@ -405,11 +213,11 @@ def _to_8_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return (numbers * (255.0 / full)).round().astype(np.uint8)
 
 
-def _as_image_error(error: Exception, data: bytes, size: int) -> ImageError:
+def _as_image_error(error: Exception, data: bytes) -> ImageError:
     reason = str(error) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError | MemoryError):
         return ImageError("too_large", f"too large to decode: {reason}")
-    if "truncated" in reason.lower() or _looks_cut(data, _signature(data), size):
+    if "truncated" in reason.lower() or _looks_cut(data, _signature(data)):
         return ImageError("truncated", f"the file ends too early: {reason}")
     return ImageError("decode_error", f"cannot be decoded: {reason}")
 
@@ -422,11 +230,8 @@ def _signature(data: bytes) -> str | None:
     return next((name for magic, name in _SIGNATURES.items() if data.startswith(magic)), None)
 
 
-def _looks_cut(data: bytes, name: str | None, size: int) -> bool:
-    """Return whether a file of this format and size in bytes lacks its end.
-
-    `data` is the file, or at least its first 12 and last 64 bytes.
-    """
+def _looks_cut(data: bytes, name: str | None) -> bool:
+    """Return whether a file of this format lacks its end."""
     tail = data[-64:]
     if name == "JPEG":
         return b"\xff\xd9" not in tail
@@ -435,7 +240,7 @@ def _looks_cut(data: bytes, name: str | None, size: int) -> bool:
     if name == "GIF":
         return b";" not in tail[-4:]
     if name == "WEBP":
-        return int.from_bytes(data[4:8], "little") + 8 > size
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
     return False
 
 
@@ -446,20 +251,6 @@ def _excerpt(data: bytes) -> str:
     return f"it begins with the bytes {start[:8].hex(' ')}"
 
 
-def _silence_libtiff() -> None:
-    """Stop libtiff from printing to stderr what it reports to Pillow as an error as well.
-
-    Only Linux tells where the library was loaded from; elsewhere its lines stay.
-    """
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-        for path in {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libtiff" in line}:
-            ctypes.CDLL(path).TIFFSetErrorHandler(None)
-    except (OSError, AttributeError):
-        return
-
-
-_silence_libtiff()
 _quiet_lock = threading.Lock()
 _quiet_users = 0
 _quiet_filters: AbstractContextManager[None] | None = None

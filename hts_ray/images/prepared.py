@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from hts_ray.images.decode import ImageError, ImageHeader, probe_uri, read_image_bytes
+from hts_ray.images.decode import ImageError
+from hts_ray.images.retry import ImageHeader, probe_uri, read_image_bytes
 from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA
 
 STAGE = "prepare"

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from hts_ray.images.decode import ImageError, decode_image, read_image_bytes
+from hts_ray.images.decode import ImageError, decode_image
+from hts_ray.images.retry import read_image_bytes
 from hts_ray.report.data import GalleryItem
 from hts_ray.report.evaluations import read_object
 from hts_ray.report.found import Found, Row

@@ -198,7 +198,7 @@ def test_a_batch_that_killed_its_worker_is_decoded_apart(tmp_path):
 
 def test_a_storage_that_is_down_ends_the_batch_and_no_image(monkeypatch):
     """Catches an outage of the storage whose images all come out as bad ones."""
-    from hts_ray.images import decode as image_files
+    from hts_ray.images import retry as image_files
 
     asked = []
 

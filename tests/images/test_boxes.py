@@ -292,8 +292,14 @@ GARBLED: dict[str, tuple[bytes, str]] = {
     "empty list": (b"[]", "a list that begins with null"),
     "list of lists": (b"[[1]]", "a list that begins with list"),
     "results": (b'[{"image_id": 1, "bbox": [1, 2, 3, 4]}]', "COCO results"),
-    "image without name": (b'{"images": [{"id": 1}], "annotations": []}', "images[0].file_name: Field required"),
-    "images no list": (b'{"images": {}, "annotations": []}', "images: Input should be a valid list"),
+    "image without name": (
+        b'{"images": [{"id": 1}], "annotations": []}',
+        "images[0].file_name: Field required",
+    ),
+    "images no list": (
+        b'{"images": {}, "annotations": []}',
+        "images: Input should be a valid list",
+    ),
     "annotation no object": (
         b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [3]}',
         "annotations[0]: Input should be a valid dictionary",
@@ -311,7 +317,10 @@ GARBLED: dict[str, tuple[bytes, str]] = {
         b'[{"file_name": "a", "annotations": []}, {"file_name": "b"}]',
         "[1].annotations: Field required",
     ),
-    "surrogate": (b'[{"file_name": "\\ud800", "annotations": []}]', "[0].file_name: Input should be a valid string"),
+    "surrogate": (
+        b'[{"file_name": "\\ud800", "annotations": []}]',
+        "[0].file_name: Input should be a valid string",
+    ),
     "lengths": (b'{"filenames": ["a"], "annotation": []}', "1 filenames, 0 annotation"),
     "pairs": (
         b'{"filenames": ["a"], "annotation": [{"boxes_h": [[1, 2, 3, 4]], "boxes_o": []}]}',

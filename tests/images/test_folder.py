@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.images.decode import read_image_bytes
 from hts_ray.images.folder import read_folder
+from hts_ray.images.retry import read_image_bytes
 from hts_ray.store.tables import MANIFEST_SCHEMA
 
 

@@ -1,0 +1,127 @@
+"""Image files from disks and object storage, read again when a storage fails only for a moment."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import stat
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from hts_ray.errors import DataError
+from hts_ray.images.decode import ImageError, probe_image
+from hts_ray.store import storage
+
+Result = TypeVar("Result")
+
+RETRIES = 3
+_RETRY_SECONDS = 0.5  # the pauses double
+_HEAD_BYTES = 1 << 16  # where nearly every image has its size
+# Errors of local and mounted disks that another try may not meet, and those that every try will.
+_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
+_LASTING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+class ImageHeader(NamedTuple):
+    """What a header tells: upright width and height in pixels, the file's size in bytes."""
+
+    width: int
+    height: int
+    size: int
+
+
+def probe_uri(uri: str) -> ImageHeader:
+    """Return the upright size of the image at a path or URI, as a rule from its first bytes.
+
+    Raises ImageError, `missing` and `unreadable` among its kinds, and what `patiently` raises.
+    """
+    data, size = patiently(uri, lambda: _read(uri, _HEAD_BYTES))
+    try:
+        return ImageHeader(*probe_image(data), size)
+    except ImageError:
+        if len(data) == size:
+            raise
+    return ImageHeader(*probe_image(read_image_bytes(uri)), size)
+
+
+def read_image_bytes(
+    uri: str, retries: int = RETRIES, retried: Callable[[], None] | None = None
+) -> bytes:
+    """Return a file's bytes from a path or a URI that pyarrow can open.
+
+    Raises ImageError: `missing` when nothing is there, `unreadable` for a folder, a pipe, a lack
+    of permission or a storage that fails for this file; and what `patiently` raises.
+    """
+    return patiently(uri, lambda: _read(uri)[0], retries, retried)
+
+
+def patiently(
+    uri: str,
+    read: Callable[[], Result],
+    retries: int = RETRIES,
+    retried: Callable[[], None] | None = None,
+) -> Result:
+    """Read an image's file, and again after growing pauses while its storage fails.
+
+    `retried` is called before each of the `retries`. An ImageError is raised for what is wrong
+    with this image. When its storage still fails, something else is asked of that storage: if
+    that fails as well it is no image's fault, and DataError ends the run, which can go on later,
+    instead of an outage that costs every image that was due.
+    """
+    for attempt in range(retries):
+        try:
+            return read()
+        except ImageError as error:
+            if not _may_pass(error, uri):
+                raise
+        if retried is not None:
+            retried()
+        # Spread, so that a thousand tasks do not come back in step.
+        time.sleep(_RETRY_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
+    try:
+        return read()
+    except ImageError as error:
+        if not (_may_pass(error, uri) and storage.is_one_store(uri)):
+            raise
+    storage.require_answer(uri)
+    return read()
+
+
+def _may_pass(error: ImageError, uri: str) -> bool:
+    """Tell a storage error that another try may not meet: throttling, a lost connection."""
+    if error.kind != "unreadable":
+        return False
+    cause = error.__cause__
+    if isinstance(cause, DataError):  # the storage could not be opened
+        cause = cause.__cause__
+        if not isinstance(cause, OSError):
+            return False
+    number = getattr(cause, "errno", None)
+    if number in _LASTING or storage.is_refusal(cause):
+        return False
+    return storage.is_remote(uri) or number in _TRANSIENT
+
+
+def _read(uri: str, most: int | None = None) -> tuple[bytes, int]:
+    """Return a file's bytes, `most` of them at the most, and its size."""
+    try:
+        if storage.is_remote(uri) and not uri.startswith("/"):
+            filesystem, inner = storage.resolve(uri)
+            with filesystem.open_input_file(inner) as remote:
+                return bytes(remote.read(most)), int(remote.size())
+        path = unquote(urlsplit(uri).path) if uri.startswith("file://") else uri
+        status = os.stat(path)  # noqa: PTH116
+        if not stat.S_ISREG(status.st_mode):
+            # Opening a pipe would wait for ever.
+            raise ImageError("unreadable", f"{uri} is not a file")
+        with open(path, "rb") as local:
+            return local.read(most), status.st_size
+    except ImageError:
+        raise
+    except Exception as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError("missing" if missing else "unreadable", f"{uri}: {reason}") from error
