@@ -1,13 +1,15 @@
 """Files by path or URI: one small layer over pyarrow's file systems.
 
-Every path of a run may be local or remote (`s3://`, `gs://`, `hf://`, and what pyarrow or fsspec
-know besides). Small files become visible in one step: a local file by rename, a remote one
+Every path of a run may be local or remote (`s3://`, `gs://`, `hf://`, and whatever else pyarrow
+or fsspec reads). Small files become visible in one step: a local file by rename, a remote one
 because object stores show an object only when it is complete.
 
 Endpoints, regions and anonymous access come from environment variables, so that settings and
-code are the same everywhere; ENVIRONMENT names them. Credentials come from where the store's own
-tools look for them. Failures of remote storage are DataErrors that say what to mend; a missing
+code are the same everywhere; ENVIRONMENT lists them. Credentials come from where the store's own
+tools look for them. Failures of remote storage are DataErrors that say what to change; a missing
 file stays a FileNotFoundError, and a local failure an OSError.
+
+pyarrow is imported inside functions, because it loads slowly and `hts --help` needs none of it.
 """
 
 from __future__ import annotations
@@ -16,17 +18,20 @@ import json
 import os
 import random
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from pyarrow import fs as pafs
-
 from hts_ray.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow import fs as pafs
 
 Result = TypeVar("Result")
 
@@ -39,59 +44,48 @@ ENVIRONMENT = (
     "STORAGE_EMULATOR_HOST",
     "GS_NO_SIGN_REQUEST",
 )
-_ATTEMPTS, _PAUSE_SECONDS = 4, 0.5  # the pauses double
+RETRIES, _PAUSE_SECONDS = 3, 0.5  # the pauses double
 _CONNECT_SECONDS = 10.0
 _SILENCE_SECONDS = 60.0  # until a request counts as lost; the client's own 3 are too few for load
 _GCS_RETRY_SECONDS = 60  # the client's own limit is 15 minutes
+_COPY_BYTES = 1 << 22
 # An object of these appears when its upload is complete; elsewhere a file is renamed into place.
 _OBJECT_STORES = {"s3", "gs", "gcs", "abfs", "abfss", "az", "hf", "oss"}
-# A scheme that stands for one store, where that of the web stands for any number of hosts.
+# Schemes that mean one store; http(s) means any number of hosts.
 _ONE_STORE = _OBJECT_STORES | {"hdfs", "viewfs"}
 _NATIVE = {"file", "abfs", "abfss", "hdfs", "viewfs", "mock"}
 _DEFAULT_REGION = "us-east-1"  # what stores with an endpoint of their own expect
 
-# Words in the messages of pyarrow's file systems, the reason they stand for and what helps.
-_REASONS = (
-    (
-        r"NO_SUCH_BUCKET|Bucket '[^']*' not found|bucket does not exist|NoSuchBucket",
-        "the bucket does not exist",
-        "check its name, or create it",
+# Words in the messages of pyarrow's file systems, and the reason with its remedy.
+_REFUSED = {
+    r"NO_SUCH_BUCKET|Bucket '[^']*' not found|bucket does not exist|NoSuchBucket": (
+        "the bucket does not exist: check its name, or create it"
     ),
-    (
-        r"REQUEST_TIME_TOO_SKEWED|RequestTimeTooSkewed",
-        "this machine's clock is wrong",
-        "set the clock (NTP)",
+    r"REQUEST_TIME_TOO_SKEWED|RequestTimeTooSkewed": (
+        "this machine's clock is wrong: set the clock (NTP)"
     ),
-    (
-        r"PERMANENT_?REDIRECT|HTTP status 301|AuthorizationHeaderMalformed",
-        "the bucket is in another region",
-        "set AWS_REGION to the bucket's region",
+    r"PERMANENT_?REDIRECT|HTTP status 301|AuthorizationHeaderMalformed": (
+        "the bucket is in another region: set AWS_REGION to the bucket's region"
     ),
-    (
-        r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN"
-        r"|ExpiredToken|UNRECOGNIZED_CLIENT|HTTP status 401|UNAUTHENTICATED",
-        "the credentials are not valid",
-        "renew them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a role, or"
-        " GOOGLE_APPLICATION_CREDENTIALS)",
+    r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN"
+    r"|ExpiredToken|UNRECOGNIZED_CLIENT|HTTP status 401|UNAUTHENTICATED": (
+        "the credentials are not valid: renew them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
+        " a role, or GOOGLE_APPLICATION_CREDENTIALS)"
     ),
-    (
-        r"ACCESS_DENIED|AccessDenied|HTTP status 403|PERMISSION_DENIED|Forbidden",
-        "access is denied",
-        "give the role or key of every node the right to list, read, write and delete there; for"
-        " public data set AWS_NO_SIGN_REQUEST=yes or GS_NO_SIGN_REQUEST=yes",
+    r"ACCESS_DENIED|AccessDenied|HTTP status 403|PERMISSION_DENIED|Forbidden": (
+        "access is denied: give the role or key of every node the right to list, read, write and"
+        " delete there; for public data set AWS_NO_SIGN_REQUEST=yes or GS_NO_SIGN_REQUEST=yes"
     ),
-    (
-        r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|HTTP status 5\d\d|UNAVAILABLE|throttl",
-        "the storage fails or is throttling",
-        "run the same command again later, it goes on where it was",
+}
+_FAILED = {
+    r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|HTTP status 5\d\d|UNAVAILABLE|throttl": (
+        "the storage fails or is throttling: run the same command again later, it goes on where"
+        " it was"
     ),
-    (
-        r"NETWORK_CONNECTION|curlCode|Could ?n[o']t (?:resolve|connect)|timed? ?out|Timeout",
-        "the storage cannot be reached",
-        "check the network and AWS_ENDPOINT_URL",
+    r"NETWORK_CONNECTION|curlCode|Could ?n[o']t (?:resolve|connect)|timed? ?out|Timeout": (
+        "the storage cannot be reached: check the network and AWS_ENDPOINT_URL"
     ),
-)
-_REFUSALS = re.compile("|".join(pattern for pattern, _, _ in _REASONS[:5]))
+}
 
 
 def is_remote(path: str) -> bool:
@@ -105,6 +99,8 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     Raises DataError for a scheme that nothing here reads, a missing package, or a bucket that
     cannot be looked up.
     """
+    from pyarrow import fs as pafs
+
     if "://" not in path:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
     parts = urlsplit(path)
@@ -132,6 +128,7 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
 
 def _fsspec(path: str) -> tuple[pafs.FileSystem, str]:
     import fsspec
+    from pyarrow import fs as pafs
 
     filesystem, inner = fsspec.core.url_to_fs(path)
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(inner)
@@ -151,6 +148,8 @@ def _bucket(scheme: str, bucket: str, _environment: tuple[str | None, ...]) -> p
 
 
 def _s3(bucket: str) -> pafs.FileSystem:
+    from pyarrow import fs as pafs
+
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not region:
@@ -167,6 +166,8 @@ def _s3(bucket: str) -> pafs.FileSystem:
 
 
 def _gcs() -> pafs.FileSystem:
+    from pyarrow import fs as pafs
+
     emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
     scheme, _, host = emulator.rpartition("://")
     return pafs.GcsFileSystem(
@@ -181,39 +182,63 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() in {"1", "true", "yes", "on"}
 
 
+def retry(
+    action: Callable[[], Result],
+    may_pass: Callable[[Exception], bool],
+    retries: int = RETRIES,
+    retried: Callable[[], None] | None = None,
+) -> Result:
+    """Return what `action` returns; try again after growing pauses while its error `may_pass`.
+
+    There are at most `retries` calls after the first, and `retried` is called before each of
+    them. Raises the error of the last call, or one that will not pass.
+    """
+    for attempt in range(retries):
+        try:
+            return action()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+        if retried is not None:
+            retried()
+        # Spread, so that a thousand workers do not come back in step.
+        time.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
+    return action()
+
+
 def patiently(path: str, action: Callable[[], Result]) -> Result:
-    """Do something with a path's storage, and again after growing pauses where it may yet work.
+    """Do something with a path's storage, again where remote storage may answer later.
 
     The clients' own retries are not enough: Arrow reads a busy store's answer into the buffer of
     the few bytes that it asked for, and gives up at once when that overflows. Raises DataError for
     remote storage that keeps failing or refuses; FileNotFoundError and local errors pass.
     """
-    for attempt in range(_ATTEMPTS if is_remote(path) else 1):
-        try:
-            return action()
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError) and not is_refusal(error)
-            if missing or not is_remote(path):
-                raise
-            if attempt == _ATTEMPTS - 1 or is_refusal(error):
-                raise DataError(explain(path, error)) from error
-            # Spread, so that a thousand workers do not come back in step.
-            time.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
-    raise AssertionError("the last attempt returns or raises")
+    if not is_remote(path):
+        return action()
+    try:
+        return retry(action, lambda error: isinstance(error, OSError) and _may_pass(error))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not is_refusal(error):
+            raise
+        raise DataError(explain(path, error)) from error
+
+
+def _may_pass(error: OSError) -> bool:
+    return not (isinstance(error, FileNotFoundError) or is_refusal(error))
 
 
 def explain(path: str, error: BaseException) -> str:
     """Return in one line what a remote storage's error means and what helps."""
     text = " ".join(str(error).split())
-    for pattern, reason, remedy in _REASONS:
+    for pattern, advice in {**_REFUSED, **_FAILED}.items():
         if re.search(pattern, text):
-            return f"{path}: {reason}: {remedy} ({text[:300]})"
+            return f"{path}: {advice} ({text[:300]})"
     return f"{path}: {text[:500]}"
 
 
 def is_refusal(error: BaseException | None) -> bool:
-    """Return whether asking again would meet the same answer: denied, no bucket, a wrong key."""
-    return error is not None and _REFUSALS.search(str(error)) is not None
+    """Return whether asking again would get the same answer: denied, no bucket, a wrong key."""
+    return error is not None and any(re.search(pattern, str(error)) for pattern in _REFUSED)
 
 
 def is_one_store(path: str) -> bool:
@@ -222,9 +247,9 @@ def is_one_store(path: str) -> bool:
 
 
 def require_answer(path: str) -> None:
-    """Return when a path's storage answers something, whatever it is, about the path's folder.
+    """Wait until a path's storage answers a question about the path's folder, even with a refusal.
 
-    A storage that fails is given time. Raises DataError when it keeps failing.
+    Raises DataError when it keeps failing.
     """
     filesystem, inner = resolve(path)
 
@@ -232,7 +257,7 @@ def require_answer(path: str) -> None:
         try:
             filesystem.get_file_info(os.path.dirname(inner))
         except OSError as error:
-            if not isinstance(error, FileNotFoundError) and not is_refusal(error):
+            if _may_pass(error):
                 raise
 
     patiently(path, ask)
@@ -248,11 +273,15 @@ def join(path: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts])
 
 
+def kind(path: str) -> str:
+    """Return what is at a path: "File", "Directory", "NotFound" or, for a device, "Unknown"."""
+    filesystem, inner = resolve(path)
+    return patiently(path, lambda: str(filesystem.get_file_info(inner).type.name))
+
+
 def exists(path: str) -> bool:
     """Return whether a file or folder is there."""
-    filesystem, inner = resolve(path)
-    info = patiently(path, lambda: filesystem.get_file_info(inner))
-    return bool(info.type != pafs.FileType.NotFound)
+    return kind(path) != "NotFound"
 
 
 def read_bytes(path: str) -> bytes:
@@ -272,7 +301,7 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, data: bytes) -> None:
     """Write a file so that no reader ever sees a part of it; folders are made as needed."""
     filesystem, inner = resolve(path)
-    parent, in_place = os.path.dirname(inner), urlsplit(path).scheme in _OBJECT_STORES
+    parent, in_place = os.path.dirname(inner), _shows_whole_objects(path)
     target = inner if in_place else os.path.join(parent, f".{uuid.uuid4().hex}.tmp")
 
     def write() -> None:
@@ -281,16 +310,27 @@ def write_bytes(path: str, data: bytes) -> None:
         with filesystem.open_output_stream(target) as stream:
             stream.write(data)
         if not in_place:
-            _rename(filesystem, target, inner)
+            filesystem.move(target, inner)
 
     patiently(path, write)
 
 
-def _rename(filesystem: pafs.FileSystem, source: str, target: str) -> None:
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        os.replace(source, target)
-    else:
-        filesystem.move(source, target)
+def copy_in(source: Path, path: str) -> None:
+    """Copy a local file of any size to a path or URI; folders are made as needed."""
+    filesystem, inner = resolve(path)
+
+    def copy() -> None:
+        if not _shows_whole_objects(path):
+            filesystem.create_dir(os.path.dirname(inner), recursive=True)
+        with open(source, "rb") as stream, filesystem.open_output_stream(inner) as sink:
+            shutil.copyfileobj(stream, sink, _COPY_BYTES)
+
+    patiently(path, copy)
+
+
+def _shows_whole_objects(path: str) -> bool:
+    """Return whether objects appear when complete; such stores have no folders to be made."""
+    return urlsplit(path).scheme in _OBJECT_STORES
 
 
 def read_json(path: str) -> Any:
@@ -305,15 +345,13 @@ def write_json(path: str, value: Any) -> None:
 
 def list_names(path: str) -> list[str]:
     """Return the sorted names inside a folder; none when it is not there or is a file."""
+    from pyarrow import fs as pafs
+
     filesystem, inner = resolve(path)
-
-    def names() -> list[str]:
-        if filesystem.get_file_info(inner).type == pafs.FileType.File:
-            return []
-        selector = pafs.FileSelector(inner, allow_not_found=True)
-        return sorted(info.base_name for info in filesystem.get_file_info(selector))
-
-    return patiently(path, names)
+    if kind(path) == "File":
+        return []
+    selector = pafs.FileSelector(inner, allow_not_found=True)
+    return sorted(i.base_name for i in patiently(path, lambda: filesystem.get_file_info(selector)))
 
 
 def delete_file(path: str) -> None:
@@ -327,7 +365,7 @@ def remove_tree(path: str) -> None:
     filesystem, inner = resolve(path)
 
     def remove() -> None:
-        if filesystem.get_file_info(inner).type == pafs.FileType.Directory:
+        if kind(path) == "Directory":
             filesystem.delete_dir(inner)
 
     patiently(path, remove)

@@ -142,3 +142,43 @@ def test_failures_are_explained(message, words, refused):
     error = OSError(message)
     assert re.search(words, storage.explain("s3://b/k", error))
     assert storage.is_refusal(error) is refused
+
+
+def test_only_errors_that_may_pass_are_tried_again(monkeypatch):
+    """Would catch a denial that is asked for four times, or a retry that nobody can count."""
+    pauses, again = [], []
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    answers = iter([OSError("busy"), OSError("busy"), b"x"])
+
+    def action():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    retried = lambda: again.append(1)  # noqa: E731
+    assert storage.retry(action, lambda error: "busy" in str(error), 2, retried) == b"x"
+    assert len(pauses) == len(again) == 2
+    assert pauses[0] < pauses[1] * 3
+    answers = iter([OSError("denied"), b"x"])
+    with pytest.raises(OSError, match="denied"):
+        storage.retry(action, lambda error: "busy" in str(error))
+    assert len(pauses) == 2
+
+
+def test_remote_failures_end_as_user_errors_and_local_ones_as_they_are(monkeypatch):
+    """Would catch a traceback for a bucket that is down, or a missing file that is retried."""
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    calls = []
+
+    def fail(error):
+        calls.append(error)
+        raise error
+
+    with pytest.raises(DataError, match="throttling"):
+        storage.patiently("s3://b/k", lambda: fail(OSError("SLOW_DOWN")))
+    assert len(calls) == 4
+    for path, error in (("s3://b/k", FileNotFoundError()), ("/x", OSError("SLOW_DOWN"))):
+        with pytest.raises(type(error)):
+            storage.patiently(path, lambda error=error: fail(error))
+    assert len(calls) == 6
