@@ -156,6 +156,22 @@ def mean_average_precision(ap: ArrayLike) -> float:
     return float(present.mean()) if present.size else math.nan
 
 
+def wilson_interval(hits: int, total: int) -> tuple[float, float]:
+    """Return the 95 % interval, in [0, 1], of a share that was measured as `hits` of `total`.
+
+    Its z is 1.959964, the 97.5 % quantile of the normal distribution to seven digits. It stays
+    sensible for few trials and near 0 and 1, where the normal interval does not. It takes the
+    trials to be independent; labels of one image are not quite, so the truth is a bit wider.
+    `total` is at least 1. Source: Wilson 1927.
+    """
+    z = 1.959964
+    share = hits / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
 def few_shot_mean(ap: ArrayLike, positive_counts_train: ArrayLike, at_most: int) -> float:
     """Mean AP over the classes with at most `at_most` training positives (Few@1, 5, 10).
 

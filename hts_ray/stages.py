@@ -36,7 +36,8 @@ from hts_ray.engine.session import command_cluster
 from hts_ray.evaluate import evaluate_predictions
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
-from hts_ray.report import report_for_run, write_report
+from hts_ray.report import Section, report_for_run, write_report
+from hts_ray.review.section import review_sections
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 from hts_ray.teacher.stage import plan_label
@@ -277,8 +278,17 @@ def report(config: HtsConfig, path: str | None = None, max_images: int = 200) ->
 def write_run_report(run_dir: str, path: str | None = None, max_images: int = 200) -> str:
     """Write one HTML page about a run directory, `report.html` in it by default."""
     path = path or storage.join(run_dir, "report.html")
-    write_report(path, report_for_run(run_dir, max_images))
+    write_report(path, report_for_run(run_dir, max_images, sections=page_sections(run_dir)))
     return path
+
+
+def page_sections(run_dir: str) -> list[Section]:
+    """Return the parts of a run's report that its sweep and its review make."""
+    from hts_ray.sweep.plots import sweep_section  # torch loads slowly
+
+    sweep = sweep_section(run_dir)
+    own = [Section("sweep", "Sweep", sweep)] if sweep else []
+    return [*own, *review_sections(run_dir)]
 
 
 def overview(run_dir: str) -> list[tuple[str, StageFolder | None]]:

@@ -17,6 +17,7 @@ from hts_ray.metrics import (
     few_shot_mean,
     hico_average_precision,
     mean_average_precision,
+    wilson_interval,
 )
 
 LIMITED = settings(max_examples=80, deadline=None)
@@ -260,3 +261,16 @@ def test_other_arguments_are_refused():
         hico_average_precision(scores, annotations, "known_object", objects=["a"])
     with pytest.raises(ValueError, match=r"few_shot\[1\]"):
         evaluate(scores, annotations, {1: [0, 1]})
+
+
+@settings(deadline=None)  # a crowded machine stops now and then
+@given(st.integers(1, 500), st.data())
+def test_wilson_intervals_hold_their_share(total, data):
+    """Catches an interval that leaves [0, 1] or does not hold the share itself."""
+    hits = data.draw(st.integers(0, total))
+    low, high = wilson_interval(hits, total)
+    assert 0 <= low <= hits / total + 1e-12
+    assert hits / total - 1e-12 <= high <= 1
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)  # not empty
+    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)

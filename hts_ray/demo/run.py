@@ -287,7 +287,9 @@ def write_demo_report(run: Run, rows: Sequence[Row]) -> str:
         ZERO_SHOT.name: "zero_shot", HTS.name: "hts", SUPERVISED.name: "supervised"
     }  # fmt: skip
     main = next(row for row in rows if row.name == HTS.name)
-    found = report.report_for_run(run.run_dir, labels_stage=main.labels)
+    found = report.report_for_run(
+        run.run_dir, labels_stage=main.labels, sections=stages.page_sections(run.run_dir)
+    )
     place = _place({row.name: number for number, row in enumerate(rows)})
     data = replace(
         found,

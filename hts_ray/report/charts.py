@@ -1,8 +1,8 @@
 """Charts of the report: drawn by matplotlib as SVG that takes the page's colours.
 
-matplotlib knows no style sheets, so every colour is drawn as a stand-in and becomes a variable of
-the page afterwards: one drawing serves light and dark. Text stays text. Names that come from
-users stand in the legend, which is HTML and escaped, and never in the drawing.
+matplotlib knows no style sheets, so it draws with placeholder colours, which are then replaced by
+the page's variables: one drawing serves light and dark. Text stays text. Names that come from
+users appear in the legend, which is HTML and escaped, and never in the drawing.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from hts_ray.report.data import ReliabilityBin, TrainingCurve
+from hts_ray.metrics import mean_average_precision, wilson_interval
+from hts_ray.report.content import ReliabilityBin, TrainingCurve
 from hts_ray.report.formatting import count, figure, finite, percent
-from hts_ray.report.quality import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ _VARIABLES = {
     INK: "--ink", SOFT: "--soft", GRID: "--line", CARD: "--card", BAR: "--bar", ACCENT: "--accent",
     **{color: f"--s{number}" for number, color in enumerate(SERIES)},
 }  # fmt: skip
-# Colours alone would not tell lines apart for everyone; (dashes and gaps) in line widths.
+# Not everyone can tell lines apart by colour. Dashes and gaps in line widths.
 _DASHES: tuple[tuple[float, ...], ...] = (
     (), (4, 1.6), (1.2, 1.4), (6, 1.4, 1.2, 1.4), (8, 2.4), (3, 1.2, 1, 1.2, 1, 1.2)
 )  # fmt: skip
@@ -53,7 +53,7 @@ RECALLS = tuple(tenth / 10 for tenth in range(11))
 
 @dataclass(frozen=True)
 class Key:
-    """A legend's entry: the series' number, its name and a word about it."""
+    """A legend's entry: the series' number, its name and a note."""
 
     series: int
     name: str
@@ -61,7 +61,7 @@ class Key:
 
     @property
     def dashes(self) -> str:
-        """The line's pattern as SVG has it, for a line 2 wide."""
+        """The line's pattern in SVG's notation for a line 2 wide; empty for a solid one."""
         return " ".join(f"{2 * part:g}" for part in _dashes(self.series))
 
     @property
@@ -72,7 +72,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, what its lines mean, and its figures for those who cannot see it."""
+    """A drawing, what its lines mean, and its numbers for those who cannot see it."""
 
     svg: Markup
     title: str
@@ -86,9 +86,10 @@ def draw(
 ) -> Markup:
     """Let `paint` draw on an empty figure and return it as SVG for the page.
 
-    `description` is read out in place of the drawing. Colours other than this module's stay as
-    they are, in light and dark. Groups whose gid begins with `mark:` can be found by the page's
-    scripts as `data-mark`; `data-plot` holds the place of the first axes in the view box.
+    - A screen reader reads `description` in place of the drawing.
+    - Colours other than this module's are the same in light and dark.
+    - A group whose gid begins with `mark:` gets the rest as `data-mark`, for the page's scripts.
+    - `data-plot` holds the place of the first axes in the view box.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -112,7 +113,7 @@ def draw(
 
 
 def _embedded(svg: str, description: str, size: tuple[float, float], plot: str) -> Markup:
-    """Make a file of matplotlib's a part of a page: no global ids, styles or colours."""
+    """Turn matplotlib's SVG file into a part of a page: no global ids, styles or colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
     svg = svg.replace("xlink:href", "href")
@@ -125,7 +126,7 @@ def _embedded(svg: str, description: str, size: tuple[float, float], plot: str) 
         return match[0] if name in referred else ""
 
     svg = re.sub(r' id="([^"]*)"', keep, svg)
-    # The page's own font, whichever way this version of matplotlib names its.
+    # The page's own font, however this version of matplotlib writes its own.
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub("|".join(_VARIABLES), lambda match: f"var({_VARIABLES[match[0]]})", svg)
@@ -135,7 +136,7 @@ def _embedded(svg: str, description: str, size: tuple[float, float], plot: str) 
 
 
 def _dashes(number: int) -> tuple[float, ...]:
-    """Return a series' pattern: one that the series of the same colour before it does not have."""
+    """Return a series' pattern; series of one colour have different patterns."""
     return _DASHES[(number + number // len(SERIES)) % len(_DASHES)]
 
 
@@ -147,15 +148,21 @@ def _line(axes: Axes, number: int, x: Sequence[float], y: Sequence[float]) -> Li
 
 
 def precision_recall_chart(
-    curves: Mapping[str, Sequence[float]],
-    mean_ap: Mapping[str, float | None],
-    series: Mapping[str, int],
+    by_method: Mapping[str, Mapping[int, Sequence[float]]], series: Mapping[str, int]
 ) -> Chart:
-    """Draw each method's mean interpolated precision (11,) over recall, with `mean_ap` beside it.
+    """Draw each method's interpolated precision (11,) over recall, mean over its classes.
 
-    `series` numbers the methods: one looks the same in all charts. The lines carry their place
-    among `curves` as `data-mark`, so that the page can show a class in their place.
+    `series` numbers the methods, so that one looks the same in all charts. A line carries its
+    method's place in `by_method` as `data-mark`, so that the page can show a class instead.
     """
+    curves = {
+        name: [sum(points) / len(points) for points in zip(*by_class.values(), strict=True)]
+        for name, by_class in by_method.items()
+    }
+    mean_ap = {
+        name: mean_average_precision([sum(curve) / len(curve) for curve in by_class.values()])
+        for name, by_class in by_method.items()
+    }
 
     def paint(drawing: Figure) -> None:
         axes = drawing.subplots()
@@ -165,11 +172,11 @@ def precision_recall_chart(
         axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
 
-    ends = ", ".join(f"{name} {percent(mean_ap.get(name))} %" for name in curves)
+    ends = ", ".join(f"{name} {percent(mean_ap[name])} %" for name in curves)
     return Chart(
         draw(paint, f"Precision over recall, mean over the classes. Mean AP: {ends}."),
         "Interpolated precision over recall, mean over the classes",
-        [Key(series[name], name, f"{percent(mean_ap.get(name))} %") for name in curves],
+        [Key(series[name], name, f"{percent(mean_ap[name])} %") for name in curves],
         ["Recall", *curves],
         [
             [f"{recall:.1f}", *(percent(curve[place]) for curve in curves.values())]
@@ -271,19 +278,3 @@ def epoch_chart(
         ["Epoch", *points],
         [[str(epoch), *(at(name, epoch) for name in points)] for epoch in range(1, last + 1, step)],
     )
-
-
-def legend(keys: Sequence[Key]) -> Markup:
-    """Return the HTML list that names a chart's lines."""
-    entries = Markup("").join(
-        Markup(
-            '<li><svg viewBox="0 0 32 10" aria-hidden="true"><path d="M0 5H32" fill="none"'
-            ' style="stroke:var(--s{})" stroke-width="2.5" stroke-dasharray="{}"/></svg>{}{}</li>'
-        ).format(key.color, key.dashes or "none", key.name, _note(key.note))
-        for key in keys
-    )
-    return Markup('<ul class="keys">{}</ul>').format(entries) if keys else Markup("")
-
-
-def _note(note: str) -> Markup:
-    return Markup(' <span class="soft">{}</span>').format(note) if note else escape("")

@@ -1,4 +1,4 @@
-"""Numbers as readers like them; a dash where there is none."""
+"""Numbers as text for readers; a dash where there is none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def count(value: int | None) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Return a number with about three digits that say something: 0.0123, 1.23, 12.3, 1,230."""
+    """Return a number with about three significant digits: 0.0123, 1.23, 12.3, 1,230."""
     if not finite(value):
         return NOTHING
     if value == 0:
@@ -37,13 +37,8 @@ def figure(value: float | None) -> str:
     return f"{value:,.{min(digits, 4)}f}"
 
 
-def sort_key(value: float | None) -> str:
-    """Return what a table is sorted by; empty when there is no number, which comes last."""
-    return f"{value:.6g}" if finite(value) else ""
-
-
 def share(part: float) -> str:
-    """Return a fraction as percent that never rounds something to nothing or to all."""
+    """Return a fraction as percent; only 0 and 1 are shown as 0.0 % and 100.0 %."""
     if 0 < part < 0.001:
         return "under 0.1 %"
     if 0.999 < part < 1:
@@ -72,7 +67,7 @@ def seconds(value: float | None) -> str:
 
 
 def plural(word: str, number: int) -> str:
-    """Return an English noun for so many."""
+    """Return an English noun in the singular or the plural."""
     return word if number == 1 else word + ("es" if word.endswith("s") else "s")
 
 

@@ -1,95 +1,137 @@
-"""The gallery: which images to show, small enough to embed, and what stands beside each.
+"""The gallery: which images of a run to show, small enough to embed, and what stands beside each.
 
 Shapes: R regions of one image, C classes.
 """
 
 from __future__ import annotations
 
-import base64
 import heapq
-import io
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
-from hts_ray.report.data import GalleryItem, GalleryLabel, GalleryRegion, Verdict
+from hts_ray.images.thumbnail import stored_thumbnail
+from hts_ray.labels.stage import class_probabilities
+from hts_ray.report.content import GalleryItem, GalleryLabel, GalleryRegion, Verdict
 from hts_ray.report.formatting import finite
-from hts_ray.report.quality import judge
-
-FloatArray = npt.NDArray[np.floating[Any]]
+from hts_ray.report.label_quality import Row, judge
+from hts_ray.report.read_run import RunTables
+from hts_ray.report.results import read_object
+from hts_ray.store import storage, tables
 
 MAX_IGNORED_LABELS = 6
 BEST_CLASSES = 3
 GALLERY_CANDIDATES = 4000  # images that are looked at to choose from
+GALLERY_BYTES = 14_000_000  # JPEG bytes of a gallery: 2,000 images are about 21 MB of HTML
+_IMAGE_BYTES, _IMAGE_SIDE = 14_000, 360  # the most for one image
+_THREADS = 8  # storage is mostly waited for, and Pillow works without the interpreter's lock
 
 
-def thumbnail_data_uri(
-    pixels: npt.NDArray[np.uint8], max_side: int = 320, max_bytes: int = 8_000
-) -> str:
-    """Return (H, W, 3) or (H, W) uint8 pixels as a JPEG data URI of at most `max_bytes` JPEG.
+def run_gallery(found: RunTables, max_images: int) -> list[GalleryItem]:
+    """Return up to `max_images` images that show many classes and every verdict.
 
-    Large images are scaled down to `max_side`, small ones keep their size. Quality falls
-    first, then size, because a page full of noisy images must still open quickly.
+    Images that cannot be read any more are left out.
     """
-    array = np.asarray(pixels)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"pixels are {array.dtype} {array.shape}: give uint8 (H, W, 3) or (H, W)")
-    image = Image.fromarray(array).convert("RGB")
-    side = min(max_side, max(image.size))
-    while True:
-        small = image.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        for quality in (80, 65, 50, 35):
-            sink = io.BytesIO()
-            small.save(sink, "JPEG", quality=quality, optimize=True)
-            if sink.tell() <= max_bytes or (quality == 35 and side <= 32):
-                text = base64.b64encode(sink.getvalue()).decode()
-                return f"data:image/jpeg;base64,{text}"
-        side = max(32, int(side * 0.75))
+    if found.regions is None or found.labels is None or max_images < 1:
+        return []
+    candidates = {row["image_id"]: row for row in _candidates(found.labels)}
+    annotated = found.annotations
+    judged = {name: judge(row, annotated.get(name)) for name, row in candidates.items()}
+    chosen = choose_images(judged, max_images)
+    info = read_object(found.regions.file("table.json"))
+    settings = found.config.filter
+    if info.get("prior_log_likelihoods") is None:
+        settings = settings.model_copy(update={"prior_alpha": 0.0})
+    class_ids = [int(i) for i in info.get("class_ids") or found.names]
+    max_bytes = min(_IMAGE_BYTES, GALLERY_BYTES // max(len(chosen), 1))
+    scored = {row["image_id"]: row for row in _scored_rows(found.regions.path, chosen)}
+    rows = [scored[image_id] for image_id in chosen if image_id in scored]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        images = threads.map(lambda row: stored_thumbnail(row["uri"], _IMAGE_SIDE, max_bytes), rows)
+        return [
+            gallery_item(
+                image,
+                row,
+                class_probabilities(row["scores"], info, settings),
+                class_ids,
+                found.names,
+                candidates[row["image_id"]],
+                annotated.get(row["image_id"]),
+            )
+            for row, image in zip(rows, images, strict=True)
+            if image is not None
+        ]
+
+
+def _candidates(labels: pa.Table) -> list[dict[str, Any]]:
+    """Return rows from all over the table, and for every class the first that has it."""
+    stride = max(1, -(-len(labels) // GALLERY_CANDIDATES))
+    positive = labels["positive_ids"].combine_chunks()
+    _, firsts = np.unique(pc.list_flatten(positive).to_numpy(), return_index=True)
+    parents = pc.list_parent_indices(positive).to_numpy()
+    rows = np.union1d(np.arange(0, len(labels), stride), parents[firsts])
+    chosen: list[dict[str, Any]] = labels.take(pa.array(rows)).to_pylist()
+    return chosen
+
+
+def _scored_rows(path: str, image_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield some images' rows that have regions, `scores` as (R, C) float32.
+
+    Scores are nearly all of a run's bytes: only files that hold such an image are opened for them.
+    """
+    filesystem, inner = storage.resolve(path)
+    dataset = pads.dataset(
+        inner,
+        format="parquet",
+        filesystem=filesystem,
+        exclude_invalid_files=False,
+        ignore_prefixes=[".", "_", "checkpoint", "stats.json", "table.json", "quarantine"],
+    )
+    wanted = pads.field("image_id").isin(list(image_ids))
+    for fragment in dataset.get_fragments():
+        if not fragment.count_rows(filter=wanted):
+            continue
+        found = fragment.to_table(schema=dataset.schema, filter=wanted)
+        checked = tables.check_table(found, tables.REGION_SCORES_SCHEMA, path)
+        scores = checked["scores"]
+        for place, row in enumerate(checked.drop_columns(["scores"]).to_pylist()):
+            flat = scores[place].values
+            if row["boxes"] and flat is not None:
+                scores_R = flat.to_numpy(zero_copy_only=False)
+                yield {**row, "scores": scores_R.reshape(len(row["boxes"]), -1)}
 
 
 def gallery_item(
-    *,
-    image_id: str,
     image: str,
-    width: int,
-    height: int,
-    names: Mapping[int, str],
+    scored: Row,
+    p_RC: npt.NDArray[Any],
     class_ids: Sequence[int],
-    boxes: npt.ArrayLike,
-    probabilities: npt.ArrayLike,
-    positive_ids: Sequence[int],
-    positive_probabilities: Sequence[float] = (),
-    ignored_ids: Sequence[int] = (),
-    annotation_ids: Sequence[int] | None = None,
-    ambiguous_ids: Sequence[int] = (),
-    kinds: Sequence[str] = (),
-    captions: Sequence[str] = (),
+    names: Mapping[int, str],
+    labeled: Row,
+    annotated: Row | None = None,
 ) -> GalleryItem:
     """Build what the gallery shows of one image.
 
-    `boxes` (R, 4) xyxy in pixels of the `width` x `height` image; `probabilities` (R, C) over
-    `class_ids`; `names` by class id. `annotation_ids` are the true classes, None without
-    annotations; a pseudo-label among `ambiguous_ids` is not judged. Ignored classes beyond the
-    most probable few are only counted. Raises ValueError for unequal shapes.
+    - `image` is a data URI, `scored` the image's row of `region_scores`;
+    - `p_RC` (R, C) are the probabilities over `class_ids`, `names` are by class id;
+    - `labeled` is the image's row of `pseudo_labels`, `annotated` that of the manifest.
+
+    Ignored classes beyond the most probable few are only counted.
     """
-    boxes_r4 = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    p_RC = np.asarray(probabilities, dtype=np.float64).reshape(len(boxes_r4), -1)
-    if len(boxes_r4) and p_RC.shape[1] != len(class_ids):
-        raise ValueError(f"probabilities have {p_RC.shape[1]} columns, {len(class_ids)} class ids")
-    truth = None if annotation_ids is None else set(map(int, annotation_ids))
-    columns = {int(class_id): column for column, class_id in enumerate(class_ids)}
-    given = dict(zip(map(int, positive_ids), map(float, positive_probabilities), strict=False))
-    ambiguous = set(map(int, ambiguous_ids))
+    columns = {class_id: column for column, class_id in enumerate(class_ids)}
+    given = dict(zip(labeled["positive_ids"], labeled["probability"], strict=True))
+    ambiguous = set() if annotated is None else set(annotated["ambiguous_ids"] or ())
     labels = []
-    for class_id, verdict in judge(positive_ids, ignored_ids, truth, ambiguous):
+    for class_id, verdict in judge(labeled, annotated):
         region, best = _best_region(p_RC, columns.get(class_id))
-        known = truth is not None and class_id not in ambiguous
+        known = annotated is not None and class_id not in ambiguous
         labels.append(
             GalleryLabel(
                 class_id=class_id,
@@ -97,14 +139,20 @@ def gallery_item(
                 verdict=verdict,
                 probability=given.get(class_id, best),
                 region=region,
-                annotated=class_id in truth if known and truth is not None else None,
+                annotated=class_id in annotated["positive_ids"] if known and annotated else None,
             )
         )
     shown, more_ignored = _limit_ignored(labels)
-    column_names = [names.get(int(i), f"class {i}") for i in class_ids]
-    regions = _gallery_regions(boxes_r4, p_RC, column_names, kinds, captions)
+    column_names = [names.get(i, f"class {i}") for i in class_ids]
+    regions = _regions(scored, p_RC, column_names)
     return GalleryItem(
-        image_id, image, int(width), int(height), tuple(regions), tuple(shown), more_ignored
+        scored["image_id"],
+        image,
+        scored["width"],
+        scored["height"],
+        tuple(regions),
+        tuple(shown),
+        more_ignored,
     )
 
 
@@ -124,13 +172,12 @@ def choose_images(
             *(("class", class_id) for class_id, verdict in labels if verdict != "ignored"),
         ]
     left = [image_id for image_id, found in tokens.items() if found]
-    left = left[:: max(1, math.ceil(len(left) / GALLERY_CANDIDATES))]
     shown: Counter[tuple[str, object]] = Counter()
 
     def gain(place: int) -> float:
         return sum(1.0 / (1 + shown[token]) ** 2 for token in tokens[left[place]])
 
-    # What an image adds can only fall, so a stale value that is still the best needs no others.
+    # What an image adds can only fall: a stale value that is the best after an update is final.
     heap = [(-gain(place), place) for place in range(len(left))]
     heapq.heapify(heap)
     chosen: list[str] = []
@@ -159,7 +206,7 @@ def gallery_classes(gallery: Sequence[GalleryItem]) -> list[tuple[int, str, int]
 
 
 def gallery_data(gallery: Sequence[GalleryItem]) -> dict[str, Any]:
-    """Return what the page's script needs; texts stand once, or they would be its bulk.
+    """Return what the page's script needs; each text is stored once, to keep the page small.
 
     An image is its width, its height and its regions; a region is a kind, a caption, a box
     (x, y, width, height) and the best classes as (text, probability).
@@ -197,7 +244,7 @@ def _clean(value: float) -> float:
     return float(value) if finite(value) else 0.0
 
 
-def _best_region(p_RC: FloatArray, column: int | None) -> tuple[int | None, float | None]:
+def _best_region(p_RC: npt.NDArray[Any], column: int | None) -> tuple[int | None, float | None]:
     """Return the region where a class is most probable, and that probability."""
     if column is None or not len(p_RC):
         return None, None
@@ -206,7 +253,7 @@ def _best_region(p_RC: FloatArray, column: int | None) -> tuple[int | None, floa
 
 
 def _limit_ignored(labels: Sequence[GalleryLabel]) -> tuple[list[GalleryLabel], int]:
-    """Keep the ignored classes that say most: annotated ones, then the most probable."""
+    """Keep the ignored classes that matter most: annotated ones, then the most probable."""
     ignored = [label for label in labels if label.verdict == "ignored"]
     ignored.sort(key=lambda label: (label.annotated is not True, -(label.probability or 0.0)))
     others = [label for label in labels if label.verdict != "ignored"]
@@ -214,19 +261,12 @@ def _limit_ignored(labels: Sequence[GalleryLabel]) -> tuple[list[GalleryLabel], 
     return others + ignored[:MAX_IGNORED_LABELS], more
 
 
-def _gallery_regions(
-    boxes_r4: FloatArray,
-    p_RC: FloatArray,
-    column_names: Sequence[str],
-    kinds: Sequence[str],
-    captions: Sequence[str],
-) -> list[GalleryRegion]:
-    regions = []
-    for r, (box, p_C) in enumerate(zip(boxes_r4, p_RC, strict=True)):
+def _regions(
+    scored: Row, p_RC: npt.NDArray[Any], column_names: Sequence[str]
+) -> Iterator[GalleryRegion]:
+    captions, kinds = scored["captions"] or (), scored["region_kinds"] or ()
+    for r, (box, p_C) in enumerate(zip(scored["boxes"], p_RC, strict=True)):
         order = np.argsort(-p_C, kind="stable")[:BEST_CLASSES]
         best = tuple((column_names[column], float(p_C[column])) for column in order)
-        x1, y1, x2, y2 = (float(value) for value in box)
-        kind = kinds[r] if r < len(kinds) else ""
-        caption = captions[r] if r < len(captions) else ""
-        regions.append(GalleryRegion((x1, y1, x2, y2), best, kind, caption))
-    return regions
+        caption = " / ".join(captions[r] or ()) if r < len(captions) else ""
+        yield GalleryRegion(tuple(box), best, kinds[r] if r < len(kinds) else "", caption)

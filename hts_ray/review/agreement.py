@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.errors import DataError
+from hts_ray.metrics import wilson_interval
 
 Machine = Literal["positive", "ignored", "negative"]
 
@@ -63,9 +63,9 @@ class Counts:
         return {
             **asdict(self),
             "precision": self.precision,
-            "precision_interval": wilson_interval(self.confirmed, judged),
+            "precision_interval": wilson_interval(self.confirmed, judged) if judged else None,
             "recall": self.recall,
-            "recall_interval": wilson_interval(self.confirmed, present),
+            "recall_interval": wilson_interval(self.confirmed, present) if present else None,
             "kappa": self.kappa,
         }
 
@@ -188,22 +188,6 @@ def _absent(
     """Return the classes that both sides call negative."""
     said = {*row["positive_ids"], *row["ignored_ids"]}
     return (set(correction["negative_ids"] or ()) & names.keys()) - said
-
-
-def wilson_interval(hits: int, total: int) -> tuple[float, float] | None:
-    """Return the 95 % interval of a share, None without trials; in [0, 1].
-
-    It takes labels to be independent, which those of one image are not quite: the truth is a bit
-    wider. Source: Wilson 1927.
-    """
-    if total == 0:
-        return None
-    z = 1.959964
-    share = hits / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def _share(part: int, whole: int) -> float | None:

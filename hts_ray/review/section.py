@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from hts_ray.report.data import Section, Verdict
-from hts_ray.report.rendering import environment
-from hts_ray.report.run_gallery import stored_thumbnail
+from hts_ray.images.thumbnail import stored_thumbnail
+from hts_ray.report.content import Section, Verdict
+from hts_ray.report.page import environment
 from hts_ray.review.agreement import Machine
 from hts_ray.review.measuring import AGREEMENT, TABLE
 from hts_ray.store import storage
@@ -20,7 +21,8 @@ from hts_ray.store.run import StageFolder, find_stage, finished_stages
 Content = Mapping[str, Any]
 
 MAX_IMAGES = 24
-_THUMBNAIL_BYTES = 12_000
+_TEMPLATES = Path(__file__).parent
+_THUMBNAIL = (360, 12_000)  # pixels of a side, bytes
 # What the page calls a label that people changed, by what the machine had said.
 _VERDICTS: dict[Machine, Verdict] = {
     "positive": "wrong", "negative": "missed", "ignored": "ignored"
@@ -57,7 +59,7 @@ def review_sections(run_dir: str) -> list[Section]:
     content = storage.read_json(stages[-1].file(AGREEMENT))
     latest = find_stage(run_dir, "pseudo_labels")
     images = disagreed_images(content["disagreements"])
-    html = environment().get_template("review.html.j2").render(
+    html = environment(_TEMPLATES).get_template("review.html.j2").render(
         found=content,
         rows=_class_rows(content),
         file=stages[-1].file(AGREEMENT),
@@ -93,7 +95,7 @@ def _badness(image: DisagreedImage) -> tuple[int, int, float]:
 
 
 def _with_picture(image: DisagreedImage, uri: str) -> DisagreedImage:
-    return DisagreedImage(image.image_id, image.labels, stored_thumbnail(uri, _THUMBNAIL_BYTES))
+    return DisagreedImage(image.image_id, image.labels, stored_thumbnail(uri, *_THUMBNAIL))
 
 
 def _class_rows(content: Content) -> list[Content]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from hts_ray.report import thumbnail_data_uri
+from hts_ray.images.thumbnail import thumbnail_data_uri
 from hts_ray.store import storage
 from hts_ray.teacher.estimate import Estimate, ImageExample, RegionExample
 

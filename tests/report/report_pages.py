@@ -9,6 +9,9 @@ import numpy as np
 from PIL import Image
 
 from hts_ray import report
+from hts_ray.images.thumbnail import thumbnail_data_uri
+from hts_ray.report import content
+from hts_ray.report.gallery import gallery_item
 
 HOSTILE = '<script>alert("x")</script>&\'"'
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -74,22 +77,23 @@ def make_item(seed=0, names=None, regions=14, annotated=True, image=None):
     for _ in range(regions - 1):
         x, y = rng.uniform(0, 160), rng.uniform(0, 120)
         boxes.append((x, y, x + 160, y + 120))
-    p_RC = rng.dirichlet(np.full(len(ids), 0.2), regions)
-    return report.gallery_item(
-        image_id=f"image_{seed:05d}.jpg",
-        image=image or report.thumbnail_data_uri(photo(seed)),
-        width=320,
-        height=240,
-        names=names,
-        class_ids=ids,
-        boxes=boxes,
-        probabilities=p_RC,
-        positive_ids=[ids[0], ids[1]],
-        positive_probabilities=[0.91, 0.62],
-        ignored_ids=[ids[2], ids[3]],
-        annotation_ids=[ids[0], ids[4]] if annotated else None,
-        kinds=["whole"] + ["grid"] * (regions - 1),
-        captions=["a person on a thing"] * regions if seed % 2 else (),
+    scored = {
+        "image_id": f"image_{seed:05d}.jpg",
+        "width": 320,
+        "height": 240,
+        "boxes": boxes,
+        "region_kinds": ["whole"] + ["grid"] * (regions - 1),
+        "captions": [["a person on a thing"]] * regions if seed % 2 else None,
+    }
+    labeled = {"positive_ids": ids[:2], "probability": [0.91, 0.62], "ignored_ids": ids[2:4]}
+    return gallery_item(
+        image or thumbnail_data_uri(photo(seed)),
+        scored,
+        rng.dirichlet(np.full(len(ids), 0.2), regions),
+        ids,
+        names,
+        labeled,
+        {"positive_ids": [ids[0], ids[4]], "ambiguous_ids": None} if annotated else None,
     )
 
 
@@ -98,7 +102,7 @@ def make_data(images=4, classes=30, name="class {}"):
     rng = np.random.default_rng(0)
     methods = ("zero-shot CLIP", "HTS with regions", "supervised")
     rows = [
-        report.ClassRow(
+        content.ClassRow(
             class_id=i,
             name=name.format(i),
             annotated=int(rng.integers(0, 300)),
@@ -120,7 +124,7 @@ def make_data(images=4, classes=30, name="class {}"):
         intro=["The images are synthetic.", "One seed was run."],
         settings="train:\n  epochs: 3\n",
         provenance={"versions": {"ray": "2.60", "torch": "2.8"}, "git_commit": None},
-        facts=[report.Facts("Teacher", [("model", "some/captioner"), ("data hash", "0f1e")])],
+        facts={"Teacher": {"model": "some/captioner", "data hash": "0f1e"}},
         comparison=[
             report.ComparisonRow("zero-shot CLIP", 0.372, "class prompts only", 0.4, seconds=2),
             report.ComparisonRow("HTS whole image only", 0.45, "", 0.5, 0.1, 0.2, 0.3, 40),
@@ -128,15 +132,15 @@ def make_data(images=4, classes=30, name="class {}"):
             report.ComparisonRow("supervised", 0.562, "", 0.66, None, None, 0.5, 3700),
         ],
         funnel=[
-            report.FunnelStep("images", 1000),
-            report.FunnelStep("regions", 14_000, of="images"),
-            report.FunnelStep("candidate classes", 9_000, of="images"),
-            report.FunnelStep("positives kept", 2_100, of="candidate classes"),
-            report.FunnelStep("ignored", 6_900, of="candidate classes", note="not in the loss"),
+            content.FunnelStep("images", 1000),
+            content.FunnelStep("regions", 14_000, of="images"),
+            content.FunnelStep("candidate classes", 9_000, of="images"),
+            content.FunnelStep("positives kept", 2_100, of="candidate classes"),
+            content.FunnelStep("ignored", 6_900, of="candidate classes", note="not in the loss"),
         ],
         stages=[
-            report.StageRow("region scores", 1000, 990, 10, 81.2, 12.3, gpu_hours=0.09),
-            report.StageRow("sweep", seconds=20, gpu_hours=None, note="the latest of 2"),
+            content.StageRow("region scores", 1000, 990, 10, 81.2, 12.3, gpu_hours=0.09),
+            content.StageRow("sweep", seconds=20, gpu_hours=None, note="the latest of 2"),
         ],
         per_class=rows,
         precision_recall={
@@ -144,11 +148,11 @@ def make_data(images=4, classes=30, name="class {}"):
             for place, method in enumerate(methods)
         },
         reliability=[
-            report.ReliabilityBin(0.3, 0.4, 40, 10, 0.35),
-            report.ReliabilityBin(0.9, 1.0, 10, 10, 0.97),
+            content.ReliabilityBin(0.3, 0.4, 40, 10, 0.35),
+            content.ReliabilityBin(0.9, 1.0, 10, 10, 0.97),
         ],
         confusions=[
-            report.Confusion(
+            content.Confusion(
                 "bicycle",
                 ["ride", "push"],
                 ["ride bicycle", "push bicycle"],
@@ -156,9 +160,12 @@ def make_data(images=4, classes=30, name="class {}"):
             )
         ],
         training=[
-            report.TrainingCurve("HTS", [3.0, 2.0, math.nan, 1.2], [0.1, math.nan, 0.2, 0.31]),
-            report.TrainingCurve("supervised", [2.5, 1.5, 1.0, 0.8]),
+            content.TrainingCurve("HTS", [3.0, 2.0, math.nan, 1.2], [0.1, math.nan, 0.2, 0.31]),
+            content.TrainingCurve("supervised", [2.5, 1.5, 1.0, 0.8]),
         ],
-        quarantine=[report.QuarantineRow(f"q{i}", "label", "truncated", "cut") for i in range(3)],
+        quarantine=[
+            {"image_id": f"q{i}", "stage": "label", "error_kind": "truncated", "error": "cut"}
+            for i in range(3)
+        ],
         gallery=[make_item(seed) for seed in range(images)],
     )

@@ -10,15 +10,17 @@ from markupsafe import Markup
 from report_pages import HOSTILE, Page
 
 from hts_ray import report
-from hts_ray.report import charts
+from hts_ray.report import charts, content
+from hts_ray.report.page import environment
 
 
 def page_of(chart):
-    return Page(f"{chart.svg}{charts.legend(chart.keys)}")
+    macro = environment().get_template("macros.html.j2").module.chart
+    return Page(str(macro(chart)))
 
 
 def one_curve(losses):
-    return [report.TrainingCurve("HTS", losses)]
+    return [content.TrainingCurve("HTS", losses)]
 
 
 def test_drawings_take_the_pages_colours():
@@ -70,14 +72,14 @@ def test_drawings_ignore_the_users_own_style():
 
 def test_plot_box_is_where_the_axes_are():
     """Catches a box upside down: the page's script draws classes into it."""
-    chart = charts.precision_recall_chart({"a": [1.0] * 11}, {"a": 1.0}, {"a": 0})
+    chart = charts.precision_recall_chart({"a": {1: [1.0] * 11}}, {"a": 0})
     (svg,) = Page(str(chart.svg)).attributes("svg")
     left, top, width, height = map(float, svg["data-plot"].split())
     line = re.search(r'data-mark="0">\s*<path d="([^"]+)"', chart.svg)[1]
     numbers = [float(number) for number in re.findall(r"-?[\d.]+", line)]
     assert numbers[:2] == pytest.approx([left, top], abs=0.1)
     assert numbers[-2] == pytest.approx(left + width, abs=0.1)
-    bottom = charts.precision_recall_chart({"a": [0.0] * 11}, {"a": 0.0}, {"a": 0})
+    bottom = charts.precision_recall_chart({"a": {1: [0.0] * 11}}, {"a": 0})
     line = re.search(r'data-mark="0">\s*<path d="([^"]+)"', bottom.svg)[1]
     assert float(line.split()[2]) == pytest.approx(top + height, abs=0.1)
 
@@ -98,7 +100,7 @@ def test_what_was_not_measured_is_not_drawn():
     """Catches an empty chart of validation mAP, and one of nothing but NaN."""
     assert charts.training_charts(one_curve([math.nan]), {"HTS": 0}) == []
     assert len(charts.training_charts(one_curve([1.0]), {"HTS": 0})) == 1
-    measured = [report.TrainingCurve("HTS", [1.0, 0.5], [math.nan, 0.31])]
+    measured = [content.TrainingCurve("HTS", [1.0, 0.5], [math.nan, 0.31])]
     _, quality = charts.training_charts(measured, {"HTS": 0})
     assert quality.rows == [["1", "\u2013"], ["2", "31.0"]]
 
@@ -106,7 +108,7 @@ def test_what_was_not_measured_is_not_drawn():
 def test_a_method_looks_the_same_in_every_chart():
     """Catches colours given by position, which differ where a chart lacks a method."""
     series = {"zero-shot": 0, "HTS": 1}
-    curves = charts.precision_recall_chart({"HTS": [1.0] * 11}, {"HTS": 1.0}, series)
+    curves = charts.precision_recall_chart({"HTS": {1: [1.0] * 11}}, series)
     (training,) = charts.training_charts(one_curve([1.0, 2.0]), series)
     assert curves.keys[0].series == training.keys[0].series == 1
     assert "var(--s1)" in curves.svg
@@ -121,7 +123,7 @@ def test_no_two_series_look_alike():
 
 def test_reliability_is_also_there_in_words():
     """Catches a chart that says nothing to those who cannot see it."""
-    bins = [report.ReliabilityBin(0.3, 0.4, 40, 10, 0.35)]
+    bins = [content.ReliabilityBin(0.3, 0.4, 40, 10, 0.35)]
     chart = charts.reliability_chart(bins)
     assert chart.rows == [["30 to 40", "40", "35.0", "25.0", "14.2 to 40.2"]]
     assert "at 35.0 % probability 25.0 % of 40 are right" in chart.svg
@@ -130,7 +132,7 @@ def test_reliability_is_also_there_in_words():
 def test_hostile_names_stay_text():
     """Catches a method's name that ends the drawing, or one read as a formula."""
     name = f"{HOSTILE} $x^2$"
-    chart = charts.precision_recall_chart({name: [0.5] * 11}, {name: 0.5}, {name: 0})
+    chart = charts.precision_recall_chart({name: {1: [0.5] * 11}}, {name: 0})
     page = page_of(chart)
     assert not page.attributes("script")
     assert name in page.words

@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from PIL import Image
 from report_pages import make_item
 
 from hts_ray import report
-from hts_ray.report.gallery import gallery_classes, gallery_data
-
-
-@pytest.mark.parametrize("shape", [(240, 320, 3), (10, 3000, 3), (50, 40), (1, 1, 3)])
-def test_thumbnail_is_a_small_jpeg(shape):
-    """Catches a data URI that is not the promised JPEG, or an image that is scaled up."""
-    noise = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
-    uri = report.thumbnail_data_uri(noise, max_side=200, max_bytes=5_000)
-    head, _, body = uri.partition(",")
-    assert head == "data:image/jpeg;base64"
-    data = base64.b64decode(body, validate=True)
-    assert len(data) <= 5_000
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.format == "JPEG"
-        assert max(image.size) <= min(200, max(shape[:2]))
-
-
-def test_thumbnail_refuses_other_arrays():
-    """Catches float pixels in [0, 1] that would be shown as black."""
-    with pytest.raises(ValueError, match="uint8"):
-        report.thumbnail_data_uri(np.zeros((4, 4, 3), np.float32))
+from hts_ray.report.gallery import (
+    MAX_IGNORED_LABELS,
+    choose_images,
+    gallery_classes,
+    gallery_data,
+    gallery_item,
+    run_gallery,
+)
+from hts_ray.report.read_run import read_run
+from hts_ray.store import tables
+from hts_ray.store.run import StageFolder
 
 
 def test_gallery_item_points_at_the_best_region():
     """Catches class ids used as columns, which differ as soon as a run keeps a part of HICO."""
-    p_RC = np.array([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
-    item = report.gallery_item(
-        image_id="a",
-        image="data:image/jpeg;base64,",
-        width=10,
-        height=20,
-        names={500: "x", 7: "y", 30: "z"},
-        class_ids=[500, 7, 30],
-        boxes=[[0, 0, 10, 20], [1, 2, 5, 6]],
-        probabilities=p_RC,
-        positive_ids=[500],
-        ignored_ids=[30],
-        annotation_ids=[7],
-        kinds=["whole", "grid"],
+    item = gallery_item(
+        "data:image/jpeg;base64,",
+        {
+            "image_id": "a",
+            "width": 10,
+            "height": 20,
+            "boxes": [[0, 0, 10, 20], [1, 2, 5, 6]],
+            "region_kinds": ["whole", "grid"],
+            "captions": None,
+        },
+        np.array([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]]),
+        [500, 7, 30],
+        {500: "x", 7: "y", 30: "z"},
+        {"positive_ids": [500], "probability": [0.6], "ignored_ids": [30]},
+        {"positive_ids": [7], "ambiguous_ids": []},
     )
     found = {label.class_id: (label.verdict, label.region) for label in item.labels}
     assert found == {500: ("wrong", 1), 7: ("missed", 1), 30: ("ignored", 0)}
@@ -61,22 +50,19 @@ def test_gallery_item_points_at_the_best_region():
 
 def test_many_ignored_classes_are_counted_not_listed():
     """Catches 500 grey labels under one image, or an annotated one lost among them."""
-    names = {i: f"c{i}" for i in range(100)}
-    item = report.gallery_item(
-        image_id="a",
-        image="data:,",
-        width=9,
-        height=9,
-        names=names,
-        class_ids=list(names),
-        boxes=[[0, 0, 9, 9]],
-        probabilities=np.linspace(0, 1, 100)[None],
-        positive_ids=[],
-        ignored_ids=list(names),
-        annotation_ids=[0],
+    ids = list(range(100))
+    scored = {"image_id": "a", "width": 9, "height": 9, "boxes": [[0, 0, 9, 9]]}
+    item = gallery_item(
+        "data:,",
+        {**scored, "region_kinds": None, "captions": None},
+        np.linspace(0, 1, 100)[None],
+        ids,
+        {i: f"c{i}" for i in ids},
+        {"positive_ids": [], "probability": [], "ignored_ids": ids},
+        {"positive_ids": [0], "ambiguous_ids": None},
     )
-    assert len(item.labels) == report.MAX_IGNORED_LABELS
-    assert item.more_ignored == 100 - report.MAX_IGNORED_LABELS
+    assert len(item.labels) == MAX_IGNORED_LABELS
+    assert item.more_ignored == 100 - MAX_IGNORED_LABELS
     assert item.labels[0].class_id == 0
 
 
@@ -86,11 +72,11 @@ def test_chosen_images_cover_classes_and_verdicts():
     judged |= {f"other{i}": [(i, "right")] for i in range(1, 6)}
     judged |= {"bad": [(0, "wrong")], "left": [(3, "ignored")], "gone": [(0, "missed")]}
     judged |= {"empty": []}
-    chosen = report.choose_images(judged, 10)
+    chosen = choose_images(judged, 10)
     assert len(chosen) == len(set(chosen)) == 10
     assert {"bad", "left", "gone", *(f"other{i}" for i in range(1, 6))} <= set(chosen)
     assert "empty" not in chosen
-    assert chosen == report.choose_images(judged, 10)
+    assert chosen == choose_images(judged, 10)
 
 
 def test_every_choice_adds_most():
@@ -107,14 +93,14 @@ def test_every_choice_adds_most():
     }
     shown: Counter[object] = Counter()
     left = set(judged)
-    for image_id in report.choose_images(judged, 25):
+    for image_id in choose_images(judged, 25):
         gains = {i: sum(1 / (1 + shown[token]) ** 2 for token in tokens[i]) for i in left}
         assert gains[image_id] == pytest.approx(max(gains.values()))
         shown.update(tokens[image_id])
         left.remove(image_id)
 
 
-def test_texts_stand_once_in_the_pages_data():
+def test_the_page_stores_each_text_once():
     """Catches a page whose bulk is class names, or an index that points at another text."""
     items = [make_item(seed, image="data:,") for seed in range(4)]
     data = gallery_data(items)
@@ -134,3 +120,53 @@ def test_classes_are_counted_by_image():
     assert {images for _, _, images in gallery_classes(items)} == {3}
     names = [name for _, name, _ in gallery_classes(items)]
     assert names == sorted(names, key=str.casefold)
+
+
+def gallery_of(run_dir, max_images=10):
+    return run_gallery(read_run(run_dir), max_images)
+
+
+def test_items_join_labels_scores_and_annotations(run_dir):
+    """Catches the regions of another image, and verdicts by another image's annotations."""
+    gallery = gallery_of(run_dir)
+    assert {item.image_id for item in gallery} == {f"im{i}" for i in range(5)}
+    shown = next(item for item in gallery if item.image_id == "im3")
+    verdicts = {label.class_id: label.verdict for label in shown.labels}
+    assert verdicts == {9: "wrong", 5: "missed", 400: "ignored"}
+    assert shown.regions[1].best[0][1] == pytest.approx(1.0, abs=1e-3)
+    assert shown.regions[0].caption == "a man"
+    assert (shown.width, shown.height) == (80, 60)
+
+
+def test_gallery_of_a_run_is_bounded(run_dir):
+    """Catches a page that embeds every image of the run."""
+    assert len(gallery_of(run_dir, 2)) == 2
+    assert gallery_of(run_dir, 0) == []
+
+
+def test_images_that_are_gone_are_left_out(run_dir, tmp_path):
+    """Catches a report that dies because an image was moved away."""
+    (tmp_path / "im <2>.png").unlink()
+    (tmp_path / "im <3>.png").write_text("no image")
+    assert {item.image_id for item in gallery_of(run_dir)} == {"im0", "im1", "im4"}
+
+
+def test_a_rare_class_is_among_the_candidates(run_dir, monkeypatch):
+    """Catches a gallery drawn from every n-th row, which misses the classes that need a look."""
+    monkeypatch.setattr("hts_ray.report.gallery.GALLERY_CANDIDATES", 1)
+    rows = tables.read_table(f"{run_dir}/pseudo_labels-abc").to_pylist()
+    rows[4]["positive_ids"] = [400]
+    stage = StageFolder(run_dir, "pseudo_labels", "abc")
+    table = pa.Table.from_pylist(rows, tables.PSEUDO_LABELS_SCHEMA)
+    tables.write_table(stage.file("part-0.parquet"), table)
+    assert {item.image_id for item in gallery_of(run_dir)} == {"im0", "im4"}
+
+
+def test_region_scores_of_another_pass_are_no_reason_to_fail(run_dir):
+    """Catches a crash where the latest teacher pass has not seen a labeled image."""
+    rows = tables.read_table(f"{run_dir}/region_scores-abc").slice(0, 2)
+    later = StageFolder(run_dir, "region_scores", "later")
+    tables.write_table(later.file("part-0.parquet"), rows)
+    later.publish({})
+    assert {item.image_id for item in gallery_of(run_dir)} == {"im0", "im1"}
+    report.render_report(report.report_for_run(run_dir))

@@ -1,9 +1,9 @@
-"""Everything a run directory has to show so far, as `ReportData`."""
+"""Everything that a run directory can show so far, as `ReportData`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.evaluate import few_shot_masks
-from hts_ray.report.data import ClassRow, FunnelStep, ReportData, Section
-from hts_ray.report.evaluations import (
+from hts_ray.report.content import ClassRow, FunnelStep, ReportData, Section
+from hts_ray.report.facts import read_quarantine, run_facts, stage_rows
+from hts_ray.report.formatting import count, percent
+from hts_ray.report.gallery import run_gallery
+from hts_ray.report.label_quality import reliability
+from hts_ray.report.read_run import ROWS_AT_ONCE, RunTables, read_columns, read_run
+from hts_ray.report.results import (
     by_class,
     comparison_rows,
     last_part,
@@ -21,13 +26,8 @@ from hts_ray.report.evaluations import (
     read_object,
     read_training,
 )
-from hts_ray.report.formatting import count, percent
-from hts_ray.report.found import ROWS_AT_ONCE, Found, read_columns, read_found
-from hts_ray.report.quality import reliability
-from hts_ray.report.run_gallery import run_gallery
-from hts_ray.report.stages import FinishedStages, read_quarantine, run_facts, stage_rows
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder
+from hts_ray.store.run import StageFolder, find_stage
 
 DEFAULT_IMAGES = 200
 DROP_REASONS = {
@@ -43,16 +43,18 @@ def report_for_run(
     max_images: int = DEFAULT_IMAGES,
     *,
     labels_stage: StageFolder | None = None,
+    sections: Sequence[Section] = (),
 ) -> ReportData:
-    """Gather what a run directory holds so far; a stage that has not run is left out.
+    """Collect what a run directory holds so far; a stage that has not run is left out.
 
-    `max_images` bounds the gallery. `labels_stage` names the pseudo_labels folder where the run
-    has several; the latest counts otherwise. Raises DataError when a table that is there cannot be
-    read.
+    - `max_images` bounds the gallery;
+    - `labels_stage` is the pseudo_labels folder to show, the latest if not given;
+    - `sections` are parts of the page that other modules made.
+
+    Raises DataError when a table that is there cannot be read.
     """
-    stages = FinishedStages.of(run_dir)
-    found = read_found(run_dir, stages, labels_stage)
-    student = stages.latest("student")
+    found = read_run(run_dir, labels_stage)
+    student = find_stage(run_dir, "student")
     provenance = read_object(storage.join(run_dir, "provenance.json"))
     curves = {
         name: precision_recall(values, list(found.names)) for name, values in found.metrics.items()
@@ -62,39 +64,22 @@ def report_for_run(
         intro=_intro(found),
         settings=found.config_text,
         provenance=provenance,
-        facts=run_facts(stages, found.config, provenance),
+        facts=run_facts(run_dir, found.config, provenance),
         comparison=comparison_rows(found.metrics, "" if student is None else student.path),
         funnel=_funnel(found),
-        stages=stage_rows(stages, found.config),
+        stages=stage_rows(run_dir, found.config),
         per_class=_class_rows(found),
         precision_recall={name: curve for name, curve in curves.items() if curve},
         reliability=reliability(found.quality.judged),
         confusions=found.quality.confusions,
         training=read_training(run_dir, found.metrics),
-        sections=[section for make in SECTIONS for section in make(run_dir)],
-        quarantine=read_quarantine(stages),
+        sections=sections,
+        quarantine=read_quarantine(run_dir),
         gallery=run_gallery(found, max_images),
     )
 
 
-def _sweep(run_dir: str) -> list[Section]:
-    from hts_ray.sweep.plots import sweep_section
-
-    html = sweep_section(run_dir)
-    return [Section("sweep", "Sweep", html)] if html else []
-
-
-def _review(run_dir: str) -> list[Section]:
-    from hts_ray.review.section import review_sections
-
-    return review_sections(run_dir)
-
-
-# Parts of the page that other modules make: each returns those of a run directory.
-SECTIONS: tuple[Callable[[str], Sequence[Section]], ...] = (_sweep, _review)
-
-
-def _intro(found: Found) -> list[str]:
+def _intro(found: RunTables) -> list[str]:
     lines = []
     if found.manifest is not None:
         known = f", {count(len(found.annotations))} of them annotated" if found.annotations else ""
@@ -112,7 +97,7 @@ def _intro(found: Found) -> list[str]:
     return lines
 
 
-def _funnel(found: Found) -> list[FunnelStep]:
+def _funnel(found: RunTables) -> list[FunnelStep]:
     steps = []
     if found.manifest is not None:
         steps.append(FunnelStep("images", len(found.manifest)))
@@ -145,7 +130,7 @@ def _funnel(found: Found) -> list[FunnelStep]:
     ]
 
 
-def _class_rows(found: Found) -> list[ClassRow]:
+def _class_rows(found: RunTables) -> list[ClassRow]:
     """Return one row a class; precision and recall count annotated images only."""
     ap = {name: by_class(values, "ap", list(found.names)) for name, values in found.metrics.items()}
     if found.classes is None or (found.labels is None and not any(ap.values())):
@@ -190,7 +175,7 @@ def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     return values
 
 
-def _few_shot(found: Found) -> dict[int, int]:
+def _few_shot(found: RunTables) -> dict[int, int]:
     """Return the smallest n of Few@n of each class that is in one, counted as the metrics do."""
     if found.classes is None:
         return {}

@@ -11,17 +11,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hts_ray.metrics import mean_average_precision
 from hts_ray.report import formatting
-from hts_ray.report.charts import (
-    Chart,
-    legend,
-    precision_recall_chart,
-    reliability_chart,
-    training_charts,
-)
-from hts_ray.report.comparison import by_role, gap_sentence, method_of, row_gap, wins_sentence
-from hts_ray.report.data import (
+from hts_ray.report.charts import precision_recall_chart, reliability_chart, training_charts
+from hts_ray.report.content import (
     VERDICTS,
     Confusion,
     FunnelStep,
@@ -31,12 +23,14 @@ from hts_ray.report.data import (
     Verdict,
 )
 from hts_ray.report.gallery import gallery_classes, gallery_data
-from hts_ray.report.quality import expected_calibration_error
+from hts_ray.report.label_quality import expected_calibration_error
+from hts_ray.report.results import by_role, gap_sentence, row_gap, wins_sentence
 from hts_ray.store import storage
 
+TEMPLATES = Path(__file__).parent / "templates"
 MAX_QUARANTINE_ROWS = 200
 MAX_CONFUSED_PAIRS = 12
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 OPEN_CONFUSIONS = 1  # tables that are unfolded from the start
 
 Curves = Mapping[str, Mapping[int, Sequence[float]]]
@@ -44,14 +38,12 @@ Curves = Mapping[str, Mapping[int, Sequence[float]]]
 
 def render_report(data: ReportData) -> str:
     """Return the report as one HTML document that needs no other file and no network."""
-    script, style = _asset("report.js"), _asset("report.css")
-    methods = list(dict.fromkeys(name for row in data.per_class for name in row.ap))
-    zero, hts = (
-        method_of("zero_shot", methods, data.comparison),
-        method_of("hts", methods, data.comparison),
+    script, style = (
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.js", "report.css")
     )
-    main = by_role(data.comparison).get("hts")
-    series = _series(data)
+    roles = by_role(data.comparison)
+    zero, hts = (roles[role].name if role in roles else None for role in ("zero_shot", "hts"))
+    series, curves = _series(data), data.precision_recall
     return (
         environment()
         .get_template("page.html.j2")
@@ -61,14 +53,18 @@ def render_report(data: ReportData) -> str:
             style=Markup(style),  # noqa: S704 - packaged
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             comparison=[
-                (row, row is main, row_gap(row, data.comparison)) for row in data.comparison
+                (row, row is roles.get("hts"), row_gap(row, data.comparison))
+                for row in data.comparison
             ],
             gap_sentence=gap_sentence(data.comparison),
             wins_sentence=wins_sentence(data.per_class, zero, hts),
             funnel=_funnel_view(data.funnel),
-            methods=[(name, name == hts) for name in methods],
-            precision_recall=_precision_recall_chart(data.precision_recall, series),
-            curve_data=_curve_data(data.precision_recall),
+            methods=[
+                (name, name == hts)
+                for name in dict.fromkeys(name for row in data.per_class for name in row.ap)
+            ],
+            precision_recall=precision_recall_chart(curves, series) if curves else None,
+            curve_data=_curve_data(curves),
             curve_classes=_curve_classes(data),
             reliability=reliability_chart(data.reliability) if data.reliability else None,
             calibration_error=expected_calibration_error(data.reliability),
@@ -76,7 +72,7 @@ def render_report(data: ReportData) -> str:
             open_confusions=OPEN_CONFUSIONS,
             training=training_charts(data.training, series),
             totals=_totals(data.stages),
-            kinds=Counter(row.error_kind for row in data.quarantine).most_common(),
+            kinds=Counter(row["error_kind"] for row in data.quarantine).most_common(),
             max_quarantine=MAX_QUARANTINE_ROWS,
             provenance=list(formatting.flat(data.provenance)),
             verdicts=_used_verdicts(data.gallery),
@@ -92,10 +88,10 @@ def write_report(path: str, data: ReportData) -> None:
     storage.write_bytes(path, render_report(data).encode("utf-8"))
 
 
-def environment() -> Environment:
-    """Return what renders the templates of the page: escaped, with the page's filters."""
+def environment(folder: Path = TEMPLATES) -> Environment:
+    """Return the templates of a folder; they escape every value and have the page's filters."""
     made = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -108,13 +104,8 @@ def environment() -> Environment:
         figure=formatting.figure,
         width=formatting.width,
         plural=lambda number, word: formatting.plural(word, number),
-        legend=legend,
     )
     return made
-
-
-def _asset(name: str) -> str:
-    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _series(data: ReportData) -> dict[str, int]:
@@ -138,20 +129,6 @@ def _funnel_view(steps: Sequence[FunnelStep]) -> list[tuple[FunnelStep, float | 
         else:
             view.append((step, None, f"{step.count / whole:,.1f} \u00d7 {step.of}"))
     return view
-
-
-def _precision_recall_chart(curves: Curves, series: Mapping[str, int]) -> Chart | None:
-    if not curves:
-        return None
-    means = {
-        name: [sum(points) / len(points) for points in zip(*by_class.values(), strict=True)]
-        for name, by_class in curves.items()
-    }
-    mean_ap = {
-        name: mean_average_precision([sum(curve) / len(curve) for curve in by_class.values()])
-        for name, by_class in curves.items()
-    }
-    return precision_recall_chart(means, mean_ap, series)
 
 
 def _curve_data(curves: Curves) -> dict[str, list[list[int] | None]]:

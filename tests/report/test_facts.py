@@ -1,11 +1,11 @@
-"""What stage folders tell: settings, counts, times, bad images."""
+"""Settings, counts, times and bad images of a run's stage folders."""
 
 from __future__ import annotations
 
 import pytest
 
 from hts_ray.config import parse_config
-from hts_ray.report.stages import FinishedStages, read_quarantine, run_facts, stage_rows
+from hts_ray.report.facts import read_quarantine, run_facts, stage_rows
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 
@@ -17,25 +17,22 @@ GPUS = {
 
 def test_only_finished_folders_count_and_the_latest_is_taken(run_dir):
     """Catches half-written results, and another table whose name begins alike."""
-    StageFolder(run_dir, "student", "half").file()
     storage.write_json(f"{run_dir}/student-half/history.json", [])
     storage.write_json(f"{run_dir}/student_scores-x/stats.json", {"finished_at": 1e12})
-    stages = FinishedStages.of(run_dir)
-    assert stages.latest("student").key == "b"
-    assert len(stages.folders["student"]) == 2
-    assert stages.latest("student_scores").key == "x"
-    assert stages.latest("predictions") is None
+    rows = {row.name: row for row in stage_rows(run_dir, parse_config({}))}
+    assert rows["student"].note == "the latest of 2"
+    assert run_facts(run_dir, parse_config({}), {})["Student"]["settings hash"] == "b"
+    assert "predictions" not in rows
 
 
 def test_gpu_hours_are_time_by_gpus(run_dir):
     """Catches a pool's share of a GPU forgotten, workers without GPUs counted, and a wrong unit."""
-    stages = FinishedStages.of(run_dir)
-    rows = {row.name: row for row in stage_rows(stages, parse_config(GPUS))}
+    rows = {row.name: row for row in stage_rows(run_dir, parse_config(GPUS))}
     assert rows["region scores"].gpu_hours == pytest.approx(0.5 * 4 * 0.5)
     assert rows["student"].gpu_hours == pytest.approx(2 * 3 / 3600)
     assert rows["pseudo labels"].gpu_hours == 0
     assert rows["student"].note == "the latest of 2"
-    on_cpus = {row.name: row for row in stage_rows(stages, parse_config({}))}
+    on_cpus = {row.name: row for row in stage_rows(run_dir, parse_config({}))}
     assert on_cpus["student"].gpu_hours == 0
 
 
@@ -43,15 +40,15 @@ def test_resumed_time_is_told(run_dir):
     """Catches a throughput that seems to belong to all rows where most came from an earlier run."""
     stage = StageFolder(run_dir, "region_scores", "abc")
     stage.publish({**stage.stats, "rows_resumed": 1234, "regions_per_second": 56.7})
-    rows = {row.name: row for row in stage_rows(FinishedStages.of(run_dir), parse_config({}))}
+    rows = {row.name: row for row in stage_rows(run_dir, parse_config({}))}
     assert "57 regions/s" in rows["region scores"].note
     assert "without 1,234 images" in rows["region scores"].note
 
 
 def test_quarantine_has_an_image_once_a_stage(run_dir):
     """Catches an image listed again by every run of a stage."""
-    rows = read_quarantine(FinishedStages.of(run_dir))
-    assert [(row.image_id, row.stage, row.error_kind) for row in rows] == [
+    rows = read_quarantine(run_dir)
+    assert [(row["image_id"], row["stage"], row["error_kind"]) for row in rows] == [
         ("im5", "label", "truncated")
     ]
 
@@ -60,10 +57,7 @@ def test_facts_tell_what_ran_not_what_is_set_now(run_dir):
     """Catches the revision of another model, and settings of a student that was not trained."""
     config = parse_config({"label": {"teacher": {"model": "you/other", "revision": "abc"}}})
     provenance = {"git_commit": "0123456789abcdef+changes", "versions": {"ray": "2.60"}}
-    parts = {
-        part.title: dict(part.entries)
-        for part in run_facts(FinishedStages.of(run_dir), config, provenance)
-    }
+    parts = run_facts(run_dir, config, provenance)
     assert parts["Teacher"]["model"] == "me/captioner"
     assert "revision" not in parts["Teacher"]
     assert parts["Teacher"]["regions"] == "the whole image, 3 x 3 crops of 0.5 of a side"
@@ -71,7 +65,7 @@ def test_facts_tell_what_ran_not_what_is_set_now(run_dir):
     assert parts["Student"]["loss"] == "bce"
     assert parts["Software"]["git commit"] == "0123456789ab+changes"
     same = parse_config({"label": {"teacher": {"model": "me/captioner", "revision": "abc"}}})
-    teacher = dict(run_facts(FinishedStages.of(run_dir), same, {})[1].entries)
+    teacher = run_facts(run_dir, same, {})["Teacher"]
     assert teacher["revision"] == "abc"
 
 
@@ -80,9 +74,6 @@ def test_the_zero_shot_student_has_no_training_facts(run_dir):
     path = f"{run_dir}/student-b/student.json"
     info = {"train": {"labels": "none", "loss": "bce", "optim": {"lr": 0.1}}, "epochs": 0}
     storage.write_json(path, {"info": info})
-    parts = {
-        part.title: dict(part.entries)
-        for part in run_facts(FinishedStages.of(run_dir), parse_config({}), {})
-    }
+    parts = run_facts(run_dir, parse_config({}), {})
     assert parts["Student"]["labels"] == "Zero-shot"
     assert "loss" not in parts["Student"]

@@ -17,6 +17,9 @@ from report_pages import HOSTILE, Page, make_data, make_item
 
 from hts_ray import report
 from hts_ray.classes import hico_classes
+from hts_ray.report import content
+
+QUARANTINE = ("image_id", "stage", "error_kind", "error")
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +127,14 @@ def test_hostile_names_stay_text():
         intro=[HOSTILE],
         settings=HOSTILE,
         provenance={HOSTILE: HOSTILE},
-        facts=[report.Facts(HOSTILE, [(HOSTILE, HOSTILE)])],
+        facts={HOSTILE: {HOSTILE: HOSTILE}},
         comparison=[report.ComparisonRow(HOSTILE, 0.1, HOSTILE)],
-        funnel=[report.FunnelStep(HOSTILE, 3, note=HOSTILE)],
-        stages=[report.StageRow(HOSTILE, rate=1, unit=HOSTILE, note=HOSTILE)],
+        funnel=[content.FunnelStep(HOSTILE, 3, note=HOSTILE)],
+        stages=[content.StageRow(HOSTILE, rate=1, unit=HOSTILE, note=HOSTILE)],
         precision_recall={HOSTILE: {1: [0.5] * 11}},
-        confusions=[report.Confusion(HOSTILE, [HOSTILE, "b"], [HOSTILE, "b"], [[1, 1, 0, 0]] * 3)],
-        training=[report.TrainingCurve(HOSTILE, [1.0, 2.0], [0.1, 0.2])],
-        quarantine=[report.QuarantineRow(HOSTILE, HOSTILE, HOSTILE, HOSTILE)],
+        confusions=[content.Confusion(HOSTILE, [HOSTILE, "b"], [HOSTILE, "b"], [[1, 1, 0, 0]] * 3)],
+        training=[content.TrainingCurve(HOSTILE, [1.0, 2.0], [0.1, 0.2])],
+        quarantine=[dict.fromkeys(QUARANTINE, HOSTILE)],
         gallery=[item],
     )
     page = Page(report.render_report(data))
@@ -185,7 +188,7 @@ def test_sections_of_other_modules_are_put_in():
 def test_columns_without_numbers_are_left_out():
     """Catches a Few@n column full of dashes where nobody measured it."""
     rows = [report.ComparisonRow("HTS", 0.5), report.ComparisonRow("supervised", 0.6)]
-    classes = [report.ClassRow(0, "a", ap={"HTS": 0.2})]
+    classes = [content.ClassRow(0, "a", ap={"HTS": 0.2})]
     data = report.ReportData("x", comparison=rows, per_class=classes)
     words = Page(report.render_report(data)).words
     for column in ("Few", "Known object", "Precision", "Support", "Time"):
@@ -204,11 +207,11 @@ def test_class_links_lead_to_images_that_are_there(full):
 def test_marks_do_not_rely_on_colour(full):
     """Catches labels that differ in nothing but their colour, to the eye or to a screen reader."""
     _, page = full
-    for verdict, (mark, _) in report.VERDICTS.items():
+    for verdict, (mark, _) in content.VERDICTS.items():
         rule = re.search(rf"\.label\.{verdict}::before {{(.*?)}}", page.text)[1]
         assert mark in rule
         assert f'"{verdict}: "' in rule
-    assert len({mark for mark, _ in report.VERDICTS.values()}) == len(report.VERDICTS)
+    assert len({mark for mark, _ in content.VERDICTS.values()}) == len(content.VERDICTS)
     kinds = {attrs["class"] for attrs in page.attributes("li") if "data-c" in attrs}
     assert kinds == {f"label {verdict}" for verdict in ("right", "wrong", "ignored", "missed")}
 
@@ -258,7 +261,7 @@ def test_two_thousand_images_stay_under_thirty_megabytes():
     image = "data:image/jpeg;base64," + "A" * (4 * 7_000 // 3)  # what a run's gallery gives each
     some = {i: names[i] for i in range(0, 600, 30)}
     gallery = [make_item(seed, some, regions=17, image=image) for seed in range(25)] * 80
-    rows = [report.ClassRow(i, name, 3, 4, 0.5, 0.5, {"HTS": 0.5}) for i, name in names.items()]
+    rows = [content.ClassRow(i, name, 3, 4, 0.5, 0.5, {"HTS": 0.5}) for i, name in names.items()]
     data = replace(make_data(images=0), gallery=gallery, per_class=rows)
     assert len(report.render_report(data).encode()) < 30_000_000
 

@@ -1,6 +1,6 @@
 """Pseudo-labels against annotations: verdicts, calibration, and which verbs are taken for which.
 
-Everything here only looks at labels that are finished: annotations judge them, never make them.
+Annotations judge finished labels here; they never make them.
 """
 
 from __future__ import annotations
@@ -9,36 +9,24 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hts_ray.classes import HoiClass
-from hts_ray.report.data import Confusion, ReliabilityBin, Verdict
+from hts_ray.report.content import Confusion, ReliabilityBin, Verdict
+
+Row = Mapping[str, Any]
 
 BINS = 10
-# A table of all classes stays readable up to here where no objects cut it into smaller ones.
+# Without objects to split it, one table of all classes is readable up to here.
 MAX_PLAIN_CLASSES = 30
-
-
-@dataclass(frozen=True)
-class LabeledImage:
-    """An annotated image's pseudo-labels, as class ids; `probabilities` go with `positive`."""
-
-    positive: Sequence[int]
-    probabilities: Sequence[float]
-    ignored: Sequence[int]
-    annotated: Sequence[int]
-    ambiguous: Sequence[int] = ()
-
-    def verdicts(self) -> list[tuple[int, Verdict]]:
-        """Judge every class of the image."""
-        return judge(self.positive, self.ignored, self.annotated, self.ambiguous)
 
 
 @dataclass
 class LabelQuality:
-    """Counts over all annotated images: verdicts and annotations by class id, and two sums.
+    """Counts over all annotated images: verdicts and annotations by class id.
 
     `judged` holds (probability, right) of every pseudo-label that the annotations judge.
     """
@@ -53,49 +41,46 @@ class LabelQuality:
         return sum(number for (_, found), number in self.verdicts.items() if found == verdict)
 
 
-def judge(
-    positive_ids: Iterable[int],
-    ignored_ids: Iterable[int] = (),
-    annotation_ids: Iterable[int] | None = None,
-    ambiguous_ids: Iterable[int] = (),
-) -> list[tuple[int, Verdict]]:
+def judge(row: Row, annotated: Row | None) -> list[tuple[int, Verdict]]:
     """Return (class id, verdict) of every class that was labeled, ignored or missed.
 
-    A pseudo-label is wrong when the annotations do not list it, which counts unknown classes
-    as negatives as HICO's metric does; ambiguous ones are not judged. Without annotations
-    nothing is.
+    `row` is one of `pseudo_labels`, `annotated` the manifest's row of the same image. A
+    pseudo-label is wrong when the annotations do not list it, which counts unknown classes as
+    negatives as HICO's metric does; ambiguous ones are not judged. Without annotations nothing is.
     """
-    ambiguous = set(map(int, ambiguous_ids))
-    truth = None if annotation_ids is None else set(map(int, annotation_ids))
-    positive = [int(class_id) for class_id in positive_ids]
-    result: list[tuple[int, Verdict]] = []
-    for class_id in positive:
-        if truth is not None and class_id in truth:
-            result.append((class_id, "right"))
-        elif truth is None or class_id in ambiguous:
-            result.append((class_id, "unjudged"))
-        else:
-            result.append((class_id, "wrong"))
-    ignored = [i for i in map(int, ignored_ids) if i not in set(positive)]
-    missed = sorted((truth or set()) - set(positive) - set(ignored))
-    result += [(class_id, "missed") for class_id in missed]
-    return result + [(class_id, "ignored") for class_id in ignored]
+    positive = row["positive_ids"]
+    if annotated is None:
+        verdicts: list[tuple[int, Verdict]] = [(class_id, "unjudged") for class_id in positive]
+        truth, ambiguous = set[int](), set[int]()
+    else:
+        truth = set(annotated["positive_ids"])
+        ambiguous = set(annotated["ambiguous_ids"] or ()) - truth
+        verdicts = [
+            (i, "right" if i in truth else "unjudged" if i in ambiguous else "wrong")
+            for i in positive
+        ]
+    ignored = [i for i in row["ignored_ids"] if i not in positive]
+    verdicts += [(i, "missed") for i in sorted(truth - {*positive, *ignored})]
+    return verdicts + [(i, "ignored") for i in ignored]
 
 
-def measure(images: Iterable[LabeledImage], classes: Sequence[HoiClass]) -> LabelQuality:
-    """Go once over annotated images and count what the report says of the pseudo-labels."""
+def measure(pairs: Iterable[tuple[Row, Row]], classes: Sequence[HoiClass]) -> LabelQuality:
+    """Count what the report says of the pseudo-labels, over (pseudo-labels, annotations) of images.
+
+    The rows are those that `judge` takes.
+    """
     quality = LabelQuality()
     table = ConfusionTable(classes)
-    for image in images:
-        verdicts = image.verdicts()
+    for row, annotated in pairs:
+        verdicts = judge(row, annotated)
         verdict_of = dict(verdicts)
         quality.verdicts.update(verdicts)
-        quality.annotated.update(map(int, image.annotated))
-        for class_id, probability in zip(image.positive, image.probabilities, strict=True):
-            verdict = verdict_of[int(class_id)]
+        quality.annotated.update(annotated["positive_ids"])
+        for class_id, probability in zip(row["positive_ids"], row["probability"], strict=True):
+            verdict = verdict_of[class_id]
             if verdict != "unjudged":
-                quality.judged.append((float(probability), verdict == "right"))
-        table.add(verdict_of, image.annotated)
+                quality.judged.append((probability, verdict == "right"))
+        table.add(verdict_of, set(annotated["positive_ids"]))
     quality.confusions = table.confusions()
     return quality
 
@@ -132,25 +117,13 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     return gaps / labels if labels else math.nan
 
 
-def wilson_interval(right: int, labels: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the interval that holds a share `right` of `labels` in 95 % of cases, in [0, 1].
-
-    Source: Wilson 1927; unlike the normal one it is sensible for few labels and near 0 and 1.
-    """
-    share = right / labels
-    weight = z * z / labels
-    centre = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / labels + weight / (4 * labels)) / (1 + weight)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
 class ConfusionTable:
     """Counts, within each object, which verbs were labeled where which are annotated.
 
-    An image can have several verbs of an object, so a wrong label stands for the verbs that were
-    missed there, else for all that are annotated, else for none of them. Classes that are not
-    pairs are one group, if there are few. Source: Heydarian et al. 2022, MLCM: Multi-Label
-    Confusion Matrix, to which "undecided" is added.
+    An image can have several verbs of an object. A wrong label is therefore counted against the
+    verbs that were missed there, else against all that are annotated, else against "none of
+    these". Classes that are not pairs are one group, if there are few. Source: Heydarian et al.
+    2022, MLCM: Multi-Label Confusion Matrix, to which "undecided" is added.
     """
 
     def __init__(self, classes: Sequence[HoiClass]) -> None:
@@ -170,9 +143,8 @@ class ConfusionTable:
             for group, members in self._groups.items()
         }
 
-    def add(self, verdicts: Mapping[int, Verdict], annotated: Iterable[int]) -> None:
+    def add(self, verdicts: Mapping[int, Verdict], truth: set[int]) -> None:
         """Count one image by its verdicts and annotated class ids."""
-        truth = set(map(int, annotated))
         by_group: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for class_id, verdict in verdicts.items():
             if class_id not in self._place:
@@ -189,8 +161,8 @@ class ConfusionTable:
             if not wrong:
                 counts[missed, -1] += 1
                 continue
-            stands_for = missed or [*right, *found["ignored"]] or [len(counts) - 1]
-            counts[np.ix_(stands_for, wrong)] += 1
+            instead_of = missed or [*right, *found["ignored"]] or [len(counts) - 1]
+            counts[np.ix_(instead_of, wrong)] += 1
 
     def confusions(self) -> list[Confusion]:
         """Return the tables that hold a mistake and have several classes, worst first."""

@@ -1,4 +1,4 @@
-"""What a report can show, as plain data: gathered from a run, rendered into a page.
+"""What a report can show, as plain data: collected from a run, rendered into a page.
 
 Fractions (AP, precision, probabilities) lie in [0, 1] here and become percents on the page; None
 means "not known".
@@ -28,9 +28,8 @@ VERDICTS: dict[Verdict, tuple[str, str]] = {
 class ComparisonRow:
     """One method's results: means of AP in [0, 1], None where not measured.
 
-    `role` tells which rows the gap is measured between; when empty it is read off a name that
-    begins with "zero-shot", "HTS" or "supervised", the first such row counting: give it where
-    several rows do. `gap_closed` is worked out when None.
+    The gap is measured between the rows with a `role`. A row without one gets it from its name
+    if that begins with "zero-shot", "HTS" or "supervised"; the first such row counts.
     """
 
     name: str
@@ -41,16 +40,7 @@ class ComparisonRow:
     few_5: float | None = None
     few_10: float | None = None
     seconds: float | None = None
-    gap_closed: float | None = None
     role: Role = ""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """One part of what was run (data, teacher, ...): names and values to read."""
-
-    title: str
-    entries: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ class FunnelStep:
 class StageRow:
     """What one stage counted and how long it took.
 
-    `rate` is in `unit` a second; `gpu_hours` is at most so many.
+    `rate` is in `unit` a second; `gpu_hours` is an upper bound.
     """
 
     name: str
@@ -86,7 +76,7 @@ class ClassRow:
     """One class: counts among the training images, pseudo-label quality, AP by method name.
 
     `support` is the mean number of regions that agree on a pseudo-label. `few_shot` is the
-    smallest n of Few@n that has the class, None when none has or that is not known.
+    smallest n of Few@n that includes the class, None when there is none or it is not known.
     """
 
     class_id: int
@@ -118,11 +108,11 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Which verb of one object was labeled where the annotations have which.
+    """Which verb of one object was labeled where another one is annotated.
 
-    `names` are the classes' names. `counts` has a row an annotated verb and one for "none of
-    these", and a column a labeled verb, one for "undecided" and one for "none": (V + 1, V + 2)
-    numbers of images.
+    `names` are the classes' names. `counts` has a row for each annotated verb and one for "none
+    of these". Its columns are the labeled verbs, "undecided" and "none": (V + 1, V + 2) numbers
+    of images.
     """
 
     title: str
@@ -132,7 +122,7 @@ class Confusion:
 
     @property
     def mistakes(self) -> int:
-        """Wrong pseudo-labels, each counted once for every verb that it stands for."""
+        """Wrong pseudo-labels, each counted once for every verb it was given in place of."""
         return sum(
             count
             for row, values in enumerate(self.counts)
@@ -151,16 +141,6 @@ class TrainingCurve:
 
 
 @dataclass(frozen=True)
-class QuarantineRow:
-    """An image that a stage could not use, and why."""
-
-    image_id: str
-    stage: str
-    error_kind: str
-    error: str = ""
-
-
-@dataclass(frozen=True)
 class GalleryRegion:
     """A region of an image: xyxy `box` in its pixels and its best (class name, probability)."""
 
@@ -172,9 +152,9 @@ class GalleryRegion:
 
 @dataclass(frozen=True)
 class GalleryLabel:
-    """A class on an image; `region` is the index of the region that speaks most for it.
+    """A class on an image; `region` is the index of the region where it is most probable.
 
-    `annotated` says whether the annotations have the class, None when they do not tell.
+    `annotated` says whether the annotations have the class, None when they do not say.
     """
 
     class_id: int
@@ -187,7 +167,7 @@ class GalleryLabel:
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """An image to look at; `image` is a data URI, `width` and `height` are what boxes refer to."""
+    """An image to look at; `image` is a data URI, boxes are in a `width` x `height` image."""
 
     image_id: str
     image: str
@@ -202,8 +182,8 @@ class GalleryItem:
 class Section:
     """A part of the page that another module makes.
 
-    `html` is a whole `<section id="ANCHOR">` with its heading and is put in as it is: whoever makes
-    it escapes what comes from users. `title` is its entry in the table of contents.
+    `html` is a whole `<section id="ANCHOR">` with its heading and is inserted unchanged: its maker
+    escapes what comes from users. `title` is its entry in the table of contents.
     """
 
     anchor: str
@@ -215,15 +195,17 @@ class Section:
 class ReportData:
     """Everything a report can show; what is empty is left out of the page.
 
-    `precision_recall` maps a method to the interpolated precision (11,) of each class id at
-    recalls of 0, 0.1, ..., 1.
+    - `facts` says what was run: a title (data, teacher, ...), and under it names and values;
+    - `precision_recall` has, by method and class id, the interpolated precision (11,) at recalls
+      of 0, 0.1, ..., 1;
+    - `quarantine` has rows of the table of that name.
     """
 
     title: str
     intro: Sequence[str] = ()
     settings: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    facts: Sequence[Facts] = ()
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     comparison: Sequence[ComparisonRow] = ()
     funnel: Sequence[FunnelStep] = ()
     stages: Sequence[StageRow] = ()
@@ -233,5 +215,5 @@ class ReportData:
     confusions: Sequence[Confusion] = ()
     training: Sequence[TrainingCurve] = ()
     sections: Sequence[Section] = ()
-    quarantine: Sequence[QuarantineRow] = ()
+    quarantine: Sequence[Mapping[str, Any]] = ()
     gallery: Sequence[GalleryItem] = ()

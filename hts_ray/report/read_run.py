@@ -17,12 +17,10 @@ import yaml
 from hts_ray.classes import ClassTable, read_class_csv
 from hts_ray.config import HtsConfig, parse_config
 from hts_ray.errors import ConfigError
-from hts_ray.report.data import Verdict
-from hts_ray.report.evaluations import read_evaluations
-from hts_ray.report.quality import LabeledImage, LabelQuality, judge, measure
-from hts_ray.report.stages import FinishedStages
+from hts_ray.report.label_quality import LabelQuality, measure
+from hts_ray.report.results import read_evaluations
 from hts_ray.store import storage, tables
-from hts_ray.store.run import StageFolder
+from hts_ray.store.run import StageFolder, find_stage
 
 Row = dict[str, Any]
 
@@ -30,7 +28,7 @@ ROWS_AT_ONCE = 2048  # that become Python objects
 
 
 @dataclass(frozen=True)
-class Found:
+class RunTables:
     """What was read from a run directory; None or empty where a stage has not run."""
 
     classes: ClassTable | None
@@ -56,52 +54,35 @@ class Found:
 
     @cached_property
     def quality(self) -> LabelQuality:
-        """What annotations say of the pseudo-labels."""
-        return measure(self._labeled(), tuple(self.classes or ()))
+        """The pseudo-labels measured by the annotations."""
+        return measure(self._annotated_labels(), tuple(self.classes or ()))
 
-    def _labeled(self) -> Iterator[LabeledImage]:
+    def _annotated_labels(self) -> Iterator[tuple[Row, Row]]:
         if self.labels is None or not self.annotations:
             return
         ids = pa.array(list(self.annotations))
         chosen = self.labels.filter(pc.is_in(self.labels["image_id"], ids))
         for batch in chosen.to_batches(max_chunksize=ROWS_AT_ONCE):
             for row in batch.drop_columns(["support", "dropped"]).to_pylist():
-                truth = self.annotations[row["image_id"]]
-                yield LabeledImage(
-                    positive=row["positive_ids"],
-                    probabilities=row["probability"],
-                    ignored=row["ignored_ids"],
-                    annotated=truth["positive_ids"],
-                    ambiguous=truth["ambiguous_ids"] or (),
-                )
-
-    def judge(self, row: Row) -> list[tuple[int, Verdict]]:
-        """Return the verdicts on a row of pseudo-labels."""
-        truth = self.annotations.get(row["image_id"])
-        return judge(
-            row["positive_ids"],
-            row["ignored_ids"],
-            None if truth is None else truth["positive_ids"],
-            () if truth is None else truth["ambiguous_ids"] or (),
-        )
+                yield row, self.annotations[row["image_id"]]
 
 
-def read_found(run_dir: str, stages: FinishedStages, labels: StageFolder | None = None) -> Found:
+def read_run(run_dir: str, labels: StageFolder | None = None) -> RunTables:
     """Read what the report needs; `labels` is the latest pseudo_labels folder if not given.
 
     Raises DataError when a table that is there cannot be read.
     """
     text = _read_text(storage.join(run_dir, "config.yaml"))
-    return Found(
-        classes=_run_classes(run_dir),
+    return RunTables(
+        classes=_run_classes(storage.join(run_dir, "classes.csv")),
         config_text=text,
         config=_run_config(text),
         manifest=read_columns(
-            stages.latest("manifest"), ["image_id", "split", *tables.ANNOTATION_COLUMNS]
+            find_stage(run_dir, "manifest"), ["image_id", "split", *tables.ANNOTATION_COLUMNS]
         ),
-        regions=stages.latest("region_scores"),
+        regions=find_stage(run_dir, "region_scores"),
         labels=read_columns(
-            labels or stages.latest("pseudo_labels"),
+            labels or find_stage(run_dir, "pseudo_labels"),
             ["image_id", "positive_ids", "ignored_ids", "probability", "support", "dropped"],
         ),
         metrics=read_evaluations(run_dir),
@@ -110,15 +91,14 @@ def read_found(run_dir: str, stages: FinishedStages, labels: StageFolder | None 
 
 def read_columns(folder: StageFolder | None, columns: Sequence[str]) -> pa.Table | None:
     """Return some columns of a stage's table; None without a folder."""
-    return None if folder is None else tables.read_table(folder.path, columns)
+    return None if folder is None else folder.read(columns)
 
 
 def _read_text(path: str) -> str:
     return storage.read_bytes(path).decode("utf-8", "replace") if storage.exists(path) else ""
 
 
-def _run_classes(run_dir: str) -> ClassTable | None:
-    path = storage.join(run_dir, "classes.csv")
+def _run_classes(path: str) -> ClassTable | None:
     return read_class_csv(path) if storage.exists(path) else None
 
 

@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hts_ray import report
 from hts_ray.classes import HoiClass, hico_classes
-from hts_ray.report.quality import (
-    LabeledImage,
-    expected_calibration_error,
-    measure,
-    reliability,
-    wilson_interval,
-)
+from hts_ray.report.label_quality import expected_calibration_error, judge, measure, reliability
 
 RIDE, PUSH, WASH, NEAR, OTHER = range(5)
 CLASSES = [
@@ -28,8 +21,15 @@ CLASSES = [
 UNDECIDED, NONE = -2, -1
 
 
+def labels(positive, ignored=()):
+    probability = [0.9] * len(positive)
+    return {"positive_ids": positive, "probability": probability, "ignored_ids": list(ignored)}
+
+
 def image(positive, annotated, ignored=(), ambiguous=()):
-    return LabeledImage(positive, [0.9] * len(positive), ignored, annotated, ambiguous)
+    """Return an image's rows of pseudo_labels and manifest."""
+    truth = {"positive_ids": annotated, "ambiguous_ids": list(ambiguous)}
+    return labels(positive, ignored), truth
 
 
 def confusion(*images):
@@ -40,7 +40,7 @@ def confusion(*images):
 
 def test_verdicts_follow_the_annotations():
     """Catches swapped right and wrong, and verdicts where nothing is annotated."""
-    verdicts = dict(report.judge([1, 2, 3], [4, 5], [1, 4, 6], [3, 9]))
+    verdicts = dict(judge(*image([1, 2, 3], [1, 4, 6], [4, 5], [3, 9])))
     assert verdicts == {
         1: "right",
         2: "wrong",
@@ -49,8 +49,9 @@ def test_verdicts_follow_the_annotations():
         4: "ignored",
         5: "ignored",
     }
-    assert dict(report.judge([1, 2], [4])) == {1: "unjudged", 2: "unjudged", 4: "ignored"}
-    assert dict(report.judge([1], annotation_ids=[])) == {1: "wrong"}
+    alone = dict(judge(labels([1, 2], [4]), None))
+    assert alone == {1: "unjudged", 2: "unjudged", 4: "ignored"}
+    assert dict(judge(*image([1], []))) == {1: "wrong"}
 
 
 def test_a_wrong_verb_stands_for_the_missed_one():
@@ -121,9 +122,6 @@ def test_reliability_keeps_every_label(judged):
     assert sum(entry.right for entry in bins) == sum(right for _, right in judged)
     for entry in bins:
         assert entry.low - 1e-6 <= entry.mean_probability <= entry.high + 1e-6
-        low, high = wilson_interval(entry.right, entry.labels)
-        assert 0 <= low <= entry.precision + 1e-9
-        assert entry.precision - 1e-9 <= high <= 1
 
 
 def test_borders_count_to_the_upper_bin():
@@ -136,9 +134,3 @@ def test_calibration_error_is_the_mean_gap():
     """Catches bins weighted alike however many labels they hold."""
     judged = [(0.95, True)] * 8 + [(0.25, True)] * 2
     assert expected_calibration_error(reliability(judged)) == pytest.approx(0.8 * 0.05 + 0.2 * 0.75)
-
-
-def test_wilson_interval_is_the_textbook_one():
-    """Catches the normal interval, which is empty at 10 of 10."""
-    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)

@@ -1,19 +1,29 @@
-"""Metrics and training records of a run."""
+"""Metrics and training records of a run, and what methods gain over each other."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+from report_pages import make_data
 
-from hts_ray.report.evaluations import (
+from hts_ray.report.content import ClassRow
+from hts_ray.report.results import (
     by_class,
+    by_role,
     comparison_rows,
+    gap_closed,
+    gap_sentence,
     precision_recall,
     read_evaluations,
     read_training,
+    row_gap,
+    wins_sentence,
 )
 from hts_ray.store import storage
+
+ROWS = make_data(images=0).comparison
 
 
 def test_evaluations_are_named_and_ordered(run_dir):
@@ -62,3 +72,39 @@ def test_training_is_named_as_its_evaluation(run_dir):
     assert curve.validation_map[1] == 0.4
     (unnamed,) = read_training(run_dir, {})
     assert unnamed.name == "HTS"  # by the labels it learned from
+
+
+def test_gap_is_measured_between_the_right_rows():
+    """Catches a sentence about an ablation row, or a division by a gap that is not there."""
+    assert gap_closed(0.2, 0.4, 0.6) == pytest.approx(0.5)
+    assert gap_closed(0.6, 0.4, 0.6) is None
+    assert gap_closed(None, 0.4, 0.6) is None
+    assert gap_closed(0.2, math.nan, 0.6) is None
+    sentence = gap_sentence(ROWS)
+    assert sentence.startswith("HTS reaches 50.0 % mAP, 12.8 points above zero-shot CLIP: 67 %")
+    worse = [ROWS[0], replace(ROWS[2], mean_ap=0.3), ROWS[3]]
+    assert "7.2 points below" in gap_sentence(worse)
+    assert "none of the gap" in gap_sentence(worse)
+    assert gap_sentence(ROWS[1:]) == ""
+    no_top = gap_sentence([ROWS[0], ROWS[2]])
+    assert no_top == "HTS reaches 50.0 % mAP, 12.8 points above zero-shot CLIP."
+
+
+def test_rows_that_span_the_gap_have_none():
+    """Catches 0 % and 100 % written beside the rows that the gap is measured between."""
+    assert [row_gap(row, ROWS) is None for row in ROWS] == [True, False, False, True]
+
+
+def test_a_given_role_beats_a_name():
+    """Catches an ablation whose name begins with HTS taken for the main row."""
+    assert by_role(ROWS)["hts"].name == "HTS"
+    unnamed = [replace(row, role="") for row in ROWS]
+    assert by_role(unnamed)["hts"].name == "HTS whole image only"
+
+
+def test_wins_are_counted_over_classes_that_both_have():
+    """Catches a class without AP counted as a loss."""
+    ap = [(0.1, 0.2), (0.3, 0.2), (0.2, 0.2), (None, 0.9), (math.nan, 0.9)]
+    rows = [ClassRow(i, "c", ap={"a": a, "b": b}) for i, (a, b) in enumerate(ap)]
+    assert "higher AP in 1 of 3 classes and a lower one in 1" in wins_sentence(rows, "a", "b")
+    assert wins_sentence(rows[3:], "a", "b") == ""
