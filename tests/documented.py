@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hts_ray.cli import cli, is_setting
+import click
+
+from hts_ray.cli import cli
+from hts_ray.cli.options import split_settings
 from hts_ray.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +98,13 @@ def anchors(page: str) -> set[str]:
     return {title.replace(" ", "-") for title in plain}
 
 
+def hts_command(name: str) -> click.Command:
+    """Return a command of `hts`."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None, f"hts {name}"
+    return command
+
+
 def check_hts(arguments: Sequence[str]) -> None:
     """Raise for a command, an option, a setting, a preset or a format that is not known."""
     from hts_ray.exports.writing import FORMATS as LABELS
@@ -104,13 +114,12 @@ def check_hts(arguments: Sequence[str]) -> None:
         cli.make_context("hts", list(arguments), resilient_parsing=not arguments)
         return
     name, *rest = arguments
-    given = cli.commands[name].make_context(name, rest).params
+    given = hts_command(name).make_context(name, rest).params
     if name == "submit":
         if given["arguments"]:
             check_hts(given["arguments"])
         return
-    settings = [entry for entry in given.get("overrides", ()) if is_setting(entry)]
-    paths = set(given.get("overrides", ())) - set(settings)
+    settings, paths = split_settings(given.get("overrides", ()))
     assert name == "predict" or not paths, f"hts {name} takes no {paths}"
     if "preset" in given:
         load_config(preset=given["preset"], overrides=settings)
@@ -122,10 +131,10 @@ def check_mention(words: Sequence[str]) -> None:
     """Raise as `check_hts` does for a part of a command, which may lack what it needs."""
     if len(words) < 2:
         return
-    command = cli.commands[words[1]]
+    command = hts_command(words[1])
     known = {"--help", *(name for option in command.params for name in option.opts)}
     assert set(_OPTION.findall(" ".join(words))) <= known, words
-    load_config(overrides=[word for word in words[2:] if is_setting(word)])
+    load_config(overrides=split_settings(words[2:])[0])
     if "--format" in words:
         check_hts(["export", *words[words.index("--format") :][:2], "--output", "x"])
 

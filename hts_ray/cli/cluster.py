@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from hts_ray.cli.app import cli
-from hts_ray.cli.completion import complete_job
-from hts_ray.cli.options import Settings, argument, option, stage_command
+from hts_ray.cli.commands import MODULES
+from hts_ray.cli.completers import PLACES, complete_job
+from hts_ray.cli.options import Settings, argument, option, split_settings, stage_command
+from hts_ray.cluster.doctor import examine, print_findings
+from hts_ray.cluster.submit import (
+    MAX_UPLOAD_MIB,
+    Job,
+    check_on,
+    cluster_behind,
+    connect,
+    how_to_go_on,
+    open_token_note,
+    parse_env,
+    plan_job,
+    read_requirements,
+    start,
+    wait,
+)
+from hts_ray.config import HtsConfig, RayConfig, load_config
+from hts_ray.engine.console import errors
+from hts_ray.errors import ConfigError, DataError
+
+_NOT_JOBS = {"submit", "completion"}
 
 
-@cli.command(context_settings={"allow_interspersed_args": False})
+@click.command(context_settings={"allow_interspersed_args": False})
 @option("--address", metavar="URL", help="Dashboard of the cluster (RAY_API_SERVER_ADDRESS).")
 @option("--no-wait", is_flag=True, help="Return when the job has been submitted.")
 @option("--attach", metavar="JOB", help="Follow a job that was submitted before.")
@@ -25,21 +48,132 @@ from hts_ray.cli.options import Settings, argument, option, stage_command
 @option("--submission-id", metavar="ID", help="Name of the job, once a cluster.")
 @argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...",
           shell_complete=complete_job)  # fmt: skip
-def submit(arguments: tuple[str, ...], **options: Any) -> None:
+def submit(
+    arguments: tuple[str, ...], address: str | None, no_wait: bool, attach: str | None, **made: Any
+) -> None:
     """Run a command as a job of a cluster: hts submit -- label --run-dir s3://...
 
     The exit code is the job's own; 3 when it was stopped, 130 when this client detached from it.
     """
-    from hts_ray.cluster.submit import submit_command
+    if attach is not None:
+        if arguments:
+            raise ConfigError(field="--attach", value=attach, remedy="give it without a command")
+        sys.exit(wait(connect(address), attach, tell=_say, ask=_asker()))
+    plan = plan_job(*parse_job(arguments, **made))
+    client = connect(address)
+    warning = open_token_note(client)
+    if warning:
+        _say(f"warning: {warning}")
+    cluster = cluster_behind(client, plan.config.ray if plan.config else RayConfig())
+    for note in check_on(plan, cluster) if cluster else []:
+        _say(f"note: {note}")
+    job_id = start(plan, client)
+    where = f"{client.get_address()}" + (f" ({cluster})" if cluster else "")
+    _say(f"job {job_id} on {where}; {len(plan.files)} files of {plan.upload_mib:.1f} MiB shipped")
+    if not no_wait:
+        sys.exit(wait(client, job_id, tell=_say, ask=_asker()))
+    for line in how_to_go_on(client, job_id):
+        _say(line)
 
-    sys.exit(submit_command(arguments, **options))
+
+def parse_job(
+    arguments: tuple[str, ...],
+    *,
+    env: tuple[str, ...] = (),
+    uv: str | None = None,
+    pip: str | None = None,
+    working_dir: str = ".",
+    max_upload: float | None = None,
+    python: str = "python",
+    submission_id: str | None = None,
+) -> tuple[Job, HtsConfig | None, list[tuple[str, str]]]:
+    """Parse what a job shall run; returns the job, its settings and the paths it was given.
+
+    Raises what the command itself would raise for wrong usage or settings.
+    """
+    command, params = _parsed(arguments)
+    if uv and pip:
+        raise ConfigError(field="--pip", value=pip, remedy="give --uv or --pip")
+    file = uv or pip
+    job = Job(
+        arguments,
+        working_dir=Path(working_dir),
+        env=parse_env(env),
+        requirements=read_requirements(Path(file)) if file else (),
+        installer="pip" if pip else "uv",
+        python=python,
+        max_upload_mib=max_upload or MAX_UPLOAD_MIB,
+        submission_id=submission_id,
+    )
+    config = _settings(params) if "overrides" in params else None
+    return job, config, list(_given_paths(command, params))
 
 
-@cli.command()
+def _parsed(arguments: tuple[str, ...]) -> tuple[click.Command, dict[str, Any]]:
+    """Return the command that the arguments name, and its parameters, without running it."""
+    name = arguments[0] if arguments else ""
+    known = sorted(MODULES.keys() - _NOT_JOBS)
+    if name not in known:
+        raise ConfigError(
+            field="command",
+            value=name,
+            remedy=f"name a command of hts behind --, one of {', '.join(known)}",
+        )
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    params = dict(command.make_context(name, list(arguments[1:])).params)
+    if name == "predict":  # it takes images between its settings
+        params["overrides"], params["paths"] = split_settings(params["overrides"])
+    return command, params
+
+
+def _settings(params: Mapping[str, Any]) -> HtsConfig:
+    """Return the settings that the job will have, as far as they can be seen from here."""
+    file, preset, run_dir = (params[name] for name in ("config_file", "preset", "run_dir"))
+    try:
+        return Settings(file, preset, run_dir, params["overrides"], dry_run=False).config
+    except DataError:  # the run directory is on storage that only the cluster may open
+        extra = {"run_dir": run_dir} if run_dir else {}
+        return load_config(preset=preset, file=file, overrides=params["overrides"], extra=extra)
+
+
+def _given_paths(command: click.Command, params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (option, path) of what was given on the command line; the run directory aside."""
+    for parameter in command.params:
+        value = params.get(parameter.name or "")
+        if parameter.name == "run_dir" and "overrides" in params:
+            continue  # it is one of the settings
+        if isinstance(value, str) and parameter.metavar in PLACES:
+            yield parameter.opts[0], value
+    for path in params.get("paths", ()):
+        yield "PATH", path
+
+
+def _say(line: str) -> None:
+    """Print what the client has to say beside the job's log, which has the standard output."""
+    errors.print(line, markup=False, style="dim" if errors.is_terminal else None)
+
+
+def _asker() -> Callable[[], bool] | None:
+    """Return what asks whether to stop the job; None where nobody could answer."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+
+    def ask() -> bool:
+        choice = click.prompt(
+            "\nstop the job, or detach and leave it running?",
+            type=click.Choice(["stop", "detach"]),
+            default="detach",
+            err=True,
+        )
+        return bool(choice == "stop")
+
+    return ask
+
+
+@click.command()
 @option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @stage_command()
 def doctor(settings: Settings, as_json: bool) -> None:
     """Check this machine, or all nodes of a cluster, and say what to change."""
-    from hts_ray.cluster.doctor import examine, print_findings
-
     sys.exit(print_findings(examine(settings.config), as_json=as_json))

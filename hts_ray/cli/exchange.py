@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from hts_ray.cli.app import cli
 from hts_ray.cli.options import Settings, argument, option, stage_command
 from hts_ray.engine.console import console, print_line, print_mapping, print_next, print_written
 from hts_ray.errors import ConfigError
@@ -23,7 +22,7 @@ def _complete_format(ctx: click.Context, param: click.Parameter, incomplete: str
     return [name for name in known if name.startswith(incomplete)]
 
 
-@cli.command("import-checkpoint")
+@click.command("import-checkpoint")
 @argument("file", metavar="FILE")
 @option("--output", required=True, metavar="DIR", help="Student folder to write.")
 @option("--classes", metavar="FILE", help="Class list (default: HICO's 600, if 600 fit).")
@@ -36,7 +35,7 @@ def import_command(file: str, output: str, classes: str | None) -> None:
     print_next("hts", "predict", "PATH", "--student", output)
 
 
-@cli.command("export")
+@click.command("export")
 @option("--format", "form", required=True, shell_complete=_complete_format,
         help=f"Of a student: {', '.join(STUDENT_FORMATS)}. Of labels:"
         f" {', '.join(LABEL_FORMATS)}.")  # fmt: skip
@@ -90,7 +89,7 @@ def _export_student(
         print_line(note)
 
 
-@cli.command("import-labels")
+@click.command("import-labels")
 @argument("file", metavar="FILE")
 @option("--output", required=True, metavar="DIR", help="Folder to write.")
 @option("--manifest", metavar="PATH", help="The images meant (default: the run's manifest).")
@@ -109,7 +108,7 @@ def import_labels_command(settings: Settings, file: str, output: str, **chosen: 
     read_labels(settings.open(), file, output, dry_run=settings.dry_run, **chosen)
 
 
-@cli.command()
+@click.command()
 @argument("corrections", metavar="DIR")
 @option("--labels", metavar="DIR", help="Pseudo-labels to compare (default: the latest).")
 @option("--json", "json_file", metavar="FILE", help="Also write the figures here.")

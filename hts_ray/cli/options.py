@@ -9,14 +9,17 @@ from typing import Any, TypeVar
 
 import click
 
-from hts_ray.cli.completion import (
+from hts_ray.cli.completers import (
     PLACES,
     complete_path_or_setting,
     complete_preset,
     complete_setting,
 )
+from hts_ray.config import load_config
 from hts_ray.engine.console import duration, percent, print_line, print_next, print_rows
 from hts_ray.engine.run import Run, open_run
+from hts_ray.engine.telemetry import log_as, run_tag
+from hts_ray.store import storage
 
 CONFIG_FILE = "config.yaml"
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -50,9 +53,6 @@ class Settings:
         overrides: Sequence[str],
         dry_run: bool,
     ) -> None:
-        from hts_ray.config import load_config
-        from hts_ray.store import storage
-
         self.dry_run = dry_run
         self.remembered = None
         if config_file is None and preset is None and run_dir:
@@ -104,13 +104,10 @@ def stage_command(
             overrides: tuple[str, ...],
             **options: Any,
         ) -> None:
-            from hts_ray.engine.telemetry import log_as, run_tag
-
             if config_file is None and preset is None:
                 preset = default_preset
             if paths:
-                options["paths"] = tuple(entry for entry in overrides if not is_setting(entry))
-                overrides = tuple(entry for entry in overrides if is_setting(entry))
+                overrides, options["paths"] = split_settings(overrides)
             best = _sweep_overrides(options.get("from_sweep"))
             settings = Settings(config_file, preset, run_dir, [*best, *overrides], dry_run)
             if print_config:
@@ -128,19 +125,20 @@ def stage_command(
     return decorate
 
 
-def is_setting(argument: str) -> bool:
-    """Tell `section.name=value` from a path, which may hold an equals sign too."""
-    from hts_ray.store import storage
-
-    name, equals, _ = argument.partition("=")
-    named = re.fullmatch(r"\w+(\.\w+)*", name) is not None
-    return bool(equals) and named and not storage.exists(argument)
+def split_settings(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Part arguments into settings, `section.name=value`, and paths, which may hold a `=` too."""
+    settings = tuple(
+        entry
+        for entry in arguments
+        if re.match(r"\w+(\.\w+)*=", entry) and not storage.exists(entry)
+    )
+    return settings, tuple(entry for entry in arguments if entry not in settings)
 
 
 def _sweep_overrides(path: str | None) -> list[str]:
     if path is None:
         return []
-    from hts_ray.sweep.stage import best_overrides, find_sweep
+    from hts_ray.sweep.stage import best_overrides, find_sweep  # torch loads slowly
 
     return best_overrides(find_sweep(path))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from hts_ray import stages
-from hts_ray.cli.app import cli
 from hts_ray.cli.options import (
     Settings,
     argument,
@@ -29,7 +28,7 @@ from hts_ray.store import storage
 from hts_ray.teacher.stage import plan_label
 
 
-@cli.command("pipeline")
+@click.command("pipeline")
 @option("--manifest", metavar="PATH", help="Manifest to start from (default: the run's).")
 @stage_command()
 def pipeline_command(settings: Settings, manifest: str | None) -> None:
@@ -49,7 +48,7 @@ def pipeline_command(settings: Settings, manifest: str | None) -> None:
     print_next_stage("report", run)
 
 
-@cli.command()
+@click.command()
 @option("--seed", default=0, show_default=True, help="Seed of the rendered world.")
 @stage_command("demo")
 def demo(settings: Settings, seed: int) -> None:
@@ -64,7 +63,7 @@ def demo(settings: Settings, seed: int) -> None:
     print_next("hts", "prepare", "folder", *own)
 
 
-@cli.command()
+@click.command()
 @argument("run_dir", metavar="RUN")
 @option("--output", metavar="FILE", help="Where to write (default RUN/report.html).")
 @option(

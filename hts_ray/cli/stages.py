@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from hts_ray import stages
-from hts_ray.cli.app import cli
 from hts_ray.cli.label_commands import predict_paths
 from hts_ray.cli.options import (
     Settings,
@@ -43,7 +42,7 @@ from hts_ray.teacher.preview import write_preview
 from hts_ray.teacher.stage import plan_label
 
 
-@cli.command()
+@click.command()
 @argument("source", type=click.Choice(["hico", "folder"]))
 @option("--root", required=True, metavar="DIR", help="Folder of the download or images.")
 @stage_command()
@@ -63,7 +62,7 @@ def prepare(settings: Settings, source: str, root: str) -> None:
     print_next_stage("label", run)
 
 
-@cli.command()
+@click.command()
 @option("--manifest", metavar="PATH", help="Manifest to label (default: the run's).")
 @option("--limit", type=click.IntRange(1), metavar="N", help="Label a seeded sample only.")
 @option("--sample", default=4, type=click.IntRange(1), metavar="N",
@@ -121,7 +120,7 @@ def _short(text: str) -> str:
     return textwrap.shorten(text, 60, placeholder=" ...")
 
 
-@cli.command("filter")
+@click.command("filter")
 @option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
 @stage_command(from_sweep=True)
 def filter_command(settings: Settings, region_scores: str | None, from_sweep: str | None) -> None:
@@ -145,7 +144,7 @@ def filter_command(settings: Settings, region_scores: str | None, from_sweep: st
     print_next_stage("train", run)
 
 
-@cli.command()
+@click.command()
 @option("--pseudo-labels", metavar="DIR", help="Labels to learn (default: the latest).")
 @option("--manifest", metavar="PATH", help="Manifest, for train.labels=annotations.")
 @stage_command(from_sweep=True)
@@ -178,7 +177,7 @@ def _preview_train(run: Run, pseudo_labels: str | None, manifest: str | None) ->
     print_mapping("plan", {"write": plan.folder.path, **readable(figures)})
 
 
-@cli.command()
+@click.command()
 @option("--student", metavar="DIR", help="Student to use (default: the run's latest).")
 @option("--manifest", metavar="PATH", help="Images to score (default: the run's manifest).")
 @option("--images", metavar="DIR", help="Score this folder of images instead.")
@@ -261,7 +260,7 @@ def _preview_predict(run: Run, student: str, manifest: str | None) -> None:
     print_mapping("plan", {"student": student, "write": plan.folder.path, **figures})
 
 
-@cli.command()
+@click.command()
 @option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
 @stage_command()
 def sweep(settings: Settings, region_scores: str | None) -> None:
@@ -296,7 +295,7 @@ def _swept_scores(from_sweep: str | None) -> str | None:
     return str(find_sweep(from_sweep).stats["region_scores"])
 
 
-@cli.command()
+@click.command()
 @option("--predictions", metavar="DIR", help="Predictions (default: the run's latest).")
 @option("--annotations", metavar="PATH", help="anno.mat or manifest (default: the run's).")
 @option("--split", default="test", help="Annotated split to compare with.")

@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,7 @@ from urllib.parse import urlsplit
 import click
 
 from hts_ray.cluster.shipping import Shipped, check_size, files_to_ship, write_zip
-from hts_ray.config import HtsConfig, RayConfig, load_config
-from hts_ray.engine.console import errors
+from hts_ray.config import HtsConfig, RayConfig
 from hts_ray.engine.room import (
     Cluster,
     check_paths,
@@ -39,7 +38,7 @@ from hts_ray.engine.room import (
     driver_paths,
     worker_paths,
 )
-from hts_ray.errors import ConfigError, DataError, UserError
+from hts_ray.errors import ConfigError, UserError
 from hts_ray.store import storage
 
 if TYPE_CHECKING:
@@ -52,8 +51,6 @@ DETACHED = 130  # as a shell counts an interrupt: how the job ends is not known
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LOST_SECONDS = 300.0  # without an answer until the client gives up; the job goes on
 _STOP_SECONDS = 60.0
-_PATH_METAVARS = {"PATH", "DIR", "FILE", "RUN"}
-_NOT_JOBS = {"submit", "completion"}
 _NAMED_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 _NO_COMMAND = 127  # how a shell ends that finds no such program
 
@@ -79,6 +76,11 @@ class Job:
     submission_id: str | None = None
 
     @property
+    def command(self) -> str:
+        """The command of `hts` that the job runs."""
+        return self.arguments[0]
+
+    @property
     def entrypoint(self) -> str:
         """The shell command that the head node runs."""
         return shlex.join([self.python, "-m", "hts_ray.cli", *self.arguments])
@@ -96,81 +98,29 @@ class Plan:
     """A job that has passed the checks which need no cluster."""
 
     job: Job
-    command: str
     files: list[Shipped]
     upload_mib: float
     config: HtsConfig | None
     paths: list[tuple[str, str]]
 
 
-def plan_job(job: Job) -> Plan:
-    """Check a job's command, settings, paths and upload without a cluster.
+def plan_job(
+    job: Job, config: HtsConfig | None = None, paths: Iterable[tuple[str, str]] = ()
+) -> Plan:
+    """Check a job's upload and paths without a cluster.
 
-    Raises what the command itself would raise for wrong usage or settings, and ConfigError for a
-    relative path that the job would not find or whose results would be lost with it.
+    `config` are the settings of the job's command, None for a command without settings; `paths`
+    are (option, path) of its other parameters. Raises ConfigError for an upload over the limit and
+    for a relative path that the job would not find or whose results would be lost with it.
     """
-    command, params = _parsed(job.arguments)
-    config = _settings(params) if "overrides" in params else None
     files = files_to_ship(job.working_dir)
     size = check_size(files, job.max_upload_mib)
-    paths = list(_given_paths(command, params))
+    named = list(paths)
     if config is not None:
-        paths += [
-            *worker_paths(config, command.name or ""),
-            *driver_paths(config, command.name or ""),
-        ]
+        named += [*worker_paths(config, job.command), *driver_paths(config, job.command)]
     names = {file.name for file in files}
-    absolute = [(name, path) for name, path in paths if not _is_shipped(name, path, names)]
-    return Plan(job, command.name or "", files, size, config, absolute)
-
-
-def _parsed(arguments: Sequence[str]) -> tuple[click.Command, dict[str, Any]]:
-    """Return the command that the arguments name, and its parameters, without running it."""
-    from hts_ray.cli import cli, is_setting
-
-    name = arguments[0] if arguments else ""
-    known = sorted(set(cli.commands) - _NOT_JOBS)
-    if name not in known:
-        raise ConfigError(
-            field="command",
-            value=name,
-            remedy=f"name a command of hts behind --, one of {', '.join(known)}",
-        )
-    command = cli.commands[name]
-    params = dict(command.make_context(name, list(arguments[1:])).params)
-    if name == "predict":  # it takes images between its settings
-        given = params["overrides"]
-        params["overrides"] = tuple(entry for entry in given if is_setting(entry))
-        params["paths"] = tuple(entry for entry in given if not is_setting(entry))
-    return command, params
-
-
-def _settings(params: Mapping[str, Any]) -> HtsConfig:
-    """Return the settings that the job will have, as far as they can be seen from here."""
-    from hts_ray.cli import Settings
-
-    given = (params["config_file"], params["preset"], params["run_dir"], params["overrides"])
-    try:
-        return Settings(*given, dry_run=False).config
-    except DataError:  # the run directory is on storage that only the cluster may open
-        return load_config(
-            preset=params["preset"],
-            file=params["config_file"],
-            overrides=params["overrides"],
-            extra={"run_dir": params["run_dir"]} if params["run_dir"] else {},
-        )
-
-
-def _given_paths(command: click.Command, params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (option, path) of what was given on the command line; the run directory aside."""
-    for parameter in command.params:
-        value = params.get(parameter.name or "")
-        if parameter.name == "run_dir" and "overrides" in params:
-            continue  # it is one of the settings
-        if isinstance(value, str) and parameter.metavar in _PATH_METAVARS:
-            yield parameter.opts[0], value
-    for path in params.get("paths", ()):
-        yield "PATH", path
+    kept = [(name, path) for name, path in named if not _is_shipped(name, path, names)]
+    return Plan(job, files, size, config, kept)
 
 
 def _is_shipped(name: str, path: str, shipped: set[str]) -> bool:
@@ -194,7 +144,7 @@ def check_on(plan: Plan, cluster: Cluster) -> list[str]:
     if plan.config is None:
         return []
     check_paths(cluster, plan.config.ray.shared_paths, plan.paths)
-    return check_room(cluster, demands(plan.config, plan.command))
+    return check_room(cluster, demands(plan.config, plan.job.command))
 
 
 def connect(address: str | None = None) -> JobSubmissionClient:
@@ -317,7 +267,7 @@ def start(plan: Plan, client: JobSubmissionClient) -> str:
                     entrypoint=job.entrypoint,
                     runtime_env=job.runtime_env(package),
                     submission_id=job.submission_id,
-                    metadata={"hts_command": plan.command},
+                    metadata={"hts_command": job.command},
                 )
             )
         except (RuntimeError, ValueError, OSError) as error:
@@ -493,76 +443,3 @@ def parse_env(items: Sequence[str]) -> dict[str, str]:
             )
         result[key] = value
     return result
-
-
-def submit_command(
-    arguments: tuple[str, ...],
-    *,
-    address: str | None,
-    no_wait: bool,
-    attach: str | None,
-    env: Sequence[str],
-    uv: str | None,
-    pip: str | None,
-    working_dir: str,
-    max_upload: float | None,
-    python: str,
-    submission_id: str | None,
-) -> int:
-    """Do what `hts submit` was asked for, telling what happens; returns the exit code."""
-    if attach is not None:
-        if arguments:
-            raise ConfigError(field="--attach", value=attach, remedy="give it without a command")
-        return wait(connect(address), attach, tell=_say, ask=_asker())
-    if uv and pip:
-        raise ConfigError(field="--pip", value=pip, remedy="give --uv or --pip")
-    file = uv or pip
-    job = Job(
-        arguments,
-        working_dir=Path(working_dir),
-        env=parse_env(env),
-        requirements=read_requirements(Path(file)) if file else (),
-        installer="pip" if pip else "uv",
-        python=python,
-        max_upload_mib=max_upload or MAX_UPLOAD_MIB,
-        submission_id=submission_id,
-    )
-    plan = plan_job(job)
-    client = connect(address)
-    warning = open_token_note(client)
-    if warning:
-        _say(f"warning: {warning}")
-    ray_config = plan.config.ray if plan.config else RayConfig()
-    cluster = cluster_behind(client, ray_config)
-    for note in check_on(plan, cluster) if cluster else []:
-        _say(f"note: {note}")
-    job_id = start(plan, client)
-    where = f"{client.get_address()}" + (f" ({cluster})" if cluster else "")
-    _say(f"job {job_id} on {where}; {len(plan.files)} files of {plan.upload_mib:.1f} MiB shipped")
-    if no_wait:
-        for line in how_to_go_on(client, job_id):
-            _say(line)
-        return 0
-    return wait(client, job_id, tell=_say, ask=_asker())
-
-
-def _say(line: str) -> None:
-    """Print what the client has to say beside the job's log, which has the standard output."""
-    errors.print(line, markup=False, style="dim" if errors.is_terminal else None)
-
-
-def _asker() -> Callable[[], bool] | None:
-    """Return what asks whether to stop the job; None where nobody could answer."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return None
-
-    def ask() -> bool:
-        choice = click.prompt(
-            "\nstop the job, or detach and leave it running?",
-            type=click.Choice(["stop", "detach"]),
-            default="detach",
-            err=True,
-        )
-        return bool(choice == "stop")
-
-    return ask

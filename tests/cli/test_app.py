@@ -2,13 +2,16 @@
 
 import errno
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 
 from hts_ray import cli
+from hts_ray.cli.commands import MODULES, SHORT_HELP
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = [
@@ -38,6 +41,32 @@ def test_every_stage_prints_a_config_that_reads_back(tmp_path, capsys):
         code, again, _ = hts(stage, *needed, "--config", str(path), "--print-config", capsys=capsys)
         assert (code, again) == (0, out)
         assert "epochs: 3" in again
+
+
+def test_the_table_of_commands_agrees_with_the_commands():
+    """Would catch a help text that was changed in one place only, or a command of no module."""
+    context = click.Context(cli.cli)
+    for name in cli.cli.list_commands(context):
+        command = cli.cli.get_command(context, name)
+        assert command.name == name
+        assert command.get_short_help_str(120) == SHORT_HELP[name]
+
+
+def test_the_list_of_commands_loads_nothing_slow():
+    """Would catch an import that makes `hts --help` wait for what only some commands need."""
+    lines = """
+import sys
+from hts_ray.cli import main
+main(["--help"])
+slow = {"torch", "ray", "transformers", "matplotlib", "pyarrow", "numpy", "pydantic"}
+own = {f"hts_ray.cli.{name}" for name in ("stages", "runs", "exchange", "cluster", "options")}
+print(sorted((slow | own) & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", lines], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "evaluate" in done.stdout
+    assert done.stderr.strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +212,7 @@ def test_jobs_take_the_arguments_of_their_commands(monkeypatch, capsys):
         monkeypatch.setattr(cli, "main", called.append)
         runpy.run_path(str(script), run_name="__main__")
         assert called == [[script.stem, "--print-config", "seed=77"]]
-        assert script.stem in cli.cli.commands
+        assert script.stem in MODULES
 
 
 def test_a_limited_pass_is_not_remembered(tmp_path, capsys, ray_session):

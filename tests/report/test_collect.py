@@ -10,7 +10,7 @@ from markupsafe import Markup
 from report_pages import Page
 
 from hts_ray import report
-from hts_ray.cli import report as command
+from hts_ray.cli.runs import report as command
 from hts_ray.store import storage, tables
 from hts_ray.store.run import StageFolder
 
