@@ -14,48 +14,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hts_ray.captions.morphology import word_set
 from hts_ray.captions.phrases import Chunk, Mark, NounPhrase, VerbGroup
+from hts_ray.captions.words import word_lists, word_set
 
-# What animals do as well; any other verb after "a man with a dog" is the man's.
-_ANIMAL_VERBS = word_set(
-    "catch chase run eat lie lay sit stand jump watch play lick sleep walk look drink graze carry"
-    " pull rest chew bite swim fly perch stare peek wear be follow roll bark trot gallop wait"
-    " leap hop nap wander feed nibble sniff beg move herd fetch wade splash lean dress tie"
-)
-_DONE_TOGETHER = word_set("walk run jog stroll")  # "a man with a dog walking"
-_VEHICLE_VERBS = word_set(
-    "carry pull tow push drive sail move park wait fly land turn stop pass face travel go come"
-    " transport haul cross drag run approach leave arrive be contain fill sit load take off head"
-)
-WATCHING = word_set("watch see look observe photograph film help let make have show hear view")
-_SHOWING = word_set("show depict feature display contain portray picture represent illustrate")
-_OBJECT_CONTROL = word_set(
-    "teach help train tell ask encourage allow get instruct show let make coach"
-)
-# A verb that governs another one: how much of the other it asserts; 0 denies it.
-_GOVERNS = {
-    "stop": 0.0, "quit": 0.0, "avoid": 0.0, "refuse": 0.0, "fail": 0.0, "forget": 0.0,
-    "decline": 0.0, "miss": 0.0, "finish": 0.3, "want": 0.35, "wait": 0.35, "hope": 0.3,
-    "pretend": 0.3, "need": 0.35, "wish": 0.3, "plan": 0.35, "decide": 0.5, "consider": 0.3,
-    "like": 0.7, "learn": 0.8, "offer": 0.5, "try": 0.5, "attempt": 0.5, "prepare": 0.5,
-    "line": 0.4, "queue": 0.4, "ask": 0.4, "tell": 0.4, "encourage": 0.4, "teach": 0.6,
-    "help": 0.8, "get": 0.5, "threaten": 0.4, "reach": 0.5, "allow": 0.5, "ready": 0.5,
-}  # fmt: skip
-_LEADS = {
-    "without": 0.0, "instead of": 0.0, "before": 0.6, "after": 0.6, "for": 0.4, "from": 0.3,
-    "despite": 0.6, "like": 0.3, "than": 0.0, "about": 0.3, "against": 0.2,
-}  # fmt: skip
-# A still picture shows these by their preparation.
-_SHOWN_BY_PREPARING = word_set(
-    "swing hit throw kick catch serve jump board block spike toss strike blow"
-)
-_INTRANSITIVE = word_set(
-    "walk run sit stand jump stop turn smile lie wait talk play pose look work"
-)
-_LOCATIVE_BY = word_set(
-    "walk run sit stand pass go stop wait kneel pose drive live lie fly rest park"
-)
+_ANIMAL_VERBS = word_set("animal_verbs")
+_DONE_TOGETHER = word_set("done_together")
+_VEHICLE_VERBS = word_set("vehicle_verbs")
+WATCHING = word_set("watching")
+_SHOWING = word_set("showing")
+_OBJECT_CONTROL = word_set("object_control")
+_SHOWN_BY_PREPARING = word_set("shown_by_preparing")
+_INTRANSITIVE = word_set("intransitive")
+_LOCATIVE_BY = word_set("locative_by")
+# How much of a verb is asserted by a verb that governs it, or by a word that leads to it.
+_GOVERNS: dict[str, float] = word_lists()["governs"]
+_LEADS: dict[str, float] = word_lists()["leads"]
 
 
 @dataclass(eq=False)

@@ -12,18 +12,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hts_ray.captions.morphology import names_agent, noun_key, word_set
+from hts_ray.captions.morphology import names_agent, noun_key
+from hts_ray.captions.words import read_data, word_lists, word_set
 
 STATED = 0.9  # probability of a class that the caption says in so many words
-_MADE = word_set("toy lego stone bronze")
-_PERSON_ENDINGS = (
-    "man", "men", "woman", "women", "boy", "girl", "person", "people", "folk", "ist", "keeper",
-)  # fmt: skip
+_MATERIALS = word_set("materials")
+_PERSON_ENDINGS = tuple(word_lists()["person_endings"].split())
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Lexicon:
         """Return "person", "animal", "vehicle" or "thing", or "" for a noun that tells nothing."""
         last = lemma.rsplit(" ", 1)[-1]
         objects = self.nouns.get(lemma, {}).keys()
-        if lemma in self.depictions or not _MADE.isdisjoint(modifiers):
+        if lemma in self.depictions or not _MATERIALS.isdisjoint(modifiers):
             kind = "thing"
         elif lemma in self.people or lemma in self.agents:
             kind = "person"
@@ -152,9 +148,7 @@ _WORD_LISTS = (
 @functools.lru_cache(maxsize=1)
 def _source() -> dict[str, Any]:
     """Read `lexicon.yaml` into the tables of a `Lexicon`."""
-    text = Path(__file__).with_name("lexicon.yaml").read_text(encoding="utf-8")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a hundred times faster where built
-    raw = yaml.load(text, Loader=loader)  # noqa: S506
+    raw = read_data("lexicon.yaml")
     things: dict[str, dict[str, float]] = {}
     for name, nouns in raw["objects"].items():
         for entry in nouns.split(","):

@@ -3,7 +3,7 @@
 Lemmas and inflections are LemmInflect's: of the maintained libraries whose data comes inside the
 wheel it is the one that gives lemmas for each part of speech ("saw" is a noun, or "see"), needs
 only numpy, and knows irregular forms. The closed classes (pronouns, prepositions, auxiliaries and
-so on) are listed here.
+so on) are lists of words.
 
 Knows neither a word's neighbours (`tagging` decides between what a word can be) nor what it means
 (`lexicon`). No Ray and no torch.
@@ -19,78 +19,41 @@ from dataclasses import dataclass
 
 import lemminflect  # type: ignore[import-untyped]
 
+from hts_ray.captions.words import word_lists, word_set
+
 MAX_TOKENS = 2000  # of one caption; what follows is not read
 _MAX_WORD = 40
 
 
-def word_set(text: str) -> frozenset[str]:
-    """Return the words of a text with spaces between them."""
-    return frozenset(text.split())
-
-
 # Closed classes
 
-BE = word_set("be am is are was were been being")
-HAVE = word_set("have has had having")
-DO = word_set("do does did")
-MODALS = word_set("can could will would shall should may might must ca wo")
-_NEGATIONS = word_set("not n't never nor neither hardly barely scarcely")
-DETERMINERS = word_set(
-    "a an the this these those my your his her its our their some any every each no another both"
-    " all several many few various multiple numerous which's what such whatever either most"
-)
-NUMBERS = word_set(
-    "one two three four five six seven eight nine ten eleven twelve dozen hundred thousand"
-)
+BE = word_set("be")
+HAVE = word_set("have")
+DO = word_set("do")
+MODALS = word_set("modals")
+DETERMINERS = word_set("determiners")
+NUMBERS = word_set("numbers")
+PREPOSITIONS = word_set("prepositions")
+NO_ONE = word_set("no_one")
 PRONOUNS = {
-    **dict.fromkeys(
-        word_set(
-            "i you he she we they him me us himself herself themselves myself yourself ourselves"
-            " eachother hers mine yours"
-        ),
-        "person",
-    ),
-    **dict.fromkeys(word_set("it itself them something anything everything nothing"), "thing"),
+    **dict.fromkeys(word_set("person_pronouns"), "person"),
+    **dict.fromkeys(word_set("thing_pronouns"), "thing"),
 }
-NO_ONE = word_set("nobody none nothing noone neither")
-PREPOSITIONS = word_set(
-    "about above across after against along alongside amid among amongst around at atop away back"
-    " before behind below beneath beside besides between beyond by despite down during for from in"
-    " inside into near nearby of off on onto out outside over past per through throughout toward"
-    " towards under underneath up upon via with within without aboard astride opposite round"
-    " like than"
+# Tags (see `tagging.Token`) and the lists of words that have them, "?" where a word's neighbours
+# decide. Of a word in several lists the last tag counts.
+_TAGS = (
+    ("P", "prepositions"),
+    ("U", "subordinators"),
+    ("W", "relatives"),
+    ("D", "determiners numbers"),
+    ("R", "person_pronouns thing_pronouns no_one"),
+    ("X", "be do modals"),
+    ("G", "negations"),
+    ("C", "coordinators"),
+    ("A", "adverbs"),
+    ("?", "have ambiguous"),
 )
-_COORDINATORS = word_set("and or but & nor plus yet")
-_SUBORDINATORS = word_set(
-    "while as when whilst where because if although though since until so then whereas once"
-    " whenever till"
-)
-_RELATIVES = word_set("who which whom whose that")
-_ADVERBS = word_set(
-    "very just also still now there here together happily outdoors indoors outside too only even"
-    " ever almost again already soon often always sometimes quickly slowly carefully quite really"
-    " well else anymore today maybe perhaps currently actively seemingly apparently home upside"
-    " downtown downfield upfield midfield midair midstream overhead downhill uphill ashore aloft"
-    " downstream upstream offshore apart barefoot yesterday tonight tomorrow upstairs downstairs"
-    " nearby how why"
-)
-# Word -> its tag (see `tagging.Token`), "?" where its neighbours decide.
-CLOSED: dict[str, str] = {
-    **dict.fromkeys(PREPOSITIONS, "P"),
-    **dict.fromkeys(_SUBORDINATORS, "U"),
-    **dict.fromkeys(_RELATIVES, "W"),
-    **dict.fromkeys(DETERMINERS | NUMBERS, "D"),
-    **dict.fromkeys(PRONOUNS, "R"),
-    **dict.fromkeys(NO_ONE, "R"),
-    **dict.fromkeys(BE | DO | MODALS, "X"),
-    **dict.fromkeys(_NEGATIONS - {"neither"}, "G"),
-    **dict.fromkeys(_COORDINATORS, "C"),
-    **dict.fromkeys(_ADVERBS, "A"),
-    **dict.fromkeys(HAVE | word_set("get gets getting got gotten"), "?"),
-    **dict.fromkeys(
-        word_set("to 's that her his one no both all each either few several some many most"), "?"
-    ),
-}
+CLOSED = {word: tag for tag, lists in _TAGS for name in lists.split() for word in word_set(name)}
 
 
 # What a word can be
@@ -112,16 +75,8 @@ class Word:
     listed: bool
 
 
-# Where LemmInflect knows several lemmas and captions mean one, or does not list the word.
-_NOUNS = {
-    "as": "as", "dice": "dice", "leaves": "leaf", "oxen": "ox", "pants": "pants", "shears":
-    "shears",
-}  # fmt: skip
-_VERBS = {
-    "axing": ("axe", "ing"), "kickflip": ("kickflip", "base"), "kickflips": ("kickflip", "s"),
-    "lassos": ("lasso", "s"), "peddling": ("pedal", "ing"), "text": ("text", "base"), "texts":
-    ("text", "s"),
-}  # fmt: skip
+_NOUNS: dict[str, str] = word_lists()["noun_lemmas"]
+_VERBS: dict[str, str] = word_lists()["verb_lemmas"]
 
 
 @functools.lru_cache(maxsize=65536)
@@ -142,7 +97,7 @@ def analyse(word: str) -> Word:
             noun = noun or (plural[0] if plural and word.endswith("s") else word)
     form = _verb_form(word, verb) if verb else ""
     if word in _VERBS:
-        verb, form = _VERBS[word]
+        verb, form = _VERBS[word].split()
     # Comparatives of the dictionary: "dog" is no adjective, but "dress" and "bird" are listed so.
     return Word(noun, verb, form, "ADJ" in found, "ADV" in found, listed)
 

@@ -13,17 +13,12 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from hts_ray.captions.lexicon import Lexicon
-from hts_ray.captions.morphology import BE, HAVE, NO_ONE, PRONOUNS, analyse, word_set
+from hts_ray.captions.morphology import BE, HAVE, NO_ONE, PRONOUNS, analyse
 from hts_ray.captions.tagging import Tagger, Token
+from hts_ray.captions.words import word_set
 
-_BODY = word_set(
-    "head nose ear neck back mane belly face trunk fur tail chin cheek leg hoof udder coat hair"
-    " mouth forehead stomach side snout muzzle paw shoulder rein leash bridle halter lead tire"
-    " wheel engine chain handlebar window windshield door hood lid screen top tooth teeth wool hand"
-)
-_ASPECT_NOUNS = word_set(
-    "top front back side middle edge end rear bottom center inside corner rest view"
-)
+_PARTS = word_set("parts")
+_ASPECT_NOUNS = word_set("aspects")
 
 
 @dataclass
@@ -179,7 +174,7 @@ class PhraseReader:
         owner = possessor
         if owner is None and modifiers and modifiers[-1] in self._lexicon.nouns:
             owner = next(t for t in reversed(span) if t.lemma == modifiers[-1])
-        if owner is not None and lemma in _BODY and owner is not head:
+        if owner is not None and lemma in _PARTS and owner is not head:
             phrase.of = self._phrase([owner], owner, words, None)
         if head.tag == "R":
             phrase.pronoun = lemma

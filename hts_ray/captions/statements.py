@@ -15,31 +15,20 @@ from dataclasses import dataclass, field
 
 from hts_ray.captions.clauses import WATCHING, Clauses, Event
 from hts_ray.captions.lexicon import STATED, Lexicon, Reading
-from hts_ray.captions.morphology import verb_lemma, word_set
+from hts_ray.captions.morphology import verb_lemma
 from hts_ray.captions.phrases import NounPhrase
+from hts_ray.captions.words import phrase_set, word_set
 from hts_ray.classes import NO_INTERACTION
 
 ENTAILED_BELOW = 0.49  # no entailment, however certain, makes a class stated
 _SECOND = 0.45  # a further reading of a phrase that states another class
-_HUMAN_VERBS = word_set(
-    "ride drive park row read type text talk throw kick wash bathe clean scrub pet kiss hug feed"
-    " groom milk shear train teach walk repair fix sign paint cook cut slice peel buy brush drink"
-    " sip toast stir pack zip inspect"
-    " check install assemble swing serve dribble fly board toss pedal steer straddle pour bake"
-)
-_NEAR = word_set("near by beside besides behind past alongside opposite nearby between") | {
-    "in front of",
-    "away from",
-    "next to",
-}
-_STATIVE = word_set(
-    "be stand pose walk wait sit kneel crouch smile pass run stroll squat remain stay gather talk"
-    " chat hang linger jog go laugh look huddle line loiter converse"
-)
-_CONTACT = word_set("touch interact contact use handle approach engage")
-_LIMBS = word_set("hand arm finger head foot leg face elbow palm nose")
-_NO_CONTACT = word_set("contact interaction touching")
-_LEAVES_ALONE = word_set("ignore avoid pass overlook bypass")
+_HUMAN_VERBS = word_set("human_verbs")
+_NEAR = phrase_set("near")
+_STATIVE = word_set("stative")
+_CONTACT = word_set("contact")
+_LIMBS = word_set("limbs")
+_NO_CONTACT = word_set("no_contact")
+_LEAVES_ALONE = word_set("leaves_alone")
 
 
 @dataclass

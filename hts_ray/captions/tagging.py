@@ -27,25 +27,19 @@ from hts_ray.captions.morphology import (
     noun_lemma,
     split_words,
     verb_lemma,
-    word_set,
 )
+from hts_ray.captions.words import phrase_set, word_lists, word_set
 
-# Bare nouns that make the name of an activity with an -ing form.
-_ACTIVITIES = frozenset(
-    [("dog", "walk"), ("kite", "fly"), ("cake", "cut"), ("bird", "watch"), ("boat", "row"),
-     ("train", "ride"), ("ski", "jump"), ("bull", "ride"), ("sheep", "shear"), ("cow", "milk")]
-    + [(n, v) for n in ("horse", "bike", "bicycle", "motorcycle", "motorbike", "pony", "cycle",
-                        "elephant", "camel", "horseback", "boat", "car", "bus", "dog", "cat")
-       for v in ("ride", "race", "train", "groom", "jump")]
-)  # fmt: skip
-_WATCHING = word_set("watch see help let make have hear observe")
+# Nouns and verbs of "horse riding" and the like.
+_ACTIVITIES = {
+    (noun, verb)
+    for verbs, nouns in word_lists()["activities"].items()
+    for verb in verbs.split()
+    for noun in nouns.split()
+}
+_PERCEIVING = word_set("perceiving")
 # Verbs of two words; the second one is inflected.
-_COMPOUND_VERBS = {
-    ("blow", "dry"), ("jump", "start"), ("stir", "fry"), ("bottle", "feed"), ("spoon", "feed"),
-    ("spray", "paint"), ("deep", "fry"), ("towel", "dry"), ("pressure", "wash"),
-    ("power", "wash"), ("snow", "ski"), ("water", "ski"), ("high", "five"), ("fist", "bump"),
-    ("kick", "flip"), ("hand", "wash"), ("text", "message"), ("pat", "dry"),
-}  # fmt: skip
+_COMPOUND_VERBS = {tuple(phrase.split()) for phrase in phrase_set("compound_verbs")}
 
 
 @dataclass(slots=True)
@@ -336,7 +330,7 @@ class Tagger:
     @staticmethod
     def _is_watched(tokens: list[Token], i: int) -> bool:
         """Whether a verb before takes a bare infinitive: "watch a dog catch a ball"."""
-        return any(t.tag == "V" and t.lemma in _WATCHING for t in tokens[max(0, i - 6) : i])
+        return any(t.tag == "V" and t.lemma in _PERCEIVING for t in tokens[max(0, i - 6) : i])
 
     @staticmethod
     def _may_start_argument(after: Token) -> bool:
