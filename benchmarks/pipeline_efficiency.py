@@ -30,7 +30,7 @@ from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import CaptionConfig, LabelConfig, RayConfig
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.image_pass import decode_batch, decoded_image
 from hts_ray.engine.session import ray_cluster
 from hts_ray.images.crops import CropBatch
 from hts_ray.images.manifest import open_manifest
@@ -38,7 +38,6 @@ from hts_ray.images.regions import propose_regions
 from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
-from hts_ray.teacher.actor import decoded_image
 from hts_ray.teacher.models.loading import load_captioner
 from hts_ray.teacher.stage import label_images
 

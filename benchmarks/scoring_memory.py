@@ -20,7 +20,7 @@ import torch
 from trie_speed import END, START, hico_tokens
 
 from hts_ray.store.provenance import measured_on, write_results
-from hts_ray.teacher.models.readers import GitDecoder
+from hts_ray.teacher.models.architectures import GitDecoder
 
 RESULTS = Path(__file__).parent / "results" / "scoring_memory.json"
 GB = 1e9

@@ -2,14 +2,13 @@
 
     nice -n 10 python benchmarks/search.py [--regions 16] [--checked 160] [--rounds 5]
 
-Rows: `top_k`, exact, and `objects`, approximate, which scores the objects alone first and then
-the classes of the best ones. The packaged captioner looks at regions of drawn scenes (a
-validation world's), with the demo's 55 classes, with all of HICO's 600, and with 600 and the end
-of the sentence scored too; its vocabulary knows every word of them. Two more models tell what to
-expect of a larger one. `size` has the shape of BLIP base and random weights but answers as the
-packaged captioner does: both read everything, one's hidden states are used, and the vocabulary
-is the large one's. `undecided` is BLIP base with random weights alone, which prefers no class,
-so that nothing can be left out: the worst case.
+The packaged captioner looks at regions of drawn scenes (a validation world's), with the demo's 55
+classes, with all of HICO's 600, and with 600 and the end of the sentence scored too; its
+vocabulary knows every word of them. Two more models show what to expect of a larger one. `size`
+has the shape of BLIP base and random weights but answers as the packaged captioner does: both
+read everything, one's hidden states are used, and the vocabulary is the large one's. `undecided`
+is BLIP base with random weights alone, which prefers no class, so that nothing can be left out:
+the worst case.
 
 Ratios are of process CPU seconds on one thread, images encoded anew in every row, in rounds that
 visit the rows in turn; the median of the rounds is given. `decoding` is the ratio without the
@@ -17,7 +16,7 @@ seconds of encoding. Nodes are those of the prompt tree that
 a region feeds, over those that scoring everything feeds. The table goes to stdout, the same
 numbers with hardware, versions, settings and date to benchmarks/results/search.json.
 
-Shapes: R regions, C classes, O objects.
+Shapes: R regions, C classes.
 """
 
 from __future__ import annotations
@@ -28,10 +27,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -42,19 +43,17 @@ from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import propose_regions
 from hts_ray.store.provenance import measured_on, write_results
-from hts_ray.teacher.captioner import FloatArray, Pixels
+from hts_ray.teacher.captioner import FloatArray, Pixels, keep_top
+from hts_ray.teacher.models.architectures import CrossAttentionDecoder
 from hts_ray.teacher.models.loading import load_captioner
 from hts_ray.teacher.models.pretrained import TransformersCaptioner
-from hts_ray.teacher.models.readers import CrossAttentionDecoder
 from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder
-from hts_ray.teacher.scoring.search import score_objects_first, score_top
-from hts_ray.teacher.scoring.selection import agreement, keep_top, object_gate
+from hts_ray.teacher.scoring.top_k import score_top
 from hts_ray.teacher.scoring.trie import TokenIds
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
 WORLD = 101  # a validation world: those from 100 on are for choosing and measuring settings
 TOP_K = (10, 30)
-TOP_OBJECTS = (10, 5)
 BLIP_PIXELS = 384
 BLIP_VOCABULARY = 30524
 
@@ -183,14 +182,12 @@ def world_regions(count: int) -> list[Pixels]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and its prompts; `images` are prepared, `objects` the tokens of O phrases."""
+    """One model and its prompts; `images` are prepared."""
 
     name: str
     decoder: TrieDecoder
     images: Any
     sequences: Sequence[TokenIds]
-    objects: Sequence[TokenIds]
-    object_of_class: Any
 
     def score_all(self) -> FloatArray:
         """Score every class: (R, C)."""
@@ -201,25 +198,12 @@ class Setting:
         for group in self.decoder.groups(self.images):
             self.decoder.encode(group)
 
-    def search(
-        self, top_k: int | None = None, objects: int | None = None
-    ) -> tuple[FloatArray, dict[str, Any]]:
+    def search(self, top_k: int) -> tuple[FloatArray, dict[str, Any]]:
         """Search, group by group as the captioner does: (R, C) and what it fed."""
         scores, fed, padded, forwards, full = [], [], [], 0, 0
         counts = [1] * len(self.sequences)
         for group in self.decoder.groups(self.images):
-            if objects is None:
-                part, stats = score_top(self.decoder, group, self.sequences, counts, top_k=top_k)
-            else:
-                part, stats = score_objects_first(
-                    self.decoder,
-                    group,
-                    self.sequences,
-                    counts,
-                    objects=self.objects,
-                    object_of_class_C=self.object_of_class,
-                    keep=objects,
-                )
+            part, stats = score_top(self.decoder, group, self.sequences, counts, top_k=top_k)
             scores.append(part)
             fed += stats.nodes_fed.tolist()
             padded += stats.padded.tolist()
@@ -234,12 +218,7 @@ class Setting:
 
     def rows(self) -> dict[str, Callable[[], tuple[FloatArray, dict[str, Any]]]]:
         """Return what is compared with scoring everything."""
-        found: dict[str, Callable[[], tuple[FloatArray, dict[str, Any]]]] = {}
-        for k in TOP_K:
-            found[f"top_k {k}"] = lambda k=k: self.search(k)  # type: ignore[misc]
-        for keep in TOP_OBJECTS:
-            found[f"objects {keep}"] = lambda keep=keep: self.search(objects=keep)  # type: ignore[misc]
-        return found
+        return {f"top_k {k}": partial(self.search, k) for k in TOP_K}
 
 
 def compare(setting: Setting, rounds: int) -> list[dict[str, Any]]:
@@ -285,12 +264,45 @@ def compare(setting: Setting, rounds: int) -> list[dict[str, Any]]:
 
 
 def compare_answers(name: str, exact: FloatArray, scores: FloatArray) -> dict[str, Any]:
-    """Compare a row's scores with all exact ones; of top_k also count wrongly kept classes."""
+    """Compare a row's scores with all exact ones, and count classes that were kept by mistake."""
     measured: dict[str, Any] = dict(agreement(exact, scores, 10))
-    if name.startswith("top_k"):
-        expected = keep_top(exact, int(name.split()[1]))
-        measured["other_classes"] = int((np.isfinite(expected) != np.isfinite(scores)).sum())
+    expected = keep_top(exact, int(name.split()[1]))
+    measured["other_classes"] = int((np.isfinite(expected) != np.isfinite(scores)).sum())
     return measured
+
+
+def agreement(exact_RC: FloatArray, approximate_RC: FloatArray, k: int) -> dict[str, float]:
+    """Compare scores of some classes (-inf elsewhere) with the exact scores of all.
+
+    `top_1` and `top_k` are the shares of the exact best class and best k that were kept;
+    `kept` the share of all classes; `score_difference` the largest difference of a kept score
+    in nats. Of probabilities, a softmax over the classes: `lost_mass` is the mean exact
+    probability of what was left out, `worst_lost_mass` its maximum over regions,
+    `probability_difference` the mean over regions of the largest difference.
+    """
+    kept = approximate_RC > -np.inf
+    order = np.argsort(-exact_RC, axis=1, kind="stable")
+    found = np.take_along_axis(kept, order, axis=1)
+    exact, approximate = _softmax(exact_RC), _softmax(approximate_RC)
+    lost = np.where(kept, 0.0, exact).sum(axis=1)
+    difference = np.abs(np.where(kept, exact_RC - np.where(kept, approximate_RC, 0.0), 0.0))
+    return {
+        "top_1": float(found[:, 0].mean()),
+        "top_k": float(found[:, :k].mean()),
+        "kept": float(kept.mean()),
+        "score_difference": float(difference.max()),
+        "lost_mass": float(lost.mean()),
+        "worst_lost_mass": float(lost.max()),
+        "probability_difference": float(np.abs(exact - approximate).max(axis=1).mean()),
+    }
+
+
+def _softmax(scores_RC: FloatArray) -> npt.NDArray[np.float64]:
+    top = scores_RC.max(axis=1, keepdims=True)
+    shifted = np.exp(scores_RC.astype(np.float64) - np.where(np.isfinite(top), top, 0.0))
+    total = shifted.sum(axis=1, keepdims=True)
+    probabilities: npt.NDArray[np.float64] = shifted / np.where(total > 0, total, 1.0)
+    return probabilities
 
 
 def settings(options: argparse.Namespace) -> dict[str, Callable[[int], Setting]]:
@@ -309,12 +321,10 @@ def settings(options: argparse.Namespace) -> dict[str, Callable[[int], Setting]]
         return images
 
     def of(name: str, table: ClassTable, source: Any, with_decoder: Any, images: Any) -> Setting:
-        gate = object_gate([item.object for item in table], 1)
-        objects, classes = list(gate.prompts), table.primary_prompts
-        sequences, phrases = source.tokenize(classes), captioner.tokenize(objects)
+        sequences = source.tokenize(table.primary_prompts)
         unknown = captioner.tokenizer.unk_token_id
-        assert not any(unknown in sequence for sequence in (*sequences, *phrases))
-        return Setting(name, with_decoder, images, sequences, phrases, gate.object_of_class)
+        assert not any(unknown in sequence for sequence in sequences)
+        return Setting(name, with_decoder, images, sequences)
 
     demo, hico = load_class_table("hico", world_class_ids()), hico_classes()
     width = captioner.decoder.model.config.decoder.hidden_size
@@ -344,7 +354,9 @@ def main() -> None:
     """Run every setting, print the tables and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--regions", type=int, default=16)
-    parser.add_argument("--checked", type=int, default=160, help="regions of the agreement")
+    parser.add_argument(
+        "--checked", type=int, default=160, help="regions whose answers are compared"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", type=int, default=2, help="regions of BLIP base, 0 for none")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -373,7 +385,7 @@ def main() -> None:
                 f"{name:10} {row:10}   {measured['kept']:10.3f}   {measured['top_1']:15.3f}"
                 f"   {measured['top_k']:13.3f}   {measured['lost_mass']:9.4f}"
                 f" ({measured['worst_lost_mass']:.3f})"
-                + (f"   other classes: {measured['other_classes']}" if "top_k " in row else "")
+                + f"   other classes: {measured['other_classes']}"
             )
     report = {
         **measured_on(),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hts_ray.classes import hico_classes
 from hts_ray.store.provenance import measured_on, write_results
-from hts_ray.teacher.models.readers import (
+from hts_ray.teacher.models.architectures import (
     BatchedCrossAttentionDecoder,
     CrossAttentionDecoder,
     GitDecoder,

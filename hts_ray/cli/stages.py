@@ -35,10 +35,10 @@ from hts_ray.engine.session import command_cluster
 from hts_ray.errors import ConfigError
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
+from hts_ray.report.preview import write_preview
 from hts_ray.store import storage
 from hts_ray.store.run import require_stage
 from hts_ray.teacher.estimate import estimate as estimate_label
-from hts_ray.teacher.preview import write_preview
 from hts_ray.teacher.stage import plan_label
 
 

@@ -197,17 +197,15 @@ class TeacherConfig(Section):
     length_normalize: bool = Field(
         False, description="divide log-likelihoods by their token counts"
     )
-    search: Literal["all", "top_k", "objects"] = Field(
+    search: Literal["all", "top_k"] = Field(
         "all",
-        description="which classes are scored: all; the best top_k of a region, exactly, by"
-        " leaving hopeless branches of the prompt tree; approximately, those of the objects that"
-        " score best alone",
+        description="which classes are scored: all, or the best top_k of a region, exactly, by"
+        " leaving hopeless branches of the prompt tree",
     )
     top_k: int = Field(30, ge=1, description="classes a region that search=top_k scores")
     search_alpha: float = Field(
         0.0, ge=0.0, le=2.0, description="alpha of the prior when search=top_k ranks the classes"
     )
-    top_objects: int = Field(10, ge=1, description="objects a region that search=objects keeps")
     prior: Literal["plain", "sample", "none"] = Field(
         "plain", description="images that log P(prompt) is estimated on: plain ones or a sample"
     )

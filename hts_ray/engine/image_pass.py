@@ -27,6 +27,7 @@ from hts_ray import errors
 from hts_ray.config import ImagesConfig
 from hts_ray.engine.deaths import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.errors import DataError, UserError
+from hts_ray.images.decode import DecodedImage
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -242,6 +243,17 @@ def _decode_row(
         "width": image.width,
         "height": image.height,
     }
+
+
+def decoded_image(batch: pa.Table, row: int) -> DecodedImage:
+    """Return the pixels of a row of `decode_batch`, a view."""
+    height, width = batch["pixel_height"][row].as_py(), batch["pixel_width"][row].as_py()
+    pixels = np.frombuffer(batch["pixels"][row].as_buffer(), dtype=np.uint8)
+    return DecodedImage(
+        pixels=pixels.reshape(height, width, 3),
+        width=batch["width"][row].as_py(),
+        height=batch["height"][row].as_py(),
+    )
 
 
 def squash(pixels: Pixels, size: int) -> Pixels:

@@ -25,6 +25,7 @@ from hts_ray.engine.image_pass import (
     QUARANTINED,
     data_context,
     decode_batch,
+    decoded_image,
     finish,
     row_progress,
     rows_per_block,
@@ -40,7 +41,6 @@ from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import STUDENT_SCORES_SCHEMA, read_table, write_table
 from hts_ray.student.checkpoints import description_of, find_student, student_fingerprint
 from hts_ray.student.pool import StudentWorker, map_on_students
-from hts_ray.teacher.actor import decoded_image
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int, int], None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 import zlib
 from collections.abc import Sequence
@@ -25,8 +24,6 @@ from hts_ray.config import CaptionConfig
 Pixels = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 Reduction = Literal["log_mean_exp", "mean", "max"]
-
-NULL_IMAGE_SIDE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,31 +70,13 @@ class SearchingCaptioner(Captioner, Protocol):
         images: Sequence[Pixels],
         prompts: ClassPrompts,
         *,
-        top_k: int | None,
+        top_k: int,
         reduction: Reduction = "log_mean_exp",
         offsets_C: FloatArray | None = None,
-        alive_RC: npt.NDArray[np.bool_] | None = None,
     ) -> FloatArray:
         """Return class log-likelihoods (R, C), -inf for the classes that were left out.
 
-        Of the classes that `alive_RC` allows (all where it is None), the `top_k` with the
-        largest score + offset are exact (ties broken either way); None scores all of them.
-        """
-
-    def score_objects_first(
-        self,
-        images: Sequence[Pixels],
-        prompts: ClassPrompts,
-        objects: Sequence[str],
-        object_of_class_C: npt.NDArray[np.int64],
-        keep: int,
-        *,
-        reduction: Reduction = "log_mean_exp",
-    ) -> FloatArray:
-        """Return scores (R, C) of the classes of a region's `keep` best objects, else -inf.
-
-        `objects` are the phrases of O objects, `object_of_class_C` names each class's, -1 for a
-        class without one, which is always scored.
+        The `top_k` classes with the largest score + offset are exact (ties broken either way).
         """
 
 
@@ -238,25 +217,17 @@ def score_classes(
     return class_scores(scores, prompts, length_normalize=length_normalize, reduction=reduction)
 
 
-def plain_images(count: int) -> list[Pixels]:
-    """Return `count` images that show nothing: black, grey, white, then uniform noise."""
-    shape = (NULL_IMAGE_SIDE, NULL_IMAGE_SIDE, 3)
-    plain = [np.full(shape, value, dtype=np.uint8) for value in (0, 128, 255)]
-    noise = [
-        np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-        for seed in range(max(0, count - len(plain)))
-    ]
-    return [*plain, *noise][:count]
+def keep_top(scores_RC: FloatArray, top_k: int, offsets_C: FloatArray | None = None) -> FloatArray:
+    """Return scores with -inf for the classes that a search would have left out.
 
-
-def log_mean_exp(scores_MC: FloatArray) -> FloatArray:
-    """Average M rows of log-likelihoods as probabilities, to (C,).
-
-    Over images that say nothing, or over a sample of all, this estimates log P(t), what the
-    language alone makes of a class (VisualGPTScore, Lin et al. 2023, section 4). ValueError
-    without a row.
+    For teachers that know no search, so that search=top_k means the same on every teacher. A row
+    with NaN is NaN throughout: it sorts last, and would pass for a class that was left out.
     """
-    if not len(scores_MC):
-        raise ValueError("a prior needs at least one image")
-    total: npt.NDArray[np.float64] = np.logaddexp.reduce(scores_MC.astype(np.float64), axis=0)
-    return (total - math.log(len(scores_MC))).astype(np.float32)
+    result = scores_RC.astype(np.float32)
+    if top_k < scores_RC.shape[1]:
+        ranked = scores_RC if offsets_C is None else scores_RC + offsets_C
+        best = np.argsort(-ranked, axis=1, kind="stable")[:, :top_k]
+        result = np.full_like(scores_RC, -np.inf, dtype=np.float32)
+        np.put_along_axis(result, best, np.take_along_axis(scores_RC, best, axis=1), axis=1)
+    result[np.isnan(scores_RC).any(axis=1)] = np.nan
+    return result

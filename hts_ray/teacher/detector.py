@@ -21,7 +21,7 @@ from hts_ray.config import RegionsConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.regions import Detection
 from hts_ray.teacher.captioner import Pixels
-from hts_ray.teacher.models.loading import (
+from hts_ray.teacher.models.files import (
     MODEL_FILES,
     checked_settings,
     download,
@@ -133,7 +133,7 @@ def check_detector(config: RegionsConfig) -> None:
 
     Raises ConfigError as loading would, so that a driver can refuse before any worker starts.
     """
-    if local_detector_folder(config) is not None:
+    if config.detector is not None and local_detector_folder(config) is not None:
         detector_folder(config)
 
 

@@ -20,15 +20,11 @@ from hts_ray.images.decode import DecodedImage
 from hts_ray.images.manifest import Manifest
 from hts_ray.images.regions import Region
 from hts_ray.labels.stage import class_probabilities
-from hts_ray.teacher.actor import (
-    Teaching,
-    image_task,
-    load_on_device,
-    region_scorer,
-    table_info,
-)
+from hts_ray.teacher.actor import image_task, region_scorer, table_info
+from hts_ray.teacher.assignment import Assignment
 from hts_ray.teacher.captioner import Captioner
-from hts_ray.teacher.models.loading import needs_torch
+from hts_ray.teacher.models.catalog import needs_torch
+from hts_ray.teacher.models.loading import load_on_device
 from hts_ray.teacher.scorers import ImageFailure, ImageTask, RegionScorer, ScoredImage
 
 _TOP = 3
@@ -72,14 +68,13 @@ class Estimate:
     tokens_per_region: int
     seconds: float | None
     gpu_hours: float | None
-    agreement: dict[str, float] | None
     examples: list[ImageExample]
 
     def figures(self) -> dict[str, Any]:
         """Return everything but the examples, for a terminal."""
         regions = self.regions_per_image
         total = None if regions is None else round(regions * self.images)
-        found = {
+        return {
             "images": self.images,
             "regions": total,
             "prompts": self.prompts,
@@ -93,9 +88,6 @@ class Estimate:
             "seconds in all": self.seconds,
             "GPU-hours": self.gpu_hours,
         }
-        if self.agreement is not None:
-            found.update({name.replace("_", " "): value for name, value in self.agreement.items()})
-        return found
 
 
 def estimate(
@@ -112,10 +104,10 @@ def estimate(
     `filtering` would make of the scores. Raises as a run would for settings it refuses.
     """
     selection = manifest.rows(config.splits, config.limit, config.limit_seed)
-    teaching = Teaching.plan(config, class_table, selection)
+    assignment = Assignment.plan(config, class_table, selection)
     started = time.monotonic()
     captioner, device = _load(config)
-    scorer = region_scorer(captioner, teaching, device)
+    scorer = region_scorer(captioner, assignment, device)
     load_seconds = time.monotonic() - started
     count = min(sample, selection.num_rows)
     rows: Sequence[int] = np.linspace(0, selection.num_rows - 1, count).astype(int).tolist()
@@ -131,11 +123,10 @@ def estimate(
             continue
         times.append(time.monotonic() - started)
         scored.append((task, result))
-    info = table_info(captioner, teaching)
+    info = table_info(captioner, assignment)
     per_image = sum(times) / len(times) if times else None
     seconds = None if per_image is None else per_image * selection.num_rows / config.pool.max_size
     gpus = config.pool.max_size * config.pool.num_gpus
-    approximate = config.teacher.search == "objects" and scored
     return Estimate(
         images=selection.num_rows,
         sample=len(times),
@@ -146,12 +137,11 @@ def estimate(
         regions_per_image=(
             sum(len(result.regions) for _, result in scored) / len(times) if times else None
         ),
-        prompts=0 if config.teacher.mode == "captions" else len(teaching.prompts.texts),
+        prompts=0 if config.teacher.mode == "captions" else len(assignment.prompts.texts),
         tokens_per_region=sum(sum(of_class) for of_class in info["token_counts"]),
         seconds=None if seconds is None else load_seconds + seconds,
         gpu_hours=None if seconds is None else seconds * gpus / 3600,
-        agreement=scorer.agreement([task for task, _ in scored]) if approximate else None,
-        examples=_examples(scored, scorer, info, class_table, filtering or FilterConfig()),
+        examples=_examples(scored, scorer, info, assignment, filtering or FilterConfig()),
     )
 
 
@@ -179,15 +169,15 @@ def _examples(
     scored: Sequence[tuple[ImageTask, ScoredImage]],
     scorer: RegionScorer,
     info: dict[str, Any],
-    class_table: ClassTable,
+    assignment: Assignment,
     filtering: FilterConfig,
 ) -> list[ImageExample]:
-    names = class_table.names
+    names, settings = assignment.class_table.names, assignment.config.teacher.caption
     examples = []
     for task, result in scored:
         captions = result.captions
         if not any(captions):
-            captions = scorer.captions_of(task, result.regions)
+            captions = scorer.captions_of(task, result.regions, settings)
         probabilities_RC = class_probabilities(result.scores, info, filtering)
         regions = []
         for region, said, of_region in zip(result.regions, captions, probabilities_RC, strict=True):

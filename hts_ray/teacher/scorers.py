@@ -1,19 +1,23 @@
 """One batch of decoded images through a teacher, with every failure kept to its own image.
 
-Knows neither Ray nor files. Shape legend: R regions, P prompts, C classes, O objects.
+How crops are scored is one of three `ClassScorer`s: all prompts, the best of them, or captions.
+`RegionScorer` does the rest. Neither knows Ray or files.
+
+Shape legend: R regions, P prompts, C classes.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from hts_ray.config import RegionsConfig, TeacherConfig
+from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig
+from hts_ray.images.boxes import GivenBoxes
 from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Box, Detection, Region, propose_regions
@@ -23,18 +27,12 @@ from hts_ray.teacher.captioner import (
     ClassPrompts,
     FloatArray,
     Pixels,
+    Reduction,
     SearchingCaptioner,
+    keep_top,
     score_classes,
 )
-from hts_ray.teacher.scoring.selection import (
-    ObjectGate,
-    agreement,
-    alive_classes,
-    keep_top,
-)
-
-if TYPE_CHECKING:
-    from hts_ray.teacher.detector import Detector
+from hts_ray.teacher.detector import Detector
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +40,123 @@ TEACHER_ERROR = "teacher_error"
 OUT_OF_MEMORY = "out_of_memory"
 NOT_FINITE = "not_finite"
 
-# Of how many of the best classes it is told which a search has kept.
-AGREEMENT_TOP = 10
+# From captions to one {class position: probability} each; see `hts_ray.captions.matching`.
+CaptionMatcher = Callable[[Sequence[str]], list[dict[int, float]]]
+
+
+class ClassScorer(Protocol):
+    """How the classes of a region get their scores."""
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether -inf is an answer: that of a class left out."""
+
+    def __call__(
+        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
+    ) -> FloatArray:
+        """Return class scores (R, C) float32 of R crops and the captions of each."""
+
+
+@dataclass(frozen=True)
+class AllPrompts:
+    """mode=prompts, search=all: log-likelihoods of every class."""
+
+    captioner: Captioner
+    prompts: ClassPrompts
+    reduction: Reduction
+    length_normalize: bool
+    leaves_out: bool = False
+
+    def __call__(
+        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
+    ) -> FloatArray:
+        """See `ClassScorer`."""
+        return score_classes(
+            self.captioner,
+            crops,
+            self.prompts,
+            length_normalize=self.length_normalize,
+            reduction=self.reduction,
+        )
+
+
+@dataclass(frozen=True)
+class TopPrompts:
+    """mode=prompts, search=top_k: log-likelihoods of the best classes, exact.
+
+    The classes are ranked by score + `offsets_C`.
+    """
+
+    captioner: Captioner
+    prompts: ClassPrompts
+    reduction: Reduction
+    top_k: int
+    offsets_C: FloatArray | None = None
+    leaves_out: bool = True
+
+    def __call__(
+        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
+    ) -> FloatArray:
+        """See `ClassScorer`."""
+        if isinstance(self.captioner, SearchingCaptioner):
+            return self.captioner.score_top(
+                crops,
+                self.prompts,
+                top_k=self.top_k,
+                reduction=self.reduction,
+                offsets_C=self.offsets_C,
+            )
+        scores = score_classes(self.captioner, crops, self.prompts, reduction=self.reduction)
+        return keep_top(scores, self.top_k, self.offsets_C)
+
+
+@dataclass(frozen=True)
+class CaptionVotes:
+    """mode=captions: log-probabilities that a region's captions state each class.
+
+    Sampled captions count alike, since likely ones come up often; the results of a beam search
+    are `weighted` by their probabilities. -inf where no caption names the class.
+    """
+
+    matcher: CaptionMatcher
+    num_classes: int
+    weighted: bool
+    leaves_out: bool = True
+
+    def __call__(
+        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
+    ) -> FloatArray:
+        """See `ClassScorer`."""
+        probabilities_RC = np.zeros((len(captions), self.num_classes))
+        texts = [caption.text for of_region in captions for caption in of_region]
+        matches = iter(self.matcher(texts))
+        for row, of_region in enumerate(captions):
+            scores = np.array([c.log_probability if self.weighted else 0.0 for c in of_region])
+            weights = np.exp(scores - (scores.max() if len(scores) else 0.0))
+            for weight in (weights / weights.sum()).tolist():
+                for position, probability in next(matches).items():
+                    probabilities_RC[row, position] += weight * probability
+        with np.errstate(divide="ignore"):
+            return np.log(np.minimum(probabilities_RC, 1.0)).astype(np.float32)
+
+
+def class_scorer(
+    captioner: Captioner,
+    prompts: ClassPrompts,
+    teacher: TeacherConfig,
+    *,
+    matcher: CaptionMatcher | None = None,
+    offsets_C: FloatArray | None = None,
+) -> ClassScorer:
+    """Return the scorer that the settings ask for; mode=captions needs a `matcher`."""
+    if teacher.mode == "captions":
+        if matcher is None:
+            raise ValueError("mode=captions needs a matcher")
+        return CaptionVotes(matcher, len(prompts), teacher.caption.decoding == "beam")
+    reduction = teacher.template_reduction
+    if teacher.search == "top_k":
+        return TopPrompts(captioner, prompts, reduction, teacher.top_k, offsets_C)
+    return AllPrompts(captioner, prompts, reduction, teacher.length_normalize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +173,8 @@ class ScoredImage:
     """What the teacher says of one image.
 
     `scores` (R, C) float32 log-likelihoods, -inf for classes that were left out; `captions` one
-    list a region, empty unless captions were asked for; `problems` tells of boxes that could not
-    be used.
+    list a region, empty unless captions were asked for; `problems` names the boxes that could not
+    be used and why.
     """
 
     regions: list[Region]
@@ -78,48 +191,23 @@ class ImageFailure:
     message: str
 
 
-class GivenBoxesLike(Protocol):
-    """Boxes that came with the images; see `hts_ray.images.boxes`."""
-
-    def of(
-        self, image_id: str, uri: str, width: int, height: int
-    ) -> tuple[list[Detection], list[Box], list[str]]:
-        """Return labeled boxes, plain boxes, and what could not be used."""
-
-
-class CaptionMatcher(Protocol):
-    """Finds classes in captions; see `hts_ray.captions.matching`."""
-
-    def __call__(self, captions: Sequence[str]) -> list[dict[int, float]]:
-        """Return one {class position: probability} a caption."""
-
-
 @dataclass
 class RegionScorer:
     """Scores all regions of several images at a time.
 
-    `offsets_C` is added to the scores where search=top_k ranks classes, `limit` caps the regions
+    `caption` is how captions are written, None for no captions. `chunk` is how many regions the
+    device gets at a time; it is halved for good when memory runs out. `limit` caps the regions
     of an image on top of `regions.max_regions`.
     """
 
     captioner: Captioner
-    prompts: ClassPrompts
-    teacher: TeacherConfig
+    class_scores: ClassScorer
     regions: RegionsConfig
+    chunk: int = 64
+    caption: CaptionConfig | None = None
     detector: Detector | None = None
-    given: GivenBoxesLike | None = None
-    matcher: CaptionMatcher | None = None
-    gate: ObjectGate | None = None
-    offsets_C: FloatArray | None = None
+    given: GivenBoxes | None = None
     limit: int | None = None
-    chunk: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.chunk = self.teacher.max_batch_regions
-        if self.teacher.mode == "captions" and self.matcher is None:
-            raise ValueError("mode=captions needs a matcher")
-        if self.teacher.search == "objects" and self.gate is None:
-            raise ValueError("search=objects needs a gate")
 
     def __call__(self, tasks: Sequence[ImageTask]) -> list[ScoredImage | ImageFailure]:
         """Return one result an image, in order.
@@ -182,9 +270,10 @@ class RegionScorer:
         for of_image, strange in zip(regions, problems, strict=True):
             part = slice(first, first + len(of_image))
             first = part.stop
-            broken = int((np.isnan(scores[part]) | np.isposinf(scores[part])).sum())
-            if self.teacher.mode == "prompts" and self.teacher.search == "all":
-                broken = int((~np.isfinite(scores[part])).sum())
+            fine = np.isfinite(scores[part])
+            if self.class_scores.leaves_out:
+                fine |= np.isneginf(scores[part])
+            broken = int((~fine).sum())
             if broken:
                 results.append(ImageFailure(NOT_FINITE, f"{broken} scores are NaN or infinite"))
             else:
@@ -199,7 +288,7 @@ class RegionScorer:
         while first < len(crops):
             chunk = crops[first : first + self.chunk]
             try:
-                written = self._captions(chunk)
+                written = self._write(chunk, self.caption)
                 chunk_scores = self.class_scores(chunk, written)
             except Exception as error:
                 if not _is_out_of_memory(error) or len(chunk) == 1:
@@ -208,124 +297,30 @@ class RegionScorer:
                 logger.warning("out of memory: scoring %d regions at a time from now", self.chunk)
             else:
                 scores.append(chunk_scores)
-                captions += [[caption.text for caption in of_crop] for of_crop in written]
+                captions += _texts(written)
                 first += len(chunk)
                 continue
             _free_memory()  # only here is the failed forward out of scope
         return np.concatenate(scores), captions
 
-    def _captions(self, crops: Sequence[Pixels]) -> list[list[Caption]]:
-        if not (self.teacher.captions or self.teacher.mode == "captions"):
-            return [[] for _ in crops]
-        return self.captioner.caption(crops, self.teacher.caption)
+    def _write(
+        self, crops: Sequence[Pixels], settings: CaptionConfig | None
+    ) -> list[list[Caption]]:
+        return self.captioner.caption(crops, settings) if settings else [[] for _ in crops]
 
-    def captions_of(self, task: ImageTask, regions: Sequence[Region]) -> list[list[str]]:
-        """Write captions of an image's regions, whether or not the settings ask for them."""
+    def captions_of(
+        self, task: ImageTask, regions: Sequence[Region], settings: CaptionConfig
+    ) -> list[list[str]]:
+        """Write captions of an image's regions, whether or not the run asks for them."""
         crops = CropBatch.of([task.image], [regions])
         texts: list[list[str]] = []
         for first in range(0, len(crops), self.chunk):
-            chunk = crops[first : first + self.chunk]
-            for of_crop in self.captioner.caption(chunk, self.teacher.caption):
-                texts.append([caption.text for caption in of_crop])
+            texts += _texts(self._write(crops[first : first + self.chunk], settings))
         return texts
 
-    def class_scores(
-        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]] = ()
-    ) -> FloatArray:
-        """Return class scores (R, C) float32 of crops by the mode and search of the settings."""
-        teacher = self.teacher
-        if teacher.mode == "captions":
-            assert self.matcher is not None
-            beams = teacher.caption.decoding == "beam"
-            return caption_scores(captions, self.matcher, len(self.prompts), weighted=beams)
-        if teacher.search == "all":
-            return self.exact_scores(crops)
-        if teacher.search == "objects":
-            assert self.gate is not None
-            return self._score_objects_first(crops, self.gate)
-        if isinstance(self.captioner, SearchingCaptioner):
-            return self.captioner.score_top(
-                crops,
-                self.prompts,
-                top_k=teacher.top_k,
-                reduction=teacher.template_reduction,
-                offsets_C=self.offsets_C,
-            )
-        return keep_top(self.exact_scores(crops), teacher.top_k, self.offsets_C)
 
-    def exact_scores(self, crops: Sequence[Pixels]) -> FloatArray:
-        """Return log-likelihoods (R, C) of every class, whatever the search."""
-        return score_classes(
-            self.captioner,
-            crops,
-            self.prompts,
-            length_normalize=self.teacher.length_normalize,
-            reduction=self.teacher.template_reduction,
-        )
-
-    def _score_objects_first(self, crops: Sequence[Pixels], gate: ObjectGate) -> FloatArray:
-        if isinstance(self.captioner, SearchingCaptioner):
-            return self.captioner.score_objects_first(
-                crops,
-                self.prompts,
-                gate.prompts,
-                gate.object_of_class,
-                gate.keep,
-                reduction=self.teacher.template_reduction,
-            )
-        scores_RO = self.captioner.score(crops, gate.prompts).log_likelihoods
-        alive_RC = alive_classes(scores_RO, gate.object_of_class, gate.keep)
-        scores_RC = keep_top(self.exact_scores(crops), None, None, alive_RC)
-        scores_RC[np.isnan(scores_RO).any(axis=1)] = np.nan
-        return scores_RC
-
-    def agreement(self, tasks: Sequence[ImageTask], most: int = 32) -> dict[str, float]:
-        """Measure the search against exact scores on the first regions of some images.
-
-        Returns `regions` and the figures of `selection.agreement`.
-        """
-        regions, _ = self.propose(tasks)
-        crops = CropBatch.of([task.image for task in tasks], regions)[:most]
-        found = agreement(self.exact_scores(crops), self.class_scores(crops), AGREEMENT_TOP)
-        return {"regions": float(len(crops)), **found}
-
-
-def caption_scores(
-    captions: Sequence[Sequence[Caption]],
-    matcher: CaptionMatcher,
-    num_classes: int,
-    *,
-    weighted: bool = False,
-) -> FloatArray:
-    """Return log-probabilities (R, C) that a region's captions state each class.
-
-    Sampled captions count alike, since likely ones come up often; the results of a beam search
-    are `weighted` by their probabilities. -inf where no caption names the class.
-    """
-    probabilities_RC = np.zeros((len(captions), num_classes))
-    matches = iter(matcher([caption.text for of_region in captions for caption in of_region]))
-    for row, of_region in enumerate(captions):
-        scores = np.array([c.log_probability if weighted else 0.0 for c in of_region])
-        weights = np.exp(scores - (scores.max() if len(scores) else 0.0))
-        for weight in (weights / weights.sum()).tolist():
-            for position, probability in next(matches).items():
-                probabilities_RC[row, position] += weight * probability
-    with np.errstate(divide="ignore"):
-        return np.log(np.minimum(probabilities_RC, 1.0)).astype(np.float32)
-
-
-def by_position(
-    match: Callable[[Sequence[str]], list[dict[int, float]]], positions: Mapping[int, int]
-) -> CaptionMatcher:
-    """Return a matcher that names classes by position from one that names them by id."""
-
-    def matcher(captions: Sequence[str]) -> list[dict[int, float]]:
-        return [
-            {positions[class_id]: p for class_id, p in found.items() if class_id in positions}
-            for found in match(captions)
-        ]
-
-    return matcher
+def _texts(written: Sequence[Sequence[Caption]]) -> list[list[str]]:
+    return [[caption.text for caption in of_region] for of_region in written]
 
 
 def _in_original(detection: Detection, image: DecodedImage) -> Detection:

@@ -11,22 +11,18 @@ Shape legend: R regions, C classes, P prompts.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig
-from hts_ray.engine.deaths import KILLED_WORKER, AttemptLog, Deaths, Log, survive
+from hts_ray.engine.deaths import AttemptLog, Deaths
 from hts_ray.engine.image_pass import (
     CHECKPOINT,
-    OK,
-    QUARANTINED,
     committed_rows,
     data_context,
     decode_batch,
@@ -37,21 +33,14 @@ from hts_ray.engine.image_pass import (
     users_mistakes_unwrapped,
 )
 from hts_ray.engine.run import Run, Stage
-from hts_ray.engine.telemetry import HeldGpus, Meter
+from hts_ray.engine.telemetry import Meter
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, settings_hash
-from hts_ray.store.tables import REGION_SCORES_SCHEMA, read_table
-from hts_ray.teacher.actor import (
-    Teaching,
-    image_task,
-    load_on_device,
-    region_scorer,
-    region_sources,
-    table_info,
-)
-from hts_ray.teacher.models.loading import model_fingerprint
-from hts_ray.teacher.scorers import ImageFailure, ImageTask, ScoredImage, breaks_device
+from hts_ray.store.tables import read_table
+from hts_ray.teacher.actor import TeacherActor
+from hts_ray.teacher.assignment import Assignment, region_sources
+from hts_ray.teacher.models.catalog import model_fingerprint
 
 if TYPE_CHECKING:
     import ray.data
@@ -61,7 +50,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, int], None]
 
 STAGE = "label"
-AGREEMENT = "agreement.json"
 BAD_BOX = "bad_box"
 _GIB = 1 << 30
 _BLOCKS_PER_ACTOR = 16
@@ -74,11 +62,12 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
     teacher, boxes or a detector that cannot be used.
     """
     label = run.config.label
+    fingerprint = model_fingerprint(label.teacher)
     key = settings_hash(
         label.answer_settings(),
         run.class_table.fingerprint(),
         manifest.fingerprint,
-        model_fingerprint(label.teacher),
+        fingerprint,
         region_sources(label.regions),
     )
     folder = run.stage("region_scores", key)
@@ -89,6 +78,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
             manifest=manifest,
             class_table=run.class_table,
             stage=folder,
+            fingerprint=fingerprint,
             progress=progress,
         )
 
@@ -101,28 +91,31 @@ def label_images(
     manifest: Manifest,
     class_table: ClassTable,
     stage: StageFolder,
+    fingerprint: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score every selected image of a manifest and publish `region_scores`.
 
     Ray must be initialised. A finished stage returns its stats at once; an unfinished one
-    is continued: no finished image is scored again, none is lost, none stands twice.
+    is continued: every image is scored once. `fingerprint` is the model's, if it is known.
     `progress` gets (done, total, quarantined) images about once a second, from another
     thread. Of the manifest only ids, URIs and splits are read.
 
     Returns stats: rows_in, rows_out (scored), rows_resumed (found finished), quarantined,
     quarantined_by_kind, bad_boxes, regions, seconds, rows_per_second and regions_per_second (of
-    this run), and with an approximate search its `agreement` with exact scores. Raises DataError
-    when nothing is selected, when the output does not hold every image once, and when every
-    image was quarantined (the quarantine table is written all the same, and the rest is
-    removed so that the next run tries again); ConfigError for a teacher that does not load.
+    this run). Raises DataError when nothing is selected, when the output does not hold every
+    image once, and when every image was quarantined (the quarantine table is written all the
+    same, and the rest is removed so that the next run tries again); ConfigError for a teacher
+    that does not load.
     """
     if stage.finished:
         return stage.stats
     stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
     started = time.monotonic()
     rows = manifest.rows(config.splits, config.limit, config.limit_seed)
-    teaching = Teaching.plan(config, class_table, rows, stage)
+    if fingerprint is None:
+        fingerprint = model_fingerprint(config.teacher)
+    assignment = Assignment.plan(config, class_table, rows, fingerprint=fingerprint, stage=stage)
     expected = rows["image_id"].combine_chunks()
     resumed = committed_rows(stage)
     before = _region_count(stage) if resumed else 0
@@ -131,7 +124,7 @@ def label_images(
             only = None if config.limit is None else expected
             images = image_dataset(manifest.path, config.splits, only)
             rows_per_block = block_rows(config, len(expected))
-            dataset = _scored(images, teaching, rows_per_block, Meter.of(stage, STAGE))
+            dataset = _scored(images, assignment, rows_per_block, Meter.of(stage, STAGE))
         with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
             dataset.write_parquet(stage.path)
     remove_uncommitted(stage)
@@ -145,8 +138,6 @@ def label_images(
         "regions_per_second": (regions - before) / seconds,
         "bad_boxes": len(notes),
     }
-    if storage.exists(stage.file(AGREEMENT)):
-        more_stats["agreement"] = storage.read_json(stage.file(AGREEMENT))
     stats = finish(stage, expected, name=STAGE, seconds=seconds, more_stats=more_stats, notes=notes)
     if progress is not None:
         progress(stats["rows_in"], stats["rows_in"], stats["quarantined"])
@@ -205,83 +196,6 @@ def start_log(meter: Meter) -> RemoteLog:
     return RemoteLog(actor.remote(), meter)
 
 
-class TeacherActor:
-    """The stateful UDF of Ray Data: loads the teacher once, scores batch after batch."""
-
-    def __init__(self, teaching: Teaching, attempts: Log, meter: Meter) -> None:
-        self.teaching = teaching
-        self.attempts = attempts
-        self.meter = meter
-        self._held = HeldGpus(meter, teaching.config.pool.num_gpus)
-        captioner, device = load_on_device(teaching.config)
-        if not storage.exists(teaching.info_path):
-            storage.write_json(teaching.info_path, table_info(captioner, teaching))
-        self.scorer = region_scorer(captioner, teaching, device)
-        # One measurement a run is enough; two actors that both make it write the same thing.
-        self._agreement = storage.join(teaching.info_path.rpartition("/")[0], AGREEMENT)
-        approximate = teaching.config.teacher.search == "objects"
-        self._measure = approximate and not storage.exists(self._agreement)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return rows of REGION_SCORES_SCHEMA for rows of decoded images, one for one."""
-        with self.meter.busy():
-            table = self._teach(batch)
-        regions = pc.sum(pc.list_value_length(table["region_kinds"])).as_py() or 0
-        self.meter.count_rows(table, regions=regions)
-        self._held.tick()
-        return table
-
-    def _teach(self, batch: pa.Table) -> pa.Table:
-        readable = np.flatnonzero(batch["error_kind"].is_null().to_numpy()).tolist()
-        tasks = [image_task(batch, row) for row in readable]
-        found = survive(
-            self.attempts,
-            [f"teach {task.image_id}" for task in tasks],
-            lambda numbers: self._score([tasks[number] for number in numbers]),
-            lambda number: ImageFailure(KILLED_WORKER, "the teacher's process died over it"),
-            self.teaching.config.max_attempts,
-        )
-        results = dict(zip(readable, found, strict=True))
-        rows = [_output_row(batch, row, results.get(row)) for row in range(batch.num_rows)]
-        return pa.Table.from_pylist(rows, schema=REGION_SCORES_SCHEMA)
-
-    def _score(self, tasks: list[ImageTask]) -> list[ScoredImage | ImageFailure]:
-        try:
-            results = self.scorer(tasks)
-            if self._measure and tasks:
-                storage.write_json(self._agreement, self.scorer.agreement(tasks))
-                self._measure = False
-        except Exception as error:
-            if breaks_device(error):
-                # Nothing that this process says from here on is true. Ray starts another.
-                logger.exception("the device is unusable")
-                os._exit(1)
-            raise
-        return results
-
-
-def _output_row(
-    batch: pa.Table, row: int, result: ScoredImage | ImageFailure | None
-) -> dict[str, Any]:
-    names = ("image_id", "uri", "split", "width", "height", "error_kind", "error")
-    output = {name: batch[name][row].as_py() for name in names}
-    if result is None:
-        return {**output, "status": QUARANTINED}
-    if isinstance(result, ImageFailure):
-        failed = {"error_kind": result.kind, "error": result.message}
-        return {**output, **failed, "status": QUARANTINED}
-    return {
-        **output,
-        "boxes": [region.box for region in result.regions],
-        "region_kinds": [region.kind for region in result.regions],
-        "margins": [region.margin for region in result.regions],
-        "captions": result.captions,
-        "scores": result.scores.ravel(),
-        "problems": result.problems,
-        "status": OK,
-    }
-
-
 def block_rows(config: LabelConfig, images: int) -> int:
     """Return how many images a block of a run over so many images gets, at most `block_rows`.
 
@@ -293,7 +207,7 @@ def block_rows(config: LabelConfig, images: int) -> int:
 
 
 def _scored(
-    images: ray.data.Dataset, teaching: Teaching, rows: int, meter: Meter
+    images: ray.data.Dataset, assignment: Assignment, rows: int, meter: Meter
 ) -> ray.data.Dataset:
     """Add decoding on CPU tasks, in blocks of `rows`, and scoring on the actor pool.
 
@@ -302,7 +216,7 @@ def _scored(
     import ray
     from ray.data import ActorPoolStrategy
 
-    config = teaching.config
+    config = assignment.config
     pool = config.pool
     resources: dict[str, Any] = (
         {"num_gpus": pool.num_gpus} if pool.num_gpus else {"num_cpus": pool.num_cpus}
@@ -328,7 +242,7 @@ def _scored(
         )
         .map_batches(
             TeacherActor,
-            fn_constructor_args=(teaching, attempts, meter),
+            fn_constructor_args=(assignment, attempts, meter),
             batch_size=config.batch_images,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(

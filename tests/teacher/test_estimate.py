@@ -86,18 +86,6 @@ def test_nothing_readable(tmp_path: Path) -> None:
     assert found.figures()["regions"] is None
 
 
-def test_approximate_search_is_measured(tmp_path: Path) -> None:
-    """Catches an approximation that is sold without its cost."""
-    manifest = make_manifest(tmp_path, 3)
-    found = estimate(
-        config(search="objects", top_objects=1), open_manifest(manifest), hico_classes(), sample=2
-    )
-    assert found.agreement is not None
-    assert found.agreement["regions"] == 28
-    assert 0 <= found.agreement["top_1"] < 1  # the dummy's objects mean nothing
-    assert 0 < found.agreement["lost_mass"] <= 1
-
-
 def test_wrong_settings_are_refused_first(tmp_path: Path) -> None:
     """Catches a dry run that passes and a run that then fails."""
     manifest = make_manifest(tmp_path, 1)

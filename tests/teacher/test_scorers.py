@@ -17,8 +17,8 @@ from hts_ray.teacher.scorers import (
     ImageTask,
     RegionScorer,
     ScoredImage,
+    class_scorer,
 )
-from hts_ray.teacher.scoring.selection import object_gate
 
 
 class OutOfMemoryError(RuntimeError):
@@ -51,7 +51,7 @@ class FragileCaptioner(DummyCaptioner):
 def scorer(captioner: DummyCaptioner) -> RegionScorer:
     prompts = ClassPrompts.of([["a b"], ["c", "d"]], 2)
     regions = RegionsConfig(grid_scales=(), grid_steps=())
-    return RegionScorer(captioner, prompts, TeacherConfig(max_batch_regions=8), regions)
+    return RegionScorer(captioner, class_scorer(captioner, prompts, TeacherConfig()), regions, 8)
 
 
 def marked(*marks: int) -> list[ImageTask]:
@@ -112,9 +112,8 @@ def test_caption_mode(decoding: str, expected: float) -> None:
     regions = RegionsConfig(grid_scales=(), grid_steps=())
     prompts = ClassPrompts.of([["a"], ["b"], ["c"]], 1)
     captioner = LettersCaptioner()
-    result = RegionScorer(captioner, prompts, settings, regions, matcher=find_numbers)(
-        marked(1, 7, 2)
-    )
+    votes = class_scorer(captioner, prompts, settings, matcher=find_numbers)
+    result = RegionScorer(captioner, votes, regions, caption=settings.caption)(marked(1, 7, 2))
     assert all(isinstance(scored, ScoredImage) for scored in result)
     probabilities = np.exp(np.concatenate([scored.scores for scored in result]))  # type: ignore[union-attr]
     np.testing.assert_allclose(
@@ -123,17 +122,19 @@ def test_caption_mode(decoding: str, expected: float) -> None:
     assert result[0].captions == [["class 1", "class 9"]]  # type: ignore[union-attr]
 
 
-def test_searches_on_a_teacher_that_knows_none() -> None:
+def test_search_on_a_teacher_that_knows_none() -> None:
     """Catches a search that means something else on a teacher of one's own."""
     prompts = ClassPrompts.of([[f"prompt {n}", f"other {n}"] for n in range(12)], 2)
     regions = RegionsConfig(grid_scales=(0.5,), grid_steps=(2,), min_side=1)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
     images = [ImageTask(DecodedImage(of_image, 20, 20)) for of_image in pixels]
     captioner = DummyCaptioner()
-    exact = RegionScorer(captioner, prompts, TeacherConfig(), regions)(images)
+    everything = class_scorer(captioner, prompts, TeacherConfig())
+    exact = RegionScorer(captioner, everything, regions)(images)
     offsets = np.linspace(0, 30, 12, dtype=np.float32)
     settings = TeacherConfig(search="top_k", top_k=4, search_alpha=0.5)
-    top = RegionScorer(captioner, prompts, settings, regions, offsets_C=offsets)(images)
+    best_four = class_scorer(captioner, prompts, settings, offsets_C=offsets)
+    top = RegionScorer(captioner, best_four, regions)(images)
     for all_scores, kept in zip(exact, top, strict=True):
         assert isinstance(all_scores, ScoredImage)
         assert isinstance(kept, ScoredImage)
@@ -141,19 +142,6 @@ def test_searches_on_a_teacher_that_knows_none() -> None:
             best = np.argsort(-(row_C + offsets))[:4]
             assert set(np.flatnonzero(np.isfinite(kept_C))) == set(best)
             np.testing.assert_array_equal(kept_C[best], row_C[best])
-    gate = object_gate(["cat", "dog", None] * 4, keep=1)
-    assert gate.prompts == ("a cat", "a dog")
-    settings = TeacherConfig(search="objects")
-    gated = RegionScorer(captioner, prompts, settings, regions, gate=gate)
-    for scored in gated(images):
-        assert isinstance(scored, ScoredImage)
-        kept_RC = np.isfinite(scored.scores)
-        assert kept_RC[:, 2::3].all()  # classes without an object are always scored
-        assert (kept_RC[:, 0::3].all(1) ^ kept_RC[:, 1::3].all(1)).all()
-        assert (kept_RC.sum(1) == 8).all()
-    found = gated.agreement(images)
-    assert found["regions"] == 15
-    assert 0 < found["lost_mass"] < 1
 
 
 def test_given_boxes_and_detections_become_regions() -> None:
@@ -174,9 +162,9 @@ def test_given_boxes_and_detections_become_regions() -> None:
     image = DecodedImage(np.zeros((20, 20, 3), np.uint8), 200, 200)
     prompts = ClassPrompts.of([["a"], ["b"]], 1)
     regions = RegionsConfig(grid_scales=(), grid_steps=(), margins=(0.0, 0.5))
-    scorer = RegionScorer(
-        DummyCaptioner(), prompts, TeacherConfig(), regions, detector=Finder(), given=Given()
-    )
+    captioner, given = DummyCaptioner(), Given()
+    scores = class_scorer(captioner, prompts, TeacherConfig())
+    scorer = RegionScorer(captioner, scores, regions, detector=Finder(), given=given)  # type: ignore[arg-type]
     result = scorer([ImageTask(image, "a", "/a.png")])[0]
     assert isinstance(result, ScoredImage)
     shown = {(r.kind, r.margin): r.box for r in result.regions}

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig
-from hts_ray.engine.image_pass import committed_names, data_files, decode_batch
+from hts_ray.engine.image_pass import committed_names, data_files, decode_batch, decoded_image
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.crops import crop_region
 from hts_ray.images.manifest import open_manifest
@@ -36,7 +36,6 @@ from hts_ray.store.tables import (
     read_table,
     write_table,
 )
-from hts_ray.teacher.actor import decoded_image
 from hts_ray.teacher.captioner import DummyCaptioner
 from hts_ray.teacher.stage import block_rows, label_images
 

@@ -30,9 +30,7 @@ from torch import Tensor
 
 from hts_ray.config import TeacherConfig
 from hts_ray.teacher.captioner import Pixels
-from hts_ray.teacher.models.loading import model_error, supported_families
-from hts_ray.teacher.models.preparation import RegionInputs, image_preparation
-from hts_ray.teacher.models.readers import (
+from hts_ray.teacher.models.architectures import (
     BatchedCrossAttentionDecoder,
     BatchedSequenceToSequenceDecoder,
     CrossAttentionDecoder,
@@ -46,6 +44,8 @@ from hts_ray.teacher.models.readers import (
     QFormerStyle,
     QwenStyle,
 )
+from hts_ray.teacher.models.catalog import model_error, supported_families
+from hts_ray.teacher.models.inputs import RegionInputs, image_preparation
 from hts_ray.teacher.scoring.decoders import BatchedDecoder, Decoder
 
 # What chat models are asked before the prompts.

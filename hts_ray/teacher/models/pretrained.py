@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 
@@ -31,15 +30,15 @@ from hts_ray.teacher.captioner import (
     PromptScores,
     Reduction,
     class_scores,
+    keep_top,
 )
+from hts_ray.teacher.models.catalog import model_error, supported_families
 from hts_ray.teacher.models.families import Encode, Family, Loaded, build_family
-from hts_ray.teacher.models.loading import model_error, supported_families
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.captioning import write_captions
 from hts_ray.teacher.scoring.decoders import Decoder, TrieDecoder
 from hts_ray.teacher.scoring.memory import WORKSPACE
-from hts_ray.teacher.scoring.search import score_objects_first, score_top
-from hts_ray.teacher.scoring.selection import alive_classes, keep_top
+from hts_ray.teacher.scoring.top_k import score_top
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ CHECK_SHAPES = ((64, 64), (64, 160))
 # Largest difference of fast and plain scores in nats a token: rounding at each precision,
 # far below the 0.5 and more that a wrong mask or position was seen to cost.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Lists of prompts whose tokens are kept: the classes', and the objects' of a search.
+# Lists of prompts whose tokens are kept.
 _KEPT = 4
 
 
@@ -138,10 +137,9 @@ class TransformersCaptioner:
         images: Sequence[Pixels],
         prompts: ClassPrompts,
         *,
-        top_k: int | None,
+        top_k: int,
         reduction: Reduction = "log_mean_exp",
         offsets_C: FloatArray | None = None,
-        alive_RC: npt.NDArray[np.bool_] | None = None,
     ) -> FloatArray:
         """Return class log-likelihoods (R, C), -inf for the classes that were left out.
 
@@ -150,64 +148,22 @@ class TransformersCaptioner:
         decoder = self.decoder
         if not isinstance(decoder, TrieDecoder):
             scores = class_scores(self.score(images, prompts.texts), prompts, reduction=reduction)
-            return keep_top(scores, top_k, offsets_C, alive_RC)
+            return keep_top(scores, top_k, offsets_C)
         sequences = self.tokenize(prompts.texts)
-        parts: list[FloatArray] = []
-        first = 0
-        for group in decoder.groups(self.prepare(images)):
-            rows = slice(first, first + len(group))
-            first = rows.stop
-            scores, _ = score_top(
-                decoder,
-                group,
-                sequences,
-                prompts.counts,
-                top_k=top_k,
-                reduction=reduction,
-                offsets_C=offsets_C,
-                alive_RC=None if alive_RC is None else alive_RC[rows],
-            )
-            parts.append(scores)
-        return np.concatenate(parts)
-
-    def score_objects_first(
-        self,
-        images: Sequence[Pixels],
-        prompts: ClassPrompts,
-        objects: Sequence[str],
-        object_of_class_C: npt.NDArray[np.int64],
-        keep: int,
-        *,
-        reduction: Reduction = "log_mean_exp",
-    ) -> FloatArray:
-        """Return scores (R, C) of the classes of a region's `keep` best objects, else -inf.
-
-        A family without a trie scores every class and leaves out the same ones.
-        """
-        decoder = self.decoder
-        if not isinstance(decoder, TrieDecoder):
-            scores_RO = self.score(images, objects).log_likelihoods
-            alive_RC = alive_classes(scores_RO, object_of_class_C, keep)
-            scores = class_scores(self.score(images, prompts.texts), prompts, reduction=reduction)
-            kept = keep_top(scores, None, None, alive_RC)
-            kept[np.isnan(scores_RO).any(axis=1)] = np.nan
-            return kept
-        sequences = self.tokenize(prompts.texts)
-        object_sequences = self.tokenize(objects)
-        parts = [
-            score_objects_first(
-                decoder,
-                group,
-                sequences,
-                prompts.counts,
-                objects=object_sequences,
-                object_of_class_C=object_of_class_C,
-                keep=keep,
-                reduction=reduction,
-            )[0]
-            for group in decoder.groups(self.prepare(images))
-        ]
-        return np.concatenate(parts)
+        return np.concatenate(
+            [
+                score_top(
+                    decoder,
+                    group,
+                    sequences,
+                    prompts.counts,
+                    top_k=top_k,
+                    reduction=reduction,
+                    offsets_C=offsets_C,
+                )[0]
+                for group in decoder.groups(self.prepare(images))
+            ]
+        )
 
     @torch.inference_mode()
     def caption(self, images: Sequence[Pixels], settings: CaptionConfig) -> list[list[Caption]]:

@@ -4,7 +4,7 @@ A decoder reads R regions, and whatever stands before every prompt, once (`encod
 values stay in a cache. Families whose attention takes a tree mask then score by trie, the others
 by batches of prompts. Every family also has a slow plain forward, `reference`, that the fast
 path is checked against when a model loads. How each family is fed:
-`hts_ray.teacher.models.readers`.
+`hts_ray.teacher.models.architectures`.
 
 Shape legend: R regions, P prompts, N nodes fed at a time, L tokens of the longest prompt, V
 vocabulary, D hidden width.
@@ -27,7 +27,7 @@ from hts_ray.teacher.scoring.memory import WORKSPACE
 from hts_ray.teacher.scoring.trie import PromptTrie, TokenIds, edge_log_probs, split_tries
 
 _Key = tuple[tuple[int, ...], ...]
-# Lists of prompts whose tries are kept: the classes', and the objects' of a search.
+# Lists of prompts whose tries are kept.
 _KEPT = 4
 
 

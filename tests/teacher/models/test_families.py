@@ -22,8 +22,9 @@ from PIL import Image
 
 from hts_ray.config import CaptionConfig, TeacherConfig
 from hts_ray.errors import ConfigError
-from hts_ray.teacher.models import families, readers
-from hts_ray.teacher.models.loading import FAMILIES, load_captioner
+from hts_ray.teacher.models import architectures, families
+from hts_ray.teacher.models.catalog import FAMILIES
+from hts_ray.teacher.models.loading import load_captioner
 from hts_ray.teacher.models.pretrained import TransformersCaptioner
 from hts_ray.teacher.scoring import captioning, decoders
 from hts_ray.teacher.scoring import trie as prompt_tree
@@ -426,8 +427,8 @@ def test_check_refuses_shifted_positions(
     name: str, tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a check that positions behind the prefix, off by one, would pass."""
-    place = readers.PrefixStyle.first_position
-    monkeypatch.setattr(readers.PrefixStyle, "first_position", lambda *args: place(*args) + 1)
+    place = architectures.PrefixStyle.first_position
+    monkeypatch.setattr(architectures.PrefixStyle, "first_position", lambda *args: place(*args) + 1)
     refused(tiny_path(name))
 
 
@@ -436,7 +437,9 @@ def test_check_refuses_qwen_without_its_jumps(
     name: str, tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a check that an image counted by its tokens would pass."""
-    monkeypatch.setattr(readers.QwenStyle, "first_position", readers.PrefixStyle.first_position)
+    monkeypatch.setattr(
+        architectures.QwenStyle, "first_position", architectures.PrefixStyle.first_position
+    )
     refused(tiny_path(name))
 
 

@@ -18,13 +18,18 @@ from torch import Tensor, nn
 from hts_ray.classes import ClassTable, hico_classes, load_class_table
 from hts_ray.config import TeacherConfig
 from hts_ray.demo.world import render_scene, sample_scene, world_class_ids
-from hts_ray.teacher.captioner import ClassPrompts, Reduction, class_scores, reduce_templates
+from hts_ray.teacher.captioner import (
+    ClassPrompts,
+    Reduction,
+    class_scores,
+    keep_top,
+    reduce_templates,
+)
 from hts_ray.teacher.models.loading import load_captioner
-from hts_ray.teacher.scoring import search as search_module
+from hts_ray.teacher.scoring import top_k as top_k_module
 from hts_ray.teacher.scoring import trie as trie_module
 from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder
-from hts_ray.teacher.scoring.search import score_objects_first, score_top
-from hts_ray.teacher.scoring.selection import alive_classes, keep_top
+from hts_ray.teacher.scoring.top_k import score_top
 from hts_ray.teacher.scoring.trie import PromptTrie
 
 VOCABULARY = 4
@@ -127,9 +132,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     images = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
     classes = len(counts)
     offsets = st.lists(st.floats(-20, 20, width=32), min_size=classes, max_size=classes)
-    alive = st.lists(st.booleans(), min_size=classes * len(images), max_size=classes * len(images))
     drawn_offsets = draw(st.none() | offsets)
-    drawn_alive = draw(st.none() | alive)
     return {
         "decoder": TableDecoder(
             draw(st.integers(0, 99)),
@@ -139,12 +142,9 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "images": images,
         "sequences": draw(st.lists(sequence, min_size=total, max_size=total)),
         "counts": counts,
-        "top_k": draw(st.none() | st.integers(1, classes + 1)),
+        "top_k": draw(st.integers(1, classes + 1)),
         "reduction": draw(st.sampled_from(REDUCTIONS)),
         "offsets_C": None if drawn_offsets is None else np.array(drawn_offsets, dtype=np.float32),
-        "alive_RC": None
-        if drawn_alive is None
-        else np.array(drawn_alive).reshape(len(images), classes),
     }
 
 
@@ -166,12 +166,10 @@ def found(problem: dict[str, Any]) -> np.ndarray:
 
 def assert_equal_but_for_ties(got: np.ndarray, exact: np.ndarray, problem: dict[str, Any]) -> None:
     """Compare with scoring everything; among equals any class may be left out."""
-    top_k, offsets, alive = (problem[name] for name in ("top_k", "offsets_C", "alive_RC"))
-    expected = keep_top(exact, top_k, offsets, alive)
+    top_k, offsets = problem["top_k"], problem["offsets_C"]
+    expected = keep_top(exact, top_k, offsets)
     kept = np.isfinite(got)
     assert kept.sum(1).tolist() == np.isfinite(expected).sum(1).tolist()
-    if alive is not None:
-        assert not kept[~alive].any()
     np.testing.assert_allclose(got[kept], exact[kept], atol=1e-4)
     shift = 0.0 if offsets is None else offsets
     np.testing.assert_allclose(
@@ -194,7 +192,7 @@ def test_equals_scoring_everything(
         problem["reduction"],
     )
     with (
-        mock.patch.multiple(search_module, **constants),
+        mock.patch.multiple(top_k_module, **constants),
         mock.patch.object(trie_module, "MAX_NODES", max_nodes),
     ):
         got = found(problem)
@@ -214,8 +212,6 @@ def test_regions_do_not_see_each_other(problem: dict[str, Any]) -> None:
     together = found(problem)
     for row, image in enumerate(problem["images"]):
         alone = {**problem, "images": [image]}
-        if problem["alive_RC"] is not None:
-            alone["alive_RC"] = problem["alive_RC"][row : row + 1]
         np.testing.assert_allclose(together[row], found(alone)[0], atol=1e-5)
 
 
@@ -227,7 +223,7 @@ def test_max_waits_for_every_prompt_that_may_be_better() -> None:
     for seed in range(20):
         decoder, images = TableDecoder(seed, 3.0), [0, 1]
         exact = brute_force(decoder, images, sequences, counts, "max")
-        with mock.patch.object(search_module, "BEAM", 1):
+        with mock.patch.object(top_k_module, "BEAM", 1):
             got, _ = score_top(decoder, images, sequences, counts, top_k=2, reduction="max")
         np.testing.assert_allclose(got, keep_top(exact, 2), atol=1e-4)
 
@@ -241,7 +237,7 @@ def test_a_sure_model_costs_a_fraction() -> None:
     """Catches a search that is exact because it feeds everything."""
     sequences = pair_sequences()
     decoder = TableDecoder(seed=1, scale=8.0)
-    with mock.patch.object(search_module, "BEAM", 2):
+    with mock.patch.object(top_k_module, "BEAM", 2):
         scores, stats = score_top(decoder, [0, 1, 2], sequences, [1] * 64, top_k=3)
     assert stats.full_nodes == len(PromptTrie(sequences)) - 1 == 21
     assert stats.nodes_fed.max() <= 10
@@ -258,64 +254,22 @@ def test_an_undecided_model_costs_no_more_than_everything() -> None:
     assert stats.padded.tolist() == [stats.full_nodes] * 2
 
 
-def test_known_classes_cost_their_own_branches_in_one_forward() -> None:
-    """Catches objects mode walking level by level, or through branches of other objects."""
-    sequences = pair_sequences()
-    alive = np.zeros((2, 64), dtype=np.bool_)
-    alive[0, :3] = True  # 0 0 0 *: three nodes
-    alive[1, [5, 40]] = True  # 0 0 1 1 and 0 2 2 0: five nodes
-    decoder = TableDecoder(0, 1.0)
-    scores, stats = score_top(decoder, [0, 1], sequences, [1] * 64, top_k=None, alive_RC=alive)
-    assert stats.nodes_fed.tolist() == [3, 5]
-    assert (stats.forwards, stats.padded.tolist()) == (1, [5, 5])
-    assert (np.isfinite(scores) == alive).all()
+class PickyDecoder(TableDecoder):
+    """Prefers nothing on image 0, and is sure of token 0 on all others."""
+
+    def logits(self, image: int, context: Sequence[int]) -> Tensor:
+        """Return the logits (V,) of what follows a context."""
+        return torch.tensor([30.0 * (image > 0), 0.0, 0.0, 0.0])
 
 
 def test_regions_that_are_done_cost_nothing_more() -> None:
     """Catches a region that waits in the batch until the least decided one is done."""
     sequences = [[0, *pair] for pair in pair_sequences()]
-    counts, alive = [1] * 64, np.ones((4, 64), dtype=np.bool_)
-    alive[1:, 1:] = False
-    with mock.patch.object(search_module, "BEAM", 1):
-        _, stats = score_top(
-            TableDecoder(0, 0.0), [0, 1, 2, 3], sequences, counts, top_k=3, alive_RC=alive
-        )
+    with mock.patch.object(top_k_module, "BEAM", 1):
+        _, stats = score_top(PickyDecoder(0, 0.0), [0, 1, 2, 3], sequences, [1] * 64, top_k=1)
     assert stats.nodes_fed.tolist() == [stats.full_nodes, 4, 4, 4]
     assert stats.padded[0] >= stats.full_nodes
     assert stats.padded[1:].tolist() == [4, 4, 4]
-
-
-def test_objects_first() -> None:
-    """Catches objects scored behind another image, or their nodes left in the cache."""
-    decoder, images = TableDecoder(3, 2.0), [0, 1, 2, 3]
-    sequences, counts = pair_sequences(), [1] * 64
-    objects = [[1, 0, 0], [2, 0], [3], [2, 3, 1]]
-    object_of_class = np.arange(64) % 5 - 1
-    scores, stats = score_objects_first(
-        decoder,
-        images,
-        sequences,
-        counts,
-        objects=objects,
-        object_of_class_C=object_of_class,
-        keep=2,
-    )
-    exact = brute_force(decoder, images, sequences, counts, "mean")
-    alone = brute_force(decoder, images, objects, [1] * 4, "mean")
-    alive = alive_classes(alone, object_of_class, 2)
-    np.testing.assert_allclose(scores, keep_top(exact, None, None, alive), atol=1e-4)
-    _, only = score_top(decoder, images, sequences, counts, top_k=None, alive_RC=alive)
-    assert stats.nodes_fed.tolist() == (only.nodes_fed + 4).tolist()
-    broken, _ = score_objects_first(
-        TableDecoder(3, 2.0, broken=2),
-        images,
-        sequences,
-        counts,
-        objects=objects,
-        object_of_class_C=object_of_class,
-        keep=2,
-    )
-    assert np.isnan(broken).any(axis=1).tolist() == [False, False, True, False]
 
 
 def test_a_chain_is_one_forward() -> None:
@@ -325,18 +279,13 @@ def test_a_chain_is_one_forward() -> None:
     assert stats.forwards <= 2
 
 
-@pytest.mark.parametrize("top_k", [1, None])
-def test_nan_is_not_mistaken_for_a_class_left_out(top_k: int | None) -> None:
+@pytest.mark.parametrize("top_k", [1, 64])
+def test_nan_is_not_mistaken_for_a_class_left_out(top_k: int) -> None:
     """Catches a model that overflows passing for one that finds nothing."""
     decoder = TableDecoder(0, 1.0, broken=7)
-    sequences = pair_sequences()
-    alive = np.ones((3, 64), dtype=np.bool_)
-    scores, _ = score_top(decoder, [6, 7, 8], sequences, [1] * 64, top_k=top_k, alive_RC=alive)
+    scores, _ = score_top(decoder, [6, 7, 8], pair_sequences(), [1] * 64, top_k=top_k)
     assert np.isnan(scores[1]).all()
     assert not np.isnan(scores[[0, 2]]).any()
-    everything, _ = score_top(decoder, [6, 7, 8], sequences, [1] * 64, top_k=None)
-    assert np.isnan(everything[1]).all()
-    assert np.isfinite(everything[[0, 2]]).all()
 
 
 @pytest.mark.parametrize(
@@ -345,8 +294,6 @@ def test_nan_is_not_mistaken_for_a_class_left_out(top_k: int | None) -> None:
         ({"top_k": 0}, "top_k=0"),
         ({"offsets_C": np.zeros(3, dtype=np.float32)}, "offsets of shape"),
         ({"offsets_C": np.array([0.0, np.inf], dtype=np.float32)}, "finite"),
-        ({"alive_RC": np.ones((1, 3), dtype=np.bool_)}, "alive_RC of shape"),
-        ({"alive_RC": np.ones((2, 2), dtype=np.bool_)}, "2 rows for 1 regions"),
         ({"counts": [1, 2]}, "counts of 2 classes"),
         ({"counts": [0, 2]}, "counts of 2 classes"),
         ({"sequences": [[1], []]}, "at least one token"),
@@ -390,21 +337,15 @@ def test_real_decoders_agree(
     prompts = ClassPrompts(tuple(PROMPTS), (2,) * 20)
     scores = captioner.score(images, prompts.texts)
     offsets = rng.normal(0, 3, 20).astype(np.float32)
-    alive = rng.random((3, 20)) < 0.8
     monkeypatch.setattr(trie_module, "MAX_NODES", max_nodes)
-    monkeypatch.setattr(search_module, "BEAM", 3)
+    monkeypatch.setattr(top_k_module, "BEAM", 3)
     for reduction in REDUCTIONS:
         exact = class_scores(scores, prompts, reduction=reduction)
-        for top_k in (4, None):
+        for top_k in (4, 20):
             got = captioner.score_top(
-                images,
-                prompts,
-                top_k=top_k,
-                reduction=reduction,
-                offsets_C=offsets,
-                alive_RC=alive,
+                images, prompts, top_k=top_k, reduction=reduction, offsets_C=offsets
             )
-            expected = keep_top(exact, top_k, offsets, alive)
+            expected = keep_top(exact, top_k, offsets)
             np.testing.assert_allclose(got, expected, atol=2e-4)
 
 

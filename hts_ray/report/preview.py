@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from hts_ray.images.thumbnail import thumbnail_data_uri
+from hts_ray.report.page import environment
 from hts_ray.store import storage
 from hts_ray.teacher.estimate import Estimate, ImageExample, RegionExample
 
-_TEMPLATE = Path(__file__).with_name("preview.html.j2")
 _PICTURE_SIDE = 640
 _PICTURE_BYTES = 80_000
 
 
 def write_preview(path: str, estimate: Estimate) -> None:
     """Write one HTML file, which needs no network, with the sampled images and their regions."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    page = template.render(
-        sample=estimate.sample,
-        figures=[(name, _shown(value)) for name, value in estimate.figures().items()],
-        items=[_item(number, example) for number, example in enumerate(estimate.examples)],
+    page = (
+        environment()
+        .get_template("preview.html.j2")
+        .render(
+            sample=estimate.sample,
+            figures=[(name, _shown(value)) for name, value in estimate.figures().items()],
+            items=[_item(number, example) for number, example in enumerate(estimate.examples)],
+        )
     )
     storage.write_bytes(path, page.encode())
 

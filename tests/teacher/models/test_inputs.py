@@ -11,7 +11,7 @@ import torch
 
 from hts_ray.config import TeacherConfig
 from hts_ray.images.crops import CropBatch
-from hts_ray.teacher.models.preparation import (
+from hts_ray.teacher.models.inputs import (
     RegionInputs,
     collate,
     extended,

@@ -8,8 +8,8 @@ import numpy as np
 
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Region
+from hts_ray.report.preview import write_preview
 from hts_ray.teacher.estimate import Estimate, ImageExample, RegionExample
-from hts_ray.teacher.preview import write_preview
 
 
 def measured(*examples: ImageExample) -> Estimate:
@@ -25,7 +25,6 @@ def measured(*examples: ImageExample) -> Estimate:
         tokens_per_region=30,
         seconds=5.5,
         gpu_hours=None,
-        agreement={"exact_top_1_found": 0.75},
         examples=list(examples),
     )
 
@@ -50,7 +49,7 @@ def test_preview_shows_boxes_and_words(tmp_path: Path) -> None:
     assert 'x="10.0" y="20.0" width="590.0" height="460.0"' in page
     assert "union, context 0.2" in page
     assert "62.5 %" in page
-    assert "exact top 1 found" in page
+    assert "tokens a region" in page
     assert "http" not in page.replace('http-equiv="Content', "")
 
 

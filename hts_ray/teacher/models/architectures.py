@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hts_ray.teacher.models.preparation import collate, extended
+from hts_ray.teacher.models.inputs import collate, extended
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.decoders import (
     BatchedDecoder,

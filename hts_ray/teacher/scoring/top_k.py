@@ -6,10 +6,6 @@ left out with its branch of the prompt tree; the classes that remain have the sc
 scoring everything would give them. Every region walks the tree on its own: what it answers does
 not depend on the regions beside it.
 
-Told beforehand which classes can matter (those of the objects that score well alone, an
-approximation), it feeds their branches only; `hts_ray.teacher.scoring.selection` measures what
-that costs.
-
 Shape legend: R regions, P prompts, C classes, N nodes of the prompt tree (0 the root), L tokens
 of the longest prompt, W nodes fed at a time, D hidden width.
 """
@@ -19,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,13 +23,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hts_ray.teacher.captioner import FloatArray, Reduction, reduce_templates
+from hts_ray.teacher.captioner import FloatArray, Reduction, keep_top, reduce_templates
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder, select_regions
-from hts_ray.teacher.scoring.selection import alive_classes, keep_top
 from hts_ray.teacher.scoring.trie import TokenIds
-
-BoolArray = npt.NDArray[np.bool_]
 
 # Nodes a region feeds at a time, the most promising first. Few, because every complete class
 # raises the bar for those that wait; more from time to time, for models that prefer nothing.
@@ -71,100 +64,36 @@ def score_top(
     sequences: Sequence[TokenIds],
     counts: Sequence[int],
     *,
-    top_k: int | None,
+    top_k: int,
     reduction: Reduction = "log_mean_exp",
     offsets_C: FloatArray | None = None,
-    alive_RC: BoolArray | None = None,
 ) -> tuple[FloatArray, SearchStats]:
     """Return class log-likelihoods (R, C) float32, -inf for the classes left out, and the cost.
 
     `images` is what the family's preprocessing made of R regions; `sequences` are P prompts
-    class by class, `counts` (C,) of them each. Among the classes of `alive_RC` (all if None),
-    each region keeps the `top_k` (all if None) with the largest score + `offsets_C`. A region
-    for which the model gives NaN is NaN throughout. Raises ValueError for shapes that do not fit,
-    offsets that are not finite, or a `top_k` below 1.
+    class by class, `counts` (C,) of them each. Each region keeps the `top_k` classes with the
+    largest score + `offsets_C`. A region for which the model gives NaN is NaN throughout. Raises
+    ValueError for shapes that do not fit, offsets that are not finite, or a `top_k` below 1.
     """
-    _check(sequences, counts, top_k, offsets_C, alive_RC)
-    if top_k is not None and top_k >= len(counts):
-        top_k = None
-    if top_k is None and alive_RC is None:
+    _check(sequences, counts, top_k, offsets_C)
+    if top_k >= len(counts):
         return _score_all(decoder, images, sequences, counts, reduction)
     prefix = decoder.encode(images)
-    if alive_RC is not None and len(alive_RC) != len(prefix):
-        raise ValueError(f"alive_RC has {len(alive_RC)} rows for {len(prefix)} regions")
-    return _behind(decoder, prefix, sequences, counts, top_k, reduction, offsets_C, alive_RC)
-
-
-@torch.inference_mode()
-def score_objects_first(
-    decoder: TrieDecoder,
-    images: Any,
-    sequences: Sequence[TokenIds],
-    counts: Sequence[int],
-    *,
-    objects: Sequence[TokenIds],
-    object_of_class_C: npt.NDArray[np.int64],
-    keep: int,
-    reduction: Reduction = "log_mean_exp",
-) -> tuple[FloatArray, SearchStats]:
-    """Score the classes of the `keep` objects that score best alone: an approximation.
-
-    `objects` are the prompts of O objects, `object_of_class_C` names each class's, -1 for a class
-    without one, which is always scored. The images are encoded once for both. Otherwise as
-    `score_top` without a `top_k`; the cost of the objects is part of `nodes_fed` and `padded`.
-    """
-    _check(sequences, counts, None, None, None)
-    prefix = decoder.encode(images)
-    scores_RO, first = _behind(decoder, prefix, objects, [1] * len(objects), None)
-    alive_RC = alive_classes(scores_RO, object_of_class_C, keep)
-    scores_RC, then = _behind(
-        decoder, prefix, sequences, counts, None, reduction, alive_RC=alive_RC
-    )
-    scores_RC[np.isnan(scores_RO).any(axis=1)] = np.nan
-    stats = replace(
-        then,
-        nodes_fed=first.nodes_fed + then.nodes_fed,
-        padded=first.padded + then.padded,
-        forwards=first.forwards + then.forwards,
-    )
-    return scores_RC, stats
-
-
-def _behind(
-    decoder: TrieDecoder,
-    prefix: Prefix,
-    sequences: Sequence[TokenIds],
-    counts: Sequence[int],
-    top_k: int | None,
-    reduction: Reduction = "log_mean_exp",
-    offsets_C: FloatArray | None = None,
-    alive_RC: BoolArray | None = None,
-) -> tuple[FloatArray, SearchStats]:
-    """Search behind a prefix, which is left as it was."""
     device = prefix.root.device
-    alive = torch.ones(len(prefix), len(counts), dtype=torch.bool, device=device)
-    if alive_RC is not None:
-        alive = torch.as_tensor(alive_RC, device=device).bool()
     offsets = torch.zeros(len(counts), dtype=torch.float64, device=device)
     if offsets_C is not None:
         offsets = torch.as_tensor(offsets_C, device=device).double()
     tree = _tree(tuple(tuple(sequence) for sequence in sequences), str(device))
     walk = _Walk(decoder, prefix, tree)
-    scores = _search(walk, _Classes(counts, reduction, device), alive, offsets, top_k)
-    decoder.rewind(prefix)
-    completed = (scores > -torch.inf).sum(1).cpu().numpy()
+    scores = _search(walk, _Classes(counts, reduction, device), offsets, top_k)
     stats = SearchStats(
         nodes_fed=walk.nodes_fed.cpu().numpy(),
         padded=walk.padded.cpu().numpy(),
         full_nodes=tree.full_nodes,
         forwards=walk.forwards,
-        completed=completed,
+        completed=(scores > -torch.inf).sum(1).cpu().numpy(),
     )
-    scores_RC = scores.float().cpu().numpy()
-    broken = np.isnan(scores_RC).any(axis=1)
-    scores_RC = keep_top(scores_RC, top_k, offsets_C, alive_RC)
-    scores_RC[broken] = np.nan
-    return scores_RC, stats
+    return keep_top(scores.float().cpu().numpy(), top_k, offsets_C), stats
 
 
 def _score_all(
@@ -178,36 +107,28 @@ def _score_all(
     scores_RC = reduce_templates(values, counts, reduction).astype(np.float32)
     scores_RC[np.isnan(scores_RC).any(axis=1)] = np.nan
     tries = decoder.tries(sequences)
-    nodes = sum(len(trie) - 1 for trie, _ in tries)
-    stats = SearchStats(
-        nodes_fed=np.full(len(scores_RC), nodes),
-        padded=np.full(len(scores_RC), nodes),
-        full_nodes=nodes,
-        forwards=sum(len(trie) > 1 for trie, _ in tries),
-        completed=np.full(len(scores_RC), len(counts)),
-    )
-    return scores_RC, stats
+    nodes = np.full(len(scores_RC), sum(len(trie) - 1 for trie, _ in tries))
+    forwards = sum(len(trie) > 1 for trie, _ in tries)
+    completed = np.full(len(scores_RC), len(counts))
+    return scores_RC, SearchStats(nodes, nodes, int(nodes[0]), forwards, completed)
 
 
 def _check(
     sequences: Sequence[TokenIds],
     counts: Sequence[int],
-    top_k: int | None,
+    top_k: int,
     offsets_C: FloatArray | None,
-    alive_RC: BoolArray | None,
 ) -> None:
     if not counts or min(counts) < 1 or sum(counts) != len(sequences):
         raise ValueError(f"{len(sequences)} prompts, but counts of {len(counts)} classes")
     if not all(sequences):
         raise ValueError("every prompt must have at least one token")
-    if top_k is not None and top_k < 1:
+    if top_k < 1:
         raise ValueError(f"top_k={top_k}: at least one class must be kept")
     if offsets_C is not None and offsets_C.shape != (len(counts),):
         raise ValueError(f"offsets of shape {offsets_C.shape} for {len(counts)} classes")
     if offsets_C is not None and not np.isfinite(offsets_C).all():
         raise ValueError("offsets must be finite")
-    if alive_RC is not None and alive_RC.shape[1:] != (len(counts),):
-        raise ValueError(f"alive_RC of shape {alive_RC.shape} for {len(counts)} classes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,27 +232,20 @@ class _Classes:
         return self._gather(flags_RP.float(), 1.0).amin(2) > 0
 
 
-def _search(
-    walk: _Walk, classes: _Classes, alive_RC: Tensor, offsets_C: Tensor, top_k: int | None
-) -> Tensor:
+def _search(walk: _Walk, classes: _Classes, offsets_C: Tensor, top_k: int) -> Tensor:
     """Walk until no class left out can matter: scores (R, C) float64, -inf where not known."""
-    result = torch.full(alive_RC.shape, -torch.inf, dtype=torch.float64, device=alive_RC.device)
+    shape, device = (len(walk.rows), len(offsets_C)), offsets_C.device
+    result = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
     while True:
-        alive = alive_RC[walk.rows]
         upper_RP, complete_RP = walk.bounds()
         upper = classes.reduce(upper_RP)
         lower = classes.reduce(upper_RP.masked_fill(~complete_RP, -torch.inf))
         settled_RP = classes.settled(upper_RP, complete_RP, lower)
         done = classes.all_of(settled_RP)
-        key = (upper + offsets_C).masked_fill(~alive | done, -torch.inf)
-        # Where no more than k classes are alive, all are needed and there is nothing to wait for.
-        prunes = torch.zeros_like(alive[:, :1])
-        if top_k is not None:
-            prunes = alive.sum(1, keepdim=True) > top_k
-            ranked = (lower + offsets_C).masked_fill(~alive, -torch.inf)
-            threshold = ranked.topk(top_k, dim=1).values[:, -1:]
-            # NaN compares as false: it is not followed.
-            key = torch.where(key >= threshold - MARGIN, key, -torch.inf)
+        key = (upper + offsets_C).masked_fill(done, -torch.inf)
+        threshold = (lower + offsets_C).topk(top_k, dim=1).values[:, -1:]
+        # NaN compares as false: it is not followed.
+        key = torch.where(key >= threshold - MARGIN, key, -torch.inf)
         best_RN = _best_below(
             walk.tree, key[:, classes.of_prompt].masked_fill(settled_RP, -torch.inf)
         )
@@ -339,27 +253,25 @@ def _search(
         goes_on = wanted.any(1)
         count = int(goes_on.sum())
         if count == 0 or count <= GOES_ON * len(goes_on):
-            exact = lower.masked_fill(~(done & alive), -torch.inf)
+            exact = lower.masked_fill(~done, -torch.inf)
             result[walk.rows] = exact.masked_fill(walk.broken[:, None], torch.nan)
             if count == 0:
                 return result
             walk.keep(goes_on)
-            best_RN, wanted, prunes = best_RN[goes_on], wanted[goes_on], prunes[goes_on]
-        width = BEAM << (walk.forwards // GROW_EVERY)
-        walk.feed(_choose(walk, best_RN, wanted, prunes, width))
+            best_RN, wanted = best_RN[goes_on], wanted[goes_on]
+        walk.feed(_choose(walk, best_RN, wanted, BEAM << (walk.forwards // GROW_EVERY)))
 
 
-def _choose(walk: _Walk, best_RN: Tensor, wanted: Tensor, prunes: Tensor, width: int) -> Tensor:
+def _choose(walk: _Walk, best_RN: Tensor, wanted: Tensor, width: int) -> Tensor:
     """Pick the nodes (R, N) to feed next: their parents are fed, or chosen too."""
     tree = walk.tree
     frontier = wanted & walk.known
     rank = best_RN.masked_fill(~frontier, -torch.inf)
     best = rank.topk(min(width, rank.shape[1]), dim=1)
-    beam = torch.zeros_like(frontier).scatter_(1, best.indices, best.values > -torch.inf)
-    chosen = torch.where(prunes, beam, frontier)
+    chosen = torch.zeros_like(frontier).scatter_(1, best.indices, best.values > -torch.inf)
     children = torch.zeros(wanted.shape, dtype=torch.int32, device=wanted.device)
     children.index_add_(1, tree.parent[1:-1], wanted[:, 1:].int())
-    narrow = (children <= AHEAD) | ~prunes
+    narrow = children <= AHEAD
     for nodes in tree.levels:
         above = tree.parent[nodes]
         chosen[:, nodes] |= wanted[:, nodes] & (chosen & narrow)[:, above]

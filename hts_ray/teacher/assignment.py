@@ -1,0 +1,119 @@
+"""What a teacher is asked in one run: the prompts, the boxes and the images of the prior.
+
+Made by the driver without loading a model, and sent to every actor. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from hts_ray.classes import ClassTable
+from hts_ray.config import LabelConfig, RegionsConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.boxes import GivenBoxes, read_given_boxes
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
+from hts_ray.teacher.captioner import ClassPrompts
+from hts_ray.teacher.detector import check_detector, detector_fingerprint
+from hts_ray.teacher.models.catalog import check_teacher
+
+TABLE_INFO = "table.json"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that a teacher actor needs to know.
+
+    `fingerprint` is the model's, made once by the driver; "" where nothing will be written.
+    `prior_rows` are the manifest rows whose images the prior is estimated on, `limit` the
+    regions that an image may have by the run's budget.
+    """
+
+    config: LabelConfig
+    class_table: ClassTable
+    fingerprint: str = ""
+    run_dir: str = ""
+    info_path: str = ""
+    given: GivenBoxes | None = None
+    prior_rows: pa.Table | None = None
+    limit: int | None = None
+    prompts: ClassPrompts = field(init=False)
+
+    def __post_init__(self) -> None:
+        templates = self.config.teacher.prompt_templates
+        prompts = ClassPrompts.of(self.class_table.prompts, templates)
+        object.__setattr__(self, "prompts", prompts)
+
+    @classmethod
+    def plan(
+        cls,
+        config: LabelConfig,
+        class_table: ClassTable,
+        rows: pa.Table,
+        *,
+        fingerprint: str = "",
+        stage: StageFolder | None = None,
+    ) -> Assignment:
+        """Read what the settings name besides the images; ConfigError or DataError if unusable.
+
+        `rows` are the manifest's rows to label. Without a `stage` nothing will be written.
+        """
+        check_teacher(config.teacher)
+        check_detector(config.regions)
+        sample = None
+        if config.teacher.prior == "sample" and config.teacher.mode == "prompts":
+            rng = np.random.default_rng(config.limit_seed)
+            size = min(config.teacher.prior_sample, len(rows))
+            sample = rows.take(np.sort(rng.choice(len(rows), size, replace=False)))
+        budget = config.regions.budget
+        return cls(
+            config,
+            class_table,
+            fingerprint,
+            run_dir=stage.run_dir if stage else "",
+            info_path=stage.file(TABLE_INFO) if stage else "",
+            given=_given_boxes(config.regions, rows),
+            prior_rows=sample,
+            limit=None if budget is None else max(1, budget // max(1, len(rows))),
+        )
+
+
+def region_sources(config: RegionsConfig) -> list[str]:
+    """Return hashes of the files that regions come from besides the settings."""
+    sources = []
+    if config.boxes is not None:
+        sources.append(hashlib.sha256(_box_file(config.boxes)).hexdigest()[:12])
+    if config.detector is not None:
+        sources.append(detector_fingerprint(config))
+    return sources
+
+
+def _box_file(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error}",
+            field="label.regions.boxes",
+            value=uri,
+            remedy="give the path or URI of a HICO-DET json, COCO json or Parquet file",
+        ) from None
+
+
+def _given_boxes(config: RegionsConfig, rows: pa.Table) -> GivenBoxes | None:
+    """Read the boxes that come with the images; DataError where they fit no image."""
+    if config.boxes is None:
+        return None
+    _box_file(config.boxes)
+    given = read_given_boxes(config.boxes, config.person_labels)
+    ids, uris = rows["image_id"].to_pylist(), rows["uri"].to_pylist()
+    if not given.count_found(ids, uris):
+        raise DataError(
+            f"{config.boxes} has boxes of {len(given)} images, and none is in the manifest: its"
+            f" images are called {ids[0]!r} and the like"
+        )
+    return given

@@ -1,0 +1,180 @@
+"""What the name of a teacher means: which model it is, whether it is supported, and its hash.
+
+Needs neither torch nor Ray, so that a driver can name, hash and refuse a teacher cheaply.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hts_ray.config import TeacherConfig
+from hts_ray.errors import ConfigError
+from hts_ray.teacher.builtin import BUILTIN, builtin_folder
+from hts_ray.teacher.models.files import (
+    MODEL_FILES,
+    checked_settings,
+    download,
+    folder_fingerprint,
+    local_folder,
+)
+
+IMPORT = "import:"
+DUMMY = f"{BUILTIN}dummy"
+FIELD = "label.teacher.model"
+
+# model_type in config.json: what is supported of it, and how its prompts are scored. How each is
+# fed is told in `hts_ray.teacher.models.families`. Prefix families with a text model that takes
+# no tree mask (sliding windows, linear attention) score by batched prompts.
+FAMILIES = {
+    "blip": "BLIP captioning (trie)",
+    "git": "GIT (trie)",
+    "vision-encoder-decoder": (
+        "VisionEncoderDecoder (trie with BERT, RoBERTa or GPT-2 text, else batched prompts)"
+    ),
+    "blip-2": "BLIP-2 (trie with OPT, batched prompts with T5)",
+    "instructblip": "InstructBLIP (trie with Vicuna, batched prompts with T5)",
+    "florence2": "Florence-2 (trie)",
+    "paligemma": "PaliGemma (trie), PaliGemma 2 (batched prompts)",
+    "llava": "LLaVA (trie)",
+    "llava_onevision": "LLaVA-OneVision (trie)",
+    "smolvlm": "SmolVLM (trie)",
+    "idefics3": "Idefics3 (trie)",
+    "qwen2_vl": "Qwen2-VL (trie)",
+    "qwen2_5_vl": "Qwen2.5-VL (trie)",
+    "qwen3_vl": "Qwen3-VL (trie)",
+    "kosmos-2": "Kosmos-2 (batched prompts)",
+}
+
+
+def is_dummy(config: TeacherConfig) -> bool:
+    """Tell the dummy teacher: `builtin:dummy`, or `builtin:dummy:SECONDS` a region."""
+    return config.model == DUMMY or config.model.startswith(f"{DUMMY}:")
+
+
+def needs_torch(config: TeacherConfig) -> bool:
+    """Tell whether the teacher is one of the packaged kinds that run on torch."""
+    return not is_dummy(config) and not config.model.startswith(IMPORT)
+
+
+def dummy_seconds(config: TeacherConfig) -> float:
+    """Return how long the dummy teacher takes for a region."""
+    text = config.model.removeprefix(DUMMY).removeprefix(":") or "0"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise model_error(config, f"{text!r} is no number of seconds", f"write {DUMMY}:0.02")
+    return seconds
+
+
+def imported_class(config: TeacherConfig) -> Any:
+    """Return the class that `import:MODULE:CLASS` names; ConfigError when there is none."""
+    module_name, _, name = config.model.removeprefix(IMPORT).partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise model_error(
+            config,
+            f"does not import: {error}",
+            "write import:MODULE:CLASS, with MODULE importable on every node (PYTHONPATH, or"
+            " beside the job's entry point)",
+        ) from None
+    missing = [
+        method for method in ("score", "caption") if not callable(getattr(found, method, None))
+    ]
+    if missing:
+        raise model_error(
+            config,
+            f"{name} has no method {' and no '.join(missing)}",
+            "a teacher has the two methods of hts_ray.teacher.captioner.Captioner",
+        )
+    return found
+
+
+def model_error(config: TeacherConfig, message: str, remedy: str = "") -> ConfigError:
+    """Return the ConfigError that names the teacher."""
+    return ConfigError(message, field=FIELD, value=config.model, remedy=remedy)
+
+
+def supported_families() -> str:
+    """Say which families are supported, and how to add one."""
+    return (
+        f"Supported: {'; '.join(FAMILIES.values())}. For another, write a class with the two"
+        " methods of a Captioner and name it import:MODULE:CLASS; see the documentation's"
+        ' "Choose and write a teacher"'
+    )
+
+
+def local_model_folder(config: TeacherConfig) -> Path | None:
+    """Return the folder of a local or built-in model, None for a hub id.
+
+    Raises ConfigError when a path or a built-in name leads nowhere.
+    """
+    if config.model.startswith(BUILTIN):
+        try:
+            return builtin_folder(config.model, "config.json")
+        except FileNotFoundError as error:
+            raise model_error(config, str(error), f"name a built-in model, e.g. {DUMMY}") from None
+    return local_folder(config.model, partial(model_error, config))
+
+
+def check_teacher(config: TeacherConfig) -> None:
+    """Look at a local or built-in teacher's files without loading it; a hub id passes unread.
+
+    Raises ConfigError as loading would, so that a driver can refuse before any worker starts.
+    """
+    if is_dummy(config):
+        dummy_seconds(config)
+    elif config.model.startswith(IMPORT):
+        imported_class(config)
+    elif local_model_folder(config) is not None:
+        model_folder(config)
+
+
+def model_folder(config: TeacherConfig) -> Path:
+    """Return the folder of a model that has passed a look at its files, downloading a hub id.
+
+    Raises ConfigError when a file is missing, the family is not supported or the hub
+    cannot be reached.
+    """
+    patterns = [*MODEL_FILES, "*.py"] if config.trust_remote_code else list(MODEL_FILES)
+    refuse = partial(model_error, config)
+    folder = local_model_folder(config) or download(
+        config.model, config.revision, patterns, refuse, "label.teacher.revision"
+    )
+    settings = checked_settings(folder, refuse)
+    family = settings.get("model_type")
+    if family not in FAMILIES and not config.trust_remote_code:
+        raise model_error(config, f"family {family!r} is not supported", supported_families())
+    return folder
+
+
+def model_fingerprint(config: TeacherConfig) -> str:
+    """Return text that changes whenever the teacher may answer otherwise.
+
+    Of a local or built-in model: a hash over its settings, tokenizer and weights (by content
+    up to 64 MB a file, by name and size above). Of a hub id: `id@revision`, unread. Of a
+    class of your own: a hash of its module's source.
+    """
+    if is_dummy(config):
+        return f"{DUMMY}@1"
+    if config.model.startswith(IMPORT):
+        return _source_fingerprint(config)
+    folder = local_model_folder(config)
+    if folder is None:
+        return f"{config.model}@{config.revision or 'main'}"
+    return folder_fingerprint(folder)
+
+
+def _source_fingerprint(config: TeacherConfig) -> str:
+    module = sys.modules[imported_class(config).__module__]
+    source = getattr(module, "__file__", None)
+    content = Path(source).read_bytes() if source else b""
+    return f"{config.model}@{hashlib.sha256(content).hexdigest()[:12]}"

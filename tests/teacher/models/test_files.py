@@ -1,0 +1,146 @@
+"""Tests of finding and fetching a model's files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hts_ray.config import CaptionConfig, TeacherConfig
+from hts_ray.errors import ConfigError
+from hts_ray.teacher.models import files
+from hts_ray.teacher.models.catalog import model_folder
+from hts_ray.teacher.models.loading import load_captioner
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """A stand-in for `snapshot_download`: fails as told, then answers with a folder."""
+
+    def __init__(self, folder: Path, *failures: Exception, local: Path | None = None) -> None:
+        self.folder = folder
+        self.failures = list(failures)
+        self.local = local
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, repo_id: str, **options: Any) -> str:
+        """Answer as `snapshot_download` would."""
+        self.calls.append({"repo_id": repo_id, **options})
+        if options["local_files_only"]:
+            if self.local is None:
+                from huggingface_hub.errors import LocalEntryNotFoundError
+
+                raise LocalEntryNotFoundError("not in the cache")
+            return str(self.local)
+        if self.failures:
+            raise self.failures.pop(0)
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub(tiny_blip_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    waits: list[float] = []
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def install(*failures: Exception, local: Path | None = None) -> tuple[Hub, list[float]]:
+        answers = Hub(tiny_blip_path, *failures, local=local)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", answers)
+        return answers, waits
+
+    return install
+
+
+def http_error(status: int, kind: Any = None) -> Exception:
+    import huggingface_hub.errors as errors
+    from huggingface_hub.errors import HfHubHTTPError
+
+    library = sys.modules[errors.Response.__module__.partition(".")[0]]  # whichever client it uses
+    request = library.Request("GET", "https://huggingface.co/some/model")
+    response = library.Response(status, request=request)
+    return (kind or HfHubHTTPError)(f"status {status}", response=response)
+
+
+def test_a_hub_model_is_fetched_and_loaded(hub: Any) -> None:
+    """Catches a hub id that is not fetched at its revision, or with pickled weights."""
+    answers, waits = hub()
+    captioner = load_captioner(TeacherConfig(model="some/model", revision="v1"))
+    assert len(captioner.caption([np.zeros((9, 9, 3), np.uint8)], CaptionConfig())[0]) == 1
+    assert [call["repo_id"] for call in answers.calls] == ["some/model"]
+    assert answers.calls[0]["revision"] == "v1"
+    patterns = answers.calls[0]["allow_patterns"]
+    assert "*.safetensors" in patterns
+    assert not {"*.bin", "*.py", "*"} & set(patterns)
+    assert not waits
+
+
+def test_a_failing_hub_is_asked_again(hub: Any) -> None:
+    """Catches one lost connection of one actor ending a run of hours."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    answers, waits = hub(http_error(503), TimeoutError("slow"), LocalEntryNotFoundError("lost"))
+    model_folder(TeacherConfig(model="some/model"))
+    assert len(answers.calls) == 4
+    assert waits == list(files.RETRY_WAITS)
+    answers, _ = hub(*[http_error(429)] * 9)
+    with pytest.raises(ConfigError, match="not to be had from the hub"):
+        model_folder(TeacherConfig(model="some/model"))
+    assert len(answers.calls) == 4
+
+
+def test_a_wrong_id_is_not_asked_for_again(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a mistyped id, or work offline, answered after half a minute of waiting."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    answers, waits = hub(http_error(404, RepositoryNotFoundError))
+    with pytest.raises(ConfigError, match="status 404"):
+        model_folder(TeacherConfig(model="some/model"))
+    assert (len(answers.calls), waits) == (1, [])
+    forbidden = LocalEntryNotFoundError("forbidden")
+    forbidden.__cause__ = http_error(403)
+    answers, waits = hub(forbidden)
+    with pytest.raises(ConfigError, match="forbidden"):
+        model_folder(TeacherConfig(model="some/model"))
+    assert (len(answers.calls), waits) == (1, [])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    answers, waits = hub(LocalEntryNotFoundError("offline"))
+    with pytest.raises(ConfigError, match="offline"):
+        model_folder(TeacherConfig(model="some/model"))
+    assert (len(answers.calls), waits) == (1, [])
+
+
+def test_a_commit_in_the_cache_needs_no_network(hub: Any, tiny_blip_path: Path) -> None:
+    """Catches every actor asking the hub about a commit that cannot change."""
+    answers, _ = hub(http_error(404), local=tiny_blip_path)
+    config = TeacherConfig(model="some/model", revision=COMMIT)
+    assert model_folder(config) == tiny_blip_path
+    assert [call["local_files_only"] for call in answers.calls] == [True]
+    # A branch may have moved.
+    with pytest.raises(ConfigError, match="status 404"):
+        model_folder(TeacherConfig(model="some/model", revision="main"))
+
+
+def test_half_a_snapshot_is_completed(hub: Any, tiny_blip_path: Path, tmp_path: Path) -> None:
+    """Catches a download that was cut off being taken for the model."""
+    half = tmp_path / "half"
+    shutil.copytree(tiny_blip_path, half)
+    (half / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (half / "model.safetensors.index.json").write_text(json.dumps(index))
+    (half / "model-1.safetensors").touch()
+    answers, _ = hub(local=half)
+    config = TeacherConfig(model="some/model", revision=COMMIT)
+    assert model_folder(config) == tiny_blip_path
+    assert [call["local_files_only"] for call in answers.calls] == [True, False]
+    (half / "model-2.safetensors").touch()
+    assert model_folder(config) == half
