@@ -22,7 +22,7 @@ import torch
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.engine.console import print_rows
 from hts_ray.store.provenance import measured_on, write_results
-from hts_ray.student.head import fit_head
+from hts_ray.student.head import HeadData, fit_head
 
 RESULTS = Path(__file__).parent / "results" / "head_fit.json"
 # Preset, images, features, classes
@@ -39,13 +39,11 @@ def measure(config: HtsConfig, images: int, dimension: int, classes: int) -> dic
     targets_NC = np.where(positive_NC, 1, -1).astype(np.int8)
     wall, cpu = time.perf_counter(), time.process_time()
     fit = fit_head(
-        features_ND,
-        targets_NC,
+        HeadData(features_ND, targets_NC, flipped_ND=flipped_ND),
         classifier_CD,
         logit_scale=config.student.logit_scale,
         config=config.train,
         seed=0,
-        flipped_ND=flipped_ND,
     )
     seconds = time.perf_counter() - wall
     return {

@@ -43,7 +43,8 @@ from hts_ray.store.run import StageFolder
 from hts_ray.student.features import ensure_features, read_feature_table
 from hts_ray.student.head import head_logits
 from hts_ray.student.predict import score_images
-from hts_ray.student.train import plan_train, training_labels
+from hts_ray.student.targets import training_labels
+from hts_ray.student.train import plan_train
 from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
 from hts_ray.sweep.space import Space, build_space, nested
 from hts_ray.sweep.trial import (

@@ -40,6 +40,7 @@ from hts_ray.report import Section, report_for_run, write_report
 from hts_ray.review.section import review_sections
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
+from hts_ray.student.targets import training_labels, validation_rows
 from hts_ray.teacher.stage import plan_label
 
 Progress = Callable[[int, int, int], None]
@@ -150,11 +151,7 @@ def plan_training(
     run: Run, pseudo_labels: StageFolder | str | None, manifest: StageFolder | str | None
 ) -> tuple[Stage, pa.Table | None]:
     """Plan `train`; returns the labels that it learns from too."""
-    from hts_ray.student.train import (  # torch loads slowly
-        plan_train,
-        training_labels,
-        validation_rows,
-    )
+    from hts_ray.student.train import plan_train  # torch loads slowly
 
     source = None
     if pseudo_labels is not None:

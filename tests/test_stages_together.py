@@ -21,7 +21,7 @@ from hts_ray.store import storage
 from hts_ray.store.run import require_stage
 from hts_ray.store.tables import ANNOTATION_COLUMNS, read_table, write_table
 from hts_ray.student import model as student_model
-from hts_ray.student.train import training_labels
+from hts_ray.student.targets import training_labels
 from hts_ray.teacher import stage as teacher_stage
 from hts_ray.teacher.stage import plan_label
 

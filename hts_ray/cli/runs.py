@@ -13,7 +13,6 @@ from hts_ray.cli.options import (
     print_next_stage,
     stage_command,
 )
-from hts_ray.demo.run import demo_config, run_demo
 from hts_ray.engine.console import (
     busy,
     console,
@@ -53,6 +52,8 @@ def pipeline_command(settings: Settings, manifest: str | None) -> None:
 @stage_command("demo")
 def demo(settings: Settings, seed: int) -> None:
     """Run everything on the built-in synthetic world; nothing is downloaded."""
+    from hts_ray.demo.run import demo_config, run_demo  # torch loads slowly
+
     config = demo_config(settings.config, seed)
     if settings.dry_run:
         print_mapping("plan", {"write": config.run_dir, "seed": seed})

@@ -26,7 +26,8 @@ from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import image_evidence, plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
-from hts_ray.student.train import plan_train, training_labels
+from hts_ray.student.targets import training_labels
+from hts_ray.student.train import plan_train
 from hts_ray.teacher.stage import plan_label
 
 NUM_TRAIN = 1200

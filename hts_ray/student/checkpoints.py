@@ -1,6 +1,6 @@
 """The student's folder: a description, weights and classes, enough to rebuild it anywhere.
 
-`student.json` (architecture, preprocessing, settings, hashes of itself and the other two files),
+`student.json` (architecture, preprocessing, settings, hashes of the other two files),
 `model.safetensors` and `classes.csv`. The description is written last, so a folder holds a
 whole student or none. Nothing is pickled.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from torch import Tensor, nn
 
 from hts_ray.classes import parse_class_csv
 from hts_ray.config import StudentConfig
@@ -32,9 +33,9 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
 
     The same student and info give the same bytes.
     """
-    weights = safetensors.torch.save(_state(student))
+    weights = state_bytes(student)
     classes = student.class_table.csv_bytes()
-    description: dict[str, Any] = {
+    description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "student": student.config.model_dump(mode="json"),
@@ -47,11 +48,9 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
         "sha256": {WEIGHTS: _sha256(weights), CLASSES: _sha256(classes)},
         "info": dict(info or {}),
     }
-    description["sha256"][DESCRIPTION] = description_hash(description)
     target = storage.join(path, DESCRIPTION)
     if storage.exists(target):  # an old description must not stand beside new weights
-        filesystem, inner = storage.resolve(target)
-        filesystem.delete_file(inner)
+        storage.delete_file(target)
     storage.write_bytes(storage.join(path, WEIGHTS), weights)
     storage.write_bytes(storage.join(path, CLASSES), classes)
     storage.write_json(target, description)
@@ -108,10 +107,16 @@ def student_fingerprint(path: str) -> str:
     return _sha256(json.dumps(description, sort_keys=True).encode())[:12]
 
 
-def _state(student: Student) -> dict[str, Any]:
+def state_bytes(module: nn.Module) -> bytes:
+    """Return the file of a module's weights; the same weights give the same bytes."""
+    return bytes(safetensors.torch.save(cpu_state(module)))
+
+
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of a module's weights on the CPU, none of which shares memory with another."""
     return {
         name: value.detach().cpu().contiguous().clone()
-        for name, value in student.state_dict().items()
+        for name, value in module.state_dict().items()
     }
 
 
@@ -133,20 +138,9 @@ def description_of(folder: str) -> dict[str, Any]:
     missing = sorted((needed | {"class_ids", "class_fingerprint"}) - description.keys())
     if missing:
         raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
-    hashes = description["sha256"]
-    # Students that earlier versions wrote have no hash of their own description.
-    known = hashes.get(DESCRIPTION) if isinstance(hashes, dict) else ""
-    if known is not None and known != description_hash(description):
+    if not isinstance(description["sha256"], dict):
         raise DataError(f"{path} was changed or damaged: copy or train the student again")
     return description
-
-
-def description_hash(description: Mapping[str, Any]) -> str:
-    """Return a sha256 in hex of what a description says, `info` and this hash itself left out."""
-    said = {name: value for name, value in description.items() if name != "info"}
-    if isinstance(said.get("sha256"), dict):
-        said["sha256"] = {n: v for n, v in said["sha256"].items() if n != DESCRIPTION}
-    return _sha256(json.dumps(said, sort_keys=True).encode())
 
 
 def _checked(folder: str, name: str, description: Mapping[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PROJECT = "hts_ray"
+_OF_AN_EPOCH = ("loss", "images_per_second", "validation_mAP")
 _MODULES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",)}
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,12 @@ class CurveLog:
             except Exception as error:
                 self._trackers.remove(tracker)
                 self._give_up(tracker.name, error)
+
+    def log_epoch(self, record: Mapping[str, Any], step: int) -> None:
+        """Write an epoch's record, which ends at an optimizer step."""
+        shown = {f"epoch/{name}": record[name] for name in _OF_AN_EPOCH}
+        self.log({name: value for name, value in shown.items() if value is not None}, step)
+        self.flush()
 
     def flush(self) -> None:
         """Make what was logged visible to others."""

@@ -8,27 +8,30 @@ Shape legend: N images of a batch, C classes, P pixels of a stored side.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
+import torch
 
-from hts_ray.config import OptimConfig, TrainConfig
+from hts_ray.config import TrainConfig
 from hts_ray.engine.image_pass import stack_pixels
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.errors import DataError
+from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
+from hts_ray.student.augment import augment
+from hts_ray.student.checkpoints import load_student
 from hts_ray.student.loggers import CurveLog
-from hts_ray.student.progress import StepLog
+from hts_ray.student.model import Student, checkpoint_activations, set_trainable
+from hts_ray.student.optimizer import Optimizer, settings_loss
+from hts_ray.student.progress import StepLog, epoch_record
 from hts_ray.student.resume import (
     Position,
     checkpoint_files,
@@ -38,61 +41,12 @@ from hts_ray.student.resume import (
     restore,
     write_local,
 )
-from hts_ray.student.validation import share_of, validation_mean_ap
+from hts_ray.student.targets import dense_targets, dense_weights
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
-    from torch.optim.swa_utils import AveragedModel
-
-    from hts_ray.student.model import Student
 
 _SHUFFLE_BYTES = 1 << 30  # of decoded images that a worker holds to draw its batches from
-
-
-def dense_targets(
-    positive: pa.Array | pa.ChunkedArray, ignored: pa.Array | pa.ChunkedArray, num_classes: int
-) -> npt.NDArray[np.int8]:
-    """Return targets (N, C) int8 of position lists: 1 positive, 0 ignored, -1 the others.
-
-    A class that is in both lists is positive.
-    """
-    targets_NC = np.full((len(positive), num_classes), -1, dtype=np.int8)
-    for lists, value in ((ignored, 0), (positive, 1)):
-        rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
-        targets_NC[rows, pc.list_flatten(lists).to_numpy(zero_copy_only=False)] = value
-    return targets_NC
-
-
-def dense_weights(
-    positive: pa.Array | pa.ChunkedArray, weight: pa.Array | pa.ChunkedArray, num_classes: int
-) -> npt.NDArray[np.float32]:
-    """Return label weights (N, C) float32: those given with the positives, 1 elsewhere."""
-    weights_NC = np.ones((len(positive), num_classes), dtype=np.float32)
-    rows = pc.list_parent_indices(positive).to_numpy(zero_copy_only=False)
-    columns = pc.list_flatten(positive).to_numpy(zero_copy_only=False)
-    weights_NC[rows, columns] = pc.list_flatten(weight).to_numpy(zero_copy_only=False)
-    return weights_NC
-
-
-def learning_rate_factor(
-    step: int, total: int, optim: OptimConfig, steps_per_epoch: int = 1
-) -> float:
-    """Return the share of the learning rate at `step` of `total`, in 0..1.
-
-    Warm-up is linear over `warmup_steps`. `cosine` falls to 0 once; `warm_restarts` does so in
-    every `restart_epochs` epochs anew (SGDR, T_mult 1; DEFR restarts after 5 epochs).
-    """
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return 1.0
-    if optim.schedule == "warm_restarts":
-        period = optim.restart_epochs * steps_per_epoch
-        done = step % period / period
-    else:
-        done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
-    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass
@@ -103,10 +57,8 @@ class _Worker:
     config: TrainConfig
     accelerator: Accelerator
     student: Student
-    average: AveragedModel | None  # of the student
     model: Any  # the student as Accelerate wrapped it
-    optimizer: Any
-    base_lrs: list[float]
+    optimizer: Optimizer
     loss: Any
     rank: int
     world: int
@@ -125,24 +77,6 @@ class _Worker:
         rows: int = self.job["rows"] // self.world
         return max(1, -(-rows // self.batch_size))
 
-    @property
-    def published(self) -> Student:
-        """The student that would be published now."""
-        return self.student if self.average is None else cast("Student", self.average.module)
-
-
-@dataclass
-class _Record:
-    """One epoch, over all workers."""
-
-    epoch: int
-    loss: float
-    lr: float
-    images: int
-    images_per_second: float
-    seconds: float
-    validation_mAP: float | None = None
-
 
 class _BadLossError(Exception):
     """The loss of some worker is not finite; `rows` are rows of the training table."""
@@ -158,7 +92,6 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
     A loss that is not finite is returned, not raised: Ray Train would try it again.
     """
     import ray.train
-    import torch
 
     with torch.random.fork_rng():
         worker = _start(job)
@@ -181,14 +114,8 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
 def _start(job: dict[str, Any]) -> _Worker:
     """Load the zero-shot student and hand it to Accelerate, which joins Ray's process group."""
     import ray.train
-    import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from torch.optim.swa_utils import AveragedModel
-
-    from hts_ray.losses import make_loss
-    from hts_ray.student.checkpoints import load_student
-    from hts_ray.student.model import checkpoint_activations, parameter_groups, set_trainable
 
     config = TrainConfig.model_validate(job["config"])
     meter = Meter(**job["meter"])
@@ -204,61 +131,28 @@ def _start(job: dict[str, Any]) -> _Worker:
     if config.learn_logit_scale:
         student.learn_logit_scale()
     student.to(accelerator.device)
-    average = None
-    if config.ema_decay is not None:
-        average = AveragedModel(student, multi_avg_fn=_moving_average(config.ema_decay))
+    optimizer = Optimizer.of(student, config)
     if config.gradient_checkpointing:
         checkpoint_activations(student)
     if config.compile:
         student.visual.compile()
     student.train()
-    groups = parameter_groups(student, config.optim)
-    base_lrs = [group["lr"] for group in groups]
-    model, optimizer = accelerator.prepare(student, torch.optim.AdamW(groups))
-    weights = job["class_weights"]
-    loss = make_loss(
-        config.loss,
-        config.loss_temperature,
-        reduction="sum",
-        parameters=config.loss_parameters,
-        class_weights=None if weights is None else torch.tensor(weights),
-    )
+    model, optimizer.inner = accelerator.prepare(student, optimizer.inner)
+    optimizer.clip = accelerator.clip_grad_norm_
     context = ray.train.get_context()
     return _Worker(
         job=job,
         config=config,
         accelerator=accelerator,
         student=student,
-        average=average,
         model=model,
         optimizer=optimizer,
-        base_lrs=base_lrs,
-        loss=loss.to(accelerator.device),
+        loss=settings_loss(config, job["class_weights"], "sum").to(accelerator.device),
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         meter=meter,
         held=held,
     )
-
-
-def average_decay(steps: int, decay: float) -> float:
-    """Return the decay of a moving average of weights after `steps` steps; it grows to `decay`.
-
-    It is 0 at first and then at most (1 + n) / (10 + n), or a short run's average would be its
-    start. Source: TensorFlow's ExponentialMovingAverage with num_updates.
-    """
-    return min(decay, (1 + steps) / (10 + steps)) if steps else 0.0
-
-
-def _moving_average(decay: float) -> Any:
-    """Return the update of an exponential moving average, as `AveragedModel` takes it."""
-    import torch
-
-    @torch.no_grad()
-    def update(averages: list[Any], values: list[Any], steps: torch.Tensor | int) -> None:
-        torch._foreach_lerp_(averages, values, 1 - average_decay(int(steps), decay))
-
-    return update
 
 
 def _curves(worker: _Worker, position: Position) -> CurveLog:
@@ -273,8 +167,6 @@ def _curves(worker: _Worker, position: Position) -> CurveLog:
 
 def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
     """Finish the epoch that runs; returns the beginning of the next one."""
-    import torch
-
     started = time.monotonic() - position.seconds
     epoch = position.epoch
     first = epoch * worker.steps_per_epoch
@@ -288,7 +180,7 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
         if step < position.step:
             continue
         torch.manual_seed(_seed(worker, epoch, step))
-        lr = _set_learning_rate(worker, first + step)
+        lr = worker.optimizer.set_rates(first + step, worker.steps_per_epoch)
         with worker.meter.busy():
             result = _train_step(worker, batch, epoch)
         worker.meter.count(images=len(batch["rows"]))
@@ -298,7 +190,7 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
             worker.curves.log(result.values(lr), first + step)
         done = step + 1
         if worker.steps is not None and worker.steps.due:
-            loss_sum, images = totals.tolist()  # its own, which is close enough to tell
+            loss_sum, images = totals.tolist()  # this worker's, close enough for a display
             worker.steps.tell(epoch, done * worker.config.batch_size, loss_sum / images)
         if every is not None and done % every == 0 and done < worker.steps_per_epoch:
             loss_sum, images = worker.accelerator.reduce(totals.clone(), "sum").tolist()
@@ -317,29 +209,49 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
     loss, images = float(totals[0]), int(totals[1])
     if not images:
         raise DataError("no image could be read in a whole epoch: see the quarantine")
-    seconds = time.monotonic() - started
-    record = _Record(epoch, loss / images, lr, images, images / seconds, seconds)
-    record = replace(record, validation_mAP=_validate(worker, epoch))
-    return Position([*position.history, asdict(record)], workers=worker.world)
+    record = epoch_record(epoch, loss, lr, images, time.monotonic() - started)
+    record["validation_mAP"] = _validate(worker, epoch)
+    return Position([*position.history, record], workers=worker.world)
+
+
+def validation_due(config: TrainConfig, epoch: int) -> bool:
+    """Return whether the validation images are scored after an epoch; after the last they are."""
+    return epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0
 
 
 def _validate(worker: _Worker, epoch: int) -> float | None:
-    """Return the validation images' mAP where it is due after `epoch`."""
+    """Return the validation images' mAP (HICO, in 0..1) where it is due after `epoch`.
+
+    Every worker scores batches of its own. NaN when no image could be read or no class has a
+    positive. The student's mode is kept, and nothing of the training changes.
+    """
     import ray.train
+    from accelerate.utils import gather_object
 
     truth_NC = worker.job["validation"]
-    last = epoch + 1 == worker.config.epochs
-    if truth_NC is None or not (last or (epoch + 1) % worker.config.validate_every == 0):
+    if truth_NC is None or not validation_due(worker.config, epoch):
         return None
-    shard = ray.train.get_dataset_shard("validation")
-    size = worker.student.image_size
-    batches = shard.iter_torch_batches(
+    batches = ray.train.get_dataset_shard("validation").iter_torch_batches(
         batch_size=worker.batch_size,
-        collate_fn=_collate(size, None),
+        collate_fn=_collate(worker.student.image_size, None),
         device=worker.accelerator.device,
     )
-    mine = share_of(iter(batches), worker.rank, worker.world)
-    return validation_mean_ap(worker.published, mine, truth_NC, worker.accelerator)
+    student: Student = worker.optimizer.published
+    mode = student.training
+    student.eval()
+    found: list[tuple[Any, Any]] = []
+    with torch.no_grad(), worker.accelerator.autocast():
+        for number, batch in enumerate(batches):
+            if number % worker.world == worker.rank:
+                logits_BC = student(student.normalise(batch["pixels"]))
+                found.append((batch["rows"].cpu().numpy(), logits_BC.float().cpu().numpy()))
+    student.train(mode)
+    found = gather_object(found) if worker.world > 1 else found
+    if not found:
+        return float("nan")
+    rows_N = np.concatenate([rows for rows, _ in found])
+    logits_NC = np.concatenate([logits for _, logits in found])
+    return mean_average_precision(hico_average_precision(logits_NC, truth_NC[rows_N]))
 
 
 def _seed(worker: _Worker, epoch: int, step: int = -1) -> int:
@@ -368,7 +280,6 @@ def _batches(worker: _Worker, shard: Any, epoch: int) -> Iterator[dict[str, torc
 
 def _collate(size: int, num_classes: int | None) -> Any:
     """Make the object that turns Arrow batches into tensors; without classes, of images alone."""
-    import torch
     from ray.data.collate_fn import ArrowBatchCollateFn
 
     class Collate(ArrowBatchCollateFn):  # type: ignore[misc]
@@ -390,18 +301,9 @@ def _collate(size: int, num_classes: int | None) -> Any:
     return Collate()
 
 
-def _set_learning_rate(worker: _Worker, step: int) -> float:
-    """Set the rate of every group for this step; returns the trunk's, or the head's alone."""
-    total = worker.config.epochs * worker.steps_per_epoch
-    factor = learning_rate_factor(step, total, worker.config.optim, worker.steps_per_epoch)
-    for group, base in zip(worker.optimizer.param_groups, worker.base_lrs, strict=True):
-        group["lr"] = base * factor
-    return worker.base_lrs[0] * factor
-
-
 @dataclass
 class _Step:
-    """What a step tells: this worker's summed loss and images, and the gradient's norm."""
+    """The outcome of a step: this worker's summed loss and images, and the gradient's norm."""
 
     totals: torch.Tensor
     gradient_norm: Any
@@ -419,10 +321,6 @@ def _train_step(worker: _Worker, batch: dict[str, torch.Tensor], epoch: int) -> 
 
     Raises _BadLossError on every worker, before the step, when one worker's loss is not finite.
     """
-    import torch
-
-    from hts_ray.student.augment import augment
-
     accelerator, size = worker.accelerator, len(batch["rows"])
     totals = torch.tensor([0.0, size], dtype=torch.float64, device=accelerator.device)
     count = accelerator.reduce(totals[1].clone(), "sum") if worker.world > 1 else size
@@ -441,14 +339,7 @@ def _train_step(worker: _Worker, batch: dict[str, torch.Tensor], epoch: int) -> 
     everywhere = accelerator.reduce(infinite.clone(), "sum") if worker.world > 1 else infinite
     if everywhere:
         _refuse(worker, batch["rows"], not infinite, epoch)
-    norm = None
-    if worker.config.optim.grad_clip is not None:
-        norm = accelerator.clip_grad_norm_(worker.model.parameters(), worker.config.optim.grad_clip)
-    worker.optimizer.step()
-    worker.optimizer.zero_grad()
-    if worker.average is not None:
-        worker.average.update_parameters(worker.student)
-    return _Step(totals, norm)
+    return _Step(totals, worker.optimizer.step())
 
 
 def _refuse(worker: _Worker, rows: torch.Tensor, finite: bool, epoch: int) -> None:
@@ -465,10 +356,7 @@ def _report(worker: _Worker, position: Position) -> None:
 
     epochs, record = position.epoch, position.history[-1]
     if worker.curves is not None:
-        names = ("loss", "images_per_second", "validation_mAP")
-        values = {f"epoch/{name}": record[name] for name in names if record[name] is not None}
-        worker.curves.log(values, epochs * worker.steps_per_epoch)
-        worker.curves.flush()
+        worker.curves.log_epoch(record, epochs * worker.steps_per_epoch)
     if epochs % worker.config.checkpoint_every == 0 or epochs == worker.config.epochs:
         _report_checkpoint(worker, position)
     else:
@@ -485,9 +373,7 @@ def _report_checkpoint(worker: _Worker, position: Position) -> None:
     if worker.rank != 0:
         ray.train.report(metrics)
         return
-    files = checkpoint_files(
-        worker.student, worker.average, worker.optimizer, worker.accelerator, position
-    )
+    files = checkpoint_files(worker.optimizer, worker.accelerator.scaler, position)
     if worker.job["local"] is not None:  # Ray Train's local mode keeps no checkpoints
         write_local(worker.job["local"], files)
         ray.train.report(metrics)
@@ -512,6 +398,4 @@ def _resume(worker: _Worker) -> Position:
         files = read_stored(worker.job["unlisted"])
     if files is None:
         return Position(workers=worker.world)
-    return restore(
-        files, worker.student, worker.average, worker.optimizer, worker.accelerator, worker.world
-    )
+    return restore(files, worker.optimizer, worker.accelerator.scaler, worker.world)

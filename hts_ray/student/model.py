@@ -30,8 +30,33 @@ _CONFIG_FILE = "open_clip_config.json"
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
 
 
-class Student(nn.Module):
-    """An image tower and one direction a class; a logit is `logit_scale` times their cosine.
+class CosineClassifier(nn.Module):
+    """One direction a class; a logit is `logit_scale` times the cosine with a feature vector."""
+
+    logit_scale: Tensor
+    log_gain: nn.Parameter | None  # of the logit scale, while it is learnt
+
+    def __init__(self, classifier_CD: Tensor, logit_scale: float) -> None:
+        super().__init__()
+        self.classifier = nn.Parameter(classifier_CD.detach().clone().float())
+        self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
+        self.register_parameter("log_gain", None)
+
+    def logits(self, unit_features_ND: Tensor) -> Tensor:
+        """Return logits (N, C) float32 of features of length 1."""
+        cosine_NC = unit_features_ND @ F.normalize(self.classifier, dim=-1).T
+        scale = self.logit_scale
+        if self.log_gain is not None:
+            scale = scale * self.log_gain.exp()
+        return scale * cosine_NC
+
+    def learn_logit_scale(self) -> None:
+        """Let the logit scale learn, by the logarithm of a factor that starts at 1."""
+        self.log_gain = nn.Parameter(torch.zeros((), device=self.logit_scale.device))
+
+
+class Student(CosineClassifier):
+    """An image tower with a cosine classifier over its features.
 
     `image_mean` and `image_std` are RGB in 0..1. `model_cfg` is open_clip's description of the
     architecture, from which the tower is rebuilt without any other file.
@@ -39,8 +64,6 @@ class Student(nn.Module):
 
     image_mean: Tensor
     image_std: Tensor
-    logit_scale: Tensor
-    log_gain: nn.Parameter | None  # of the logit scale, while it is learnt
 
     def __init__(
         self,
@@ -54,15 +77,12 @@ class Student(nn.Module):
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> None:
-        super().__init__()
+        super().__init__(classifier_CD, config.logit_scale)
         self.visual = visual
-        self.classifier = nn.Parameter(classifier_CD.detach().clone().float())
         self.config = config
         self.class_table = class_table
         self.model_cfg = model_cfg
         self.image_size = image_size
-        self.register_buffer("logit_scale", torch.tensor(float(config.logit_scale)))
-        self.register_parameter("log_gain", None)
         self.register_buffer("image_mean", torch.tensor(list(image_mean)), persistent=False)
         self.register_buffer("image_std", torch.tensor(list(image_std)), persistent=False)
         # Towers with a fixed position embedding keep it fixed whatever is trained.
@@ -73,15 +93,7 @@ class Student(nn.Module):
         features_ND = self.visual(images).float()
         # In bf16 a logit near 100 would be known to half a unit only.
         with torch.autocast(features_ND.device.type, enabled=False):
-            cosine_NC = F.normalize(features_ND, dim=-1) @ F.normalize(self.classifier, dim=-1).T
-        scale = self.logit_scale
-        if self.log_gain is not None:
-            scale = scale * self.log_gain.exp()
-        return scale * cosine_NC
-
-    def learn_logit_scale(self) -> None:
-        """Let the logit scale learn, by the logarithm of a factor that starts at 1."""
-        self.log_gain = nn.Parameter(torch.zeros((), device=self.logit_scale.device))
+            return self.logits(F.normalize(features_ND, dim=-1))
 
     def preprocess(self, images: Sequence[Pixels]) -> Tensor:
         """Turn N uint8 images (H, W, 3) of any size into (N, 3, S, S): squashed, normalised."""
@@ -228,7 +240,7 @@ def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:
     student.train(student.training)
 
 
-def parameter_groups(student: Student, optim: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: CosineClassifier, optim: OptimConfig) -> list[dict[str, Any]]:
     """Return AdamW's groups: the trunk's matrices, its vectors (never decayed) and the head.
 
     With `layer_decay` below 1 the trunk has such groups a block, whose rates fall by that factor
@@ -238,14 +250,15 @@ def parameter_groups(student: Student, optim: OptimConfig) -> list[dict[str, Any
     """
     head_lr = optim.lr if optim.head_lr is None else optim.head_lr
     groups: list[tuple[list[nn.Parameter], float, float]] = []
-    for depth, values in enumerate(_layers(student.visual, split=optim.layer_decay < 1)):
-        lr = optim.lr * optim.layer_decay**depth
-        learning = [value for value in values if value.requires_grad]
-        groups.append(([v for v in learning if v.ndim > 1], lr, optim.weight_decay))
-        groups.append(([v for v in learning if v.ndim <= 1], lr, 0.0))
-    groups.append(([student.classifier], head_lr, optim.weight_decay))
-    if student.log_gain is not None:
-        groups.append(([student.log_gain], head_lr, 0.0))
+    if isinstance(model, Student):
+        for depth, values in enumerate(_layers(model.visual, split=optim.layer_decay < 1)):
+            lr = optim.lr * optim.layer_decay**depth
+            learning = [value for value in values if value.requires_grad]
+            groups.append(([v for v in learning if v.ndim > 1], lr, optim.weight_decay))
+            groups.append(([v for v in learning if v.ndim <= 1], lr, 0.0))
+    groups.append(([model.classifier], head_lr, optim.weight_decay))
+    if model.log_gain is not None:
+        groups.append(([model.log_gain], head_lr, 0.0))
     return [
         {"params": values, "lr": lr, "weight_decay": decay}
         for values, lr, decay in groups

@@ -1,10 +1,10 @@
-"""How a training stands: what its first worker leaves in files while the driver looks at them.
+"""How a training goes: files that its first worker writes and the driver reads meanwhile.
 
 Files serve workers on other machines and the driver's own process alike, and a reader that is slow
 or gone costs a training nothing.
 
 `Progress` gets records of three kinds:
-- a finished epoch: epoch, loss, images, images_per_second, validation_mAP and more;
+- a finished epoch, see `epoch_record`;
 - an epoch that runs, every two seconds: epoch, loss (so far), images (done) and `of` (in all);
 - features that are computed before a head is fitted: encoded, of, quarantined (images).
 """
@@ -24,8 +24,30 @@ Progress = Callable[[Mapping[str, Any]], None]
 _INTERVAL_S = 2.0
 
 
+def epoch_record(
+    epoch: int, loss_sum: float, lr: float, images: int, seconds: float
+) -> dict[str, Any]:
+    """Return the record of one epoch, over all workers; `loss` is the mean over images."""
+    return {
+        "epoch": epoch,
+        "loss": loss_sum / images,
+        "lr": lr,
+        "images": images,
+        "images_per_second": images / max(seconds, 1e-9),
+        "seconds": seconds,
+        "validation_mAP": None,
+    }
+
+
+def encoding_progress(progress: Progress | None) -> Callable[[int, int, int], None] | None:
+    """Return what tells `progress` how many images are encoded."""
+    if progress is None:
+        return None
+    return lambda done, of, bad: progress({"encoded": done, "of": of, "quarantined": bad})
+
+
 class StepLog:
-    """Writes how far an epoch is, from a thread of its own: storage may be slow."""
+    """Writes how far an epoch is, from a thread of its own because storage may be slow."""
 
     def __init__(self, path: str, rows: int) -> None:
         self._path, self._rows = path, rows
@@ -35,11 +57,11 @@ class StepLog:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to tell of a step again."""
+        """Whether the last step was told long enough ago."""
         return time.monotonic() - self._last >= _INTERVAL_S
 
     def tell(self, epoch: int, images: int, loss: float) -> None:
-        """Take in that an epoch has done so many images, over all workers."""
+        """Note how many images of an epoch are done, over all workers."""
         self._last = time.monotonic()
         images = min(images, self._rows)  # the last batch may be smaller
         self._latest = {"epoch": epoch, "images": images, "of": self._rows, "loss": loss}
@@ -61,7 +83,7 @@ class StepLog:
 def training_progress(
     history_path: str, steps_path: str, progress: Progress | None
 ) -> Iterator[None]:
-    """Hand what the two files tell anew to `progress` while the block runs."""
+    """Hand new records of the two files to `progress` while the block runs."""
     if progress is None:
         yield
         return

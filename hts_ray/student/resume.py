@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
 
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch import nn
-    from torch.optim.swa_utils import AveragedModel
+from hts_ray.student.checkpoints import state_bytes
+from hts_ray.student.optimizer import Optimizer
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 KEPT_CHECKPOINTS = 2
@@ -48,59 +50,38 @@ class Position:
         return len(self.history)
 
 
-def checkpoint_files(
-    student: nn.Module,
-    average: AveragedModel | None,
-    optimizer: Any,
-    accelerator: Accelerator,
-    position: Position,
-) -> dict[str, bytes]:
+def checkpoint_files(optimizer: Optimizer, scaler: Any, position: Position) -> dict[str, bytes]:
     """Return a checkpoint's files by name, the one that makes it valid last.
 
-    The model file is the student as it would be published: the moving average, where one is kept.
+    `scaler` is that of fp16's gradients, or None. The model file is the student as it would be
+    published: the moving average, where one is kept.
     """
-    import safetensors.torch
-    import torch
-
-    published = student if average is None else average.module
-    weights = {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in published.state_dict().items()
-    }
-    scaler = accelerator.scaler
+    average = optimizer.average
     buffer = io.BytesIO()
     torch.save(
         {
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.inner.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
-            "weights": {} if average is None else student.state_dict(),
+            "weights": {} if average is None else optimizer.model.state_dict(),
             "averaged": 0 if average is None else int(average.n_averaged),
         },
         buffer,
     )
     return {
-        MODEL: safetensors.torch.save(weights),
+        MODEL: state_bytes(optimizer.published),
         OPTIMIZER: buffer.getvalue(),
         STATE: json.dumps(asdict(position)).encode(),
     }
 
 
 def restore(
-    files: Mapping[str, bytes],
-    student: nn.Module,
-    average: AveragedModel | None,
-    optimizer: Any,
-    accelerator: Accelerator,
-    workers: int,
+    files: Mapping[str, bytes], optimizer: Optimizer, scaler: Any, workers: int
 ) -> Position:
     """Load a checkpoint into its owners and return where the run stood.
 
     Raises ConfigError when it was written within an epoch by another number of workers: which
     images they had left is not known to these.
     """
-    import safetensors.torch
-    import torch
-
     position = Position(**json.loads(files[STATE]))
     if position.step and position.workers != workers:
         raise ConfigError(
@@ -109,17 +90,24 @@ def restore(
             value=workers,
             remedy=f"go on with {position.workers}, or start again in another run directory",
         )
-    weights = safetensors.torch.load(files[MODEL])
-    # weights_only: a checkpoint that someone else wrote cannot run code
-    saved = torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
+    weights, saved = safetensors.torch.load(files[MODEL]), _optimizer_state(files)
+    average = optimizer.average
     if average is not None:
         average.module.load_state_dict(weights)
         average.n_averaged.fill_(saved["averaged"])
-    student.load_state_dict(weights if average is None else saved["weights"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if accelerator.scaler is not None and saved["scaler"]:
-        accelerator.scaler.load_state_dict(saved["scaler"])
+    optimizer.model.load_state_dict(weights if average is None else saved["weights"])
+    optimizer.inner.load_state_dict(saved["optimizer"])
+    if scaler is not None and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
     return position
+
+
+def _optimizer_state(files: Mapping[str, bytes]) -> dict[str, Any]:
+    # weights_only: a checkpoint that someone else wrote cannot run code
+    saved: dict[str, Any] = torch.load(
+        io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True
+    )
+    return saved
 
 
 def find_unlisted(folder: str) -> str | None:
@@ -142,17 +130,12 @@ def find_unlisted(folder: str) -> str | None:
 
 
 def _is_whole(folder: str) -> bool:
-    """Tell whether a checkpoint's upload was not cut off; it may be in the last byte."""
-    import pickle
-
-    import safetensors.torch
-    import torch
-
+    """Return whether a checkpoint's upload was finished; even its last byte may be missing."""
     try:
         files = read_stored(folder)
         Position(**json.loads(files[STATE]))
         safetensors.torch.load(files[MODEL])
-        torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
+        _optimizer_state(files)
     except (OSError, ValueError, TypeError, RuntimeError, EOFError):
         return False
     except (safetensors.SafetensorError, pickle.UnpicklingError):

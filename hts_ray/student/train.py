@@ -8,38 +8,44 @@ two runs with the same labels and seed give the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
+import safetensors.torch
+import torch
 
 from hts_ray.classes import ClassTable
-from hts_ray.config import ImagesConfig, StudentConfig, TrainConfig
+from hts_ray.config import StudentConfig, TrainConfig
 from hts_ray.engine.image_pass import (
     data_context,
-    decode_batch,
     user_error,
     users_mistakes_unwrapped,
-    write_quarantine,
 )
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import ConfigError, DataError, UserError
-from hts_ray.evaluate import label_matrix
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, content_hash, require_stage, settings_hash
-from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
+from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.student.augment import stored_size
+from hts_ray.student.checkpoints import DESCRIPTION, description_of, load_student, save_student
+from hts_ray.student.dataset import decoded_images, gather_quarantine
 from hts_ray.student.loggers import check_loggers
-from hts_ray.student.loop import dense_targets, train_loop
+from hts_ray.student.loop import train_loop
+from hts_ray.student.model import (
+    Student,
+    build_student,
+    checkpoint_activations,
+    parameter_groups,
+    set_trainable,
+    source_fingerprint,
+    with_learnt_scale,
+)
+from hts_ray.student.optimizer import Optimizer, settings_loss
 from hts_ray.student.progress import Progress, training_progress
 from hts_ray.student.resume import (
     KEPT_CHECKPOINTS,
@@ -49,88 +55,18 @@ from hts_ray.student.resume import (
     read_files,
     read_local,
 )
+from hts_ray.student.targets import (
+    Task,
+    ValidationSet,
+    class_weights,
+    positive_counts,
+    training_set,
+    work_folder,
+)
+from hts_ray.student.train_head import fit_on_features
 
 if TYPE_CHECKING:
     import ray.data
-
-    from hts_ray.student.model import Student
-
-
-_DECODE_ROWS = 32
-_LOOP_COLUMNS = ("row", "positive", "ignored", "weight", "pixels")
-_BLOCK_BYTES = 32 << 20
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What the labels come to: the rows to train on and what was left out.
-
-    `table` has row, image_id, uri, and `positive` and `ignored` as positions in the class
-    table, in training order, repeats included; with soft labels also `weight`, one a positive.
-    """
-
-    table: pa.Table
-    images: int
-    classes_with_positives: int
-    dropped_ids: int
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """Images (row, image_id, uri) and their annotations (N, C) in {1, -1, 0, -2}."""
-
-    table: pa.Table
-    annotations_NC: npt.NDArray[np.int8]
-
-    @classmethod
-    def of(cls, manifest: pa.Table, class_table: ClassTable) -> ValidationSet:
-        """Take annotated rows of a manifest."""
-        table = manifest.select(["image_id", "uri"])
-        table = table.append_column("row", pa.array(np.arange(len(table))))
-        return cls(table.combine_chunks(), label_matrix(manifest, class_table))
-
-
-def training_labels(
-    run: Run, source: StageFolder | None = None, manifest: str | None = None
-) -> pa.Table | None:
-    """Return what the student learns from: image_id, uri, positive_ids, ignored_ids.
-
-    With `train.soft_labels` the positives' probability comes with them. `train.labels` decides:
-
-    - `pseudo`: the labels in `source`, or the run's latest; no manifest is opened;
-    - `annotations`: those of the manifest, unknown counting as negative as HICO's protocol has it;
-    - `none`: None.
-
-    Raises DataError when there is nothing of the kind.
-    """
-    train = run.config.train
-    if train.labels == "none":
-        return None
-    columns = ["image_id", "uri", "positive_ids", "ignored_ids"]
-    if train.labels == "pseudo":
-        columns += ["probability"] if train.soft_labels else []
-        folder = source or require_stage(run.run_dir, "pseudo_labels", "filter")
-        table = folder.read([*columns, "split"])
-        return table.filter(pc.equal(table["split"], train.split)).select(columns)
-    chosen = run.manifest(manifest).annotated(train.split)
-    if not len(chosen):
-        raise DataError(f"train.labels=annotations: no annotated image in split {train.split!r}")
-    names = ["ignored_ids" if n == "ambiguous_ids" else n for n in chosen.column_names]
-    return chosen.rename_columns(names).select(columns)
-
-
-def validation_rows(run: Run, manifest: str | None = None) -> pa.Table | None:
-    """Return the annotated rows of `train.validation_split`, or None when it is not set.
-
-    DataError when the split has none.
-    """
-    split = run.config.train.validation_split
-    if split is None:
-        return None
-    chosen = run.manifest(manifest).annotated(split)
-    if not len(chosen):
-        raise DataError(f"train.validation_split={split}: no image of the manifest is annotated")
-    return chosen
 
 
 def plan_train(run: Run, labels: pa.Table | None, validation: pa.Table | None = None) -> Stage:
@@ -138,8 +74,6 @@ def plan_train(run: Run, labels: pa.Table | None, validation: pa.Table | None = 
 
     `validation`, annotated rows of a manifest, is measured while the training runs.
     """
-    from hts_ray.student.model import source_fingerprint
-
     config = run.config
     key = settings_hash(
         config.train.answer_settings(),
@@ -197,8 +131,8 @@ def train_student(
         outcome: dict[str, Any] = {"history": [], "rows": 0}
         counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
     else:
-        fit = _fit_head if config.trainable == "head" else _fit
-        task = _Task(
+        fit = fit_on_features if config.trainable == "head" else _fit
+        task = Task(
             config=config,
             student_config=student_config,
             num_classes=len(class_table),
@@ -210,7 +144,7 @@ def train_student(
             progress=progress,
         )
         outcome = fit(task)
-        bad = _gather_quarantine(stage)
+        bad = gather_quarantine(task)
         Meter.of(stage, "train").count(quarantined=bad)
         counts = {
             "rows_in": data.images,
@@ -233,7 +167,7 @@ def train_student(
             "rows_per_second": history[-1]["images_per_second"] if history else 0.0,
         }
     )
-    storage.remove_tree(_work(stage))  # optimizer states are as large as the model, twice
+    storage.remove_tree(work_folder(stage))  # optimizer states are as large as the model, twice
     return stage.stats
 
 
@@ -285,18 +219,12 @@ def _time_steps(
     use_gpu: bool,
 ) -> tuple[str, float]:
     """Return the device and the seconds of the second of two steps on a worker's batch."""
-    import torch
-
-    from hts_ray.losses import make_loss
-    from hts_ray.student.model import build_student, parameter_groups, set_trainable
-
     device = "cuda" if use_gpu and torch.cuda.is_available() else "cpu"
     student = build_student(student_config, class_table).to(device)
     set_trainable(student, config.trainable, config.trainable_blocks)
     student.train()
-    optimizer = torch.optim.AdamW(parameter_groups(student, config.optim))
-    loss = make_loss(config.loss, config.loss_temperature, parameters=config.loss_parameters)
-    loss.to(device)
+    optimizer = Optimizer.of(student, config)
+    loss = settings_loss(config, None, "mean").to(device)
     size = student.image_size
     images = torch.randn(batch, 3, size, size, device=device)
     targets = torch.full((batch, len(class_table)), -1, dtype=torch.int8, device=device)
@@ -306,95 +234,10 @@ def _time_steps(
         started = time.monotonic()
         loss(student(images), targets).backward()
         optimizer.step()
-        optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
     return device, seconds
-
-
-def training_set(
-    labels: pa.Table, class_table: ClassTable, config: TrainConfig, seed: int
-) -> TrainingSet:
-    """Map class ids to positions, repeat images for rare classes and fix the order by `seed`.
-
-    Raises DataError when no image has a positive label, and ConfigError when soft labels are
-    asked of labels without probabilities.
-    """
-    labels = labels.filter(labels["image_id"].is_valid())
-    positive, known = _positions(labels["positive_ids"], class_table)
-    ignored, known_ignored = _positions(labels["ignored_ids"], class_table)
-    unknown_positive, unknown_ignored = int((~known).sum()), int((~known_ignored).sum())
-    found = pc.list_flatten(positive)
-    if not len(found):
-        dropped = f" ({unknown_positive} are of other classes)" if unknown_positive else ""
-        raise DataError(
-            f"no image of {len(labels)} has a positive label{dropped}: lower"
-            " filter.positive_threshold or filter.min_support, or check classes.source"
-        )
-    order = np.arange(len(labels))
-    if config.min_positives_per_class:
-        targets_NC = dense_targets(positive, ignored, len(class_table))
-        order = repeat_indices(targets_NC, config.min_positives_per_class)
-    order = np.random.default_rng(seed).permutation(order)
-    columns = {
-        "image_id": labels["image_id"],
-        "uri": labels["uri"],
-        "positive": positive,
-        "ignored": ignored,
-    }
-    if config.soft_labels:
-        columns["weight"] = _positive_weights(labels, positive, known)
-    table = pa.table(columns).take(pa.array(order))
-    table = table.append_column("row", pa.array(np.arange(len(order))))
-    return TrainingSet(
-        table.combine_chunks(),
-        images=len(labels),
-        classes_with_positives=len(pc.unique(found)),
-        dropped_ids=unknown_positive + unknown_ignored,
-    )
-
-
-def repeat_indices(targets_NC: npt.NDArray[np.int8], least: int) -> npt.NDArray[np.int64]:
-    """Return image indices in which every class with a positive has at least `least` of them.
-
-    `targets_NC` (N, C) is 1 where positive. Each image occurs at least once, in ascending order;
-    the images of a rare class are repeated in turn, rarest class first, and each repeat counts
-    for all of its classes. Source: DEFR's training, with least = 40.
-    """
-    positive_NC = targets_NC == 1
-    copies_N = np.ones(len(targets_NC), dtype=np.int64)
-    counts_C = positive_NC.sum(axis=0).astype(np.int64)
-    for c in np.argsort(counts_C, kind="stable"):
-        owners = np.flatnonzero(positive_NC[:, c])
-        lacking = least - int(counts_C[c])
-        if len(owners) == 0 or lacking <= 0:
-            continue
-        extra = np.full(len(owners), lacking // len(owners), dtype=np.int64)
-        extra[: lacking % len(owners)] += 1
-        copies_N[owners] += extra
-        counts_C += extra @ positive_NC[owners]
-    return np.repeat(np.arange(len(targets_NC)), copies_N)
-
-
-def class_weights(
-    positive: pa.Array | pa.ChunkedArray, num_classes: int, power: float
-) -> list[float] | None:
-    """Return the classes' weights (C,) in the loss, or None for the same weight in all.
-
-    `positive` holds the images' lists of class positions. A class's weight is proportional to
-    its number of positives, repeats counted, to the power -`power`, and all weights' mean is 1: at
-    power 1 every class's positives weigh the same together. A class without positives gets the
-    smallest weight, since it has only negatives and there is nothing to make up for.
-    """
-    if not power:
-        return None
-    found = pc.list_flatten(positive).to_numpy(zero_copy_only=False)
-    counts_C = np.bincount(found, minlength=num_classes)
-    present_C = counts_C > 0
-    weights_C = np.maximum(counts_C, 1).astype(np.float64) ** -power
-    weights_C[~present_C] = weights_C[present_C].min()
-    return [float(weight) for weight in weights_C / weights_C.mean()]
 
 
 def _check_config(config: TrainConfig, student: StudentConfig) -> None:
@@ -415,54 +258,6 @@ def _check_config(config: TrainConfig, student: StudentConfig) -> None:
         )
 
 
-def _positions(
-    column: pa.ChunkedArray, class_table: ClassTable
-) -> tuple[pa.ListArray, npt.NDArray[np.bool_]]:
-    """Turn lists of class ids into lists of positions; returns which ids were known too."""
-    lists = _one_array(column)
-    ids = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-    parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-    lookup = np.full(1 << 16, -1, dtype=np.int32)
-    lookup[class_table.ids.astype(np.int64)] = np.arange(len(class_table))
-    places = lookup[ids & 0xFFFF]
-    known = places >= 0
-    lengths = np.bincount(parents[known], minlength=len(lists))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(places[known])), known
-
-
-def _positive_weights(
-    labels: pa.Table, positive: pa.ListArray, known: npt.NDArray[np.bool_]
-) -> pa.ListArray:
-    """Return the probabilities of the known positives, as lists beside `positive`."""
-    if "probability" not in labels.column_names:
-        raise ConfigError(
-            "these labels have no probabilities",
-            field="train.soft_labels",
-            value=True,
-            remedy="they come with train.labels=pseudo only",
-        )
-    flat = pc.list_flatten(_one_array(labels["probability"]))
-    weights = flat.to_numpy(zero_copy_only=False).astype(np.float32)
-    if len(weights) != len(known):
-        raise DataError(
-            f"{len(known)} positive labels have {len(weights)} probabilities: filter again"
-        )
-    return pa.ListArray.from_arrays(positive.offsets, pa.array(weights[known]))
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    lists = column.combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):
-        return pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], column.type)
-    return lists
-
-
-def _work(stage: StageFolder) -> str:
-    """Return the folder of checkpoints and other things that only an unfinished run needs."""
-    return stage.file("ray_train")
-
-
 def _run_name(stage: StageFolder) -> str:
     """Return how Ray Train calls a run, and its folder."""
     return f"train-{stage.key}"
@@ -472,10 +267,7 @@ def _write_initial(
     student_config: StudentConfig, class_table: ClassTable, config: TrainConfig, stage: StageFolder
 ) -> str:
     """Write the zero-shot student for the workers to start from; returns its folder."""
-    from hts_ray.student.checkpoints import DESCRIPTION, save_student
-    from hts_ray.student.model import build_student
-
-    folder = storage.join(_work(stage), "initial")
+    folder = storage.join(work_folder(stage), "initial")
     if not storage.exists(storage.join(folder, DESCRIPTION)):
         student = build_student(student_config, class_table)
         _check_tower(student, config)
@@ -485,47 +277,27 @@ def _write_initial(
 
 def _check_tower(student: Student, config: TrainConfig) -> None:
     """Raise ConfigError for settings that the tower cannot serve, before any worker starts."""
-    from hts_ray.student.model import checkpoint_activations, parameter_groups, set_trainable
-
     set_trainable(student, config.trainable, config.trainable_blocks)
     parameter_groups(student, config.optim)
     if config.gradient_checkpointing:
         checkpoint_activations(student)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One training, whichever way it is run; `initial` is the zero-shot student's folder."""
-
-    config: TrainConfig
-    student_config: StudentConfig
-    num_classes: int
-    initial: str
-    data: TrainingSet
-    validation: ValidationSet | None
-    stage: StageFolder
-    seed: int
-    progress: Progress | None
-
-
-def _fit(task: _Task) -> dict[str, Any]:
+def _fit(task: Task) -> dict[str, Any]:
     """Run the training; returns the history, the rows trained on and the weights' bytes."""
-    from hts_ray.student.augment import stored_size
-    from hts_ray.student.checkpoints import description_of
-
     config, stage, data, validation = task.config, task.stage, task.data, task.validation
     image_size = int(description_of(task.initial)["image_size"])
     size = stored_size(image_size, config.augment)
     with data_context(keep_order=True):
-        dataset, rows = _image_dataset(data.table, size, _bad(stage))
+        dataset, rows = decoded_images(data.table, size, task.bad_folder("train"))
         datasets = {"train": dataset}
         if validation is not None:
-            datasets["validation"], _ = _image_dataset(
-                validation.table, image_size, _bad(stage, "validation")
+            datasets["validation"], _ = decoded_images(
+                validation.table, image_size, task.bad_folder("validation")
             )
     workers = max(1, config.num_workers)
     if rows < workers:
-        _gather_quarantine(stage)
+        gather_quarantine(task)
         raise DataError(
             f"{rows} of {data.images} images can be read, {workers} workers need one each:"
             f" the reasons are in {stage.file('quarantine')}"
@@ -537,16 +309,16 @@ def _fit(task: _Task) -> dict[str, Any]:
         "seed": task.seed,
         "rows": rows,
         "class_weights": class_weights(
-            data.table["positive"], task.num_classes, config.class_balance
+            positive_counts(data.table["positive"], task.num_classes), config.class_balance
         ),
         "stored_size": size,
         "validation": None if validation is None else validation.annotations_NC,
         "history": stage.file("history.json"),
-        "steps": storage.join(_work(stage), "steps.json"),
+        "steps": storage.join(work_folder(stage), "steps.json"),
         "meter": asdict(Meter.of(stage, "train")),
         "curves": stage.file("curves"),
-        "local": storage.join(_work(stage), "local") if config.num_workers == 0 else None,
-        "unlisted": find_unlisted(storage.join(_work(stage), _run_name(stage))),
+        "local": storage.join(work_folder(stage), "local") if config.num_workers == 0 else None,
+        "unlisted": find_unlisted(storage.join(work_folder(stage), _run_name(stage))),
     }
     telling = training_progress(job["history"], job["steps"], task.progress)
     with telling, users_mistakes_unwrapped():
@@ -558,86 +330,6 @@ def _fit(task: _Task) -> dict[str, Any]:
             " train.loss_temperature or set train.optim.grad_clip"
         )
     return {"history": weights["history"], "rows": rows, "weights": weights["model"]}
-
-
-def _fit_head(task: _Task) -> dict[str, Any]:
-    """Do what `_fit` does, on features that are computed once: the tower does not learn."""
-    from hts_ray.student.head_training import fit_on_features
-
-    # The features' precision is that of the student at `initial`.
-    return fit_on_features(
-        config=task.config,
-        num_classes=task.num_classes,
-        initial=task.initial,
-        data=task.data,
-        validation=task.validation,
-        run_dir=task.stage.run_dir,
-        bad_folders=(_bad(task.stage), _bad(task.stage, "validation")),
-        curves=task.stage.file("curves"),
-        seed=task.seed,
-        progress=task.progress,
-    )
-
-
-def _bad(stage: StageFolder, images: str = "train") -> str:
-    """Return the folder where decoding leaves the rows of images that cannot be read."""
-    return storage.join(_work(stage), f"bad-{images}")
-
-
-def _image_dataset(table: pa.Table, size: int, bad_folder: str) -> tuple[ray.data.Dataset, int]:
-    """Return decoded images with their labels as a dataset, and its number of rows.
-
-    It is computed once when it fits into a third of the object store, which a shuffle and its
-    neighbours have to live in as well; otherwise again every epoch.
-    """
-    import ray
-    import ray.data
-
-    image_bytes = size * size * 3
-    block = max(1, min(_BLOCK_BYTES // image_bytes, -(-len(table) // 8)))
-    slices = [table.slice(start, block) for start in range(0, len(table), block)]
-    dataset = ray.data.from_arrow(slices).map_batches(
-        partial(_decode_rows, size=size, bad_folder=bad_folder),
-        batch_format="pyarrow",
-        batch_size=_DECODE_ROWS,
-    )
-    store = ray.cluster_resources().get("object_store_memory", 0.0)
-    if len(table) * image_bytes > store / 3:
-        return dataset, len(table)
-    dataset = dataset.materialize()
-    return dataset, int(dataset.count())
-
-
-def _decode_rows(table: pa.Table, *, size: int, bad_folder: str) -> pa.Table:
-    """Decode a batch; bad rows leave it and are written to a file named by their ids."""
-    decoded = decode_batch(table, ImagesConfig.model_validate({}), square=size)
-    good = decoded["error_kind"].is_null()
-    bad = decoded.filter(pc.invert(good))
-    if len(bad):
-        name = hashlib.sha256("\n".join(bad["image_id"].to_pylist()).encode()).hexdigest()[:24]
-        columns = ["image_id", "uri", "error_kind", "error"]
-        write_table(storage.join(bad_folder, f"{name}.parquet"), bad.select(columns))
-    kept = [name for name in decoded.column_names if name in _LOOP_COLUMNS]
-    return decoded.filter(good).select(kept)
-
-
-def _gather_quarantine(stage: StageFolder) -> int:
-    """Write the bad images of all workers to the stage's quarantine.
-
-    Returns how many of them were to be trained on.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    counts = []
-    for folder in (_bad(stage), _bad(stage, "validation")):
-        rows = read_table(folder).to_pylist() if storage.list_names(folder) else []
-        found.update({row["image_id"]: row for row in rows})
-        counts.append(len({row["image_id"] for row in rows}))
-    schema = pa.schema(
-        [QUARANTINE_SCHEMA.field(n) for n in ("image_id", "uri", "error_kind", "error")]
-    )
-    table = pa.Table.from_pylist([found[key] for key in sorted(found)], schema)
-    write_quarantine(stage, table, "train")
-    return counts[0]
 
 
 def _run_trainer(
@@ -663,7 +355,7 @@ def _run_trainer(
         run_config=RunConfig(
             # The same name after a crash is what makes Ray Train go on from its checkpoint.
             name=_run_name(stage),
-            storage_path=storage.absolute(_work(stage)),
+            storage_path=storage.absolute(work_folder(stage)),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
@@ -725,11 +417,6 @@ def _publish(
     config: TrainConfig, initial: str, stage: StageFolder, seed: int, outcome: Mapping[str, Any]
 ) -> None:
     """Write the trained student and its history into the stage's folder."""
-    import safetensors.torch
-
-    from hts_ray.student.checkpoints import load_student, save_student
-    from hts_ray.student.model import with_learnt_scale
-
     student = load_student(initial)
     if "weights" in outcome:
         trained = safetensors.torch.load(outcome["weights"])

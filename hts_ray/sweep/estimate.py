@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store.run import StageFolder
-from hts_ray.student.train import training_labels
+from hts_ray.student.targets import training_labels
 from hts_ray.sweep.finalists import FOLDS, final_objective
 from hts_ray.sweep.stage import (
     TABLE,

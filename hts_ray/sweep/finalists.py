@@ -26,7 +26,8 @@ from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 from hts_ray.student.predict import plan_predict
-from hts_ray.student.train import plan_train, training_labels
+from hts_ray.student.targets import training_labels
+from hts_ray.student.train import plan_train
 from hts_ray.sweep.log import OWN, Trial
 from hts_ray.sweep.objectives import OBJECTIVES, Outcome, find_objective
 from hts_ray.sweep.space import Settings

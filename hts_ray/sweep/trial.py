@@ -447,7 +447,7 @@ def fit_classifier(
     `chosen_N` narrows them; they are then repeated until there are as many rows as without it.
     The zero-shot classifier comes back where no positive is left.
     """
-    from hts_ray.student.head import fit_head
+    from hts_ray.student.head import HeadData, fit_head
 
     use_N = labels.seen_N & (data.feature_row_N >= 0)
     used = np.flatnonzero(use_N)
@@ -458,18 +458,17 @@ def fit_classifier(
     if not (targets == 1).any():
         return data.classifier_CD
     rows = data.feature_row_N[used]
-    fit = fit_head(
+    known = HeadData(
         data.features_MD[rows],
         targets,
-        data.classifier_CD,
-        logit_scale=data.config.student.logit_scale,
-        config=config,
-        seed=seed,
         label_weights_NC=None if labels.weights_NC is None else labels.weights_NC[used],
         flipped_ND=None if data.flipped_MD is None else data.flipped_MD[rows],
         image_ids=data.regions.image_ids[used].tolist(),
     )
-    return fit.classifier_CD
+    scale = data.config.student.logit_scale
+    return fit_head(
+        known, data.classifier_CD, logit_scale=scale, config=config, seed=seed
+    ).classifier_CD
 
 
 def image_logits(data: SweepData, classifier_CD: FloatArray) -> FloatArray:

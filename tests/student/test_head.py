@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.errors import DataError
 from hts_ray.losses import make_loss
-from hts_ray.student.head import fit_head, head_logits
-from hts_ray.student.loop import learning_rate_factor
-from hts_ray.student.train import class_weights
+from hts_ray.student.head import HeadData, fit_head, head_logits
+from hts_ray.student.optimizer import learning_rate_factor
+from hts_ray.student.targets import class_weights
 
 IMAGES, DIMENSION, CLASSES, SCALE = 40, 6, 4, 10.0
 CONFIG = TrainConfig(
@@ -34,20 +34,22 @@ def data():
     return features, targets, start
 
 
-def fit(data, config=CONFIG, **arguments):
-    return fit_head(*data, logit_scale=SCALE, config=config, seed=3, **arguments)
+def fit(data, config=CONFIG, seed=3, on_epoch=None, **arguments):
+    features, targets, start = data
+    known = HeadData(features, targets, **arguments)
+    return fit_head(known, start, logit_scale=SCALE, config=config, seed=seed, on_epoch=on_epoch)
 
 
 def changed(config=CONFIG, **values):
     return TrainConfig.model_validate({**config.model_dump(), **values})
 
 
-def full_batch_reference(data, config):
+def full_batch_reference(data, config, class_weights=None):
     """The same training as nested loops over torch's own parts, all images in every step."""
     features, targets, start = (torch.tensor(array) for array in data)
     weight = torch.nn.Parameter(start.float().clone())
     optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=config.optim.weight_decay)
-    loss = make_loss(config.loss, config.loss_temperature)
+    loss = make_loss(config.loss, config.loss_temperature, class_weights=class_weights)
     losses = []
     for step in range(config.epochs):
         optimizer.param_groups[0]["lr"] = config.optim.head_lr * learning_rate_factor(
@@ -99,7 +101,7 @@ def test_the_seed_alone_decides(data):
         second = fit(data)
         assert torch.equal(torch.random.get_rng_state(), state)
     assert first.classifier_CD.tobytes() == second.classifier_CD.tobytes()
-    other = fit_head(*data, logit_scale=SCALE, config=CONFIG, seed=4)
+    other = fit(data, seed=4)
     assert other.classifier_CD.tobytes() != first.classifier_CD.tobytes()
 
 
@@ -149,14 +151,13 @@ def test_rare_classes_are_repeated_and_weighed(data):
     rare[:3, 0] = 1
     repeated = fit((features, rare, start), changed(min_positives_per_class=12))
     assert repeated.history[0]["images"] >= IMAGES + 9
-    balanced = fit((features, rare, start), changed(class_balance=1.0))
-    found = [[c for c in range(CLASSES) if row[c] == 1] for row in rare]
-    import pyarrow as pa
-
-    weights = class_weights(pa.array(found, pa.list_(pa.int32())), CLASSES, 1.0)
-    given = fit((features, rare, start), class_weights=weights)
-    assert balanced.classifier_CD.tobytes() == given.classifier_CD.tobytes()
-    assert balanced.classifier_CD.tobytes() != fit((features, rare, start)).classifier_CD.tobytes()
+    weights = torch.tensor(class_weights((rare == 1).sum(axis=0), 1.0))
+    balanced = changed(class_balance=1.0, batch_size=IMAGES)
+    expected, _ = full_batch_reference((features, rare, start), balanced, weights)
+    found = fit((features, rare, start), balanced)
+    np.testing.assert_allclose(found.classifier_CD, expected, rtol=1e-4, atol=1e-5)
+    plain = fit((features, rare, start), changed(batch_size=IMAGES))
+    assert not np.allclose(found.classifier_CD, plain.classifier_CD, atol=1e-3)
 
 
 def test_the_moving_average_lags_behind(data):
@@ -208,8 +209,10 @@ def test_an_infinite_loss_names_its_images(data):
 def test_shapes_that_do_not_fit_are_refused(data):
     """Catches broadcasting where a transposed or shorter array was given by mistake."""
     features, targets, start = data
-    with pytest.raises(ValueError, match=r"targets_NC \(40, 3\).*need \(40, 4\)"):
+    with pytest.raises(ValueError, match=r"classifier_CD \(4, 6\).*targets_NC \(40, 3\)"):
         fit((features, targets[:, :3], start))
+    with pytest.raises(ValueError, match=r"targets_NC \(39, 4\): 40 images"):
+        fit((features, targets[1:], start))
     with pytest.raises(ValueError, match="flipped_ND"):
         fit(data, flipped_ND=features[:1])
     with pytest.raises(ValueError, match="classifier_CD"):

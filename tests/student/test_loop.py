@@ -1,54 +1,20 @@
-"""The training loop: targets, the schedule, gradients over shards and parts, moving averages."""
+"""The training loop: gradients over shards and parts, label weights, moving averages."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
 
-import pyarrow as pa
-import pytest
 import torch
 
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.losses import make_loss
 from hts_ray.student import loop
-from hts_ray.student.loop import dense_targets, dense_weights, learning_rate_factor
+from hts_ray.student.optimizer import Optimizer, moving_average
 
 PLAIN = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
-
-
-def test_targets_are_positive_ignored_negative():
-    """Catches ignored classes that count as negative, and rows that slip by one."""
-    lists = pa.list_(pa.int32())
-    targets = dense_targets(
-        pa.array([[], [2], [0, 1]], lists), pa.array([[0], [2, 1], []], lists), 3
-    )
-    assert targets.tolist() == [[0, -1, -1], [-1, 0, 1], [1, 1, -1]]
-
-
-def test_weights_stand_beside_the_positives():
-    """Catches weights that slip to another class or row, or that reach negatives."""
-    lists, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
-    weights = dense_weights(
-        pa.array([[], [2], [1, 0]], lists), pa.array([[], [0.5], [0.25, 0.75]], floats), 3
-    )
-    assert weights.tolist() == [[1, 1, 1], [1, 1, 0.5], [0.75, 0.25, 1]]
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "warm_restarts"])
-def test_learning_rate_warms_up_and_ends(schedule):
-    """Catches a first step at rate 0, a rate above 1, and a run that ends at a high rate."""
-    optim = OptimConfig(schedule=schedule, warmup_steps=10)
-    rates = [learning_rate_factor(step, 150, optim, 10) for step in range(150)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == pytest.approx(1.0)
-    assert max(rates) <= 1.0
-    jumps = [step for step, (a, b) in enumerate(itertools.pairwise(rates), 1) if b > a + 0.5]
-    assert jumps == {"constant": [], "cosine": [], "warm_restarts": [50, 100]}[schedule]
-    assert (rates[-1] < 0.01) == (schedule != "constant")
 
 
 class _LinearStudent(torch.nn.Module):
@@ -150,10 +116,8 @@ def make_worker(config, accelerator, student, model, optimizer, loss, rank=0, wo
         config=config,
         accelerator=accelerator,
         student=student,
-        average=None,
         model=model,
-        optimizer=optimizer,
-        base_lrs=[1.0],
+        optimizer=Optimizer(student, optimizer, config),
         loss=loss,
         meter=meter,
         held=HeldGpus(meter, 0.0),
@@ -171,7 +135,7 @@ def after_steps(changes, batches, weights=None, average=None):
     student = _LinearStudent()
     model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
     worker = make_worker(config, accelerator, student, model, optimizer, sharded_loss("asl", "sum"))
-    worker.average = average and average(student)
+    worker.optimizer.average = average and average(student)
     for pixels, targets in batches:
         batch = {"pixels": pixels, "targets": targets, "rows": torch.arange(len(pixels))}
         if weights is not None:
@@ -210,10 +174,10 @@ def test_moving_average_follows_the_formula():
         decay = min(0.3, n / (9 + n))  # n - 1 steps are in the average already
         expected = weight if expected is None else decay * expected + (1 - decay) * weight
     averaged = after_steps(
-        {}, batches, average=lambda s: AveragedModel(s, multi_avg_fn=loop._moving_average(0.3))
+        {}, batches, average=lambda s: AveragedModel(s, multi_avg_fn=moving_average(0.3))
     )
-    assert averaged.published is averaged.average.module
-    torch.testing.assert_close(averaged.published.linear.weight.detach(), expected)
+    assert averaged.optimizer.published is averaged.optimizer.average.module
+    torch.testing.assert_close(averaged.optimizer.published.linear.weight.detach(), expected)
     assert not torch.allclose(expected, averaged.student.linear.weight, atol=1e-3)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import Accelerator
-from torch.optim.swa_utils import AveragedModel
 
+from hts_ray.config import OptimConfig, TrainConfig
 from hts_ray.errors import ConfigError
+from hts_ray.student.model import CosineClassifier
+from hts_ray.student.optimizer import Optimizer
 from hts_ray.student.resume import (
     KEPT_CHECKPOINTS,
     OPTIMIZER,
@@ -22,43 +23,39 @@ from hts_ray.student.resume import (
 )
 
 
-def owners(seed):
-    """Return a model, its average and its optimizer after a step."""
+def trained(seed, ema_decay=0.9):
+    """Return the optimizer of a classifier, and of its average, after two steps."""
     torch.manual_seed(seed)
-    model = torch.nn.Linear(3, 2)
-    average = AveragedModel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    config = TrainConfig(ema_decay=ema_decay, optim=OptimConfig(head_lr=0.1))
+    optimizer = Optimizer.of(CosineClassifier(torch.randn(2, 3), 1.0), config)
     for _ in range(2):
-        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.model.logits(torch.randn(4, 3)).square().sum().backward()
         optimizer.step()
-        average.update_parameters(model)
-    return model, average, optimizer
+    return optimizer
 
 
 def test_everything_comes_back():
     """Catches weights and their average exchanged, a lost moment, count or place."""
-    accelerator = Accelerator(cpu=True)
     position = Position([{"loss": 0.5}], 3, 1.25, 12, 2.0, workers=2)
-    first, second = owners(0), owners(1)
-    files = checkpoint_files(*first, accelerator, position)
-    assert restore(files, *second, accelerator, workers=2) == position
-    for mine, theirs in zip(first[:2], second[:2], strict=True):
+    first, second = trained(0), trained(1)
+    files = checkpoint_files(first, None, position)
+    assert restore(files, second, None, workers=2) == position
+    for mine, theirs in ((first.model, second.model), (first.average, second.average)):
         for a, b in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
             assert torch.equal(a, b)
-    moments = [o.state_dict()["state"][0]["exp_avg"] for o in (first[2], second[2])]
+    moments = [o.inner.state_dict()["state"][0]["exp_avg"] for o in (first, second)]
     assert torch.equal(*moments)
-    assert not torch.equal(first[0].weight, first[1].module.weight)
+    assert not torch.equal(first.model.classifier, first.published.classifier)
 
 
 def test_a_place_within_an_epoch_belongs_to_its_number_of_workers():
     """Catches images seen twice and others never when a run goes on with more workers."""
-    accelerator = Accelerator(cpu=True)
-    model, _, optimizer = owners(0)
-    inside = checkpoint_files(model, None, optimizer, accelerator, Position(step=1, workers=2))
+    optimizer = trained(0, ema_decay=None)
+    inside = checkpoint_files(optimizer, None, Position(step=1, workers=2))
     with pytest.raises(ConfigError, match=r"train.num_workers = 4: .*go on with 2"):
-        restore(inside, model, None, optimizer, accelerator, workers=4)
-    between = checkpoint_files(model, None, optimizer, accelerator, Position(workers=2))
-    assert restore(between, model, None, optimizer, accelerator, workers=4).epoch == 0
+        restore(inside, optimizer, None, workers=4)
+    between = checkpoint_files(optimizer, None, Position(workers=2))
+    assert restore(between, optimizer, None, workers=4).epoch == 0
 
 
 def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
@@ -80,13 +77,12 @@ def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
 
 def test_a_list_of_checkpoints_that_was_cut_off_is_done_without(tmp_path):
     """Catches a full disk after which no training could be gone on with, or half a checkpoint."""
-    model, _, optimizer = owners(0)
+    optimizer = trained(0, ema_decay=None)
     files = {}
     for step in range(3):
         folder = tmp_path / f"checkpoint_2026-01-0{step + 1}"
         folder.mkdir()
-        position = Position(step=step)
-        files[step] = checkpoint_files(model, None, optimizer, Accelerator(cpu=True), position)
+        files[step] = checkpoint_files(optimizer, None, Position(step=step))
         for name, data in files[step].items():
             (folder / name).write_bytes(data[:-7] if (step, name) == (2, OPTIMIZER) else data)
     listing = tmp_path / "checkpoint_manager_snapshot.json"

@@ -1,4 +1,4 @@
-"""Training: the label set, the schedule, determinism, resumption, failures, two workers."""
+"""Training: determinism, resumption, failures, two workers, what is told and stored."""
 
 from __future__ import annotations
 
@@ -18,18 +18,15 @@ from hts_ray.config import AugmentConfig, OptimConfig, PredictConfig, TrainConfi
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.evaluate import label_matrix
 from hts_ray.metrics import hico_average_precision
+from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import read_table, write_table
 from hts_ray.student import load_student, loop
 from hts_ray.student import train as training
 from hts_ray.student.predict import score_images
 from hts_ray.student.progress import read_history
-from hts_ray.student.train import (
-    estimate,
-    repeat_indices,
-    train_student,
-    training_set,
-)
+from hts_ray.student.targets import training_set
+from hts_ray.student.train import estimate, train_student
 
 CONFIG = TrainConfig(epochs=4, batch_size=8, num_workers=0, optim=OptimConfig(lr=3e-3))
 
@@ -56,39 +53,13 @@ def train(student_config, color_table, color_world):
 
 
 def weights(stage):
-    return training.storage.read_bytes(stage.file("model.safetensors"))
+    return storage.read_bytes(stage.file("model.safetensors"))
 
 
 def with_uris(labels, uris):
     place = labels.column_names.index("uri")
     changed = [uris.get(i, uri) for i, uri in enumerate(labels["uri"].to_pylist())]
     return labels.set_column(place, "uri", pa.array(changed, pa.string()))
-
-
-def test_repeats_reach_the_minimum_and_keep_every_image():
-    """Catches a rare class that stays rare, a lost image, and repeats of the wrong image."""
-    targets = -np.ones((6, 4), np.int8)
-    targets[:, 0] = 1
-    targets[1, 1] = targets[2, 1] = targets[2, 2] = 1
-    targets[3, 2] = 0  # ignored is not positive
-    chosen = repeat_indices(targets, 5)
-    assert set(chosen) == set(range(6))
-    counts = (targets[chosen] == 1).sum(axis=0)
-    assert list(counts[1:]) == [6, 5, 0]  # image 2 counts for both of its rare classes
-    assert (np.bincount(chosen)[[0, 3, 4, 5]] == 1).all()
-    assert np.array_equal(repeat_indices(targets, 0), np.arange(6))
-    assert np.array_equal(repeat_indices(targets, 1), np.arange(6))
-
-
-def test_repeats_hold_for_random_labels():
-    """Catches counts that are not updated for the other classes of a repeated image."""
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        targets = random.choice([-1, 0, 1], p=[0.9, 0.05, 0.05], size=(30, 8)).astype(np.int8)
-        counts = (targets[repeat_indices(targets, 7)] == 1).sum(axis=0)
-        present = (targets == 1).any(axis=0)
-        assert (counts[present] >= 7).all()
-        assert (counts[~present] == 0).all()
 
 
 def test_estimate_plans_the_steps_that_training_takes(student_config, color_table):
@@ -109,33 +80,6 @@ def test_estimate_plans_the_steps_that_training_takes(student_config, color_tabl
     assert 0 < figures["seconds"] < 60
     with pytest.raises(DataError, match="no image of 3 has a positive"):
         estimate(config, student_config, color_table.subset(color_table.ids[2:]), labels)
-
-
-def test_label_set_maps_ids_counts_unknown_ones_and_is_seeded(color_table):
-    """Catches class ids used as positions, unknown ids that wrap around, and unseeded order."""
-    lists = pa.list_(pa.int16())
-    labels = pa.table(
-        {
-            "image_id": ["a", "b", "c"],
-            "uri": ["a", "b", "c"],
-            "positive_ids": pa.array([[11, 99], [7], []], lists),
-            "ignored_ids": pa.array([[3], None, [-1]], lists),
-        }
-    )
-    data = training_set(labels, color_table, CONFIG, 0)
-    rows = {row["image_id"]: row for row in data.table.to_pylist()}
-    assert (rows["a"]["positive"], rows["a"]["ignored"]) == ([2], [1])
-    assert (rows["b"]["positive"], rows["b"]["ignored"]) == ([0], [])
-    assert (data.dropped_ids, data.classes_with_positives, data.images) == (2, 2, 3)
-    assert data.table["row"].to_pylist() == [0, 1, 2]
-    orders = {
-        tuple(training_set(labels, color_table, CONFIG, s).table["uri"].to_pylist())
-        for s in range(9)
-    }
-    assert len(orders) > 2
-    empty = labels.set_column(2, "positive_ids", pa.array([[], [99], []], lists))
-    with pytest.raises(DataError, match=r"no image of 3 .*1 are of other classes.*lower"):
-        training_set(empty, color_table, CONFIG, 0)
 
 
 def test_settings_that_do_not_fit_are_refused(train, stage):
@@ -182,7 +126,7 @@ def test_training_learns_and_tells(unbroken, color_world, color_table):
     assert epochs[-1]["loss"] < 0.75 * epochs[0]["loss"]
     assert all(record["images"] == 48 for record in epochs)
     assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (48, 48, 0)
-    assert not any("ray_train" in name for name in training.storage.list_names(stage.path))
+    assert not any("ray_train" in name for name in storage.list_names(stage.path))
     from PIL import Image
 
     student = load_student(stage.path)
@@ -210,6 +154,7 @@ from hts_ray.classes import read_class_csv
 from hts_ray.student import loop
 from hts_ray.student import train as training
 from hts_ray.store.tables import read_table, write_table
+from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 run = json.loads(sys.argv[1])
 ray.init(address=run["address"], log_to_driver=False)
@@ -390,17 +335,6 @@ def test_two_workers_take_the_same_steps_as_one(ray_session, train, tmp_path):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     for name, value in states[0].items():
         assert torch.allclose(value, states[1][name], atol=2e-3), name
-
-
-def test_class_weights_follow_the_positives(color_table):
-    """Catches weights by class id, a mean other than 1, and the largest for an empty class."""
-    positive = pa.chunked_array([[[0, 2], [0]], [[0], [0, 2], []]], pa.list_(pa.int32()))
-    assert training.class_weights(positive, 4, 0.0) is None
-    half = training.class_weights(positive, 4, 0.5)
-    assert np.mean(half) == pytest.approx(1)
-    assert np.array(half) / half[0] == pytest.approx([1, 1, 2**0.5, 1])
-    full = training.class_weights(positive, 4, 1.0)
-    assert np.array(full) / full[0] == pytest.approx([1, 1, 2, 1])
 
 
 def test_settings_of_the_loss_reach_the_training(unbroken, ray_session, train, tmp_path):

@@ -27,9 +27,8 @@ from hts_ray.store.tables import (
     read_table,
     write_table,
 )
-from hts_ray.student.head import fit_head, head_logits
-from hts_ray.student.loop import dense_targets
-from hts_ray.student.train import training_set
+from hts_ray.student.head import HeadData, fit_head, head_logits
+from hts_ray.student.targets import dense_targets, training_set
 from hts_ray.sweep import trial as sweep_trial
 from hts_ray.sweep.objectives import OBJECTIVES
 from hts_ray.sweep.trial import (
@@ -238,15 +237,11 @@ def test_the_student_is_the_one_of_head_only_training(load, stored, truth):
     table = {row["image_id"]: row for row in read_table(stored["features"]).to_pylist()}
     row_of = {image_id: row for row, image_id in enumerate(data.regions.image_ids)}
     targets = labels.targets_NC[[row_of[name(i)] for i in ids]]
-    fit = fit_head(
-        np.array([table[name(i)]["features"] for i in ids]),
-        targets,
-        stored["start"],
-        logit_scale=20.0,
-        config=CONFIG.train,
-        seed=4,
-        flipped_ND=np.array([table[name(i)]["flipped"] for i in ids]),
+    stored_ND, flipped_ND = (
+        np.array([table[name(i)][side] for i in ids]) for side in ("features", "flipped")
     )
+    known = HeadData(stored_ND, targets, flipped_ND=flipped_ND)
+    fit = fit_head(known, stored["start"], logit_scale=20.0, config=CONFIG.train, seed=4)
     np.testing.assert_array_equal(fit_classifier(data, CONFIG.train, labels, 4), fit.classifier_CD)
 
 

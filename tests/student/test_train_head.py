@@ -16,6 +16,7 @@ from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import read_table
 from hts_ray.student import load_student
 from hts_ray.student import train as training
+from hts_ray.student.targets import Task, training_set
 from hts_ray.student.train import train_student
 
 PLAIN = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
@@ -58,8 +59,8 @@ def test_cached_features_give_what_full_training_gives(
     config = changed(batch_size=48)
     stage, stats = train("cached", config)
     full = StageFolder(str(tmp_path), "student", "full")
-    data = training.training_set(color_world, color_table, config, 5)
-    task = training._Task(
+    data = training_set(color_world, color_table, config, 5)
+    task = Task(
         config=config,
         student_config=student_config,
         num_classes=3,

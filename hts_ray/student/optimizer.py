@@ -1,0 +1,123 @@
+"""The optimizer steps of a training: of the whole student, or of its classifier alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel
+
+from hts_ray.config import OptimConfig, TrainConfig
+from hts_ray.losses import Reduction, SignedLoss, make_loss
+from hts_ray.student.model import CosineClassifier, parameter_groups
+
+
+@dataclass
+class Optimizer:
+    """AdamW with the settings' schedule, gradient clipping and moving average of the weights.
+
+    `inner` is torch's optimizer, or Accelerate's around it, and `clip` cuts the gradients of some
+    parameters to a norm and returns what it was.
+    """
+
+    model: CosineClassifier
+    inner: Any
+    config: TrainConfig
+    average: AveragedModel | None = None
+    clip: Callable[..., Any] = clip_grad_norm_
+
+    @classmethod
+    def of(cls, model: CosineClassifier, config: TrainConfig) -> Optimizer:
+        """Make the optimizer of what learns in a model, and a copy for the average if one is kept.
+
+        Raises what `parameter_groups` raises.
+        """
+        average = None
+        if config.ema_decay is not None:
+            average = AveragedModel(model, multi_avg_fn=moving_average(config.ema_decay))
+        groups = parameter_groups(model, config.optim)
+        return cls(model, torch.optim.AdamW(groups), config, average)
+
+    def __post_init__(self) -> None:
+        """Keep the groups' rates, of which a step's rates are shares."""
+        self._base_lrs: list[float] = [group["lr"] for group in self.inner.param_groups]
+
+    @property
+    def published(self) -> Any:
+        """The model that would be published now: the moving average, where one is kept."""
+        return self.model if self.average is None else self.average.module
+
+    def set_rates(self, step: int, steps_per_epoch: int) -> float:
+        """Set every group's rate for a step, counted over all epochs.
+
+        Returns the trunk's, or the head's where it learns alone.
+        """
+        total = self.config.epochs * steps_per_epoch
+        factor = learning_rate_factor(step, total, self.config.optim, steps_per_epoch)
+        for group, base in zip(self.inner.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * factor
+        return self._base_lrs[0] * factor
+
+    def step(self) -> Any:
+        """Take a step by the gradients that are there; returns their norm where it is clipped."""
+        norm = None
+        if self.config.optim.grad_clip is not None:
+            norm = self.clip(self.model.parameters(), self.config.optim.grad_clip)
+        self.inner.step()
+        self.inner.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return norm
+
+
+def learning_rate_factor(
+    step: int, total: int, optim: OptimConfig, steps_per_epoch: int = 1
+) -> float:
+    """Return the share of the learning rate at `step` of `total`, in 0..1.
+
+    Warm-up is linear over `warmup_steps`. `cosine` falls to 0 once; `warm_restarts` does so in
+    every `restart_epochs` epochs anew (SGDR, T_mult 1; DEFR restarts after 5 epochs).
+    """
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return 1.0
+    if optim.schedule == "warm_restarts":
+        period = optim.restart_epochs * steps_per_epoch
+        done = step % period / period
+    else:
+        done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def moving_average(decay: float) -> Callable[..., None]:
+    """Return the update of an exponential moving average, as torch's `AveragedModel` takes it.
+
+    After n steps the decay is at most (1 + n) / (10 + n), or a short run's average would be its
+    start. Source: TensorFlow's ExponentialMovingAverage with num_updates.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Any], values: list[Any], steps: Tensor | int) -> None:
+        n = int(steps)
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def settings_loss(
+    config: TrainConfig, class_weights: list[float] | None, reduction: Reduction
+) -> SignedLoss:
+    """Return the loss of the settings, with the classes' weights (C,) where there are any."""
+    return make_loss(
+        config.loss,
+        config.loss_temperature,
+        reduction=reduction,
+        parameters=config.loss_parameters,
+        class_weights=None if class_weights is None else torch.tensor(class_weights),
+    )
