@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -23,33 +22,21 @@ import pyarrow.compute as pc
 import safetensors.torch
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
-from hts_ray.engine.image_pass import (
-    CHECKPOINT,
-    OK,
-    data_context,
-    decode_batch,
-    finish,
-    image_dataset,
-    row_progress,
-    rows_per_block,
-    stack_pixels,
-    users_mistakes_unwrapped,
-)
-from hts_ray.engine.telemetry import Meter
+from hts_ray.engine.image_pass import OK, Pixels, finish, image_dataset
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.store.run import StageFolder, content_hash, finished_stages, settings_hash
 from hts_ray.store.tables import features_schema, read_table, require_unique_ids, write_table
 from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, student_fingerprint
-from hts_ray.student.pool import StudentWorker, map_on_students, vector_rows
+from hts_ray.student.pool import ImagesDone, StudentPass, StudentWorker
 
 FloatArray = npt.NDArray[np.float32]
-Progress = Callable[[int, int, int], None]
 
 TABLE = "features"
 _INPUT = "_input"  # readers of tables leave out what starts so
 _IMAGE_SCHEMA = pa.schema([(name, pa.string()) for name in IMAGE_COLUMNS])
+_DECODING = ImagesConfig.model_validate({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,23 +60,12 @@ class Features:
         return Features(list(image_ids), splits, self.features_ND[rows], flipped)
 
 
-def read_features(path: str) -> tuple[list[str], list[str], FloatArray]:
-    """Return the ids, splits and features (N, D) of a features table, sorted by id.
-
-    Quarantined images are left out. Raises DataError when there is no table, or none of its
-    images has features.
-    """
-    found = read_feature_table(path)
-    return found.image_ids, found.splits, found.features_ND
-
-
 def read_feature_table(path: str) -> Features:
-    """Return what `read_features` returns, and the mirrored images' features."""
+    """Return the features in a table, quarantined images left out.
+
+    Raises DataError when there is no table, or none of its images has features.
+    """
     table = read_table(path)
-    return _features(table, path)
-
-
-def _features(table: pa.Table, path: str) -> Features:
     if TABLE not in table.column_names:
         raise DataError(f"{path} is not a features table: column {TABLE!r} is missing")
     # By id: the order in which workers wrote must not be the order of a training.
@@ -114,38 +90,28 @@ def ensure_features(
     student_path: str,
     images: pa.Table,
     flipped: bool = False,
-    decoding: ImagesConfig | None = None,
-    progress: Progress | None = None,
+    progress: ImagesDone | None = None,
 ) -> StageFolder:
     """Return a finished features folder of the run that holds these images; compute it if need be.
 
-    `images` has image_id, uri and split, as `Manifest.rows` returns them. A folder
-    of more images serves as well. Raises what `compute_features` raises.
+    `images` has image_id, uri and split, as `Manifest.rows` returns them. A folder of more images
+    serves as well. Raises what `compute_features` raises.
     """
-    decoding = decoding or ImagesConfig.model_validate({})
-    found = find_features(run_dir, student_path, images, flipped=flipped, decoding=decoding)
+    found = find_features(run_dir, student_path, images, flipped=flipped)
     if found is not None:
         return found
-    stage = features_stage(run_dir, student_path, images, flipped=flipped, decoding=decoding)
-    compute_features(
-        config,
-        student_path=student_path,
-        images=images,
-        stage=stage,
-        flipped=flipped,
-        decoding=decoding,
-        progress=progress,
-    )
+    stage = features_stage(run_dir, student_path, images, flipped=flipped)
+    compute_features(config, student_path, images, stage, flipped=flipped, progress=progress)
     return stage
 
 
 def features_stage(
-    run_dir: str, student_path: str, images: pa.Table, *, flipped: bool, decoding: ImagesConfig
+    run_dir: str, student_path: str, images: pa.Table, *, flipped: bool
 ) -> StageFolder:
     """Return the folder that `compute_features` writes to for these images."""
     key = settings_hash(
         encoder_fingerprint(student_path),
-        decoding.answer_settings(),
+        _DECODING.answer_settings(),
         flipped,
         content_hash(_checked(images).sort_by("image_id")),
     )
@@ -153,25 +119,25 @@ def features_stage(
 
 
 def find_features(
-    run_dir: str, student_path: str, images: pa.Table, *, flipped: bool, decoding: ImagesConfig
+    run_dir: str, student_path: str, images: pa.Table, *, flipped: bool
 ) -> StageFolder | None:
     """Return a finished features folder of the run that holds all these images, or None."""
-    encoder = encoder_fingerprint(student_path)
-    images = _checked(images)
-    wanted = set(zip(images["image_id"].to_pylist(), images["uri"].to_pylist(), strict=True))
-    for name in storage.list_names(run_dir):
-        stage = StageFolder(run_dir, TABLE, name.removeprefix(f"{TABLE}-"))
-        if not name.startswith(f"{TABLE}-") or not stage.finished:
-            continue
+    wanted = _named(_checked(images))
+    known = {
+        "encoder": encoder_fingerprint(student_path),
+        "decoding": _DECODING.answer_settings(),
+    }
+    for stage in finished_stages(run_dir, TABLE):
         info = storage.read_json(stage.file("table.json"))
-        if info["encoder"] != encoder or info["decoding"] != decoding.answer_settings():
+        if any(info[name] != value for name, value in known.items()):
             continue
-        if flipped and not info["flipped"]:
-            continue
-        stored = read_table(stage.path, ["image_id", "uri"])
-        if wanted <= set(zip(*(stored[c].to_pylist() for c in ("image_id", "uri")), strict=True)):
+        if (info["flipped"] or not flipped) and wanted <= _named(stage.read(["image_id", "uri"])):
             return stage
     return None
+
+
+def _named(images: pa.Table) -> set[tuple[str, str]]:
+    return set(zip(images["image_id"].to_pylist(), images["uri"].to_pylist(), strict=True))
 
 
 def encoder_fingerprint(student_path: str) -> str:
@@ -199,20 +165,19 @@ def _encoder_fingerprint(folder: str, fingerprint: str) -> str:
 
 def compute_features(
     config: FeaturesConfig,
-    *,
     student_path: str,
     images: pa.Table,
     stage: StageFolder,
+    *,
     flipped: bool = False,
-    decoding: ImagesConfig | None = None,
-    progress: Progress | None = None,
+    progress: ImagesDone | None = None,
 ) -> dict[str, Any]:
     """Encode images with a stored student's tower and publish `features` in `stage`.
 
     `images` has image_id, uri and split. Writes one row of `features_schema` an image; images
-    that cannot be read have null features and stand in the quarantine. Many images, and any with
-    a GPU in the pool, go through Ray Data, where a run that was cut off goes on after the last
-    block that was written; few are encoded here. A finished stage is returned as it is.
+    that cannot be read have null features and are listed in the quarantine. Many images, and any
+    with a GPU in the pool, go through Ray Data, where a run that was cut off goes on after the
+    last block that was written; few are encoded here. A finished stage is returned as it is.
     `progress(done, total, quarantined)` is called every few seconds. Returns the stage's stats.
     Raises DataError when there is no student, no image, or no image that can be read.
     """
@@ -220,15 +185,18 @@ def compute_features(
         return stage.stats
     started = time.monotonic()
     images = _checked(images)
-    folder = find_student(student_path)
-    decoding = decoding or ImagesConfig.model_validate({})
+    folder, arguments = find_student(student_path), (("flipped", flipped),)
+    task = StudentPass(
+        folder, FeatureEncoder, config.pool, _DECODING, config.batch_images, arguments
+    )
     if config.pool.num_gpus == 0 and len(images) <= config.local_images:
         storage.remove_tree(stage.path)  # what a run on Ray left would not fit to these files
-        rows = encode_images(folder, images, config, flipped=flipped, decoding=decoding)
-        write_table(stage.file("part-0.parquet"), rows)
+        write_table(stage.file("part-0.parquet"), task.here(images))
     else:
         stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
-        _encode_on_ray(config, folder, images, stage, flipped, decoding, progress)
+        source = stage.file(_INPUT, "images.parquet")
+        write_table(source, images)
+        task.on_ray(stage, partial(image_dataset, source), len(images), TABLE, progress)
     return finish(
         stage,
         images["image_id"].combine_chunks(),
@@ -237,103 +205,32 @@ def compute_features(
         table_info={
             "student": folder,
             "encoder": encoder_fingerprint(folder),
-            "decoding": decoding.answer_settings(),
+            "decoding": _DECODING.answer_settings(),
             "flipped": flipped,
         },
     )
 
 
-def encode_images(
-    student_path: str,
-    images: pa.Table,
-    config: FeaturesConfig,
-    *,
-    flipped: bool = False,
-    decoding: ImagesConfig | None = None,
-) -> pa.Table:
-    """Encode images in this process, without Ray; returns rows of `features_schema`.
-
-    The features are those of `compute_features`.
-    """
-    import torch
-
-    folder = find_student(student_path)
-    threads = torch.get_num_threads()
-    try:
-        encoder = FeatureEncoder(folder, student_fingerprint(folder), config.pool, flipped=flipped)
-        size, step = encoder.student.image_size, config.batch_images
-        decoding = decoding or ImagesConfig.model_validate({})
-        parts = [
-            encoder(decode_batch(images.slice(start, step), decoding, square=size))
-            for start in range(0, len(images), step)
-        ]
-    finally:
-        torch.set_num_threads(threads)  # the pool's threads are meant for workers
-    return pa.concat_tables(parts)
-
-
-def _encode_on_ray(
-    config: FeaturesConfig,
-    folder: str,
-    images: pa.Table,
-    stage: StageFolder,
-    flipped: bool,
-    decoding: ImagesConfig,
-    progress: Progress | None,
-) -> None:
-    """Append the rows that are not there yet to the stage's folder."""
-    manifest = stage.file(_INPUT, "images.parquet")
-    write_table(manifest, images)
-    with data_context(stage.file(CHECKPOINT)):
-        blocks = image_dataset(manifest).repartition(
-            target_num_rows_per_block=rows_per_block(len(images), config.batch_images)
-        )
-        decoded = blocks.map_batches(
-            partial(
-                decode_batch, images=decoding, square=int(description_of(folder)["image_size"])
-            ),
-            batch_format="pyarrow",
-            batch_size=config.batch_images,
-        )
-        dataset = map_on_students(
-            decoded,
-            FeatureEncoder,
-            folder=folder,
-            pool=config.pool,
-            batch_images=config.batch_images,
-            meter=Meter.of(stage, TABLE),
-            flipped=flipped,
-        )
-    with row_progress(stage, len(images), progress), users_mistakes_unwrapped():
-        # Appending, because overwriting would delete what a resumed run counts as done.
-        dataset.write_parquet(stage.path)
-
-
 class FeatureEncoder(StudentWorker):
     """Encodes decoded batches, and their mirror images where `flipped` asks for them."""
 
-    def __init__(
-        self, folder: str, fingerprint: str, pool: PoolConfig, *, flipped: bool = False
-    ) -> None:
-        super().__init__(folder, fingerprint, pool)
+    def __init__(self, folder: str, pool: PoolConfig, *, flipped: bool = False) -> None:
+        super().__init__(folder, pool)
         self._flipped = flipped
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Turn rows with `pixels` into rows of `features`."""
-        good = np.asarray(table["error_kind"].is_null())
-        pixels = stack_pixels(table.filter(pa.array(good)), self.student.image_size)
-        dimension = self.student.classifier.shape[1]
-        sides = {TABLE: pixels}
+        schema = features_schema(self.student.classifier.shape[1], self._flipped)
+        return self.vector_rows(
+            table, self._encode, schema, "the student's features are not finite"
+        )
+
+    def _encode(self, pixels: Pixels) -> dict[str, FloatArray]:
+        found = {TABLE: self.run(self.student.visual, pixels)}
         if self._flipped:
-            sides["flipped"] = np.ascontiguousarray(pixels[:, :, ::-1])
-        vectors_GD = {
-            name: self.run(self.student.visual, side)
-            if len(side)
-            else np.zeros((0, dimension), np.float32)
-            for name, side in sides.items()
-        }
-        schema = features_schema(dimension, self._flipped)
-        return vector_rows(table, good, vectors_GD, schema, "the student's features are not finite")
+            mirrored = np.ascontiguousarray(pixels[:, :, ::-1])
+            found["flipped"] = self.run(self.student.visual, mirrored)
+        return found
 
 
 def _checked(images: pa.Table) -> pa.Table:

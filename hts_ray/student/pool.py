@@ -1,7 +1,7 @@
-"""A stored student at work on Ray Data: what scoring, encoding and region scoring share.
+"""A stored student over many images: what prediction, features and region scores share.
 
 One student a worker process, on that process's device: an actor pool with GPUs, or plain tasks
-without, whose processes keep the student between batches.
+without, whose processes keep the student between batches. Few images can be done in this process.
 
 Shape legend: N rows of a batch, G of them good, S image size, V numbers of a row.
 """
@@ -11,40 +11,50 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 
-from hts_ray.config import PoolConfig
-from hts_ray.engine.image_pass import OK, QUARANTINED, Pixels
+from hts_ray.config import ImagesConfig, PoolConfig
+from hts_ray.engine.image_pass import (
+    CHECKPOINT,
+    OK,
+    QUARANTINED,
+    Pixels,
+    data_context,
+    decode_batch,
+    row_progress,
+    rows_per_block,
+    stack_pixels,
+    users_mistakes_unwrapped,
+)
 from hts_ray.engine.telemetry import HeldGpus, Meter
-from hts_ray.student.checkpoints import load_student, student_fingerprint
+from hts_ray.store.run import StageFolder
+from hts_ray.student.checkpoints import description_of, load_student, student_fingerprint
 
 if TYPE_CHECKING:
     import ray.data
-    import torch
-
-    from hts_ray.student.model import Student
 
 FloatArray = npt.NDArray[np.float32]
+ImagesDone = Callable[[int, int, int], None]
 
 
 class StudentWorker(ABC):
     """A stored student on this process's device, which turns batches into rows of a table."""
 
-    def __init__(self, folder: str, fingerprint: str, pool: PoolConfig) -> None:
-        import torch
-
-        del fingerprint  # tells cached workers apart, see `_cached_worker`
+    def __init__(self, folder: str, pool: PoolConfig) -> None:
         self._gpu = pool.num_gpus > 0 and torch.cuda.is_available()
         if pool.num_gpus > 0 and not self._gpu:
             logging.getLogger(__name__).warning("no GPU is visible: the student runs on the CPU")
         if not self._gpu:
             torch.set_num_threads(pool.threads)
-        self.student: Student = load_student(folder)
+        self.student = load_student(folder)
         self.student.to("cuda" if self._gpu else "cpu")
 
     @abstractmethod
@@ -52,9 +62,7 @@ class StudentWorker(ABC):
         """Turn N decoded rows into N rows of the table that the stage writes."""
 
     def run(self, module: Callable[[torch.Tensor], torch.Tensor], pixels: Pixels) -> FloatArray:
-        """Return what the student or a part of it says of uint8 images (N, S, S, 3), in float32."""
-        import torch
-
+        """Return what the student, or a part of it, computes of uint8 images (N, S, S, 3)."""
         # The precision that the student was trained in; CPUs gain nothing from it.
         dtype = torch.bfloat16 if self.student.config.precision == "bf16" else torch.float16
         half = self._gpu and self.student.config.precision != "no"
@@ -63,22 +71,151 @@ class StudentWorker(ABC):
         result: FloatArray = answer.float().cpu().numpy()
         return result
 
-
-class MeteredActor:
-    """The stateful UDF of Ray Data on GPUs: a student's worker, and a count of what it does."""
-
-    def __init__(
+    def vector_rows(
         self,
-        worker: type[StudentWorker],
-        folder: str,
-        fingerprint: str,
-        pool: PoolConfig,
-        meter: Meter,
-        **arguments: Any,
+        table: pa.Table,
+        vectors: Callable[[Pixels], Mapping[str, FloatArray]],
+        schema: pa.Schema,
+        problem: str,
+    ) -> pa.Table:
+        """Return N rows of `schema` with the vectors that are computed of every good row's pixels.
+
+        `vectors` returns the columns (G, V) that hold a vector a row; it is not asked where no row
+        is good. A row with a number that is not finite is quarantined as well, as `problem`.
+        Other columns are the decoded rows' own; `status`, `error_kind` and `error` are filled in.
+        """
+        good = np.asarray(table["error_kind"].is_null())
+        found: Mapping[str, FloatArray] = {}
+        if good.any():
+            found = vectors(stack_pixels(table.filter(pa.array(good)), self.student.image_size))
+        broken = np.zeros(len(table), dtype=bool)
+        for values_GV in found.values():
+            broken[good] |= ~np.isfinite(values_GV).all(axis=1)
+        null = ~good | broken
+        columns: dict[str, Any] = {name: table[name] for name in ("image_id", "uri", "split")}
+        columns["status"] = pa.array(np.where(null, QUARANTINED, OK))
+        for name, text in (("error_kind", "not_finite"), ("error", problem)):
+            columns[name] = pc.if_else(pa.array(broken), text, table[name])
+        for name, values_GV in found.items():
+            filled = np.zeros((len(table), values_GV.shape[1]), np.float32)
+            filled[good] = values_GV
+            columns[name] = pa.FixedSizeListArray.from_arrays(
+                pa.array(filled.ravel()), filled.shape[1], mask=pa.array(null)
+            )
+        arrays = [
+            columns[field.name].cast(field.type)
+            if field.name in columns
+            else pa.nulls(len(table), field.type)
+            for field in schema
+        ]
+        return pa.table(arrays, schema=schema)
+
+
+@dataclass(frozen=True)
+class StudentPass:
+    """A student at work: its folder, the worker that holds it, and what a worker is given.
+
+    `arguments` are the worker's own, beside folder and pool, and hashable. `square` hands the
+    images over as the student looks at them; without it they keep their size.
+    """
+
+    folder: str
+    worker: type[StudentWorker]
+    pool: PoolConfig
+    images: ImagesConfig
+    batch_images: int
+    arguments: tuple[tuple[str, Any], ...] = ()
+    square: bool = True
+
+    def make(self) -> StudentWorker:
+        """Make a worker in this process."""
+        return self.worker(self.folder, self.pool, **dict(self.arguments))
+
+    @cached_property
+    def side(self) -> int | None:
+        """The side that images are squashed to."""
+        return int(description_of(self.folder)["image_size"]) if self.square else None
+
+    def decode(self, table: pa.Table) -> pa.Table:
+        """Decode the images of a batch."""
+        return decode_batch(table, self.images, square=self.side)
+
+    def here(self, images: pa.Table) -> pa.Table:
+        """Return the rows of one image or more, computed in this process without Ray."""
+        threads = torch.get_num_threads()
+        try:
+            worker, step = self.make(), self.batch_images
+            parts = [
+                worker(self.decode(images.slice(start, step)))
+                for start in range(0, len(images), step)
+            ]
+        finally:
+            torch.set_num_threads(threads)  # the pool's threads are meant for workers
+        return pa.concat_tables(parts)
+
+    def on_ray(
+        self,
+        stage: StageFolder,
+        read: Callable[[], ray.data.Dataset],
+        rows: int,
+        name: str,
+        progress: ImagesDone | None,
     ) -> None:
+        """Append the rows that are not there yet to the stage's folder.
+
+        `read` makes the dataset of all `rows` images, with their `uri`; a run that was cut off
+        goes on after the last block that was written. `name` is the stage's in the metrics.
+        """
+        with data_context(stage.file(CHECKPOINT)):
+            decoded = (
+                read()
+                .repartition(target_num_rows_per_block=rows_per_block(rows, self.batch_images))
+                .map_batches(
+                    partial(decode_batch, images=self.images, square=self.side),
+                    batch_format="pyarrow",
+                    batch_size=self.batch_images,
+                )
+            )
+            dataset = self._map(decoded, Meter.of(stage, name))
+        with row_progress(stage, rows, progress), users_mistakes_unwrapped():
+            # Appending, because overwriting would delete what a resumed run counts as done.
+            dataset.write_parquet(stage.path)
+
+    def _map(self, decoded: ray.data.Dataset, meter: Meter) -> ray.data.Dataset:
+        from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+        pool = self.pool
+        memory = None if pool.memory_gib is None else pool.memory_gib * 2**30
+        options: dict[str, Any] = {
+            "batch_format": "pyarrow",
+            "batch_size": self.batch_images,
+            "memory": memory,
+        }
+        if pool.num_gpus > 0:
+            return decoded.map_batches(
+                StudentActor,
+                fn_constructor_args=(self, meter),
+                num_gpus=pool.num_gpus,
+                compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+                **options,
+            )
+        # Tasks reuse worker processes and these keep the student, so that the seconds which
+        # importing open_clip takes are not paid again by every pipeline of a session.
+        return decoded.map_batches(
+            partial(_work, task=self, fingerprint=student_fingerprint(self.folder), meter=meter),
+            num_cpus=pool.num_cpus,
+            compute=TaskPoolStrategy(size=pool.max_size),
+            **options,
+        )
+
+
+class StudentActor:
+    """The stateful UDF of Ray Data on GPUs: a student's worker, whose work a meter counts."""
+
+    def __init__(self, task: StudentPass, meter: Meter) -> None:
         self._meter = meter
-        self._held = HeldGpus(meter, pool.num_gpus)
-        self._worker = worker(folder, fingerprint, pool, **arguments)
+        self._held = HeldGpus(meter, task.pool.num_gpus)
+        self._worker = task.make()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return what the worker makes of a batch."""
@@ -87,128 +224,19 @@ class MeteredActor:
         return result
 
 
+def _work(table: pa.Table, *, task: StudentPass, fingerprint: str, meter: Meter) -> pa.Table:
+    return _metered(_kept_worker(task, fingerprint), table, meter)
+
+
+@lru_cache(maxsize=1)
+def _kept_worker(task: StudentPass, fingerprint: str) -> StudentWorker:
+    """Return this process's worker; the fingerprint sees a folder that was written anew."""
+    del fingerprint
+    return task.make()
+
+
 def _metered(worker: StudentWorker, table: pa.Table, meter: Meter) -> pa.Table:
     with meter.busy():
         result = worker(table)
     meter.count_rows(result)
     return result
-
-
-def map_on_students(
-    decoded: ray.data.Dataset,
-    worker: type[StudentWorker],
-    *,
-    folder: str,
-    pool: PoolConfig,
-    batch_images: int,
-    meter: Meter,
-    **arguments: Any,
-) -> ray.data.Dataset:
-    """Hand decoded rows to workers made with `arguments` (hashable), `batch_images` at a time.
-
-    `meter` counts their work.
-    """
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
-
-    memory = None if pool.memory_gib is None else pool.memory_gib * 2**30
-    options: dict[str, Any] = {
-        "batch_format": "pyarrow",
-        "batch_size": batch_images,
-        "memory": memory,
-    }
-    fingerprint = student_fingerprint(folder)
-    if pool.num_gpus > 0:
-        return decoded.map_batches(
-            MeteredActor,
-            fn_constructor_args=(worker, folder, fingerprint, pool, meter),
-            fn_constructor_kwargs=arguments,
-            num_gpus=pool.num_gpus,
-            compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-            **options,
-        )
-    # Tasks reuse worker processes and these keep the student, so that the seconds which
-    # importing open_clip takes are not paid again by every pipeline of a session.
-    task = partial(
-        _work,
-        worker=worker,
-        folder=folder,
-        fingerprint=fingerprint,
-        threads=pool.threads,
-        meter=meter,
-        arguments=tuple(sorted(arguments.items())),
-    )
-    return decoded.map_batches(
-        task, num_cpus=pool.num_cpus, compute=TaskPoolStrategy(size=pool.max_size), **options
-    )
-
-
-def _work(
-    table: pa.Table,
-    *,
-    worker: type[StudentWorker],
-    folder: str,
-    fingerprint: str,
-    threads: int,
-    meter: Meter,
-    arguments: tuple[tuple[str, Any], ...],
-) -> pa.Table:
-    cached = _cached_worker(worker, folder, fingerprint, threads, arguments)
-    return _metered(cached, table, meter)
-
-
-@lru_cache(maxsize=1)
-def _cached_worker(
-    worker: type[StudentWorker],
-    folder: str,
-    fingerprint: str,
-    threads: int,
-    arguments: tuple[tuple[str, Any], ...],
-) -> StudentWorker:
-    """Return this process's worker; the fingerprint sees a folder that was written anew."""
-    pool = PoolConfig.model_validate({"threads": threads})
-    return worker(folder, fingerprint, pool, **dict(arguments))
-
-
-def vector_rows(
-    table: pa.Table,
-    good: npt.NDArray[np.bool_],
-    vectors_GV: Mapping[str, FloatArray],
-    schema: pa.Schema,
-    problem: str,
-) -> pa.Table:
-    """Return N rows of `schema`, whose columns `vectors_GV` hold a vector for every good row.
-
-    A row with a number that is not finite is quarantined as well, as `problem`. Other columns
-    are the decoded rows' own; `status`, `error_kind` and `error` are filled in.
-    """
-    filled = {
-        name: np.zeros((len(table), v.shape[1]), np.float32) for name, v in vectors_GV.items()
-    }
-    broken = np.zeros(len(table), dtype=bool)
-    for name, vectors in vectors_GV.items():
-        filled[name][good] = vectors
-        broken |= ~np.isfinite(filled[name]).all(axis=1)
-    null = ~good | broken
-    kinds, errors = table["error_kind"].to_pylist(), table["error"].to_pylist()
-    for row in np.flatnonzero(broken):
-        kinds[row], errors[row] = "not_finite", problem
-    columns: dict[str, Any] = {
-        "status": [QUARANTINED if bad else OK for bad in null],
-        "error_kind": kinds,
-        "error": errors,
-    }
-    for name, values in filled.items():
-        flat = pa.array(values.ravel(), pa.float32())
-        columns[name] = pa.FixedSizeListArray.from_arrays(
-            flat, values.shape[1], mask=pa.array(null)
-        )
-    arrays = [_column(columns.get(field.name, table), field) for field in schema]
-    return pa.table(arrays, schema=schema)
-
-
-def _column(source: Any, field: pa.Field) -> pa.Array | pa.ChunkedArray:
-    if isinstance(source, pa.Table):
-        source = source[field.name]
-    if isinstance(source, pa.Array | pa.ChunkedArray):
-        return source.cast(field.type)
-    return pa.array(source, field.type)

@@ -60,7 +60,6 @@ def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
 
 def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
     """Return the seconds of all images' features and of a trial with one seed."""
-    from hts_ray.config import ImagesConfig
     from hts_ray.student.features import ensure_features, find_features
 
     run, scores = plan.run, plan.region_scores.path
@@ -71,7 +70,6 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
         student,
         plan.images,
         flipped=needs_flipped(plan),
-        decoding=ImagesConfig.model_validate({}),
     )
     ids = read_regions(scores, split, seed, sample).image_ids.tolist()
     images = plan.images.filter(pc.is_in(plan.images["image_id"], pa.array(ids)))

@@ -10,6 +10,7 @@ from crashes import crash_before_the_last_block
 from PIL import Image
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
+from hts_ray.engine.image_pass import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -19,13 +20,11 @@ from hts_ray.student.checkpoints import save_student
 from hts_ray.student.features import (
     FeatureEncoder,
     compute_features,
-    encode_images,
     encoder_fingerprint,
     ensure_features,
     features_stage,
     find_features,
     read_feature_table,
-    read_features,
 )
 from hts_ray.student.model import build_student
 
@@ -69,14 +68,8 @@ def expected(student_path, images):
 def test_features_are_the_towers(ray_session, student_path, images, stage, expected, color_world):
     """Catches swapped rows, normalised features, a mirrored height, and a lost bad image."""
     told = []
-    stats = compute_features(
-        ON_RAY,
-        student_path=student_path,
-        images=images,
-        stage=stage,
-        flipped=True,
-        progress=lambda *counts: told.append(counts),
-    )
+    tell = lambda *counts: told.append(counts)  # noqa: E731
+    stats = compute_features(ON_RAY, student_path, images, stage, flipped=True, progress=tell)
     assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (48, 47, 1)
     assert told[-1] == (48, 48, 1)
     assert read_table(stage.path).schema.equals(features_schema(DIMENSION, flipped=True))
@@ -88,22 +81,21 @@ def test_features_are_the_towers(ray_session, student_path, images, stage, expec
     np.testing.assert_allclose(found.flipped_ND, expected[1], rtol=1e-3, atol=1e-4)
     bad = read_table(stage.file("quarantine", "part-0.parquet")).to_pylist()
     assert [(row["image_id"], row["error_kind"]) for row in bad] == [("i002", "missing")]
-    again = compute_features(ON_RAY, student_path="/nowhere", images=images, stage=stage)
+    again = compute_features(ON_RAY, "/nowhere", images, stage)
     assert again == stats
 
 
 def test_few_images_are_encoded_here(student_path, images, stage, expected):
     """Catches features that depend on where they were computed; needs no cluster."""
     threads = torch.get_num_threads()
-    compute_features(
-        FeaturesConfig(batch_images=7), student_path=student_path, images=images, stage=stage
-    )
+    compute_features(FeaturesConfig(batch_images=7), student_path, images, stage)
     assert torch.get_num_threads() == threads
-    ids, splits, features = read_features(stage.path)
-    assert (len(ids), len(splits), ids) == (47, 47, sorted(ids))
+    found = read_feature_table(stage.path)
+    ids, features = found.image_ids, found.features_ND
+    assert (len(ids), len(found.splits), ids) == (47, 47, sorted(ids))
     np.testing.assert_allclose(features, expected[0], rtol=1e-3, atol=1e-4)
-    assert read_feature_table(stage.path).flipped_ND is None
-    taken = read_feature_table(stage.path).take(["i040", "i001"])
+    assert found.flipped_ND is None
+    taken = found.take(["i040", "i001"])
     assert taken.splits == ["test", "train"]
     assert np.array_equal(taken.features_ND, features[[ids.index("i040"), ids.index("i001")]])
 
@@ -111,12 +103,12 @@ def test_few_images_are_encoded_here(student_path, images, stage, expected):
 def test_a_rerun_after_a_crash_encodes_the_rest_only(ray_session, student_path, images, stage):
     """Catches rows written twice or never, and finished blocks that are computed again."""
     config = ON_RAY.model_copy(update={"pool": PoolConfig(num_gpus=1.0)})
-    compute_features(config, student_path=student_path, images=images, stage=stage)
+    compute_features(config, student_path, images, stage)
     kept = crash_before_the_last_block(stage)
-    stats = compute_features(config, student_path=student_path, images=images, stage=stage)
+    stats = compute_features(config, student_path, images, stage)
     assert stats["rows_in"] == 48
     assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept.items())
-    assert len(read_features(stage.path)[0]) == 47
+    assert len(read_feature_table(stage.path).image_ids) == 47
 
 
 def test_features_are_found_again_where_they_fit_and_nowhere_else(
@@ -126,12 +118,14 @@ def test_features_are_found_again_where_they_fit_and_nowhere_else(
     settings = {"run_dir": str(tmp_path), "student_path": student_path}
     stage = ensure_features(FeaturesConfig(), images=images, **settings)
     few = images.slice(5, 9)
-    plain = ImagesConfig()
     assert ensure_features(FeaturesConfig(), images=few, **settings) == stage
-    found = {"flipped": False, "decoding": plain}
-    assert find_features(**settings, images=few, flipped=True, decoding=plain) is None
-    small = ImagesConfig(max_side=16)
-    assert find_features(**settings, images=few, flipped=False, decoding=small) is None
+    found = {"flipped": False}
+    assert find_features(**settings, images=few, flipped=True) is None
+    info = storage.read_json(stage.file("table.json"))
+    smaller = {**info, "decoding": {**info["decoding"], "max_side": 16}}
+    storage.write_json(stage.file("table.json"), smaller)
+    assert find_features(**settings, images=few, flipped=False) is None
+    storage.write_json(stage.file("table.json"), info)
     moved = few.set_column(1, "uri", pa.array([f"/elsewhere/{i}" for i in range(9)]))
     assert find_features(**settings, images=moved, **found) is None
     other = str(tmp_path / "student-other")
@@ -139,17 +133,16 @@ def test_features_are_found_again_where_they_fit_and_nowhere_else(
     save_student(build_student(config, color_table), other)
     assert find_features(str(tmp_path), other, few, **found) is None
     keys = {
-        features_stage(str(tmp_path), path, table, flipped=flipped, decoding=decoding).key
-        for path, table, flipped, decoding in [
-            (student_path, images, False, plain),
-            (student_path, images, True, plain),
-            (student_path, images, False, small),
-            (student_path, few, False, plain),
-            (student_path, moved, False, plain),
-            (other, images, False, plain),
+        features_stage(str(tmp_path), path, table, flipped=flipped).key
+        for path, table, flipped in [
+            (student_path, images, False),
+            (student_path, images, True),
+            (student_path, few, False),
+            (student_path, moved, False),
+            (other, images, False),
         ]
     }
-    assert len(keys) == 6
+    assert len(keys) == 5
     shuffled = images.take(pa.array(range(47, -1, -1)))
     assert features_stage(str(tmp_path), student_path, shuffled, **found) == stage
 
@@ -168,11 +161,9 @@ def test_other_classes_share_their_tower(tmp_path, student_path, student_config,
 
 def test_numbers_that_are_not_finite_are_quarantined(student_path, images):
     """Catches a NaN among the features, which would end a fit much later."""
-    encoder = FeatureEncoder(student_path, "", PoolConfig(), flipped=True)
+    encoder = FeatureEncoder(student_path, PoolConfig(), flipped=True)
     with torch.no_grad():
         encoder.student.visual.ln_post.weight[0] = torch.nan
-    from hts_ray.engine.image_pass import decode_batch
-
     table = encoder(decode_batch(images.slice(0, 3), ImagesConfig(), square=32))
     assert table["features"].to_pylist() == table["flipped"].to_pylist() == [None] * 3
     assert set(table["error_kind"].to_pylist()) <= {"not_finite", "missing"}
@@ -182,18 +173,19 @@ def test_nothing_usable_is_told(student_path, images, stage, tmp_path):
     """Catches an empty result that looks finished, and one image under two names."""
     nowhere = images.slice(0, 2).set_column(1, "uri", pa.array(["/no/a", "/no/b"]))
     with pytest.raises(DataError, match=r"none of 2 images can be used.*missing.*/no/"):
-        compute_features(FeaturesConfig(), student_path=student_path, images=nowhere, stage=stage)
+        compute_features(FeaturesConfig(), student_path, nowhere, stage)
     assert not stage.finished
     for table, message in [
         (images.slice(0, 0), "no image to encode"),
         (pa.concat_tables([images.slice(0, 1)] * 2), "image_id must be unique"),
     ]:
         with pytest.raises(DataError, match=message):
-            compute_features(FeaturesConfig(), student_path=student_path, images=table, stage=stage)
+            compute_features(FeaturesConfig(), student_path, table, stage)
     path = str(tmp_path / "rows.parquet")
-    write_table(path, encode_images(student_path, nowhere, FeaturesConfig()))
+    encoder = FeatureEncoder(student_path, PoolConfig())
+    write_table(path, encoder(decode_batch(nowhere, ImagesConfig(), square=32)))
     with pytest.raises(DataError, match="no image with features"):
-        read_features(path)
+        read_feature_table(path)
     write_table(path, images)
     with pytest.raises(DataError, match="not a features table"):
-        read_features(path)
+        read_feature_table(path)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from crashes import crash_before_the_last_block
 
-from hts_ray.config import PoolConfig, PredictConfig
+from hts_ray.config import ImagesConfig, PoolConfig, PredictConfig
+from hts_ray.engine.image_pass import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import open_manifest
 from hts_ray.store import storage
@@ -21,7 +22,6 @@ from hts_ray.student.predict import (
     StudentScorer,
     estimate,
     predict_images,
-    prediction_rows,
     score_images,
 )
 
@@ -134,22 +134,30 @@ def test_scorer_takes_batches_without_a_good_row(student_path):
         "error_kind": ["missing", "empty"],
         "error": ["m", "e"],
     }
-    table = StudentScorer(student_path, "", PoolConfig())(pa.table(columns))
+    table = StudentScorer(student_path, PoolConfig())(pa.table(columns))
     assert table["scores"].to_pylist() == [None, None]
     assert table["status"].to_pylist() == ["quarantined"] * 2
 
 
-def test_infinite_logits_are_quarantined():
+def test_infinite_logits_are_quarantined(student_path, color_world):
     """Catches NaN in a scores table, which no metric can rank."""
-    nothing = pa.array([None, None, "missing"], pa.string())
-    table = pa.table(
-        {"image_id": ["a", "b", "c"], "uri": ["x", "y", "z"], "split": ["test"] * 3}
-        | {"error_kind": nothing, "error": nothing}
-    )
-    logits = np.array([[1.0, 2.0], [np.nan, 0.0]], np.float32)
-    rows = prediction_rows(table, np.array([True, True, False]), logits).to_pylist()
-    assert [row["scores"] for row in rows] == [[1.0, 2.0], None, None]
+    uris = [*color_world["uri"].to_pylist()[:2], "/nowhere.png"]
+    table = pa.table({"image_id": ["a", "b", "c"], "uri": uris, "split": ["test"] * 3})
+    scorer = StudentScorer(student_path, PoolConfig())
+    decoded = decode_batch(table, ImagesConfig(), square=32)
+    run, broken = scorer.run, []
+
+    def spoilt(module, pixels):
+        logits = run(module, pixels)
+        logits[1, 2] = np.nan
+        broken.append(logits)
+        return logits
+
+    scorer.run = spoilt
+    rows = scorer(decoded).to_pylist()
+    assert [row["scores"] for row in rows] == [broken[0][0].tolist(), None, None]
     assert [row["error_kind"] for row in rows] == [None, "not_finite", "missing"]
+    assert [row["status"] for row in rows] == ["ok", "quarantined", "quarantined"]
 
 
 def test_scoring_in_process_equals_the_dataset(student_path, color_world, tmp_path):

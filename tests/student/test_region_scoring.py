@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hts_ray.config import ImagesConfig, PoolConfig, SelfTrainingConfig
+from hts_ray.config import ImagesConfig, PoolConfig, parse_config
 from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.run import Run
 from hts_ray.errors import DataError
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -22,7 +23,7 @@ from hts_ray.store.tables import (
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student
 from hts_ray.student.model import build_student
-from hts_ray.student.region_scoring import StudentRegionScorer, StudentScores, score_regions
+from hts_ray.student.region_scoring import StudentRegionScorer, plan_score
 
 BOXES = [[0.0, 0.0, 48.0, 40.0], [4.0, 8.0, 22.0, 32.0], [24.0, 0.0, 48.0, 20.0]]
 
@@ -61,45 +62,41 @@ def crops_logits(student_path, uri, boxes):
         return student(student.preprocess(crops)).numpy()
 
 
+def plan(tmp_path, student_path, teacher_pass, color_table, **train):
+    settings = {
+        "run_dir": str(tmp_path),
+        "train": train,
+        "score": {"batch_images": 5, "batch_regions": 2},
+    }
+    folder, _, key = teacher_pass.rpartition("/region_scores-")
+    region_scores = StageFolder(folder, "region_scores", key)
+    return plan_score(Run(parse_config(settings), color_table), student_path, region_scores)
+
+
 def test_regions_are_scored_as_the_teacher_saw_them(
     ray_session, student_path, teacher_pass, tmp_path, color_table
 ):
     """Catches crops that are shifted or reordered, a lost image, and scores of another split."""
-    stage = StageFolder(str(tmp_path), "student_scores", "k")
-    arguments = {"images": ImagesConfig(), "student_path": student_path, "stage": stage}
-    stats = score_regions(
-        SelfTrainingConfig(batch_images=5, batch_regions=2),
-        region_scores_path=teacher_pass,
-        split="train",
-        **arguments,
-    )
+    stage = plan(tmp_path, student_path, teacher_pass, color_table).run()
+    stats = stage.stats
     assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (23, 22, 1)
-    assert read_table(stage.path).schema.equals(STUDENT_SCORES_SCHEMA)
-    scores = StudentScores(stage.path)
-    assert scores.class_ids == color_table.ids.tolist()
+    table = read_table(stage.path)
+    assert table.schema.equals(STUDENT_SCORES_SCHEMA)
+    class_ids = storage.read_json(stage.file("table.json"))["class_ids"]
+    assert class_ids == color_table.ids.tolist()
+    scores = {row["image_id"]: row["scores"] for row in table.to_pylist()}
     rows = [r for r in read_table(teacher_pass).to_pylist() if r["split"] == "train"]
+    assert scores.keys() == {row["image_id"] for row in rows} - {"i005"}
+    assert scores["i007"] is None
     for row in rows:
-        found = scores.get(row["image_id"])
-        if row["image_id"] in {"i005", "i007"}:
-            assert found is None
-            continue
-        expected = crops_logits(student_path, row["uri"], row["boxes"])
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-    assert scores.get("i029") is None
+        if row["image_id"] not in {"i005", "i007"}:
+            expected = crops_logits(student_path, row["uri"], row["boxes"])
+            found = np.reshape(scores[row["image_id"]], expected.shape)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     bad = read_table(stage.file("quarantine", "part-0.parquet")).to_pylist()
     assert [(row["image_id"], row["stage"]) for row in bad] == [("i007", "student_scores")]
-    again = score_regions(
-        SelfTrainingConfig(), region_scores_path="/nowhere", split="train", **arguments
-    )
-    assert again == stats
-    lost = StageFolder(str(tmp_path), "student_scores", "lost")
     with pytest.raises(DataError, match=r"no scored image of split 'val': it has test, train"):
-        score_regions(
-            SelfTrainingConfig(),
-            region_scores_path=teacher_pass,
-            split="val",
-            **{**arguments, "stage": lost},
-        )
+        plan(tmp_path, student_path, teacher_pass, color_table, split="val").run()
 
 
 def test_boxes_count_in_pixels_of_the_original(student_path, tmp_path):
@@ -111,30 +108,9 @@ def test_boxes_count_in_pixels_of_the_original(student_path, tmp_path):
     rows = {"image_id": ["a"], "uri": [str(path)], "split": ["train"]}
     boxes = pa.array([[[320.0, 0.0, 600.0, 400.0]]], pa.list_(pa.list_(pa.float32(), 4)))
     table = pa.table(rows).append_column("boxes", boxes)
-    scorer = StudentRegionScorer(student_path, "", PoolConfig(), batch_regions=8)
+    scorer = StudentRegionScorer(student_path, PoolConfig(), batch_regions=8)
     found = scorer(decode_batch(table, ImagesConfig(max_side=150))).to_pylist()[0]
     student = scorer.student
     with torch.no_grad():
         white = student(student.preprocess([np.full((8, 8, 3), 255, np.uint8)])).numpy()
     np.testing.assert_allclose(found["scores"], white[0], rtol=1e-3, atol=1e-3)
-
-
-def test_scores_are_read_from_many_files(tmp_path):
-    """Catches an index that confuses files, or that forgets what it closed."""
-    path = str(tmp_path / "student_scores-k")
-    expected = {}
-    for number in range(7):
-        rows = []
-        for i in range(3):
-            image_id = f"{number}-{i}"
-            expected[image_id] = np.full((1 + i, 2), 10 * number + i, np.float32)
-            rows.append(
-                {"image_id": image_id, "status": "ok", "scores": expected[image_id].ravel()}
-            )
-        table = pa.Table.from_pylist(rows, schema=STUDENT_SCORES_SCHEMA)
-        write_table(f"{path}/{number}.parquet", table)
-    storage.write_json(f"{path}/table.json", {"class_ids": [3, 5]})
-    scores = StudentScores(path)
-    for image_id in [*expected, *reversed(expected)]:
-        assert np.array_equal(scores.get(image_id), expected[image_id])
-    assert scores.get("none") is None
