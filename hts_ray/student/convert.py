@@ -12,35 +12,35 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from hts_ray.classes import ClassTable, hico_classes
+from hts_ray.classes import hico_classes
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
-from hts_ray.store.run import StageFolder
 from hts_ray.student.checkpoints import (
+    CLASSES,
     DESCRIPTION,
+    cpu_state,
     description_of,
     find_student,
     load_student,
     save_student,
-    student_fingerprint,
 )
-from hts_ray.student.model import Student, _model_cfg, _resolve_name
+from hts_ray.student.model import Student, model_config, resolve_name
+from hts_ray.student.model_card import CARD, model_card
 from hts_ray.student.official import HICO_CLASSES, official_checkpoint, read_official
 
 TOLERANCE = 1e-3
-CARD = "README.md"
 _ONNX_LIMIT = 2**31 - 2**24  # a protobuf's size, less the graph itself
-_LISTED_CLASSES = 20
 _Compute = Callable[[Tensor], Tensor]
 
 
@@ -133,7 +133,11 @@ def _write_safetensors(source: _Source, target: Path) -> _Written:
     """Write the student's own folder with a model card; it loads without any other file."""
     save_student(source.student, str(target), source.description.get("info"))
     (target / CARD).write_text(model_card(source.student, source.folder), encoding="utf-8")
-    return _Written(source.student, load_student(str(target)), notes=_python_notes(source.output))
+    notes = (
+        f"hts_ray.student.load_student({source.output!r})",
+        f"{storage.join(source.output, CARD)} is its model card: add what you know of the data",
+    )
+    return _Written(source.student, load_student(str(target)), notes=notes)
 
 
 def _write_hts(source: _Source, target: Path) -> _Written:
@@ -142,34 +146,20 @@ def _write_hts(source: _Source, target: Path) -> _Written:
     epochs = source.description.get("info", {}).get("epochs")
     epoch = max(0, epochs - 1) if isinstance(epochs, int) else 0
     torch.save(official_checkpoint(student, epoch), target)
-    with _csv(table, target) as classes:
-        again = read_official(str(target), classes)
+    again = read_official(str(target), table)
     notes = [f"hts import-checkpoint {source.output} --output DIR"]
     if table.fingerprint() != hico_classes().fingerprint():
-        notes[0] += f" --classes {storage.join(source.folder, 'classes.csv')}"
+        notes[0] += f" --classes {storage.join(source.folder, CLASSES)}"
         notes.append("the format names no classes, and these are not HICO's: keep their list")
     if len(table) != HICO_CLASSES:
         notes.append(f"the paper's code expects 600 classes (HICO), this student has {len(table)}")
     return _Written(student, again, notes=tuple(notes))
 
 
-@contextmanager
-def _csv(table: ClassTable, beside: Path) -> Iterator[str]:
-    path = beside.with_name("classes.csv")
-    table.to_csv(path)
-    yield str(path)
-    path.unlink()
-
-
 def _write_open_clip(source: _Source, target: Path) -> _Written:
     """Write the image tower's state dict and load it by open_clip's own function."""
-    import safetensors.torch
-
     student = source.student
-    state = {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in student.visual.state_dict().items()
-    }
+    state = cpu_state(student.visual)
     name, arguments = _open_clip_model(student)
     if student.config.feature_space == "backbone":
         # open_clip's towers always project, so this one projects by the identity.
@@ -192,8 +182,8 @@ def _open_clip_model(student: Student) -> tuple[str, dict[str, Any]]:
     """Return open_clip's name of the student's architecture and what to create it with."""
     others = "the formats safetensors and onnx hold every student"
     try:
-        name = _resolve_name(student.config)
-        plain = _model_cfg(name)
+        name = resolve_name(student.config)
+        plain = model_config(name)
     except ConfigError as error:
         raise ConfigError(
             f"open_clip has no model for this student ({error})",
@@ -320,204 +310,6 @@ def _export_graph(student: Student, target: Path) -> int:
         )
         program.save(target, external_data=False)
     return int(program.model.opset_imports[""])
-
-
-def model_card(student: Student, folder: str) -> str:
-    """Return the model card (Markdown) of the student that lies in `folder`.
-
-    It states what is recorded: settings, the run's teacher, and the metrics of those evaluations
-    in the student's run directory that measured this very student.
-    """
-    info = description_of(folder).get("info", {})
-    run_dir, _, name = folder.rpartition("/")
-    in_run = name.startswith("student-")
-    parts = [
-        _FRONT_MATTER,
-        _what_it_is(student),
-        _USE.format(size=student.image_size),
-        _classes_section(student.class_table),
-        _training_section(info, _provenance(run_dir) if in_run else {}),
-        _evaluation_section(list(_evaluations(run_dir, folder)) if in_run else []),
-        _LIMITS,
-        _licences_section(student, info),
-    ]
-    return "\n".join(parts)
-
-
-_FRONT_MATTER = """---
-library_name: hts_ray
-pipeline_tag: image-classification
-tags: [multi-label, zero-shot, clip, hts]
----
-"""
-
-_USE = """## Use
-
-```python
-from hts_ray.student import load_student
-
-student = load_student("this-folder")  # needs no network and runs no code from the folder
-logits = student(student.preprocess([pixels]))  # pixels: uint8 (H, W, 3), RGB; logits: (1, C)
-```
-
-Images are squashed to {size} x {size}, not cropped. `student.class_table.names[i]` names column i.
-"""
-
-_LIMITS = """## Limits
-
-- Logits rank images within a class and classes within an image. They are not probabilities, and
-  no threshold comes with them: choose one on data of your own.
-- It knows its classes only, and shares the mistakes and biases of the models and images that it
-  was made from. Do not use it to decide about people.
-"""
-
-
-def _what_it_is(student: Student) -> str:
-    space = student.config.feature_space
-    parameters = sum(value.numel() for value in student.parameters()) / 1e6
-    return f"""# A multi-label image classifier of {len(student.class_table)} classes
-
-A CLIP image encoder with one direction a class; a logit is {float(student.logit_scale):.4g} times
-the cosine of the image's features and the class's direction. It is a *student* of HTS
-(Heterogeneous Teacher-Student), made with hts_ray.
-
-| | |
-|---|---|
-| model | {_starting_point(student)} |
-| image size | {student.image_size} |
-| features | {student.classifier.shape[1]}, {space} space |
-| parameters | {parameters:.1f} million |
-"""
-
-
-def _starting_point(student: Student) -> str:
-    config = student.config
-    # A path of the machine that trained it says nothing to others.
-    name = Path(config.model).name if config.model.startswith("local-dir:") else config.model
-    pretrained = config.pretrained
-    return f"{name}, weights {Path(pretrained).name}" if pretrained else name
-
-
-def _classes_section(table: ClassTable) -> str:
-    hico = "HICO's 600 verb-object pairs" if table == hico_classes() else f"{len(table)} classes"
-    listed = "\n".join(f"- {name}" for name in table.names[:_LISTED_CLASSES])
-    more = len(table) - _LISTED_CLASSES
-    rest = f"\n- and {more} more\n" if more > 0 else "\n"
-    return f"## Classes\n\n{hico}; `classes.csv` lists all with ids and prompts.\n\n{listed}{rest}"
-
-
-def _training_section(info: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    lines = ["## Training", "", _labels_text(info, provenance), ""]
-    train = info.get("train", {})
-    if train.get("labels") != "none" and train:
-        optim = train.get("optim", {})
-        rows = {
-            "loss": train.get("loss"),
-            "epochs": info.get("epochs"),
-            "batch size": train.get("batch_size"),
-            "learning rate": optim.get("lr"),
-            "trained part": train.get("trainable"),
-            "seed": info.get("seed"),
-        }
-        lines += [
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in rows.items()),
-            "",
-        ]
-    versions = provenance.get("versions", {})
-    known = [f"{key} {versions[key]}" for key in ("hts_ray", "torch", "ray") if key in versions]
-    if known:
-        commit = provenance.get("git_commit")
-        lines += [f"Made with {', '.join(known)}{f', commit {commit}' if commit else ''}.", ""]
-    return "\n".join(lines)
-
-
-def _labels_text(info: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    imported = info.get("imported")
-    if imported:
-        return (
-            f"Imported from `{imported.get('file')}` (sha256 {imported.get('sha256')}), a"
-            " checkpoint of the paper's code. Its training is not recorded there."
-        )
-    labels = info.get("train", {}).get("labels")
-    if labels == "pseudo":
-        teacher = provenance.get("teacher_model")
-        said = f" ({teacher})" if teacher else ""
-        return (
-            f"Labels: pseudo-labels of a generative captioner{said}, filtered. No human label of an"
-            " image was used."
-        )
-    if labels == "annotations":
-        return "Labels: human annotations (supervised)."
-    if labels == "none":
-        return "None: zero-shot. The classifier holds the text embeddings of the class prompts."
-    return "Not recorded."
-
-
-def _evaluation_section(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    if not evaluations:
-        return "## Evaluation\n\nNone was found beside the student.\n"
-    lines = [
-        "## Evaluation",
-        "",
-        "HICO's protocol, mean average precision in %:",
-        "",
-        "| images | classes with a positive | mAP | known object | Few@1 | Few@5 | Few@10 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    names = ("mAP", "mAP_known_object", "few@1", "few@5", "few@10")
-    for result in evaluations:
-        cells = [str(result.get("num_images")), str(result.get("num_classes"))]
-        values = [result.get(name) for name in names]
-        cells += ["-" if value is None else f"{100 * value:.1f}" for value in values]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
-
-
-def _licences_section(student: Student, info: Mapping[str, Any]) -> str:
-    start = f"The weights it started from ({_starting_point(student)}) have terms of their own."
-    if student.config.model.startswith("builtin:"):
-        start = "The model it started from ships with hts_ray, under Apache-2.0."
-    if "imported" in info:
-        start = "The checkpoint that it was imported from has terms of its own."
-    return (
-        f"## Licences\n\n{start} The training images and the teacher may have others: check them"
-        " all before you use or pass on this model. This card grants nothing; hts_ray itself is"
-        " under Apache-2.0.\n"
-    )
-
-
-def _provenance(run_dir: str) -> Mapping[str, Any]:
-    path = storage.join(run_dir, "provenance.json")
-    found = storage.read_json(path) if storage.exists(path) else {}
-    return found if isinstance(found, dict) else {}
-
-
-def _evaluations(run_dir: str, folder: str) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of finished evaluations that measured the student in `folder`."""
-    fingerprint = student_fingerprint(folder)
-    prefix = "evaluation-"
-    for name in storage.list_names(run_dir):
-        stage = StageFolder(run_dir, "evaluation", name[len(prefix) :])
-        if not name.startswith(prefix) or not stage.finished:
-            continue
-        metrics = storage.read_json(stage.file("metrics.json"))
-        measured = str(metrics.get("predictions", "")).rstrip("/").rsplit("/", 1)[-1]
-        # Names and not paths: a run may have been moved. Predictions know whose they are.
-        sidecar = storage.join(run_dir, measured, "table.json")
-        scored_by = storage.read_json(sidecar) if storage.exists(sidecar) else {}
-        if measured == folder.rsplit("/", 1)[-1] or (
-            scored_by.get("student_fingerprint") == fingerprint
-        ):
-            yield metrics
-
-
-def _python_notes(output: str) -> tuple[str, ...]:
-    return (
-        f"hts_ray.student.load_student({output!r})",
-        f"{storage.join(output, CARD)} is its model card: add what you know of the data",
-    )
 
 
 _WRITERS: dict[str, Callable[[_Source, Path], _Written]] = {

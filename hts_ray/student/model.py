@@ -134,8 +134,8 @@ def build_student(config: StudentConfig, class_table: ClassTable) -> Student:
     """
     import open_clip
 
-    name = _resolve_name(config)
-    model_cfg = _model_cfg(name)
+    name = resolve_name(config)
+    model_cfg = model_config(name)
     _check_pretrained(config, name)
     if config.pretrained is not None and not name.startswith((_LOCAL, _HUB)):
         tag = open_clip.get_pretrained_cfg(name, config.pretrained)
@@ -197,7 +197,7 @@ def source_fingerprint(config: StudentConfig) -> str:
 
     Raises ConfigError when they are not there.
     """
-    name = _resolve_name(config)
+    name = resolve_name(config)
     digest = hashlib.sha256()
     files: list[Path] = []
     if name.startswith(_LOCAL):
@@ -315,7 +315,7 @@ def checkpoint_activations(student: Student) -> None:
         ) from error
 
 
-def _resolve_name(config: StudentConfig) -> str:
+def resolve_name(config: StudentConfig) -> str:
     """Return open_clip's name of the model: a known name, `hf-hub:...` or `local-dir:PATH`."""
     import open_clip
 
@@ -348,7 +348,8 @@ def _resolve_name(config: StudentConfig) -> str:
     return name
 
 
-def _model_cfg(name: str) -> dict[str, Any]:
+def model_config(name: str) -> dict[str, Any]:
+    """Return open_clip's description of a model; ConfigError when it cannot be read."""
     import open_clip
 
     try:

@@ -32,12 +32,14 @@ from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
-from hts_ray.student.checkpoints import DESCRIPTION, save_student
+from hts_ray.student.checkpoints import DESCRIPTION, cpu_state, save_student
 from hts_ray.student.model import Student, rebuild_student
 
 HICO_CLASSES = 600
 _MODULE, _VISUAL = "module.", "visual_encoder.visual."
 _HEAD_WIDTH = 64
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_LOG_SCALE = 10.0  # the paper's is 4.61; a plain factor of 100 must not pass for a logarithm
 # What the paper started from, by width, layers and patch; others have no name in open_clip.
 _KNOWN = {
@@ -82,10 +84,10 @@ def import_checkpoint(file: str, output: str, classes: str | None = None) -> dic
     }
 
 
-def read_official(file: str, classes: str | None = None) -> Student:
+def read_official(file: str, classes: str | ClassTable | None = None) -> Student:
     """Return the student in a checkpoint of the paper's code, in evaluation mode on the CPU.
 
-    Arguments and errors are those of `import_checkpoint`.
+    Arguments and errors are those of `import_checkpoint`; a class table may be given as it is.
     """
     return _student(_load(file), file, classes)
 
@@ -103,10 +105,7 @@ def official_checkpoint(student: Student, epoch: int = 0) -> dict[str, Any]:
             value="hts",
             remedy=f"{reason}; the formats safetensors and onnx hold every student",
         )
-    state = {
-        _VISUAL + name: value.detach().cpu().contiguous().clone()
-        for name, value in student.visual.state_dict().items()
-    }
+    state = {_VISUAL + name: value for name, value in cpu_state(student.visual).items()}
     state["classifier"] = student.classifier.detach().cpu().contiguous().clone()
     state["logit_scale"] = student.logit_scale.detach().cpu().log()
     optimizer: dict[str, Any] = {"state": {}, "param_groups": []}
@@ -175,7 +174,7 @@ def _begins(file: str) -> bytes:
         return bytes(stream.read(2))
 
 
-def _student(content: Mapping[str, Any], file: str, classes: str | None) -> Student:
+def _student(content: Mapping[str, Any], file: str, classes: str | ClassTable | None) -> Student:
     state = _tensors(content["model_state_dict"], file)
     visual = {k[len(_VISUAL) :]: state.pop(k) for k in list(state) if k.startswith(_VISUAL)}
     _check_names(state, visual, file)
@@ -190,8 +189,6 @@ def _student(content: Mapping[str, Any], file: str, classes: str | None) -> Stud
             f"{file}: the classifier has {classifier_CD.shape[1]} columns for {features} features"
         )
     class_table = _class_table(len(classifier_CD), file, classes)
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
     try:
         config = StudentConfig.model_validate(
             {
@@ -206,8 +203,8 @@ def _student(content: Mapping[str, Any], file: str, classes: str | None) -> Stud
             class_table,
             model_cfg=model_cfg,
             image_size=size,
-            image_mean=OPENAI_DATASET_MEAN,
-            image_std=OPENAI_DATASET_STD,
+            image_mean=CLIP_MEAN,
+            image_std=CLIP_STD,
             state={
                 **{f"visual.{name}": value for name, value in visual.items()},
                 "classifier": classifier_CD,
@@ -318,7 +315,7 @@ def _architecture(visual: Mapping[str, Tensor], file: str) -> tuple[str, dict[st
     return f"ViT of width {width}, {layers} layers, patch {patch}", model_cfg, grid * patch
 
 
-def _class_table(count: int, file: str, classes: str | None) -> ClassTable:
+def _class_table(count: int, file: str, classes: str | ClassTable | None) -> ClassTable:
     if classes is None:
         if count == HICO_CLASSES:
             return hico_classes()
@@ -326,11 +323,11 @@ def _class_table(count: int, file: str, classes: str | None) -> ClassTable:
             field="--classes",
             remedy=f"{file} has {count} classes and no names: give the CSV file of its class list",
         )
-    class_table = load_class_table(classes)
+    class_table = load_class_table(classes) if isinstance(classes, str) else classes
     if len(class_table) != count:
         raise ConfigError(
             field="--classes",
-            value=classes,
+            value=classes if isinstance(classes, str) else None,
             remedy=f"it lists {len(class_table)} classes, {file} has {count}",
         )
     return class_table
@@ -338,7 +335,6 @@ def _class_table(count: int, file: str, classes: str | None) -> ClassTable:
 
 def _obstacle(student: Student) -> str | None:
     """Return why the paper's format cannot hold this student, or None."""
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip.model import CLIPVisionCfg
 
     given = asdict(CLIPVisionCfg(**student.model_cfg["vision_cfg"]))
@@ -348,7 +344,7 @@ def _obstacle(student: Student) -> str | None:
             "timm_model_pretrained"}  # fmt: skip
     other = [key for key in plain if key not in free and given[key] != plain[key]]
     scale = float(student.logit_scale)
-    expected = torch.tensor([OPENAI_DATASET_MEAN, OPENAI_DATASET_STD])
+    expected = torch.tensor([CLIP_MEAN, CLIP_STD])
     found = torch.stack([student.image_mean, student.image_std]).cpu()
     reason = None
     if "timm_model_name" in other or not isinstance(given["layers"], int):

@@ -19,6 +19,7 @@ from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student, student_fingerprint
 from hts_ray.student.convert import export_student
 from hts_ray.student.model import Student, _empty_tower, build_student
+from hts_ray.student.model_card import model_card
 from hts_ray.student.official import import_checkpoint
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -249,7 +250,7 @@ def test_cards_say_where_the_labels_came_from(color_table, tmp_path):
     }
     for name, (info, words) in cases.items():
         save_student(student, str(tmp_path / name), info)
-        card = export.model_card(student, str(tmp_path / name))
+        card = model_card(student, str(tmp_path / name))
         assert words in card
         assert "No human label" not in card
 
