@@ -1,63 +1,32 @@
 """Every setting of every stage, typed, and how a configuration is put together."""
 
-from hts_ray.config.sections import (
-    AugmentConfig,
-    CaptionConfig,
-    ClassesConfig,
-    ExportConfig,
-    FeaturesConfig,
-    FilterConfig,
-    HtsConfig,
-    ImagesConfig,
-    LabelConfig,
-    OptimConfig,
-    PoolConfig,
-    PredictConfig,
-    PrepareConfig,
-    RangeConfig,
-    RayConfig,
-    RegionsConfig,
-    ScoreConfig,
-    Section,
-    SelfTrainingConfig,
-    StudentConfig,
-    SweepConfig,
-    TeacherConfig,
-    TrainConfig,
-    load_config,
-    override,
-    parse_config,
-    preset_names,
-    walk_fields,
-)
-
-__all__ = [
-    "AugmentConfig",
-    "CaptionConfig",
-    "ClassesConfig",
-    "ExportConfig",
-    "FeaturesConfig",
-    "FilterConfig",
-    "HtsConfig",
-    "ImagesConfig",
-    "LabelConfig",
-    "OptimConfig",
-    "PoolConfig",
-    "PredictConfig",
-    "PrepareConfig",
-    "RangeConfig",
-    "RayConfig",
-    "RegionsConfig",
-    "ScoreConfig",
-    "Section",
-    "SelfTrainingConfig",
-    "StudentConfig",
-    "SweepConfig",
-    "TeacherConfig",
-    "TrainConfig",
-    "load_config",
-    "override",
-    "parse_config",
-    "preset_names",
-    "walk_fields",
-]
+from hts_ray.config.fields import Section as Section
+from hts_ray.config.fields import Setting as Setting
+from hts_ray.config.fields import walk_settings as walk_settings
+from hts_ray.config.load import find_setting as find_setting
+from hts_ray.config.load import load_config as load_config
+from hts_ray.config.load import override as override
+from hts_ray.config.load import parse_config as parse_config
+from hts_ray.config.load import preset_names as preset_names
+from hts_ray.config.load import walk_fields as walk_fields
+from hts_ray.config.sections import AugmentConfig as AugmentConfig
+from hts_ray.config.sections import CaptionConfig as CaptionConfig
+from hts_ray.config.sections import ClassesConfig as ClassesConfig
+from hts_ray.config.sections import ExportConfig as ExportConfig
+from hts_ray.config.sections import FeaturesConfig as FeaturesConfig
+from hts_ray.config.sections import FilterConfig as FilterConfig
+from hts_ray.config.sections import HtsConfig as HtsConfig
+from hts_ray.config.sections import ImagesConfig as ImagesConfig
+from hts_ray.config.sections import LabelConfig as LabelConfig
+from hts_ray.config.sections import OptimConfig as OptimConfig
+from hts_ray.config.sections import PoolConfig as PoolConfig
+from hts_ray.config.sections import PredictConfig as PredictConfig
+from hts_ray.config.sections import PrepareConfig as PrepareConfig
+from hts_ray.config.sections import RangeConfig as RangeConfig
+from hts_ray.config.sections import RayConfig as RayConfig
+from hts_ray.config.sections import RegionsConfig as RegionsConfig
+from hts_ray.config.sections import SelfTrainingConfig as SelfTrainingConfig
+from hts_ray.config.sections import StudentConfig as StudentConfig
+from hts_ray.config.sections import SweepConfig as SweepConfig
+from hts_ray.config.sections import TeacherConfig as TeacherConfig
+from hts_ray.config.sections import TrainConfig as TrainConfig

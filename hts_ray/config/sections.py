@@ -1,59 +1,18 @@
-"""Every setting of every stage, once, typed; presets and dotted overrides on top.
+"""Every setting of every stage, declared once with its type, default, bounds and meaning.
 
-A configuration is built in three layers: the defaults below, a preset or a YAML file, and
-`a.b=value` overrides. Unknown keys and wrong values are refused before anything runs.
-Fields marked `execution()` say how a stage runs, not what it answers, and stay out of the
-settings hash that names its output folder.
+A field marked `execution()` says how a stage runs, not what it answers. It stays out of the
+settings hash that names the stage's output folder.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-from hts_ray.errors import ConfigError
-
-_EXECUTION = "execution"
-_PRESETS = Path(__file__).parent / "presets"
-_MOST_VALUES = 100_000  # of a settings file, aliases written out
-
-
-def execution(default: Any, **constraints: Any) -> Any:
-    """Declare a field that changes how a stage runs but not what it answers."""
-    return Field(default, json_schema_extra={_EXECUTION: True}, **constraints)
-
-
-class Section(BaseModel):
-    """A group of settings: unknown keys are errors, values are immutable once set."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def answer_settings(self) -> dict[str, Any]:
-        """Return the settings that change the stage's answer, JSON-able, for hashing."""
-        result: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get(_EXECUTION):
-                continue
-            value = getattr(self, name)
-            if isinstance(value, Section):
-                result[name] = value.answer_settings()
-            else:
-                result[name] = json.loads(json.dumps(value, default=str))
-        return result
+from hts_ray.config.fields import Section, execution
 
 
 class ClassesConfig(Section):
@@ -420,10 +379,9 @@ class TrainConfig(Section):
     soft_labels: bool = Field(
         False, description="a positive pseudo-label weighs its probability in the loss"
     )
-    validation_split: str | None = Field(
+    validation_split: str | None = execution(
         None,
         description="annotated split whose mAP is measured while training; it changes nothing else",
-        json_schema_extra={_EXECUTION: True},
     )
     validate_every: int = execution(1, ge=1, description="epochs between these measurements")
     loss: Literal["lse_sign", "bce", "weighted_bce", "focal", "asl"] = "lse_sign"
@@ -693,182 +651,3 @@ class HtsConfig(Section):
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML that `--config` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def preset_names() -> list[str]:
-    """Return the names of the packaged presets."""
-    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
-
-
-def load_config(
-    *,
-    preset: str | None = None,
-    file: str | None = None,
-    overrides: Sequence[str] = (),
-    extra: Mapping[str, Any] | None = None,
-) -> HtsConfig:
-    """Build a configuration from a preset, a YAML file and `a.b=value` overrides, in this order.
-
-    `extra` is a nested mapping applied last (command-line options such as --run-dir). Raises
-    ConfigError naming field, value and remedy.
-    """
-    values: dict[str, Any] = {}
-    if preset is not None:
-        _merge(values, _read_preset(preset))
-    if file is not None:
-        _merge(values, _read_yaml(file))
-    for override in overrides:
-        _merge(values, _parse_override(override))
-    _merge(values, extra or {})
-    return parse_config(values)
-
-
-def parse_config(values: Mapping[str, Any]) -> HtsConfig:
-    """Validate nested values; ConfigError naming every wrong field, its value and the remedy."""
-    try:
-        return HtsConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
-
-
-def override(config: HtsConfig, values: Mapping[str, Any]) -> HtsConfig:
-    """Return the configuration with nested values changed and everything validated again."""
-    merged = config.model_dump()
-    _merge(merged, values)
-    return parse_config(merged)
-
-
-def _read_preset(name: str) -> dict[str, Any]:
-    names = preset_names()
-    if name not in names:
-        raise ConfigError(
-            field="--preset",
-            value=name,
-            remedy=f"choose one of {', '.join(names)}{_nearest_hint(name, names)}",
-        )
-    return _read_yaml(str(_PRESETS / f"{name}.yaml"))
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    from hts_ray.store import storage  # the filesystems load slowly, and shells complete settings
-
-    try:
-        value = yaml.safe_load(storage.read_bytes(path).decode("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(field="--config", value=path, remedy="no such file") from None
-    # Of dates and numbers that are none PyYAML raises ValueError, of deep nesting RecursionError.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(
-            field="--config", value=path, remedy=f"not readable as YAML: {error}"
-        ) from None
-    if value is None:
-        return {}
-    if _is_endless(value):
-        raise ConfigError(
-            field="--config", value=path, remedy="its aliases repeat each other: write them out"
-        )
-    if not isinstance(value, dict):
-        raise ConfigError(
-            field="--config",
-            value=path,
-            remedy="the file must hold `section:` keys, see --print-config",
-        )
-    return value
-
-
-def _is_endless(value: Any) -> bool:
-    """Tell whether aliases (`&a [*a, *a]`) make more of a small file than anybody has settings."""
-    waiting, seen = [value], 0
-    while waiting:
-        inner = waiting.pop()
-        if isinstance(inner, Mapping | list):
-            waiting.extend(inner.values() if isinstance(inner, Mapping) else inner)
-            seen += len(inner)
-        if seen > _MOST_VALUES:
-            return True
-    return False
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise ConfigError(field="override", value=override, remedy="write it as section.name=value")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except (ValueError, RecursionError, yaml.YAMLError):
-        value = text
-    if isinstance(value, str):
-        value = _number(value)
-    for key in reversed(keys):
-        value = {key: value}
-    assert isinstance(value, dict)
-    return value
-
-
-def _number(text: str) -> str | float:
-    """Read what YAML 1.1 leaves as text, such as 1e-4, as the number that users mean."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
-    for key, value in source.items():
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            _merge(target[key], value)
-        elif isinstance(value, Mapping):
-            target[key] = {}
-            _merge(target[key], value)
-        else:
-            target[key] = value
-
-
-def _describe(item: Mapping[str, Any]) -> str:
-    """Turn one of pydantic's findings into field, value and remedy."""
-    location = [str(part) for part in item["loc"]]
-    field = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        section, key = _section_at(location[:-1]), location[-1]
-        names = list(section.model_fields) if section else []
-        elsewhere = [] if names and difflib.get_close_matches(key, names) else _fields_named(key)
-        hint = _nearest_hint(key, names) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
-        known = f"known here: {', '.join(names)}" if names else ""
-        return f"{field}: unknown setting{hint} ({known})"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] in {"missing", "model_type", "value_error"}:
-        return f"{field}: {message}"
-    return f"{field} = {item.get('input')!r}: {message}"
-
-
-def _nearest_hint(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _section_at(location: Sequence[str]) -> type[Section] | None:
-    section: type[Section] = HtsConfig
-    for part in location:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
-            return None
-        section = annotation
-    return section
-
-
-def walk_fields(
-    section: type[Section] = HtsConfig, prefix: str = ""
-) -> Iterator[tuple[str, str, Any]]:
-    """Yield (dotted name, description, default) of every setting."""
-    for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from walk_fields(annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field.description or "", field.get_default()
-
-
-def _fields_named(name: str) -> list[str]:
-    dotted = [field for field, _, _ in walk_fields()]
-    return [field for field in dotted if field.split(".")[-1] == name]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from hts_ray.classes import ClassTable, load_class_table
@@ -52,10 +50,7 @@ class Run:
         """
         run_dir = self.config.run_dir
         storage.write_bytes(storage.join(run_dir, "config.yaml"), self.config.to_yaml().encode())
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / "classes.csv"
-            self.class_table.to_csv(local)
-            storage.write_bytes(storage.join(run_dir, "classes.csv"), local.read_bytes())
+        self.class_table.to_csv(storage.join(run_dir, "classes.csv"))
         path = storage.join(run_dir, "provenance.json")
         earlier = storage.read_json(path) if storage.exists(path) else {}
         made_by = {
@@ -72,13 +67,7 @@ class Run:
 
 def open_run(config: HtsConfig) -> Run:
     """Load the classes of a configuration."""
-    source, ids = config.classes.source, config.classes.ids
-    if not storage.is_remote(source):
-        return Run(config, load_class_table(source, ids))
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "classes.csv"
-        local.write_bytes(storage.read_bytes(source))
-        return Run(config, load_class_table(str(local), ids))
+    return Run(config, load_class_table(config.classes.source, config.classes.ids))
 
 
 @dataclass(frozen=True)

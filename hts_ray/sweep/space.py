@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from hts_ray.config import HtsConfig, RangeConfig, Section, override, walk_fields
+from hts_ray.config import HtsConfig, RangeConfig, find_setting, override, walk_fields
 from hts_ray.errors import ConfigError
 from hts_ray.labels import stage as filtering
 from hts_ray.labels.select import Aggregation
@@ -306,26 +306,14 @@ def field_of(name: str) -> FieldInfo | None:
 
     ConfigError for a setting that says how a stage runs and not what it answers.
     """
-    section: Any = HtsConfig
-    info: FieldInfo | None = None
-    for part in name.split("."):
-        if not _is_section(section):
-            return None
-        info = section.model_fields.get(part)
-        if info is None:
-            return None
-        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("execution"):
-            raise ConfigError(
-                field="sweep.space",
-                value=name,
-                remedy="it says how a stage runs, not what it answers",
-            )
-        section = info.annotation
-    return None if _is_section(section) else info
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+    setting = find_setting(name)
+    if setting is None or setting.section is not None:
+        return None
+    if setting.execution:
+        raise ConfigError(
+            field="sweep.space", value=name, remedy="it says how a stage runs, not what it answers"
+        )
+    return setting.info
 
 
 def value_of(config: HtsConfig, name: str) -> Any:

@@ -1,0 +1,173 @@
+"""How a configuration is put together: a preset, then a YAML file, then `a.b=value` overrides.
+
+Unknown keys and wrong values are refused before anything runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from hts_ray.config.fields import Section, Setting, walk_settings
+from hts_ray.config.sections import HtsConfig
+from hts_ray.errors import ConfigError
+from hts_ray.store import storage
+
+_PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Return the names of the packaged presets."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+def load_config(
+    *,
+    preset: str | None = None,
+    file: str | None = None,
+    overrides: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> HtsConfig:
+    """Build a configuration from a preset, a YAML file and `a.b=value` overrides, in this order.
+
+    `extra` is a nested mapping applied last (command-line options such as --run-dir). Raises
+    ConfigError naming field, value and remedy.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        _merge(values, _read_preset(preset))
+    if file is not None:
+        _merge(values, _read_yaml(file))
+    for override in overrides:
+        _merge(values, _parse_override(override))
+    _merge(values, extra or {})
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> HtsConfig:
+    """Validate nested values; ConfigError naming every wrong field, its value and the remedy."""
+    try:
+        return HtsConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
+
+
+def override(config: HtsConfig, values: Mapping[str, Any]) -> HtsConfig:
+    """Return the configuration with nested values changed and everything validated again."""
+    merged = config.model_dump()
+    _merge(merged, values)
+    return parse_config(merged)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(
+            field="--preset",
+            value=name,
+            remedy=f"choose one of {', '.join(names)}{_nearest_hint(name, names)}",
+        )
+    return _read_yaml(str(_PRESETS / f"{name}.yaml"))
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(storage.read_bytes(path).decode("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(field="--config", value=path, remedy="no such file") from None
+    # Of dates and numbers that are none PyYAML raises ValueError, of deep nesting RecursionError.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(
+            field="--config", value=path, remedy=f"not readable as YAML: {error}"
+        ) from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            field="--config",
+            value=path,
+            remedy="the file must hold `section:` keys, see --print-config",
+        )
+    return value
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(field="override", value=override, remedy="write it as section.name=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except (ValueError, RecursionError, yaml.YAMLError):
+        value = text
+    if isinstance(value, str):
+        value = _number(value)
+    for key in reversed(keys):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _number(text: str) -> str | float:
+    """Read what YAML 1.1 leaves as text, such as 1e-4, as the number that users mean."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        elif isinstance(value, Mapping):
+            target[key] = {}
+            _merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def _describe(item: Mapping[str, Any]) -> str:
+    """Turn one of pydantic's findings into field, value and remedy."""
+    location = [str(part) for part in item["loc"]]
+    field = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        sections = {found.name: found.section for found in walk_settings(HtsConfig)}
+        section = {**sections, "": HtsConfig}.get(".".join(location[:-1]))
+        names = list(section.model_fields) if section else []
+        return f"{field}: unknown setting{_unknown_hint(location[-1], names)}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] in {"missing", "model_type", "value_error"}:
+        return f"{field}: {message}"
+    return f"{field} = {item.get('input')!r}: {message}"
+
+
+def _unknown_hint(key: str, names: Sequence[str]) -> str:
+    """Return the nearest known name, of this section's `names` or of any other section."""
+    elsewhere = [name for name, _, _ in walk_fields() if name.split(".")[-1] == key]
+    hint = _nearest_hint(key, names) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
+    return hint + (f" (known here: {', '.join(names)})" if names else "")
+
+
+def _nearest_hint(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def find_setting(name: str) -> Setting | None:
+    """Return the setting or section of a dotted name, None when there is none."""
+    return next((found for found in walk_settings(HtsConfig) if found.name == name), None)
+
+
+def walk_fields(
+    section: type[Section] = HtsConfig, prefix: str = ""
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield (dotted name, description, default) of every setting."""
+    for found in walk_settings(section, prefix):
+        if found.section is None:
+            yield found.name, found.description, found.info.get_default()
