@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from hts_ray.cli.commands import complete_command
-from hts_ray.config import HtsConfig, preset_names, walk_fields
+from hts_ray.config import find_setting, preset_names, walk_fields
 
 
 class Place(click.types.StringParamType):
@@ -90,13 +90,10 @@ def _matching(values: Iterable[str], incomplete: str) -> list[CompletionItem[str
 
 def _values(dotted: str) -> list[str]:
     """Return the values of a setting that has only a few, else its default, as they are written."""
-    section: Any = HtsConfig
-    *parents, name = dotted.split(".")
-    for parent in parents:
-        section = section.model_fields[parent].annotation
-    field = section.model_fields[name]
-    few = list(dict.fromkeys(_choices(field.annotation)))
-    default = field.get_default()
+    setting = find_setting(dotted)
+    assert setting is not None
+    few = list(dict.fromkeys(_choices(setting.info.annotation)))
+    default = setting.info.get_default()
     if isinstance(default, list | tuple | dict):
         return [*few, "{" if isinstance(default, dict) else "["]
     shown = default if isinstance(default, str) else json.dumps(default)
