@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from hts_ray import errors
 from hts_ray.config import ImagesConfig
+from hts_ray.engine.compat import committed_writes, written_by
 from hts_ray.engine.deaths import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.errors import DataError, UserError
 from hts_ray.images.decode import DecodedImage
@@ -292,11 +293,7 @@ def rows_per_block(rows: int, batch: int, largest: int = 1024) -> int:
 
 def committed_names(stage: StageFolder) -> set[str]:
     """Return the names, without suffix, under which Ray's checkpoint has committed writes."""
-    return {
-        name.removesuffix(".parquet")
-        for name in storage.list_names(stage.file(CHECKPOINT))
-        if name.endswith(".parquet") and not name.endswith(".pending.parquet")
-    }
+    return committed_writes(storage.list_names(stage.file(CHECKPOINT)))
 
 
 def data_files(stage: StageFolder, name: str | None = None) -> list[str]:
@@ -304,13 +301,8 @@ def data_files(stage: StageFolder, name: str | None = None) -> list[str]:
     return [
         stage.file(file)
         for file in storage.list_names(stage.path)
-        if file.endswith(".parquet") and name in {None, _write_of(file)}
+        if file.endswith(".parquet") and name in {None, written_by(file)}
     ]
-
-
-def _write_of(file: str) -> str:
-    """Return the write that made a data file: NAME of `NAME-0.parquet`."""
-    return file.rpartition("-")[0]
 
 
 def committed_rows(stage: StageFolder) -> int:
@@ -323,7 +315,7 @@ def remove_uncommitted(stage: StageFolder) -> None:
     """Remove data whose write was not committed: a worker may outlive a killed driver."""
     committed = committed_names(stage)
     for path in data_files(stage):
-        if _write_of(path.rpartition("/")[2]) not in committed:
+        if written_by(path.rpartition("/")[2]) not in committed:
             filesystem, inner = storage.resolve(path)
             filesystem.delete_file(inner)
 

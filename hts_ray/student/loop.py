@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 
 from hts_ray.config import TrainConfig
+from hts_ray.engine.compat import forget_accelerator
 from hts_ray.engine.image_pass import stack_pixels
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.errors import DataError
@@ -115,7 +116,6 @@ def _start(job: dict[str, Any]) -> _Worker:
     """Load the zero-shot student and hand it to Accelerate, which joins Ray's process group."""
     import ray.train
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
     config = TrainConfig.model_validate(job["config"])
     meter = Meter(**job["meter"])
@@ -123,7 +123,7 @@ def _start(job: dict[str, Any]) -> _Worker:
     if job["local"] is not None:
         # The driver's process may have trained with other settings, and its threads would fight
         # with the processes that decode; Ray limits a worker's own threads likewise.
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerator()
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.use_gpu)
     student = load_student(job["initial"])

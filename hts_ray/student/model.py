@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import OptimConfig, StudentConfig
+from hts_ray.engine.compat import build_image_tower
 from hts_ray.engine.image_pass import Pixels, squash
 from hts_ray.errors import ConfigError
 from hts_ray.teacher.builtin import BUILTIN, builtin_folder
@@ -172,7 +173,7 @@ def rebuild_student(
 
     Raises KeyError, RuntimeError, TypeError or ValueError when they do not fit each other.
     """
-    visual = _empty_tower(model_cfg)
+    visual = build_image_tower(model_cfg)
     if config.feature_space == "backbone":
         visual.proj = None
     _fit_tower(visual, image_size)
@@ -460,20 +461,6 @@ def _in_feature_space(
     visual.proj = None
     # The cosine with proj @ text: (f proj) . t = f . (proj t)
     return visual, texts_CE @ projection_DE.detach().float().T
-
-
-def _empty_tower(model_cfg: dict[str, Any]) -> Any:
-    """Build the image tower alone: a text tower might ask the hub for its configuration."""
-    import open_clip  # noqa: F401 - the submodule below is not importable by itself
-    from open_clip.model import _build_vision_tower
-
-    vision_cfg = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
-    visual = _build_vision_tower(
-        model_cfg["embed_dim"], vision_cfg, bool(model_cfg.get("quick_gelu", False))
-    )
-    if hasattr(visual, "output_tokens"):
-        visual.output_tokens = False
-    return visual
 
 
 def _fit_tower(visual: Any, size: int | None) -> int:

@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from hts_ray.engine.compat import TRAIN_SNAPSHOT
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
 from hts_ray.student.checkpoints import state_bytes
@@ -27,7 +28,6 @@ from hts_ray.student.optimizer import Optimizer
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 KEPT_CHECKPOINTS = 2
 _FILES = (MODEL, OPTIMIZER, STATE)
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # what Ray Train reads its checkpoints from
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def find_unlisted(folder: str) -> str | None:
     Ray Train writes its list of checkpoints in place. A full disk or a kill at that moment leaves a
     part of it, over which every later start would fail: such a list is removed.
     """
-    path = storage.join(folder, _SNAPSHOT)
+    path = storage.join(folder, TRAIN_SNAPSHOT)
     if storage.exists(path):
         try:
             storage.read_json(path)
