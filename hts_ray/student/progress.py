@@ -21,7 +21,8 @@ from hts_ray.store import storage
 
 Progress = Callable[[Mapping[str, Any]], None]
 
-_INTERVAL_S = 2.0
+_INTERVAL_S = 2.0  # between the steps that are told
+_LOOK_S = 1.0
 
 
 def epoch_record(
@@ -101,7 +102,7 @@ def training_progress(
             last = steps
             progress(steps)
 
-    with ProgressPoller(look, interval=1.0):
+    with ProgressPoller(look, _LOOK_S):
         yield
 
 
