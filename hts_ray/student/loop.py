@@ -37,8 +37,6 @@ from hts_ray.student.resume import (
     Position,
     checkpoint_files,
     read_files,
-    read_local,
-    read_stored,
     restore,
     write_local,
 )
@@ -194,17 +192,9 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
             worker.steps.tell(epoch, done * worker.config.batch_size, loss_sum / images)
         if every is not None and done % every == 0 and done < worker.steps_per_epoch:
             loss_sum, images = worker.accelerator.reduce(totals.clone(), "sum").tolist()
-            _report_checkpoint(
-                worker,
-                Position(
-                    position.history,
-                    done,
-                    loss_sum,
-                    int(images),
-                    time.monotonic() - started,
-                    worker.world,
-                ),
-            )
+            seconds = time.monotonic() - started
+            within = (done, loss_sum, int(images), seconds, worker.world)
+            _report_checkpoint(worker, Position(position.history, *within))
     totals = worker.accelerator.reduce(totals, "sum")
     loss, images = float(totals[0]), int(totals[1])
     if not images:
@@ -389,13 +379,11 @@ def _resume(worker: _Worker) -> Position:
     import ray.train
 
     files = None
-    if worker.job["local"] is not None:
-        files = read_local(worker.job["local"])
-    elif (checkpoint := ray.train.get_checkpoint()) is not None:
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
-            files = read_files(Path(folder))
+            files = read_files(folder)
     elif worker.job["unlisted"] is not None:
-        files = read_stored(worker.job["unlisted"])
+        files = read_files(worker.job["unlisted"])
     if files is None:
         return Position(workers=worker.world)
     return restore(files, worker.optimizer, worker.accelerator.scaler, worker.world)

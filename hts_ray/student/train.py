@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -50,8 +49,8 @@ from hts_ray.student.resume import (
     MODEL,
     STATE,
     find_unlisted,
+    newest_whole,
     read_files,
-    read_local,
 )
 from hts_ray.student.targets import (
     Task,
@@ -266,18 +265,20 @@ def _fit(task: Task) -> dict[str, Any]:
             f"{error['message']}; images {', '.join(names)}: lower train.optim.lr, raise"
             " train.loss_temperature or set train.optim.grad_clip"
         )
-    if config.num_workers == 0:
-        files = read_local(job["local"])
-    else:
+    files = _last_checkpoint(job["local"], result)
+    history = json.loads(files[STATE])["history"]
+    return {"history": history, "rows": rows, "weights": files[MODEL]}
+
+
+def _last_checkpoint(local: str | None, result: Any) -> dict[str, bytes]:
+    """Return the files of a training's last checkpoint, which lies in `local` or in its result."""
+    if local is None:
         with result.checkpoint.as_directory() as folder:
-            files = read_files(Path(folder))
-    if files is None:
+            return read_files(folder)
+    place = newest_whole(local)
+    if place is None:
         raise UserError("training ended without a checkpoint: remove its folder and run it again")
-    return {
-        "history": json.loads(files[STATE])["history"],
-        "rows": rows,
-        "weights": files[MODEL],
-    }
+    return read_files(place)
 
 
 def _run_name(task: Task) -> str:
@@ -288,6 +289,7 @@ def _run_name(task: Task) -> str:
 def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
     """Return what every worker is told; `size` is the side at which images are kept."""
     config, stage, known = task.config, task.stage, task.validation
+    local = task.work_file("local") if config.num_workers == 0 else None
     counts_C = positive_counts(task.data.table["positive"], len(task.run.class_table))
     return {
         "config": config.model_dump(mode="json"),
@@ -302,8 +304,10 @@ def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
         "steps": task.work_file("steps.json"),
         "meter": asdict(Meter.of(stage, "train")),
         "curves": stage.file("curves"),
-        "local": task.work_file("local") if config.num_workers == 0 else None,
-        "unlisted": find_unlisted(task.work_file(_run_name(task))),
+        "local": local,  # Ray Train keeps no checkpoints of a training in this process
+        "unlisted": newest_whole(local)
+        if local
+        else find_unlisted(task.work_file(_run_name(task))),
     }
 
 
