@@ -15,23 +15,21 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors.torch
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
-from hts_ray.engine.image_pass import OK, Pixels, finish, image_dataset
+from hts_ray.engine.image_pass import OK, finish, image_dataset
 from hts_ray.engine.run import Stage
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
+from hts_ray.store.aliases import FloatArray, ImagesDone, Pixels
 from hts_ray.store.run import StageFolder, content_hash, finished_stages, settings_hash
 from hts_ray.store.tables import features_schema, read_table, require_unique_ids, write_table
 from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, student_fingerprint
-from hts_ray.student.pool import ImagesDone, StudentPass, StudentWorker
-
-FloatArray = npt.NDArray[np.float32]
+from hts_ray.student.pool import StudentPass, StudentWorker
 
 TABLE = "features"
 _INPUT = "_input"  # readers of tables leave out what starts so

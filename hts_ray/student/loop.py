@@ -22,7 +22,7 @@ import torch
 
 from hts_ray.config import TrainConfig
 from hts_ray.engine.compat import forget_accelerator
-from hts_ray.engine.image_pass import stack_pixels
+from hts_ray.engine.decoding import stack_pixels
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.errors import DataError
 from hts_ray.metrics import hico_average_precision, mean_average_precision

@@ -22,8 +22,9 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from hts_ray.classes import ClassTable
 from hts_ray.config import OptimConfig, StudentConfig
 from hts_ray.engine.compat import build_image_tower
-from hts_ray.engine.image_pass import Pixels, squash
+from hts_ray.engine.decoding import squash
 from hts_ray.errors import ConfigError
+from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.builtin import BUILTIN, builtin_folder
 
 Trainable = Literal["all", "head", "last"]

@@ -17,6 +17,7 @@ from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import settings_hash
 from hts_ray.store.tables import predictions_schema
 from hts_ray.student.checkpoints import (
@@ -25,7 +26,7 @@ from hts_ray.student.checkpoints import (
     find_student,
     student_fingerprint,
 )
-from hts_ray.student.pool import ImagesDone, StudentPass, StudentWorker
+from hts_ray.student.pool import StudentPass, StudentWorker
 
 
 def plan_predict(run: Run, student: str, manifest: Manifest) -> Stage:

@@ -19,8 +19,8 @@ from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluate import label_matrix
 from hts_ray.store import storage
+from hts_ray.store.aliases import TrainingTold
 from hts_ray.store.run import StageFolder, require_stage
-from hts_ray.student.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Task:
     data: TrainingSet
     validation: ValidationSet | None
     stage: StageFolder
-    progress: Progress | None
+    progress: TrainingTold | None
 
     @property
     def config(self) -> TrainConfig:

@@ -19,15 +19,13 @@ import safetensors.torch
 import torch
 
 from hts_ray.config import TrainConfig
-from hts_ray.engine.image_pass import (
-    data_context,
-    user_error,
-    users_mistakes_unwrapped,
-)
+from hts_ray.engine.image_pass import data_context
+from hts_ray.engine.mistakes import user_error, users_mistakes_unwrapped
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.store import storage
+from hts_ray.store.aliases import TrainingTold
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
 from hts_ray.student.augment import stored_size
 from hts_ray.student.checkpoints import DESCRIPTION, description_of, load_student, save_student
@@ -43,7 +41,7 @@ from hts_ray.student.model import (
     with_learnt_scale,
 )
 from hts_ray.student.optimizer import Optimizer, settings_loss
-from hts_ray.student.progress import Progress, training_progress
+from hts_ray.student.progress import training_progress
 from hts_ray.student.resume import (
     KEPT_CHECKPOINTS,
     MODEL,
@@ -83,7 +81,7 @@ def plan_train(run: Run, labels: pa.Table | None, validation: pa.Table | None = 
     )
     folder = run.stage("student", key)
 
-    def work(progress: Progress | None) -> object:
+    def work(progress: TrainingTold | None) -> object:
         return train_student(run, labels, folder, validation, progress)
 
     return Stage(folder, {"student": config.student.model, "labels": config.train.labels}, work)
@@ -94,7 +92,7 @@ def train_student(
     labels: pa.Table | None,
     stage: StageFolder,
     validation: pa.Table | None = None,
-    progress: Progress | None = None,
+    progress: TrainingTold | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a student on labels and publish it in `stage`; returns the stage's stats.
 

@@ -22,6 +22,7 @@ from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, content_hash, given_stage, require_stage, settings_hash
 from hts_ray.store.tables import read_table, trials_schema, write_table
 from hts_ray.student.model import source_fingerprint
@@ -154,7 +155,7 @@ def run_sweep(
     plan: Plan,
     *,
     on_trial: Callable[[Trial], None] | None = None,
-    on_features: Callable[[int, int, int], None] | None = None,
+    on_features: ImagesDone | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> StageFolder:
     """Run what is left of a sweep and publish it; a finished one is returned as it is.
@@ -204,7 +205,7 @@ def run_sweep(
 def load_data(
     plan: Plan,
     tell: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: ImagesDone | None = None,
 ) -> SweepData:
     """Compute the image features that are missing, and read everything that trials need."""
     from hts_ray.student.features import ensure_features

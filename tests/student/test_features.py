@@ -10,7 +10,7 @@ from crashes import crash_before_the_last_block
 from PIL import Image
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.store import storage
 from hts_ray.store.tables import features_schema, read_table, write_table

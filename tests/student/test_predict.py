@@ -9,7 +9,7 @@ import torch
 from crashes import crash_before_the_last_block
 
 from hts_ray.config import ImagesConfig, PoolConfig, PredictConfig
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import open_manifest
 from hts_ray.store import storage
