@@ -45,17 +45,10 @@ from hts_ray.student.head import head_logits
 from hts_ray.student.predict import score_images
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
+from hts_ray.sweep.data import SweepData, load_sweep_data, make_data
 from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
-from hts_ray.sweep.space import Space, build_space, nested
-from hts_ray.sweep.trial import (
-    SweepData,
-    fit_classifier,
-    load_sweep_data,
-    make_data,
-    pseudo_label,
-    run_trial,
-    trial_config,
-)
+from hts_ray.sweep.space import Space, build_space, nested, trial_config
+from hts_ray.sweep.trial import fit_classifier, pseudo_label, run_trial
 from hts_ray.teacher.stage import plan_label
 
 RESULTS = Path(__file__).parent / "results" / "objectives.json"
@@ -136,7 +129,7 @@ def open_world(config: HtsConfig, seed: int) -> World:
         images=open_manifest(manifest).rows(),
         flipped=True,
     )
-    data = load_sweep_data(run.config, run.class_table, scores.path, features.path, SPACE_SEED)
+    data = load_sweep_data(run.config, run.class_table, scores.path, features.path)
     space = build_space(run.config, scores.path)
     stored = read_feature_table(features.path)
     table = open_manifest(manifest).table

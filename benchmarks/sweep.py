@@ -51,8 +51,9 @@ from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import read_table, write_table
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
+from hts_ray.sweep.plan import plan_sweep
 from hts_ray.sweep.space import nested
-from hts_ray.sweep.stage import TRIALS_FILE, plan_sweep, run_sweep
+from hts_ray.sweep.stage import TRIALS_FILE, run_sweep
 from hts_ray.teacher.stage import plan_label
 
 RESULTS = Path(__file__).parent / "results" / "sweep.json"

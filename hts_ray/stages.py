@@ -22,7 +22,7 @@ and once for all of them by `start`.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
@@ -39,10 +39,12 @@ from hts_ray.labels.stage import plan_filter
 from hts_ray.report import Section, report_for_run, write_report
 from hts_ray.review.section import review_sections
 from hts_ray.store import storage
-from hts_ray.store.aliases import ImagesDone, TrainingTold
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 from hts_ray.student.targets import training_labels, validation_rows
 from hts_ray.teacher.stage import plan_label
+
+Progress = Callable[[int, int, int], None]
+TrainProgress = Callable[[Mapping[str, Any]], None]
 
 # The tables of a run, in the order in which its stages write them.
 TABLES = ("manifest", "region_scores", "pseudo_labels", "student", "predictions", "evaluation")
@@ -51,10 +53,10 @@ TABLES = ("manifest", "region_scores", "pseudo_labels", "student", "predictions"
 class Watch(Protocol):
     """Gives the callbacks that show how long stages go; `hts_ray.engine.console.Steps` is one."""
 
-    def images(self, title: str) -> ImagesDone:
+    def images(self, title: str) -> Progress:
         """Return a callback (done, total, quarantined) for a stage over images."""
 
-    def epochs(self, title: str, epochs: int) -> TrainingTold:
+    def epochs(self, title: str, epochs: int) -> TrainProgress:
         """Return a callback for the records of a training's epochs."""
 
 
@@ -161,8 +163,9 @@ def plan_training(
 
 def sweep(config: HtsConfig | Run, region_scores: StageFolder | str | None = None) -> StageFolder:
     """Try many settings of filter and training; `with_best` takes those that did best."""
+    from hts_ray.sweep.plan import plan_sweep  # torch loads slowly
     from hts_ray.sweep.progress import features_progress, sweep_progress  # torch loads slowly
-    from hts_ray.sweep.stage import plan_sweep, run_sweep  # torch loads slowly
+    from hts_ray.sweep.stage import run_sweep  # torch loads slowly
 
     run = _opened(config)
     plan = plan_sweep(run, found(run, region_scores, "region_scores", "label"))
@@ -310,7 +313,7 @@ def _path(given: StageFolder | str | None) -> str | None:
 
 
 def _on_ray(
-    plan: Stage, cluster: AbstractContextManager[None], shown: AbstractContextManager[ImagesDone]
+    plan: Stage, cluster: AbstractContextManager[None], shown: AbstractContextManager[Progress]
 ) -> StageFolder:
     """Do a stage's work on a cluster; a finished one needs none."""
     if plan.folder.finished:

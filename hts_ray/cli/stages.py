@@ -173,7 +173,7 @@ def _preview_train(run: Run, pseudo_labels: str | None, manifest: str | None) ->
     from hts_ray.student.train import estimate  # torch loads slowly
 
     plan, labels = stages.plan_training(run, pseudo_labels, manifest)
-    figures = estimate(run, labels)
+    figures = estimate(run.config.train, run.config.student, run.class_table, labels)
     print_mapping("plan", {"write": plan.folder.path, **readable(figures)})
 
 
@@ -266,8 +266,9 @@ def _preview_predict(run: Run, student: str, manifest: str | None) -> None:
 def sweep(settings: Settings, region_scores: str | None) -> None:
     """Try many settings of filter and training over one teacher pass, and keep the best."""
     from hts_ray.sweep.estimate import estimate
+    from hts_ray.sweep.plan import plan_sweep
     from hts_ray.sweep.progress import features_progress, print_sweep, sweep_progress
-    from hts_ray.sweep.stage import plan_sweep, run_sweep
+    from hts_ray.sweep.stage import run_sweep
 
     run = settings.open()
     plan = plan_sweep(run, stages.found(run, region_scores, "region_scores", "label"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -114,7 +113,7 @@ def _examine_cluster(config: HtsConfig, probe: str, names: Sequence[str]) -> lis
 
     cluster = joined_cluster(config.ray)
     facts, silent = _facts_of_all_nodes(probe, names)
-    url = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
+    url = ray._private.worker.global_worker.node.address_info.get("webui_url")
     return [
         Finding("cluster", "ok", f"{cluster}{', autoscaling' if cluster.autoscaling else ''}"),
         *silent,

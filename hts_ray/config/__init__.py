@@ -25,7 +25,7 @@ from hts_ray.config.sections import PrepareConfig as PrepareConfig
 from hts_ray.config.sections import RangeConfig as RangeConfig
 from hts_ray.config.sections import RayConfig as RayConfig
 from hts_ray.config.sections import RegionsConfig as RegionsConfig
-from hts_ray.config.sections import SelfTrainingConfig as SelfTrainingConfig
+from hts_ray.config.sections import ScoreConfig as ScoreConfig
 from hts_ray.config.sections import StudentConfig as StudentConfig
 from hts_ray.config.sections import SweepConfig as SweepConfig
 from hts_ray.config.sections import TeacherConfig as TeacherConfig

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.config import HtsConfig, PoolConfig, RayConfig, TrainConfig
-from hts_ray.engine.compat import autoscaler_status
 from hts_ray.errors import ConfigError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
@@ -95,6 +94,8 @@ def _reports_node_types(status: str | bytes | None) -> bool:
 def joined_cluster(config: RayConfig) -> Cluster:
     """Return the cluster that this process has joined."""
     import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
 
     rows = [
         {
@@ -105,7 +106,7 @@ def joined_cluster(config: RayConfig) -> Cluster:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return Cluster.of_nodes(rows, config, autoscaler_status())
+    return Cluster.of_nodes(rows, config, _internal_kv_get(DEBUG_AUTOSCALING_STATUS))
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def demands(config: HtsConfig, command: str) -> list[Demand]:
             found.append(_actors("label.pool", config.label.pool))
         elif stage == "predict":
             found.append(_students("predict.pool", config.predict.pool))
-        elif stage == "rounds":
-            found.append(_students("self_training.pool", config.self_training.pool))
+        elif stage == "score":
+            found.append(_students("score.pool", config.score.pool))
         elif stage == "train" and config.train.trainable == "head":
             found.append(_students("train.features.pool", config.train.features.pool))
         elif stage == "train":
@@ -166,10 +167,7 @@ def demands(config: HtsConfig, command: str) -> list[Demand]:
 
 def _stages(config: HtsConfig, command: str) -> tuple[str, ...]:
     """Return the stages with workers that a command runs."""
-    rounds = ("rounds",) if config.self_training.rounds else ()
-    if command in {"pipeline", "demo"}:
-        return ("label", "train", *rounds, "predict")
-    return ("train", "rounds") if command == "self-train" else (command,)
+    return ("label", "train", "predict") if command in {"pipeline", "demo"} else (command,)
 
 
 def _actors(section: str, pool: PoolConfig) -> Demand:

@@ -122,7 +122,7 @@ def command_cluster(
     Notes for the user are printed. Raises what `ray_cluster` and `check_joined` do.
     """
     pools = [config.label.pool, config.predict.pool]
-    pools += [config.train.features.pool, config.self_training.pool]
+    pools += [config.train.features.pool, config.score.pool]
     paths = [("--student", student)] if student else []
     with ray_cluster(config.ray, pools):
         for note in check_joined(config, command, paths, manifest=manifest, labels=labels):

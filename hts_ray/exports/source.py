@@ -15,13 +15,13 @@ from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
 from hts_ray.images.manifest import open_manifest
-from hts_ray.labels.stage import (
+from hts_ray.labels.evidence import (
     class_probabilities,
     iter_region_rows,
     kept_regions,
-    plan_filter,
     read_info,
 )
+from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, check_table, read_table
@@ -215,7 +215,7 @@ def supporting_regions(
     found = {}
     for row in iter_region_rows(path):
         wanted = [i for i in positives.get(row["image_id"], ()) if i in column]
-        keep = np.flatnonzero(kept_regions(row, config))
+        keep = np.flatnonzero(kept_regions(row["region_kinds"], row["margins"] or None, config))
         if not wanted or not len(keep):
             continue
         p_RC = class_probabilities(row["scores"][keep], info, config)

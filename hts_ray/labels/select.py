@@ -3,19 +3,17 @@
 Pure functions on arrays: regional probabilities, aggregated over an image's regions, and then a
 selection over all images at once. No annotation is used anywhere.
 
-Shapes: R regions of one image, C classes, N images, M null images or regions.
+Shapes: R regions of one image, C classes, N images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Normalize = Literal["softmax", "sigmoid"]
 Aggregation = Literal["max", "mean", "top_k_mean", "noisy_or"]
 FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
@@ -45,13 +43,8 @@ class Selection:
         """Sum the dropped candidates of all images, by reason."""
         return {name: int(self.reason_counts_N[name].sum(dtype=np.int64)) for name in REASONS}
 
-    def reasons(self) -> Iterator[dict[str, int]]:
-        """Yield each image's dropped candidates by reason, without zeros, for a map column."""
-        for row in self.reason_counts_N:
-            yield {name: int(row[name]) for name in REASONS if row[name]}
-
     def summary(self) -> dict[str, int | float]:
-        """Tell what needs no ground truth: how much was kept, and of how many classes.
+        """Return what needs no ground truth: how much was kept, and of how many classes.
 
         A good filter leaves few images and few classes without a positive while dropping much;
         `positives_per_image` far from what the images show says the thresholds are off.
@@ -70,79 +63,45 @@ class Selection:
         }
 
 
-def estimate_prior(log_likelihoods_MC: ArrayLike, minimum: float = -100.0) -> FloatArray:
-    """Estimate log P(t) (C,) in nats as the mean likelihood of each prompt over M null images.
-
-    `log_likelihoods_MC` in nats: of blank or noise images as in VisualGPTScore, or of a sample of
-    the unlabeled regions themselves, which also removes how common a class is in them.
-    `minimum` bounds the result from below, because a prior of -inf cannot be subtracted. ValueError
-    for NaN, +inf or no rows. Source: Lin et al. 2023, VisualGPTScore.
-    """
-    scores = _scores("log_likelihoods_MC", log_likelihoods_MC)
-    if not len(scores):
-        raise ValueError("log_likelihoods_MC has no rows: give at least one null image")
-    with np.errstate(under="ignore"):
-        total_C = np.logaddexp.reduce(scores.astype(np.float64), axis=0)
-    return np.asarray(np.maximum(total_C - np.log(len(scores)), minimum), dtype=scores.dtype)
-
-
 def region_probabilities(
     log_likelihoods_RC: ArrayLike,
     prior_C: ArrayLike | None = None,
     alpha: float = 0.0,
     temperature: float = 1.0,
-    *,
-    normalize: Normalize = "softmax",
-    bias_C: ArrayLike | None = None,
     null_score: float | None = None,
 ) -> FloatArray:
     """Probability (R, C) in [0, 1] of each class in each region.
 
-    The score in nats is s = log P(t|r) - alpha * log P(t) + bias: alpha 0 trusts the captioner,
-    alpha 1 removes all of its preference for frequent phrases. Then softmax(s / T) over the
-    classes, a competition, or sigmoid(s / T), each class for itself; log-likelihoods of prompts
-    are far below 0, so a sigmoid needs a `bias_C` (C,), or similarities as input.
-    `null_score`, softmax only, adds the option "none of these" with that score, so that a
-    region that matches nothing need not sum to 1; it too is in nats, on the scale of s.
+    The score in nats is s = log P(t|r) - alpha * log P(t): alpha 0 trusts the captioner, alpha 1
+    removes all of its preference for frequent phrases. The result is softmax(s / temperature) over
+    the classes. `null_score` adds the option "none of these" with that score, in nats on the scale
+    of s, so that the classes of a region that matches nothing need not sum to 1.
 
     `log_likelihoods_RC` (R, C) may hold -inf (probability 0; a softmax over nothing but -inf is 0
     throughout). The result is float32, or float64 for float64 input. Raises ValueError for NaN or
-    +inf, wrong shapes, a prior or bias that is not finite, alpha < 0, temperature <= 0.
+    +inf, wrong shapes, a prior that is not finite, alpha < 0, temperature <= 0.
     Source: Lin et al. 2023, VisualGPTScore (the score).
     """
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize = {normalize!r}: give one of {', '.join(get_args(Normalize))}")
     if not (np.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature = {temperature!r}: give a finite number above 0")
     if not (np.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha = {alpha!r}: give a finite number of at least 0 (0 is no prior)")
-    if null_score is not None and (normalize != "softmax" or not np.isfinite(null_score)):
-        raise ValueError(
-            f"null_score = {null_score!r} with normalize = {normalize!r}:"
-            " give a finite number, with softmax, or None"
-        )
+    if null_score is not None and not np.isfinite(null_score):
+        raise ValueError(f"null_score = {null_score!r}: give a finite number, or None")
     scores = _scores("log_likelihoods_RC", log_likelihoods_RC)
     if alpha > 0:
         if prior_C is None:
             raise ValueError(f"alpha = {alpha!r} without prior_C: give log P(t), or alpha 0")
-        scores = scores - float(alpha) * _per_class("prior_C", prior_C, scores)
-    if bias_C is not None:
-        scores = scores + _per_class("bias_C", bias_C, scores)
+        scores = scores - float(alpha) * _checked_prior(prior_C, scores)
     with np.errstate(over="ignore", under="ignore"):
         scaled_RC = scores / float(temperature)
         if np.isposinf(scaled_RC).any():
             raise ValueError(f"temperature = {temperature!r}: too small, the scores overflow")
-        if normalize == "sigmoid":
-            # exp(-log(1 + exp(-z))): neither end overflows, and small values keep their digits.
-            return np.asarray(np.exp(-np.logaddexp(0.0, -scaled_RC)), dtype=scaled_RC.dtype)
         return _softmax(scaled_RC, None if null_score is None else null_score / temperature)
 
 
 def aggregate(
-    probabilities_RC: ArrayLike,
-    method: Aggregation = "max",
-    top_k: int = 2,
-    region_weights: ArrayLike | None = None,
+    probabilities_RC: ArrayLike, method: Aggregation = "max", top_k: int = 2
 ) -> FloatArray:
     """Probability (C,) in [0, 1] of each class in the image, from its R >= 1 regions.
 
@@ -151,8 +110,6 @@ def aggregate(
     1 - prod(1 - p), that not all regions err; many weak regions add up, so it suits few regions.
     For the same input noisy_or >= max >= top_k_mean >= mean, up to rounding.
 
-    `region_weights` (R,) in [0, 1] is the trust in each region and multiplies its probabilities
-    whatever the method; a region of weight 0 still counts in a mean, so leave it out instead.
     Raises ValueError for no regions, values outside [0, 1], an unknown method or top_k < 1.
     """
     probabilities = _probabilities("probabilities_RC", probabilities_RC)
@@ -162,14 +119,6 @@ def aggregate(
         raise ValueError(f"method = {method!r}: give one of {', '.join(get_args(Aggregation))}")
     if top_k < 1:
         raise ValueError(f"top_k = {top_k!r}: give at least 1")
-    if region_weights is not None:
-        weights_R = _probabilities("region_weights", region_weights, dimensions=1)
-        if weights_R.shape != probabilities.shape[:1]:
-            raise ValueError(
-                f"region_weights has {len(weights_R)} entries for {len(probabilities)} regions:"
-                " give one per region"
-            )
-        probabilities = probabilities * weights_R.astype(probabilities.dtype)[:, None]
     if method == "max" or (method == "top_k_mean" and top_k == 1):
         return np.asarray(probabilities.max(axis=0))
     if method == "noisy_or":
@@ -199,7 +148,6 @@ def select(
     negative_threshold: float,
     per_class_quantile: float | None = None,
     quantile_floor: float | None = None,
-    min_positives_per_class: int = 0,
     min_support: int = 1,
     max_positives_per_image: int | None = None,
 ) -> Selection:
@@ -231,7 +179,6 @@ def select(
         negative_threshold=negative_threshold,
         per_class_quantile=per_class_quantile,
         quantile_floor=quantile_floor,
-        min_positives_per_class=min_positives_per_class,
     )
     candidate_NC = probabilities >= probabilities.dtype.type(negative_threshold)
     positive_NC = probabilities >= thresholds_C
@@ -257,20 +204,17 @@ def class_thresholds(
     negative_threshold: float,
     per_class_quantile: float | None = None,
     quantile_floor: float | None = None,
-    min_positives_per_class: int = 0,
 ) -> FloatArray:
     """Probability (C,) from which each class is taken, over N images.
 
     One global threshold starves the tail: a captioner is less sure of rare phrases. So a class may
-    claim its k most probable images, k being the larger of the share 1 - `per_class_quantile` of
-    the N images (rounded down: 0.98 claims none of 49 images) and `min_positives_per_class`. Its
-    threshold falls from `positive_threshold` to its k-th largest probability, never rises above
-    it, and never falls below `quantile_floor`. The floor is what keeps a class that is in no image
-    from being forced on its k least unlikely ones; the default lies midway between both
-    thresholds, and whatever is given is held between them.
+    claim its k most probable images, k being the share 1 - `per_class_quantile` of the N images,
+    rounded down: 0.98 claims none of 49 images. Its threshold falls from `positive_threshold` to
+    its k-th largest probability, never rises above it, and never falls below `quantile_floor`. The
+    floor keeps a class that is in no image from being forced on its k least unlikely ones. Its
+    default lies midway between both thresholds, and whatever is given is held between them.
 
-    ValueError for thresholds outside [0, 1] or out of order, a quantile outside (0, 1), or a
-    negative count.
+    ValueError for thresholds outside [0, 1] or out of order, or a quantile outside (0, 1).
     """
     floor = _checked_floor(positive_threshold, negative_threshold, quantile_floor)
     if per_class_quantile is not None and not 0 < per_class_quantile < 1:
@@ -278,18 +222,16 @@ def class_thresholds(
             f"per_class_quantile = {per_class_quantile!r}:"
             " give a number between 0 and 1, such as 0.98, or None"
         )
-    if min_positives_per_class < 0:
-        raise ValueError(f"min_positives_per_class = {min_positives_per_class!r}: give 0 or more")
     probabilities = _probabilities("image_probabilities_NC", image_probabilities_NC)
     images, classes = probabilities.shape
-    claim = min_positives_per_class
-    if per_class_quantile is not None:
-        # The small number makes (1 - 0.9) * 10 = 0.9999999999999998 a whole image.
-        claim = max(claim, int((1 - per_class_quantile) * images + 1e-9))
     thresholds_C = np.full(classes, positive_threshold, dtype=probabilities.dtype)
-    if claim == 0 or images == 0:
+    if per_class_quantile is None:
         return thresholds_C
-    kth = images - min(claim, images)
+    # The small number makes (1 - 0.9) * 10 = 0.9999999999999998 a whole image.
+    claim = int((1 - per_class_quantile) * images + 1e-9)
+    if claim == 0:
+        return thresholds_C
+    kth = images - claim
     for start in range(0, classes, _BLOCK):
         block = slice(start, start + _BLOCK)
         columns = np.ascontiguousarray(probabilities[:, block].T)
@@ -350,19 +292,19 @@ def _scores(name: str, values: ArrayLike) -> FloatArray:
     return scores
 
 
-def _per_class(name: str, values: ArrayLike, scores: FloatArray) -> FloatArray:
-    array_C = _floats(name, values, dimensions=1).astype(scores.dtype, copy=False)
-    if array_C.shape != scores.shape[1:]:
+def _checked_prior(values: ArrayLike, scores: FloatArray) -> FloatArray:
+    prior_C = _floats("prior_C", values, dimensions=1).astype(scores.dtype, copy=False)
+    if prior_C.shape != scores.shape[1:]:
         raise ValueError(
-            f"{name} has {len(array_C)} entries for {scores.shape[1]} classes: give one per class"
+            f"prior_C has {len(prior_C)} entries for {scores.shape[1]} classes: give one per class"
         )
-    if not np.isfinite(array_C).all():
-        raise ValueError(f"{name} holds NaN or infinity: bound it first, as estimate_prior does")
-    return array_C
+    if not np.isfinite(prior_C).all():
+        raise ValueError("prior_C holds NaN or infinity: give finite numbers")
+    return prior_C
 
 
-def _probabilities(name: str, values: ArrayLike, dimensions: int = 2) -> FloatArray:
-    array = _floats(name, values, dimensions)
+def _probabilities(name: str, values: ArrayLike) -> FloatArray:
+    array = _floats(name, values, dimensions=2)
     # Written so that NaN, which makes both extremes NaN, fails as well.
     if array.size and not (array.min() >= 0 and array.max() <= 1):
         raise ValueError(

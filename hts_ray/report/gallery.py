@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from hts_ray.images.thumbnail import stored_thumbnail
-from hts_ray.labels.stage import class_probabilities
+from hts_ray.labels.evidence import class_probabilities
 from hts_ray.report.content import GalleryItem, GalleryLabel, GalleryRegion, Verdict
 from hts_ray.report.formatting import finite
 from hts_ray.report.label_quality import Row, judge

@@ -13,17 +13,14 @@ import pyarrow.compute as pc
 
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store.run import StageFolder
+from hts_ray.student.features import ensure_features, find_features
 from hts_ray.student.targets import training_labels
+from hts_ray.student.train import estimate as estimate_training
+from hts_ray.sweep.data import load_sweep_data, read_regions
 from hts_ray.sweep.finalists import FOLDS, final_objective
-from hts_ray.sweep.stage import (
-    TABLE,
-    Plan,
-    needs_flipped,
-    objectives_of,
-    one_trial,
-    start_student,
-)
-from hts_ray.sweep.trial import VALIDATION, load_sweep_data, read_regions
+from hts_ray.sweep.objectives import VALIDATION
+from hts_ray.sweep.plan import TABLE, Plan
+from hts_ray.sweep.stage import objectives_of, one_trial, start_student
 
 
 def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
@@ -60,8 +57,6 @@ def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
 
 def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
     """Return the seconds of all images' features and of a trial with one seed."""
-    from hts_ray.student.features import ensure_features, find_features
-
     run, scores = plan.run, plan.region_scores.path
     seed, split = run.config.sweep.seed, run.config.train.split
     student = start_student(plan, folder)
@@ -69,7 +64,7 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
         run.run_dir,
         student,
         plan.images,
-        flipped=needs_flipped(plan),
+        flipped=plan.flipped,
     )
     ids = read_regions(scores, split, seed, sample).image_ids.tolist()
     images = plan.images.filter(pc.is_in(plan.images["image_id"], pa.array(ids)))
@@ -79,11 +74,11 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
         run_dir=folder,
         student_path=student,
         images=images.combine_chunks(),
-        flipped=needs_flipped(plan),
+        flipped=plan.flipped,
     )
     share = len(plan.images) / len(images)
     features_seconds = 0.0 if stored else (time.monotonic() - started) * share
-    data = load_sweep_data(run.config, run.class_table, scores, found.path, seed, max_images=sample)
+    data = load_sweep_data(run.config, run.class_table, scores, found.path, max_images=sample)
     names = objectives_of(plan.objective)
     for _ in range(2):  # the first one warms up
         started = time.monotonic()
@@ -93,8 +88,8 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
 
 def _training_seconds(plan: Plan, folder: str) -> float:
     """Return the seconds of a training in full with the run's own settings."""
-    from hts_ray.student.train import estimate as estimate_training
-
     run = plan.run.changed({"run_dir": folder})
     labels = training_labels(run, plan_filter(run, plan.region_scores).run(), None)
-    return float(estimate_training(run, labels)["seconds"])
+    config = run.config
+    figures = estimate_training(config.train, config.student, run.class_table, labels, config.seed)
+    return float(figures["seconds"])

@@ -9,33 +9,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
-from hts_ray.config import SweepConfig, TrainConfig, override
+from hts_ray.config import TrainConfig, override
 from hts_ray.engine.run import Run
-from hts_ray.errors import ConfigError, UserError
-from hts_ray.evaluate import label_matrix
+from hts_ray.errors import UserError
+from hts_ray.evaluate import label_matrix, read_predictions
 from hts_ray.labels.stage import plan_filter
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
-from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
-from hts_ray.student.predict import plan_predict
+from hts_ray.store.run import StageFolder
+from hts_ray.store.tables import write_table
+from hts_ray.student.predict import plan_predict, score_images
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
+from hts_ray.sweep.data import IMAGE_COLUMNS, SweepData
 from hts_ray.sweep.log import OWN, Trial
-from hts_ray.sweep.objectives import OBJECTIVES, Outcome, find_objective
-from hts_ray.sweep.space import Settings
-from hts_ray.sweep.trial import VALIDATION, pseudo_label, trial_config
-
-if TYPE_CHECKING:
-    from hts_ray.sweep.stage import Plan
-    from hts_ray.sweep.trial import SweepData
+from hts_ray.sweep.objectives import OBJECTIVES, VALIDATION, Outcome
+from hts_ray.sweep.plan import Plan, labeled_among
+from hts_ray.sweep.space import Settings, trial_config
+from hts_ray.sweep.trial import pseudo_label
 
 FOLDER = "finalists"
 HELD_OUT = "unseen_ap"
@@ -61,10 +61,6 @@ class Finalist:
     message: str = ""
     gain_error: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, JSON-able."""
-        return asdict(self)
-
 
 def final_objective(name: str) -> str:
     """Return what finalists are compared by: the sweep's objective, if held-out images decide it.
@@ -74,9 +70,7 @@ def final_objective(name: str) -> str:
     """
     if name == VALIDATION:
         return name
-    found = OBJECTIVES[name]
-    more = found.needs_views or found.needs_view_students or found.needs_whole
-    return name if found.needs_students and not more else HELD_OUT
+    return name if OBJECTIVES[name].needs == {"logits_2NC"} else HELD_OUT
 
 
 def run_finalists(
@@ -145,8 +139,6 @@ def training_slots(train: TrainConfig) -> int:
     machine, which may have more logical CPUs than real ones, the workers of all trainings need a
     real one each too; the tasks that feed them do little after the first epoch.
     """
-    import ray
-
     resources = ray.cluster_resources()
     cpus = train.num_workers * train.cpus_per_worker
     slots = int(float(resources.get("CPU", 1.0)) // (cpus + 1))
@@ -155,22 +147,6 @@ def training_slots(train: TrainConfig) -> int:
     if train.use_gpu:
         slots = min(slots, int(resources.get("GPU", 0.0) // train.num_workers))
     return max(1, slots)
-
-
-def labeled_among(
-    image_ids: npt.NDArray[Any], validation: pa.Table, config: SweepConfig
-) -> npt.NDArray[np.bool_]:
-    """Return which images are labeled; ConfigError when too few others are left to train on."""
-    labeled_N = np.isin(image_ids, validation["image_id"].to_pylist())
-    if config.finalists and 2 * labeled_N.sum() > len(image_ids):
-        raise ConfigError(
-            f"{labeled_N.sum()} of the {len(image_ids)} images to train on are labeled",
-            field="sweep.validation",
-            value=config.validation,
-            remedy="students are not trained on labeled images: name fewer, or set"
-            " sweep.finalists=0",
-        )
-    return np.asarray(labeled_N)
 
 
 def _training_parts(plan: Plan, data: SweepData, name: str) -> list[list[str]]:
@@ -184,13 +160,7 @@ def _training_parts(plan: Plan, data: SweepData, name: str) -> list[list[str]]:
     return [ids[~labeled_among(ids, plan.validation, plan.run.config.sweep)].tolist()]
 
 
-@dataclass(frozen=True)
-class _Student:
-    path: str
-    seconds: float
-
-
-def _train(plan: Plan, trial: Trial, image_ids: Sequence[str], parts: int) -> _Student:
+def _train(plan: Plan, trial: Trial, image_ids: Sequence[str], parts: int) -> StageFolder:
     """Filter with a trial's settings and train on the pseudo-labels of one of `parts` parts."""
     config = trial_config(plan.run.config, trial.settings)
     optim = {"restart_epochs": config.train.optim.restart_epochs * parts}
@@ -201,19 +171,19 @@ def _train(plan: Plan, trial: Trial, image_ids: Sequence[str], parts: int) -> _S
     labels = training_labels(run, source, None)
     assert labels is not None
     labels = labels.filter(pc.is_in(labels["image_id"], pa.array(image_ids))).combine_chunks()
-    stage = plan_train(run, labels).run()
-    return _Student(stage.path, float(stage.stats["seconds"]))
+    return plan_train(run, labels).run()
 
 
 def _finalist(
     plan: Plan,
     data: SweepData,
     trial: Trial,
-    students: Sequence[Future[_Student]],
+    students: Sequence[Future[StageFolder]],
     parts: Sequence[Sequence[str]],
     name: str,
 ) -> tuple[Finalist, FloatArray | None]:
     """Return a finalist, and the AP (C,) on the labeled images where there are some."""
+    finalist = Finalist(trial.number, trial.settings, name, trial.objective, None, 0.0)
     ap_C = None
     try:
         trained = [student.result() for student in students]
@@ -225,19 +195,16 @@ def _finalist(
     except UserError as error:
         if trial.number == OWN:
             raise
-        failed = Finalist(
-            trial.number, trial.settings, name, trial.objective, None, 0.0, str(error)
-        )
-        return failed, None
-    seconds = sum(student.seconds for student in trained)
-    return Finalist(trial.number, trial.settings, name, trial.objective, value, seconds), ap_C
+        return replace(finalist, message=str(error)), None
+    seconds = sum(float(student.stats["seconds"]) for student in trained)
+    return replace(finalist, value=value, seconds=seconds), ap_C
 
 
 def _label_free(
     plan: Plan,
     data: SweepData,
     trial: Trial,
-    students: Sequence[_Student],
+    students: Sequence[StageFolder],
     parts: Sequence[Sequence[str]],
     name: str,
 ) -> float:
@@ -247,10 +214,10 @@ def _label_free(
     targets_NC = pseudo_label(data, trial_config(data.config, trial.settings)).targets_NC
     fold_N = np.where(np.isin(ids, parts[0]), 0, 1).astype(np.int8)
     outcome = Outcome(data.reference, fold_N, targets_NC, logits_2NC=logits_2NC)
-    return find_objective(name).compute(outcome)
+    return OBJECTIVES[name].compute(outcome)
 
 
-def _labeled_ap(plan: Plan, student: _Student) -> FloatArray:
+def _labeled_ap(plan: Plan, student: StageFolder) -> FloatArray:
     """Return the student's AP (C,) on the labeled images."""
     assert plan.validation is not None
     logits_VC = _logits(plan, student, plan.validation, plan.validation["image_id"].to_pylist())
@@ -258,7 +225,7 @@ def _labeled_ap(plan: Plan, student: _Student) -> FloatArray:
     return np.asarray(hico_average_precision(logits_VC, labels_VC))
 
 
-def _logits(plan: Plan, student: _Student, images: pa.Table, ids: Sequence[str]) -> FloatArray:
+def _logits(plan: Plan, student: StageFolder, images: pa.Table, ids: Sequence[str]) -> FloatArray:
     """Return logits (N, C) of images by id; one that cannot be read is below all others."""
     found, logits_MC = _score(plan, student, images)
     row_of = {image_id: row for row, image_id in enumerate(found)}
@@ -267,18 +234,13 @@ def _logits(plan: Plan, student: _Student, images: pa.Table, ids: Sequence[str])
     return np.where((rows >= 0)[:, None], logits_MC[rows], floor)
 
 
-def _score(plan: Plan, student: _Student, images: pa.Table) -> tuple[list[str], FloatArray]:
+def _score(plan: Plan, student: StageFolder, images: pa.Table) -> tuple[list[str], FloatArray]:
     """Score images: few in this process, as features are, many as `hts predict` does."""
-    from hts_ray.evaluate import read_predictions
-    from hts_ray.student.predict import score_images
-
     config = plan.run.config
     if config.predict.pool.num_gpus == 0 and len(images) <= config.train.features.local_images:
         return score_images(student.path, images, config.predict)
-    known = {name: images[name] for name in ("image_id", "uri", "split")}
-    columns = [known.get(f.name, pa.nulls(len(images), f.type)) for f in MANIFEST_SCHEMA]
     manifest = storage.join(plan.stage.file(FOLDER), "images.parquet")
-    write_table(manifest, pa.table(columns, schema=MANIFEST_SCHEMA))
+    write_table(manifest, images.select(IMAGE_COLUMNS))
     values = {"run_dir": plan.stage.file(FOLDER), "predict": {"split": None}}
     run = Run(override(config, values), plan.run.class_table)
     stage = plan_predict(run, student.path, run.manifest(manifest)).run()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hts_ray.store import storage
 from hts_ray.sweep.space import Settings
@@ -39,6 +39,11 @@ class Trial:
     seconds: float = 0.0
     message: str = ""
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Trial:
+        """Return a trial from its fields, as JSON gives them back."""
+        return cls(**{**values, "reports": tuple(values.get("reports", ()))})
+
     @property
     def objective(self) -> float | None:
         """The objective after the last seed that ran; None where nothing could be compared."""
@@ -60,9 +65,8 @@ class TrialLog:
         found = {}
         for name in storage.list_names(self.folder):
             if name.endswith(".json") and not name.startswith("."):
-                values = storage.read_json(storage.join(self.folder, name))
-                values["reports"] = tuple(values["reports"])
-                found[int(values["number"])] = Trial(**values)
+                trial = Trial.of(storage.read_json(storage.join(self.folder, name)))
+                found[trial.number] = trial
         return dict(sorted(found.items()))
 
 

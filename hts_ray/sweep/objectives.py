@@ -1,10 +1,9 @@
 """What tells a good sweep setting from a bad one without a single annotation.
 
 Every objective is a function of one `Outcome`, what a setting led to, and returns one number;
-higher is better. They compare students and pseudo-labels with a `Reference`, the teacher's evidence
-read in a fixed way, which is made once a sweep and does not know the settings. That is what keeps
-the obvious cheat from paying: a filter that keeps almost nothing cannot lower the bar it is
-measured by. docs/sweep.md tells how well each of them ranks settings, and which do not.
+higher is better. They compare students and pseudo-labels with a `Reference`: the teacher's evidence
+read in a fixed way, once a sweep, whatever the settings. So a filter that keeps almost nothing
+cannot lower the bar that it is measured by. docs/sweep.md has how well each of them ranks settings.
 
 Shapes: N images, C classes, 2 disjoint halves of the images (folds) or of each image's regions
 (views).
@@ -70,17 +69,50 @@ class Outcome:
     whole_NC: FloatArray | None = None
 
 
+Compute = Callable[[Outcome], float]
+
+
 @dataclass(frozen=True)
 class Objective:
-    """A criterion by name: `compute(outcome)`, higher is better, and what it must be given."""
+    """A criterion by name: `compute(outcome)`, higher is better.
+
+    `needs` names the fields of the outcome that may be None and are used here.
+    """
 
     name: str
-    summary: str
-    compute: Callable[[Outcome], float]
-    needs_views: bool = False
-    needs_students: bool = False
-    needs_view_students: bool = False
-    needs_whole: bool = False
+    compute: Compute
+    needs: frozenset[str]
+
+
+OBJECTIVES: dict[str, Objective] = {}
+DEFAULT_OBJECTIVE = "blended_ap"
+VALIDATION = "mAP_validation"  # no function of an outcome: it takes labels
+
+
+def objective(*needs: str) -> Callable[[Compute], Compute]:
+    """Register a function of an outcome as an objective, by its name and what it needs."""
+
+    def register(compute: Compute) -> Compute:
+        name = compute.__name__
+        OBJECTIVES[name] = Objective(name, compute, frozenset(needs))
+        return compute
+
+    return register
+
+
+def choose_objective(name: str | None, labeled: bool) -> str:
+    """Return what a sweep compares by: `name`, or the default for `labeled` images or none.
+
+    ConfigError with the known names for another, and for a validation without labels.
+    """
+    if name is None:
+        return VALIDATION if labeled else DEFAULT_OBJECTIVE
+    known = [*OBJECTIVES, *([VALIDATION] if labeled else [])]
+    if name not in known:
+        missing = "it needs sweep.validation=PATH"
+        remedy = missing if name == VALIDATION else f"choose one of {', '.join(known)}"
+        raise ConfigError(field="sweep.objective", value=name, remedy=remedy)
+    return name
 
 
 def make_reference(consensus_NC: ArrayLike, views_2NC: ArrayLike, start_NC: ArrayLike) -> Reference:
@@ -234,31 +266,6 @@ def overlap(first_NC: Labels, second_NC: Labels, expected_C: FloatArray) -> Floa
     return shares_C
 
 
-def soft_neighborhood_density(logits_NC: FloatArray, temperature: float = 0.05) -> float:
-    """Mean entropy in nats of each image's softmax over its similarities to the other images.
-
-    Similarities are cosines of softmax outputs. High means dense neighbourhoods: images of a
-    class look alike to the student. Beyond 2,000 images an even choice of them is taken.
-    Source: Saito et al. 2021, "Tune it the Right Way" (temperature 0.05).
-    """
-    step = -(-len(logits_NC) // _NEIGHBOURS)
-    outputs_NC = _softmax(logits_NC[::step])
-    unit_NC = outputs_NC / np.linalg.norm(outputs_NC, axis=1, keepdims=True)
-    similarity_NN = unit_NC @ unit_NC.T / temperature
-    np.fill_diagonal(similarity_NN, -1 / temperature)
-    return float(_entropy(_softmax(similarity_NN)).mean())
-
-
-def information_maximization(logits_NC: FloatArray) -> float:
-    """Mutual information in nats of image and predicted class: H(mean p) - mean H(p), at most ln C.
-
-    High when every image is decided and all classes are in use. Source: Krause et al. 2010.
-    """
-    outputs_NC = _softmax(logits_NC)
-    whole = outputs_NC.mean(axis=0, keepdims=True)
-    return float(_entropy(whole)[0] - _entropy(outputs_NC).mean())
-
-
 def _softmax(scores: FloatArray) -> FloatArray:
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
@@ -288,34 +295,45 @@ def _unseen(outcome: Outcome) -> FloatArray:
     return heldout_logits(outcome.logits_2NC, outcome.fold_N)
 
 
-def _unseen_ap(outcome: Outcome) -> float:
-    return mean_expected_ap(_unseen(outcome), outcome.reference.agreed_NC)
-
-
-def _seen_ap(outcome: Outcome) -> float:
-    return mean_expected_ap(outcome.whole_NC, outcome.reference.agreed_NC)
-
-
-def _blended_ap(outcome: Outcome) -> float:
-    """Mean of `_unseen_ap` and `_seen_ap`; the former alone where only halves were trained on.
+@objective("logits_2NC", "whole_NC")
+def blended_ap(outcome: Outcome) -> float:
+    """Mean of `unseen_ap` and `seen_ap`; the former alone where only halves were trained on.
 
     The one is measured on students of half the images, which learn less; the other on images
     that the student was trained on, where it looks too good. Efron's .632 estimator mixes the two
     for the same reason.
     """
-    unseen = _unseen_ap(outcome)
-    return unseen if outcome.whole_NC is None else (unseen + _seen_ap(outcome)) / 2
+    unseen = unseen_ap(outcome)
+    return unseen if outcome.whole_NC is None else (unseen + seen_ap(outcome)) / 2
 
 
-def _expected_ap(outcome: Outcome) -> float:
+@objective("logits_2NC")
+def unseen_ap(outcome: Outcome) -> float:
+    """Expected AP of students on images they did not see, by what both halves of regions say."""
+    return mean_expected_ap(_unseen(outcome), outcome.reference.agreed_NC)
+
+
+@objective("whole_NC")
+def seen_ap(outcome: Outcome) -> float:
+    """The same of the student of all images, on these images."""
+    return mean_expected_ap(outcome.whole_NC, outcome.reference.agreed_NC)
+
+
+@objective("logits_2NC")
+def expected_ap(outcome: Outcome) -> float:
+    """As `unseen_ap`, compared with the mean over all regions and aggregations."""
     return mean_expected_ap(_unseen(outcome), outcome.reference.consensus_NC)
 
 
-def _calibrated_ap(outcome: Outcome) -> float:
+@objective("logits_2NC")
+def calibrated_ap(outcome: Outcome) -> float:
+    """As `expected_ap`, calibrated by how often one half of the regions confirms the other."""
     return mean_expected_ap(_unseen(outcome), outcome.reference.calibrated_NC)
 
 
-def _unused_region_ap(outcome: Outcome) -> float:
+@objective("view_targets_2NC", "view_logits_2NC")
+def unused_region_ap(outcome: Outcome) -> float:
+    """Students of one half of the regions, compared with the other half on other images."""
     # An image of fold 0 is scored by the student of fold 1, which was taught by view 1.
     views = outcome.reference.views_2NC
     unused_NC = np.where(outcome.fold_N[:, None] == 0, views[0], views[1])
@@ -323,18 +341,18 @@ def _unused_region_ap(outcome: Outcome) -> float:
     return mean_expected_ap(unseen_NC, unused_NC)
 
 
-def _own_label_ap(outcome: Outcome) -> float:
-    return mean_expected_ap(_unseen(outcome), (outcome.targets_NC == 1).astype(np.float32))
-
-
-def _view_agreement(outcome: Outcome) -> float:
+@objective("view_targets_2NC")
+def view_agreement(outcome: Outcome) -> float:
+    """Pseudo-labels that both halves of the regions lead to, of those that are expected."""
     assert outcome.view_targets_2NC is not None
     expected_C = outcome.reference.agreed_NC.sum(axis=0)
     first, second = outcome.view_targets_2NC
     return float(overlap(first, second, expected_C)[expected_C >= _LEAST_EXPECTED].mean())
 
 
-def _half_agreement(outcome: Outcome) -> float:
+@objective("logits_2NC")
+def half_agreement(outcome: Outcome) -> float:
+    """How much two students of disjoint images agree beyond what zero-shot already said."""
     assert outcome.logits_2NC is not None
     first, second = outcome.logits_2NC
     start = outcome.reference.start_NC
@@ -342,95 +360,43 @@ def _half_agreement(outcome: Outcome) -> float:
     return rank_agreement(first, second) - from_start
 
 
-def _label_f1(outcome: Outcome) -> float:
+@objective()
+def label_f1(outcome: Outcome) -> float:
+    """Expected F1 of the pseudo-labels by what both halves of the regions say; no student."""
     expected_C = outcome.reference.agreed_NC.sum(axis=0)
     f1_C = expected_f1(outcome.targets_NC, outcome.reference.agreed_NC)
     return float(f1_C[expected_C >= _LEAST_EXPECTED].mean())
 
 
-_ALL = (
-    Objective(
-        "blended_ap",
-        "mean of unseen_ap and seen_ap",
-        _blended_ap,
-        needs_students=True,
-        needs_whole=True,
-    ),
-    Objective(
-        "unseen_ap",
-        "expected AP of students on images they did not see, by what both halves of regions say",
-        _unseen_ap,
-        needs_students=True,
-    ),
-    Objective(
-        "seen_ap",
-        "the same of the student of all images, on these images",
-        _seen_ap,
-        needs_whole=True,
-    ),
-    Objective(
-        "expected_ap",
-        "as unseen_ap, compared with the mean over all regions and aggregations",
-        _expected_ap,
-        needs_students=True,
-    ),
-    Objective(
-        "calibrated_ap",
-        "as expected_ap, calibrated by how often one half of the regions confirms the other",
-        _calibrated_ap,
-        needs_students=True,
-    ),
-    Objective(
-        "unused_region_ap",
-        "students of one half of the regions, compared with the other half on other images",
-        _unused_region_ap,
-        needs_views=True,
-        needs_view_students=True,
-    ),
-    Objective(
-        "view_agreement",
-        "pseudo-labels that both halves of the regions lead to, of those that are expected",
-        _view_agreement,
-        needs_views=True,
-    ),
-    Objective(
-        "half_agreement",
-        "how much two students of disjoint images agree beyond what zero-shot already said",
-        _half_agreement,
-        needs_students=True,
-    ),
-    Objective(
-        "label_f1",
-        "expected F1 of the pseudo-labels by what both halves of the regions say; no student",
-        _label_f1,
-    ),
-    Objective(
-        "own_label_ap",
-        "AP on unseen images under the setting's own pseudo-labels: a bar that moves",
-        _own_label_ap,
-        needs_students=True,
-    ),
-    Objective(
-        "soft_neighborhood_density",
-        "entropy of the similarities of the student's outputs (Saito et al. 2021)",
-        lambda outcome: soft_neighborhood_density(_unseen(outcome)),
-        needs_students=True,
-    ),
-    Objective(
-        "information_maximization",
-        "mutual information of image and predicted class (Krause et al. 2010)",
-        lambda outcome: information_maximization(_unseen(outcome)),
-        needs_students=True,
-    ),
-)
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _ALL}
-DEFAULT_OBJECTIVE = "blended_ap"
+@objective("logits_2NC")
+def own_label_ap(outcome: Outcome) -> float:
+    """AP on unseen images under the setting's own pseudo-labels: a bar that moves."""
+    return mean_expected_ap(_unseen(outcome), (outcome.targets_NC == 1).astype(np.float32))
 
 
-def find_objective(name: str) -> Objective:
-    """Return an objective by name; ConfigError with the known names for another."""
-    if name not in OBJECTIVES:
-        raise ConfigError(
-            field="objective", value=name, remedy=f"choose one of {', '.join(OBJECTIVES)}"
-        )
-    return OBJECTIVES[name]
+@objective("logits_2NC")
+def soft_neighborhood_density(outcome: Outcome) -> float:
+    """Mean entropy in nats of each image's softmax over its similarities to the other images.
+
+    Similarities are cosines of softmax outputs over a temperature of 0.05. High means dense
+    neighbourhoods: images of a class look alike to the student. Beyond 2,000 images an even choice
+    of them is taken. Source: Saito et al. 2021, "Tune it the Right Way".
+    """
+    logits_NC = _unseen(outcome)
+    step = -(-len(logits_NC) // _NEIGHBOURS)
+    outputs_NC = _softmax(logits_NC[::step])
+    unit_NC = outputs_NC / np.linalg.norm(outputs_NC, axis=1, keepdims=True)
+    similarity_NN = unit_NC @ unit_NC.T / 0.05
+    np.fill_diagonal(similarity_NN, -1 / 0.05)
+    return float(_entropy(_softmax(similarity_NN)).mean())
+
+
+@objective("logits_2NC")
+def information_maximization(outcome: Outcome) -> float:
+    """Mutual information in nats of image and predicted class: H(mean p) - mean H(p), at most ln C.
+
+    High when every image is decided and all classes are in use. Source: Krause et al. 2010.
+    """
+    outputs_NC = _softmax(_unseen(outcome))
+    whole = outputs_NC.mean(axis=0, keepdims=True)
+    return float(_entropy(whole)[0] - _entropy(outputs_NC).mean())

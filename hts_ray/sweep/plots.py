@@ -19,7 +19,8 @@ from hts_ray.store import storage
 from hts_ray.store.run import find_stage
 from hts_ray.store.tables import read_table
 from hts_ray.sweep.log import OWN
-from hts_ray.sweep.stage import FINALISTS_FILE, TABLE, TRIALS_FILE
+from hts_ray.sweep.plan import TABLE
+from hts_ray.sweep.stage import FINALISTS_FILE, TRIALS_FILE
 
 Row = dict[str, Any]
 

@@ -7,6 +7,7 @@ with the settings that it would have had. No Ray here.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,8 @@ from pydantic.fields import FieldInfo
 
 from hts_ray.config import HtsConfig, RangeConfig, find_setting, override, walk_fields
 from hts_ray.errors import ConfigError
-from hts_ray.labels import stage as filtering
+from hts_ray.labels.evidence import read_info, read_regions
 from hts_ray.labels.select import Aggregation
-from hts_ray.sweep.trial import feels
 
 Settings = dict[str, Any]  # dotted name: value
 
@@ -29,6 +29,11 @@ TRIES = 200  # draws until the settings of a trial fit together
 _SAMPLE_IMAGES = 200  # whose scores tell where `null_score` may lie
 _NULL_QUANTILES = (0.1, 0.3, 0.5, 0.7)
 _MOST_REGIONS = 6
+# Of `train`, what a fit of the classifier on stored features feels.
+_FELT = re.compile(
+    r"loss(_temperature)?|positive_weight|focal_\w+|asl_\w+|class_balance|epochs|batch_size"
+    r"|min_positives_per_class|soft_labels|augment\.flip|optim\.(?!layer_decay)\w+"
+)
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,10 @@ class Space:
                 break
         return settings
 
-    def config(self, settings: Mapping[str, Any]) -> HtsConfig:
-        """Return the run's configuration with these settings; ConfigError if they do not fit."""
-        return override(self.base, nested(settings))
-
     def problem(self, settings: Mapping[str, Any]) -> str | None:
         """Return what contradicts itself in the settings, or None."""
         try:
-            self.config(settings)
+            override(self.base, nested(settings))
         except ConfigError as error:
             return str(error)
         return None
@@ -132,7 +133,9 @@ def build_space(config: HtsConfig, region_scores: str) -> Space:
     if not parameters:
         raise ConfigError(field="sweep.space", value={}, remedy="name a setting, or leave it out")
     for parameter in parameters:
-        if not _felt(config, parameter.name):
+        # Of the rates a trial feels the classifier's alone.
+        trunk = parameter.name == "train.optim.lr" and config.train.optim.head_lr is not None
+        if trunk or not feels(parameter.name):
             raise ConfigError(
                 field="sweep.space",
                 value=parameter.name,
@@ -146,16 +149,34 @@ def build_space(config: HtsConfig, region_scores: str) -> Space:
     return space
 
 
-def _felt(config: HtsConfig, name: str) -> bool:
-    """Tell whether a trial can feel a setting; of the rates it has the classifier's alone."""
-    if name == "train.optim.lr":
-        return config.train.optim.head_lr is None
-    return feels(name)
+def trial_config(base: HtsConfig, settings: Mapping[str, Any]) -> HtsConfig:
+    """Return the run's configuration with a trial's settings in place of its own.
+
+    Raises ConfigError for unknown settings, values that do not fit, and settings that a trial
+    does not feel.
+    """
+    for name, value in settings.items():
+        if not feels(name):
+            raise ConfigError(
+                field=name,
+                value=value,
+                remedy="a trial fits the classifier on stored features and scores, which this"
+                " setting does not change: leave it out of the sweep",
+            )
+    return override(base, nested(settings))
+
+
+def feels(name: str) -> bool:
+    """Return whether a setting, by its dotted name, can change what a trial measures."""
+    section, _, rest = name.partition(".")
+    if name == "filter.overrides":
+        return False  # people's word is not for a sweep to choose
+    return section == "filter" or (section == "train" and _FELT.fullmatch(rest) is not None)
 
 
 def default_parameters(config: HtsConfig, region_scores: str) -> list[Parameter]:
     """Return what is worth varying, given what the teacher stored."""
-    info = filtering.read_info(region_scores)
+    info = read_info(region_scores)
     found = _Stored.of(region_scores)
     parameters = [
         Parameter("filter.positive_threshold", 0.2, 0.9),
@@ -207,26 +228,21 @@ class _Stored:
 
     @classmethod
     def of(cls, region_scores: str) -> _Stored:
-        kinds: set[str] = set()
-        margins: set[float] = set()
-        most = 0
-        best: list[np.ndarray] = []
-        for number, row in enumerate(filtering.iter_region_rows(region_scores)):
-            kinds.update(row["region_kinds"])
-            with_context = np.isin(row["region_kinds"], ("person", "union"))
-            given = np.asarray(row.get("margins") or np.zeros(len(with_context)))
-            margins.update(float(f"{value:.4g}") for value in given[with_context])
-            most = max(most, len(row["region_kinds"]))
-            if number < _SAMPLE_IMAGES:
-                best.append(row["scores"].max(axis=1))
-        scores = np.concatenate(best) if best else np.zeros(1)
+        kinds, margins, best = set[str](), set[float](), [np.zeros(0, np.float32)]
+        most = sampled = 0
+        for regions in read_regions(region_scores):
+            with_context_G = np.isin(regions.kinds_G, ("person", "union"))
+            kinds.update(regions.kinds_G.tolist())
+            margins.update(float(f"{m:.4g}") for m in np.unique(regions.margins_G[with_context_G]))
+            most = max(most, int(np.diff(regions.offsets_N1).max()))
+            more = min(len(regions.images), _SAMPLE_IMAGES - sampled)
+            best.append(regions.scores_GC[: regions.offsets_N1[more]].max(axis=1))
+            sampled += more
+        scores = np.concatenate(best)
         scores = scores[np.isfinite(scores)]
-        return cls(
-            tuple(sorted(kinds)),
-            tuple(sorted(margins)),
-            most,
-            scores if len(scores) else np.zeros(1),
-        )
+        if not len(scores):
+            scores = np.zeros(1, np.float32)
+        return cls(tuple(sorted(kinds)), tuple(sorted(margins)), most, scores)
 
 
 def subsets(values: Sequence[Any]) -> tuple[Any, ...]:
@@ -341,8 +357,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return value
-
-
-def differing(settings: Mapping[str, Any], own: Mapping[str, Any]) -> Settings:
-    """Return the settings that are not the run's own."""
-    return {name: value for name, value in settings.items() if value != own.get(name)}

@@ -1,8 +1,9 @@
-"""The trials of a sweep on Ray Tune.
+"""The trials of a sweep: asked for one after the other, run by Ray Tune, told when they end.
 
 A trial fits classifiers on stored features, which takes about a second, while starting a process
 for it would take several. So a few actors are kept and given one trial after the other, the data
-lies in the object store once, and a trial is a function that reports after each of its seeds.
+lies in the object store once, and a trial is a function that reports after each of its seeds. Tune
+only runs them: what is tried, who is stopped early and what is kept is decided here.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from hts_ray.config import SweepConfig
 from hts_ray.errors import UserError
 from hts_ray.store import storage
-from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Metrics, Status, Trial, TrialLog
-from hts_ray.sweep.proposals import Proposer, make_proposer
+from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Metrics, Trial, TrialLog
+from hts_ray.sweep.proposals import make_proposer
 from hts_ray.sweep.space import Space
 
 # Called as run_once(settings=..., seed=..., **parameters); more of the objective is better.
 RunOnce = Callable[..., Metrics]
+OnTrial = Callable[[Trial], None]
 
-_METRIC, _TIME = "objective", "repeat"
 _LIVES = 2  # times that a trial is begun again when its process or node died
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # three files a trial that nobody reads
@@ -75,24 +76,22 @@ def run_trials(
     *,
     folder: str,
     parameters: Mapping[str, Any] | None = None,
-    on_trial: Callable[[Trial], None] | None = None,
+    on_trial: OnTrial | None = None,
 ) -> dict[int, Trial]:
     """Run the trials of a sweep that have not ended yet, and return all of them by number.
 
     `run_once(settings=..., seed=..., **parameters)` returns metrics, `objective` among them; it
     runs in Ray's workers, and `parameters` go to the object store once. `folder` keeps the log.
-    ASHA (Li et al. 2020) stops trials whose mean over the seeds so far is not among the best
-    1/`sweep.reduction` of those that came as far; the run's own settings are never stopped. A
-    UserError of `run_once` makes a trial infeasible. Raises UserError when trials were left undone,
-    and what the log raises when it cannot be written.
+    A UserError of `run_once` makes a trial infeasible. Raises UserError when trials were left
+    undone, and what the log raises when it cannot be written.
     """
     log = TrialLog(storage.join(folder, TRIALS_FOLDER))
     known = log.read()
     wanted = [number for number in range(config.trials) if number not in known]
     if not wanted:
         return known
-    recorder = _Recorder(log, make_proposer(config, space, [*known.values()]), config, on_trial)
     slots = trial_slots(config)
+    ledger = _Ledger(config, space, log, known, wanted)
     trainable = tune.with_parameters(
         _run_trial,
         run_once=run_once,
@@ -104,8 +103,8 @@ def run_trials(
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": slots.cpus}),
         tune_config=tune.TuneConfig(
-            search_alg=_PlannedSearch(wanted, recorder.proposer),
-            scheduler=_scheduler(config, known),
+            search_alg=_Asking(ledger),
+            scheduler=_Stopping(Halving(config.repeats, config.reduction, known)),
             num_samples=len(wanted),
             max_concurrent_trials=slots.concurrency,
             reuse_actors=True,
@@ -115,21 +114,17 @@ def run_trials(
             # A name of its own: an experiment of the same name would be overwritten in part.
             name=f"{time.time_ns():x}",
             storage_path=storage.join(folder, "tune"),
-            callbacks=[recorder],
-            stop=_Failure(recorder),
+            callbacks=[_Telling(ledger)],
             failure_config=tune.FailureConfig(max_failures=_LIVES),
             verbose=0,
         ),
     )
+    ledger.on_trial = on_trial  # only now: the Tuner has pickled what it was given
     with _environment():
         tuner.fit()
-    if recorder.failure is not None:
-        raise recorder.failure
+    if ledger.failure is not None:
+        raise ledger.failure
     storage.remove_tree(storage.join(folder, "tune"))
-    return _complete(log, config)
-
-
-def _complete(log: TrialLog, config: SweepConfig) -> dict[int, Trial]:
     found = log.read()
     missing = config.trials - len(found)
     if missing:
@@ -148,12 +143,16 @@ def _run_trial(
     seed: int,
     **parameters: Any,
 ) -> None:
-    """Run a trial's seeds and report the means so far after each; runs in a Tune actor."""
+    """Run a trial's seeds and report how it stands after each; runs in a Tune actor.
+
+    A report is the trial's fields as text, because Tune reads dots in names as nesting.
+    """
     settings = json.loads(config["settings"])
     started = time.monotonic()
     found: list[Metrics] = []
+    reports: list[float] = []
+    status = message = ""
     for repeat in range(repeats):
-        status, message = "", ""
         try:
             found.append(run_once(settings=settings, seed=seed + repeat, **parameters))
             if not math.isfinite(found[-1][objective]):
@@ -163,16 +162,16 @@ def _run_trial(
         except Exception as error:  # not raised: Tune would start the process anew, for seconds
             status, message = "failed", f"{type(error).__name__}: {error}"
         means = _means(found)
-        tune.report(
-            {
-                _METRIC: math.nan if status else means[objective],
-                _TIME: repeat + 1,
-                "metrics": json.dumps(means),
-                "seconds": time.monotonic() - started,
-                "status": status,
-                "message": message,
-            }
-        )
+        if not status:
+            reports.append(means[objective])
+        fields = {
+            "status": status or ("complete" if repeat + 1 == repeats else "stopped"),
+            "metrics": means,
+            "reports": reports,
+            "seconds": round(time.monotonic() - started, 4),
+            "message": message,
+        }
+        tune.report({"fields": json.dumps(fields)})
         if status:
             return
 
@@ -184,153 +183,121 @@ def _means(found: Sequence[Metrics]) -> Metrics:
     return {name: value for name, value in means.items() if math.isfinite(value)}
 
 
-class _PlannedSearch(Searcher):  # type: ignore[misc]
-    """Suggests the wanted trials in turn. Tune's copies of it are empty: the log is its state."""
+class Halving:
+    """Asynchronous successive halving (ASHA, Li et al. 2020): which trials go on to more seeds.
 
-    def __init__(self, wanted: Sequence[int], proposer: Proposer) -> None:
-        super().__init__(metric=_METRIC, mode="max")
-        self._wanted, self._proposer = deque(wanted), proposer
+    Trials are compared when they come to 1, r, r**2, ... seeds, r being `reduction`, with all that
+    came there before. One whose mean is not among the best 1/r ends. The run's own settings always
+    go on. `known` are trials of an earlier run.
+    """
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return a trial's number, and its settings as text, in which Tune reads no dots."""
-        if not self._wanted:
-            return str(Searcher.FINISHED)
-        number = self._wanted.popleft()
-        return {"number": number, "settings": json.dumps(self._proposer.propose(number))}
+    def __init__(self, repeats: int, reduction: float, known: Mapping[int, Trial]) -> None:
+        self._repeats, self._reduction = repeats, reduction
+        self._rungs: dict[int, dict[int, float]] = {}  # power of r: trial's number: mean
+        for trial in known.values():
+            for seeds, mean in enumerate(trial.reports, start=1):
+                self.goes_on(trial.number, seeds, mean)
 
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Do nothing: the recorder tells the proposer."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Write nothing: the log is the state."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class _Scheduler(ASHAScheduler):  # type: ignore[misc]
-    """ASHA that lets the run's own settings go on and leaves infeasible trials out of its rungs."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
-        """Return STOP or CONTINUE."""
-        action: str = super().on_trial_result(tune_controller, trial, _comparable(result))
-        spared = trial.config["number"] == OWN and result[_TIME] < self._max_t
-        return self.CONTINUE if spared else action
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
-        """Note a trial's last result."""
-        super().on_trial_complete(tune_controller, trial, _comparable(result))
+    def goes_on(self, number: int, seeds: int, mean: float) -> bool:
+        """Take note of a trial's mean over so many seeds; returns whether it goes on."""
+        if seeds >= self._repeats:
+            return False
+        power = 0
+        while self._reduction ** (power + 1) <= seeds:
+            power += 1
+        rung = self._rungs.setdefault(power, {})
+        if number in rung:
+            return True
+        quantile = 100 * (1 - 1 / self._reduction)
+        among_best = not rung or mean >= np.percentile(list(rung.values()), quantile)
+        rung[number] = mean
+        return bool(among_best) or number == OWN
 
 
-def _comparable(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result without its objective where that is not a number; ASHA then skips it."""
-    skip = math.isnan(result.get(_METRIC, math.nan))
-    return {name: value for name, value in result.items() if not (skip and name == _METRIC)}
+class _Ledger:
+    """What was asked for and told: the wanted trials in turn, and the log of those that ended.
 
-
-def _scheduler(config: SweepConfig, known: Mapping[int, Trial]) -> _Scheduler:
-    """Return the scheduler, told of the trials that ended in an earlier run."""
-    scheduler = _Scheduler(
-        time_attr=_TIME,
-        metric=_METRIC,
-        mode="max",
-        max_t=config.repeats,
-        grace_period=1,
-        reduction_factor=config.reduction,
-    )
-    for trial in known.values():
-        earlier = SimpleNamespace(
-            trial_id=f"earlier-{trial.number}", config={"number": trial.number}
-        )
-        scheduler.on_trial_add(None, earlier)
-        for repeat, value in enumerate(trial.reports, start=1):
-            scheduler.on_trial_result(None, earlier, {_TIME: repeat, _METRIC: value})
-    return scheduler
-
-
-class _Recorder(tune.Callback):  # type: ignore[misc]
-    """Puts every trial that ends into the log, and tells the proposer and whoever watches.
-
-    `failure` is why the log could not be written. It is not raised here: Tune would take it for the
-    trial's, run the trial again, and have it end as a failed one.
+    `failure` is why the log could not be written. It is not raised at once: Tune would take it for
+    the trial's, run the trial again, and have it end as a failed one.
     """
 
     def __init__(
         self,
-        log: TrialLog,
-        proposer: Proposer,
         config: SweepConfig,
-        on_trial: Callable[[Trial], None] | None,
+        space: Space,
+        log: TrialLog,
+        known: Mapping[int, Trial],
+        wanted: Sequence[int],
     ) -> None:
-        self.proposer = proposer
         self.failure: OSError | UserError | None = None
-        self._log, self._repeats, self._on_trial = log, config.repeats, on_trial
-        self._results: dict[str, list[dict[str, Any]]] = {}
+        self.on_trial: OnTrial | None = None
+        self._log, self._wanted = log, deque(wanted)
+        self._proposer = make_proposer(config, space, [*known.values()])
 
-    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Forget what a trial reported before its process died."""
-        self._results[trial.trial_id] = []
+    def ask(self) -> dict[str, Any] | None:
+        """Return the number and the settings, as text, of the next trial; None after the last."""
+        if not self._wanted or self.failure is not None:
+            return None
+        number = self._wanted.popleft()
+        return {"number": number, "settings": json.dumps(self._proposer.propose(number))}
 
-    def on_trial_result(
-        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Remember a report."""
-        self._results[trial.trial_id].append(dict(result))
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Keep a trial that ran to its end or was stopped."""
-        results = self._results.pop(trial.trial_id)
-        ran: Status = "complete" if len(results) == self._repeats else "stopped"
-        self._keep(trial, results, results[-1]["status"] or ran, results[-1]["message"])
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Keep a trial whose process died each time."""
-        results = self._results.pop(trial.trial_id, [])
-        lines = str(trial.get_error()).strip().splitlines() or ["its process died"]
-        self._keep(trial, results, "failed", lines[-1])
-
-    def _keep(self, trial: Any, results: list[dict[str, Any]], status: Status, text: str) -> None:
-        if self.failure is not None:  # everything is being stopped
+    def tell(self, asked: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+        """Keep a trial that ended, and tell the proposer and whoever watches."""
+        if self.failure is not None:
             return
-        last: dict[str, Any] = results[-1] if results else {"metrics": "{}", "seconds": 0.0}
-        ended = Trial(
-            number=trial.config["number"],
-            settings=json.loads(trial.config["settings"]),
-            status=status,
-            metrics=json.loads(last["metrics"]),
-            reports=tuple(r[_METRIC] for r in results if math.isfinite(r[_METRIC])),
-            seconds=round(last["seconds"], 4),
-            message=text,
+        trial = Trial.of(
+            {"number": asked["number"], "settings": json.loads(asked["settings"]), **fields}
         )
         try:
-            self._log.write(ended)
+            self._log.write(trial)
         except (OSError, UserError) as error:
             self.failure = error
             return
-        self.proposer.tell(ended)
-        if self._on_trial is not None:
-            self._on_trial(ended)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+        self._proposer.tell(trial)
+        if self.on_trial is not None:
+            self.on_trial(trial)
 
 
-class _Failure(tune.Stopper):  # type: ignore[misc]
-    """Ends all trials when one could not be kept."""
+class _Asking(Searcher):  # type: ignore[misc]
+    def __init__(self, ledger: _Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
 
-    def __init__(self, recorder: _Recorder) -> None:
-        self._recorder = recorder
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return what the next trial is given."""
+        return self._ledger.ask() or str(Searcher.FINISHED)
 
-    def __call__(self, trial_id: str, result: Any) -> bool:
-        """Stop no trial for itself."""
-        return False
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Do nothing: `_Telling` knows more about the trial."""
 
-    def stop_all(self) -> bool:
-        """Tell whether it is over."""
-        return self._recorder.failure is not None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+class _Stopping(FIFOScheduler):  # type: ignore[misc]
+    def __init__(self, halving: Halving) -> None:
+        super().__init__()
+        self._halving = halving
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
+        """Return STOP or CONTINUE; a trial without a result ends by itself."""
+        fields = json.loads(result["fields"])
+        if fields["status"] in ("infeasible", "failed"):
+            return str(self.CONTINUE)
+        reports = fields["reports"]
+        on = self._halving.goes_on(trial.config["number"], len(reports), reports[-1])
+        return str(self.CONTINUE if on else self.STOP)
+
+
+class _Telling(tune.Callback):  # type: ignore[misc]
+    def __init__(self, ledger: _Ledger) -> None:
+        self._ledger = ledger
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Tell of a trial that ran to its end or was stopped."""
+        self._ledger.tell(trial.config, json.loads(trial.last_result["fields"]))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Tell of a trial whose process died each time."""
+        lines = str(trial.get_error()).strip().splitlines() or ["its process died"]
+        self._ledger.tell(trial.config, {"status": "failed", "message": lines[-1]})
 
 
 def _folder_of(trial: Any) -> str:

@@ -15,11 +15,11 @@ import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, LabelConfig
-from hts_ray.engine.decoding import decode_batch
+from hts_ray.engine.image_pass import decode_batch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.manifest import Manifest
 from hts_ray.images.regions import Region
-from hts_ray.labels.stage import class_probabilities
+from hts_ray.labels.evidence import class_probabilities
 from hts_ray.teacher.actor import image_task, region_scorer, table_info
 from hts_ray.teacher.assignment import Assignment
 from hts_ray.teacher.captioner import Captioner

@@ -105,10 +105,9 @@ def test_the_pipeline_needs_what_its_stages_need():
     with pytest.raises(ConfigError, match=r"predict\.pool"):
         check_room(cluster(("a", 8, 0)), demands(config, "pipeline"))
     assert demands(config, "filter") == []
-    rounds = load_config(overrides=["self_training.rounds=1", "self_training.pool.num_gpus=1"])
-    for command in ("pipeline", "self-train"):
-        with pytest.raises(ConfigError, match=r"self_training\.pool\.num_gpus"):
-            check_room(cluster(("a", 8, 0)), demands(rounds, command))
+    score = load_config(overrides=["score.pool.num_gpus=1"])
+    with pytest.raises(ConfigError, match=r"score\.pool\.num_gpus"):
+        check_room(cluster(("a", 8, 0)), demands(score, "score"))
     head = load_config(overrides=["train.trainable=head", "train.features.pool.num_gpus=1"])
     with pytest.raises(ConfigError, match=r"train\.features\.pool\.num_gpus"):
         check_room(cluster(("a", 8, 0)), demands(head, "train"))

@@ -15,8 +15,7 @@ from hts_ray.sweep.finalists import (
     paired_error,
     training_slots,
 )
-from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES
-from hts_ray.sweep.trial import VALIDATION
+from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, VALIDATION
 
 
 def test_finalists_are_compared_by_what_a_student_changes():
@@ -25,7 +24,7 @@ def test_finalists_are_compared_by_what_a_student_changes():
     assert final_objective("expected_ap") == "expected_ap"
     for name in (DEFAULT_OBJECTIVE, "label_f1", "seen_ap", "unused_region_ap"):
         assert final_objective(name) == HELD_OUT
-    assert OBJECTIVES[HELD_OUT].needs_students
+    assert OBJECTIVES[HELD_OUT].needs == {"logits_2NC"}
 
 
 def test_each_image_is_left_out_once():

@@ -14,16 +14,15 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.sweep.objectives import (
     DEFAULT_OBJECTIVE,
     OBJECTIVES,
+    VALIDATION,
     Outcome,
+    choose_objective,
     expected_average_precision,
     expected_f1,
-    find_objective,
-    information_maximization,
     isotonic_map,
     make_reference,
     overlap,
     rank_agreement,
-    soft_neighborhood_density,
 )
 
 LIMITED = settings(max_examples=60, deadline=None)
@@ -131,18 +130,26 @@ def test_rank_agreement_is_spearman(seed):
     assert rank_agreement(first, first**3) == pytest.approx(1)
 
 
+def of_logits(name, logits_NC):
+    """Return an objective of the students' logits on images that they did not see."""
+    fold_N = np.zeros(len(logits_NC), np.int8)
+    students = np.stack([np.zeros_like(logits_NC), logits_NC])
+    return OBJECTIVES[name].compute(Outcome(None, fold_N, None, logits_2NC=students))
+
+
 def test_published_criteria_order_what_they_were_made_to_order():
     """Catches a sign: clusters beat noise, and decided, varied outputs beat both extremes."""
     rng = np.random.default_rng(0)
     owner = np.arange(60) % 3
     clusters = 8 * np.eye(3)[owner] + rng.normal(0, 0.1, (60, 3))
-    assert information_maximization(clusters) == pytest.approx(np.log(3), abs=0.05)
-    assert information_maximization(np.zeros((60, 3))) == pytest.approx(0)
-    assert information_maximization(np.tile([9.0, 0, 0], (60, 1))) == pytest.approx(0, abs=1e-9)
-    scattered = rng.normal(0, 4, (60, 12))
-    assert soft_neighborhood_density(clusters) > soft_neighborhood_density(scattered)
+    name = "information_maximization"
+    assert of_logits(name, clusters) == pytest.approx(np.log(3), abs=0.05)
+    assert of_logits(name, np.zeros((60, 3))) == pytest.approx(0)
+    assert of_logits(name, np.tile([9.0, 0, 0], (60, 1))) == pytest.approx(0, abs=1e-9)
+    scattered, name = rng.normal(0, 4, (60, 12)), "soft_neighborhood_density"
+    assert of_logits(name, clusters) > of_logits(name, scattered)
     # 20 images a cluster, 19 equal neighbours each
-    assert soft_neighborhood_density(clusters) == pytest.approx(np.log(19), abs=0.2)
+    assert of_logits(name, clusters) == pytest.approx(np.log(19), abs=0.2)
 
 
 # A small world in which the truth is known: the teacher's two halves of regions see it with
@@ -256,9 +263,13 @@ def test_unused_regions_are_the_other_half():
 
 def test_names_and_missing_evidence_are_told():
     """Catches a mistyped objective that passes, and a teacher that says nothing."""
-    assert find_objective(DEFAULT_OBJECTIVE).name == DEFAULT_OBJECTIVE
+    assert choose_objective(None, labeled=False) == DEFAULT_OBJECTIVE
+    assert choose_objective(None, labeled=True) == VALIDATION
+    assert choose_objective("label_f1", labeled=True) == "label_f1"
     with pytest.raises(ConfigError, match="calibrated_ap"):
-        find_objective("calibrated")
+        choose_objective("calibrated", labeled=False)
+    with pytest.raises(ConfigError, match=r"sweep\.validation=PATH"):
+        choose_objective(VALIDATION, labeled=False)
     nothing = np.full((4, 3), 0.01, np.float32)
     with pytest.raises(DataError, match="less than one positive"):
         make_reference(nothing, np.stack([nothing, nothing]), nothing)

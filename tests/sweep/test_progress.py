@@ -6,8 +6,8 @@ from rich.console import Console
 
 from hts_ray.store.run import require_stage
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, TrialLog
+from hts_ray.sweep.plan import plan_sweep
 from hts_ray.sweep.progress import SweepState, sweep_progress
-from hts_ray.sweep.stage import plan_sweep
 
 TRIALS = [
     Trial(OWN, {}, "complete", {}, (0.3, 0.4)),

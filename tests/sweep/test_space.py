@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hts_ray.config import FilterConfig, HtsConfig, load_config
+from hts_ray.config import FilterConfig, HtsConfig, load_config, override
 from hts_ray.errors import ConfigError
 from hts_ray.store.run import require_stage
 from hts_ray.sweep.space import Parameter, Space, build_space, field_of, nested, subsets, value_of
@@ -82,7 +82,7 @@ def test_draws_fit_together_and_follow_from_seed_and_number(seed, trial):
     settings = space.draw(seed, trial)
     assert settings == space.draw(seed, trial)
     assert settings != space.draw(seed, trial + 1)
-    found = space.config(settings).filter
+    found = override(space.base, nested(settings)).filter
     assert 0.01 <= found.negative_threshold <= found.positive_threshold <= 0.9
     assert found.top_k in range(1, 6)
     assert isinstance(settings["filter.top_k"], int)

@@ -17,9 +17,10 @@ from hts_ray.store.run import require_stage
 from hts_ray.store.tables import read_table, write_table
 from hts_ray.sweep import stage as sweep_stage
 from hts_ray.sweep.estimate import estimate
-from hts_ray.sweep.finalists import HELD_OUT
+from hts_ray.sweep.finalists import HELD_OUT, Finalist
 from hts_ray.sweep.log import OWN, Trial
-from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE
+from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, VALIDATION
+from hts_ray.sweep.plan import labeled_images, plan_sweep
 from hts_ray.sweep.plots import sweep_section
 from hts_ray.sweep.progress import print_sweep
 from hts_ray.sweep.stage import (
@@ -27,13 +28,12 @@ from hts_ray.sweep.stage import (
     FINALISTS_FILE,
     TRIALS_FILE,
     best_overrides,
+    choose_winner,
     find_sweep,
-    labeled_images,
-    plan_sweep,
+    require_results,
     run_sweep,
     trials_table,
 )
-from hts_ray.sweep.trial import VALIDATION
 
 TINY = {
     "trials": 5,
@@ -212,47 +212,44 @@ def test_labels_without_a_positive_annotation_column_are_refused(swept_run, tmp_
 
 
 @pytest.mark.parametrize(("better", "winner"), [(0.6, 3), (0.5, OWN), (0.4, OWN), (None, OWN)])
-def test_the_winner_has_to_beat_the_run_s_own_settings(swept, better, winner):
+def test_the_winner_has_to_beat_the_run_s_own_settings(better, winner):
     """Would catch settings that are no better taken for the best, and a failure that wins."""
-    plan, _, _, _ = swept
     trials = {number: Trial(number, {}, "complete", {}, (0.1 * number,)) for number in (OWN, 3)}
-    finalist = sweep_stage.Finalist(OWN, {}, DEFAULT_OBJECTIVE, 0.0, 0.5, 1.0)
+    finalist = Finalist(OWN, {}, DEFAULT_OBJECTIVE, 0.0, 0.5, 1.0)
     others = replace(finalist, number=3, value=better)
-    found, verdict = sweep_stage._winner(plan, trials, [finalist, others])
+    found, verdict = choose_winner(DEFAULT_OBJECTIVE, trials, [finalist, others])
     assert found.number == winner
     assert ("own settings are kept" in verdict) == (winner == OWN)
 
 
 @pytest.mark.parametrize(("error", "winner"), [(0.01, 3), (0.09, OWN), (float("inf"), OWN)])
-def test_a_gain_by_chance_wins_nothing(swept, error, winner):
+def test_a_gain_by_chance_wins_nothing(error, winner):
     """Would catch settings chosen for a hundredth of mAP on a handful of labeled images."""
-    plan, _, _, _ = swept
     trials = {number: Trial(number, {}, "complete", {}, (0.1 * number,)) for number in (OWN, 3)}
-    own = sweep_stage.Finalist(OWN, {}, VALIDATION, 0.0, 0.5, 1.0)
+    own = Finalist(OWN, {}, VALIDATION, 0.0, 0.5, 1.0)
     other = replace(own, number=3, value=0.6, gain_error=error)
-    found, verdict = sweep_stage._winner(plan, trials, [own, other])
+    found, verdict = choose_winner(DEFAULT_OBJECTIVE, trials, [own, other])
     assert found.number == winner
     assert ("chance" in verdict) == (winner == OWN)
 
 
-def test_without_finalists_the_trials_decide(swept):
+def test_without_finalists_the_trials_decide():
     """Would catch a stopped trial that is chosen for its first seed."""
-    plan, _, _, _ = swept
     trials = {
         OWN: Trial(OWN, {}, "complete", {}, (0.2, 0.3)),
         1: Trial(1, {}, "stopped", {}, (0.9,)),
         2: Trial(2, {}, "complete", {}, (0.3, 0.4)),
     }
-    assert sweep_stage._winner(plan, trials, [])[0].number == 2
+    assert choose_winner(DEFAULT_OBJECTIVE, trials, [])[0].number == 2
     del trials[2]
-    assert sweep_stage._winner(plan, trials, [])[0].number == OWN
+    assert choose_winner(DEFAULT_OBJECTIVE, trials, [])[0].number == OWN
 
 
-def test_own_settings_without_a_result_are_an_error(swept):
+def test_own_settings_without_a_result_are_an_error():
     """Would catch a sweep that chooses although it has nothing to compare with."""
     trials = {OWN: Trial(OWN, {}, "infeasible", message="nothing is left")}
     with pytest.raises(DataError, match="nothing is left"):
-        sweep_stage._require_results(trials)
+        require_results(trials)
 
 
 def test_values_of_several_types_are_told_as_json(swept):

@@ -29,20 +29,11 @@ from hts_ray.store.tables import (
 )
 from hts_ray.student.head import HeadData, fit_head, head_logits
 from hts_ray.student.targets import dense_targets, training_set
-from hts_ray.sweep import trial as sweep_trial
-from hts_ray.sweep.objectives import OBJECTIVES
-from hts_ray.sweep.trial import (
-    VALIDATION,
-    WORST,
-    SweepData,
-    feels,
-    fit_classifier,
-    load_sweep_data,
-    pseudo_label,
-    read_regions,
-    run_trial,
-    trial_config,
-)
+from hts_ray.sweep import data as sweep_data
+from hts_ray.sweep.data import SweepData, halve_regions, load_sweep_data, read_regions
+from hts_ray.sweep.objectives import OBJECTIVES, VALIDATION
+from hts_ray.sweep.space import feels, trial_config
+from hts_ray.sweep.trial import WORST, fit_classifier, pseudo_label, run_trial
 
 IMAGES, CLASSES, WIDTH = 120, 7, 16
 IDS = [3, 11, 7, 5, 2, 60, 41]
@@ -142,11 +133,11 @@ def stored(tmp_path_factory: pytest.TempPathFactory, truth: np.ndarray) -> dict[
 @pytest.fixture
 def load(stored: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what loads the stored data, with a given zero-shot classifier in place of CLIP's."""
-    monkeypatch.setattr(sweep_trial, "_zero_shot_classifier", lambda *_: stored["start"])
+    monkeypatch.setattr(sweep_data, "zero_shot_classifier", lambda *_: stored["start"])
 
     def call(config: HtsConfig = CONFIG, **changed: Any) -> SweepData:
         return load_sweep_data(
-            config, stored["classes"], stored["scores"], stored["features"], 0, **changed
+            config, stored["classes"], stored["scores"], stored["features"], **changed
         )
 
     return call
@@ -176,13 +167,7 @@ def random_settings(seed: int) -> dict[str, Any]:
 def published(config: HtsConfig, stored: dict[str, Any], folder: Path) -> StageFolder:
     """Run the filter stage."""
     stage = StageFolder(str(folder), "pseudo_labels", "k")
-    filter_regions(
-        config.filter,
-        region_scores_path=stored["scores"],
-        class_ids=np.array(IDS, np.int16),
-        split="train",
-        stage=stage,
-    )
+    filter_regions(config.filter, stored["scores"], "train", stage)
     return stage
 
 
@@ -303,10 +288,9 @@ def test_annotations_change_nothing_but_the_validation_map(load, stored):
 def test_halves_of_the_regions_are_disjoint_and_even(stored):
     """Catches a half that sees more of every image than the other."""
     regions = read_regions(stored["scores"], "train", 3)
+    view_G = halve_regions(np.diff(regions.offsets_N1), 3)
     offsets = regions.offsets_N1
-    sizes = np.array(
-        [[(regions.view_G[a:b] == v).sum() for v in (0, 1)] for a, b in pairwise(offsets)]
-    )
+    sizes = np.array([[(view_G[a:b] == v).sum() for v in (0, 1)] for a, b in pairwise(offsets)])
     assert (np.abs(sizes[:, 0] - sizes[:, 1]) <= 1).all()
     odd = sizes.sum(axis=1) % 2 == 1
     assert 0.2 < (sizes[odd, 0] > sizes[odd, 1]).mean() < 0.8

@@ -1,0 +1,320 @@
+"""What the stored regions say of every image: one aggregation, for the filter and the sweep.
+
+A region_scores folder is read a block of images at a time. The regions of a block are packed into
+arrays, and all its images are aggregated together.
+
+Shapes: N images, G regions of all of them, K regions that count, R regions of one image, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from hts_ray.config import FilterConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.labels.select import aggregate, region_probabilities, support
+from hts_ray.store import storage
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+IMAGE_COLUMNS = ["image_id", "uri", "split"]
+_BATCH_ROWS = 256
+_BLOCK_BYTES = 8 << 20  # of scores that are turned into probabilities at a time
+_IGNORED_PREFIXES = [".", "_", "checkpoint", "quarantine", "stats.json", "table.json"]
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """The stored regions of N images: image i has the regions offsets_N1[i] to offsets_N1[i + 1].
+
+    `images` is a table of image_id, uri and split. `scores_GC` are float32 as they were stored,
+    `kinds_G` strings, and `margins_G` the context around each region as a share of its sides.
+    `info` is `read_info` of the folder.
+    """
+
+    info: dict[str, Any]
+    images: pa.Table
+    offsets_N1: npt.NDArray[np.int64]
+    scores_GC: FloatArray
+    kinds_G: npt.NDArray[np.str_]
+    margins_G: FloatArray
+
+    @property
+    def image_ids(self) -> npt.NDArray[Any]:
+        """The ids (N,) of the images."""
+        return np.asarray(self.images["image_id"].to_numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the regions say of N images together.
+
+    `probabilities_NC` float32 in [0, 1]; `support_NC` int16, the regions that agree on a class.
+    Where `seen_N` is false no region of the image counts, and its rows are 0.
+    """
+
+    images: pa.Table
+    probabilities_NC: FloatArray
+    support_NC: npt.NDArray[np.int16]
+    seen_N: BoolArray
+
+    @property
+    def image_ids(self) -> list[str]:
+        """The ids of the images."""
+        ids: list[str] = self.images["image_id"].to_pylist()
+        return ids
+
+    def seen(self) -> Evidence:
+        """Return the images of which a region counts; itself where that is so of all."""
+        return self if self.seen_N.all() else self.take(np.flatnonzero(self.seen_N))
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Evidence:
+        """Return some of the images, in the order given."""
+        return Evidence(
+            self.images.take(pa.array(rows)),
+            self.probabilities_NC[rows],
+            self.support_NC[rows],
+            self.seen_N[rows],
+        )
+
+
+def read_info(path: str) -> dict[str, Any]:
+    """Return `table.json` of a region_scores folder: what was scored, and by what.
+
+    Keys: those of `hts_ray.teacher.actor.table_info`. DataError when it is not there.
+    """
+    try:
+        info = storage.read_json(storage.join(path, "table.json"))
+    except FileNotFoundError:
+        raise DataError(f"no table.json in {path}: run `hts label` first") from None
+    assert isinstance(info, dict)
+    return info
+
+
+def iter_region_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a region_scores folder that were scored, `scores` as (R, C) float32."""
+    for batch in _scored_batches(path):
+        rows = batch.drop_columns(["scores"]).to_pylist()
+        offsets = batch.column("scores").offsets.to_numpy()
+        flat = batch.column("scores").values.to_numpy(zero_copy_only=False)
+        for row, start, end in zip(rows, offsets[:-1], offsets[1:], strict=True):
+            row["scores"] = flat[start:end].reshape(len(row["boxes"]), -1)
+            yield row
+
+
+def read_regions(
+    path: str, split: str | None = None, image_ids: Collection[str] | None = None
+) -> Iterator[Regions]:
+    """Yield the scored images of a region_scores folder, a block at a time, as they are stored.
+
+    `split` and `image_ids` narrow them; None is all.
+    """
+    info, chosen = read_info(path), []
+    if split is not None:
+        chosen.append(pc.field("split") == split)
+    if image_ids is not None:
+        chosen.append(pc.field("image_id").isin(pa.array(image_ids, pa.string())))
+    columns = [*IMAGE_COLUMNS, "scores", "region_kinds", "margins"]
+    for batch in _scored_batches(path, columns, chosen):
+        kinds, scores = batch.column("region_kinds"), batch.column("scores").flatten()
+        counts_N = kinds.value_lengths().to_numpy()
+        margins_G = np.zeros(counts_N.sum(), np.float32)
+        if "margins" in batch.schema.names:
+            margins = batch.column("margins")
+            has_margins_N = margins.value_lengths().fill_null(0).to_numpy() > 0
+            margins_G[np.repeat(has_margins_N, counts_N)] = margins.flatten().to_numpy()
+        yield Regions(
+            info,
+            pa.Table.from_batches([batch.select(IMAGE_COLUMNS)]),
+            _offsets(counts_N),
+            scores.to_numpy(zero_copy_only=False).reshape(len(margins_G), -1),
+            np.asarray(kinds.flatten().to_pylist(), dtype=np.str_),
+            margins_G,
+        )
+
+
+def pack_regions(blocks: Sequence[Regions]) -> Regions:
+    """Return the images of one block or more as a single one, in the order of their ids."""
+    images = pa.concat_tables([block.images for block in blocks]).combine_chunks()
+    order_N = np.argsort(images["image_id"].to_numpy(), kind="stable")
+    counts_N = np.concatenate([np.diff(block.offsets_N1) for block in blocks])
+    offsets_N1 = _offsets(counts_N[order_N])
+    moved_N = np.empty(len(order_N), np.int64)  # how far an image's regions are moved
+    moved_N[order_N] = offsets_N1[:-1]
+    moved_N -= _offsets(counts_N)[:-1]
+    place_G = np.arange(offsets_N1[-1]) + np.repeat(moved_N, counts_N)
+    return Regions(
+        blocks[0].info,
+        images.take(pa.array(order_N)),
+        offsets_N1,
+        _placed([block.scores_GC for block in blocks], place_G),
+        _placed([block.kinds_G for block in blocks], place_G),
+        _placed([block.margins_G for block in blocks], place_G),
+    )
+
+
+def kept_regions(
+    kinds_G: npt.ArrayLike, margins_G: npt.ArrayLike | None, config: FilterConfig
+) -> BoolArray:
+    """Return which regions (G,) have a kind and a context margin that count.
+
+    Margins are asked of regions that have one to choose, around persons and unions; None is none.
+    """
+    kinds_G = np.asarray(kinds_G)
+    keep_G = np.ones(len(kinds_G), dtype=bool)
+    if config.region_kinds is not None:
+        keep_G &= np.isin(kinds_G, config.region_kinds)
+    if config.margins is not None:
+        margins_G = np.zeros(len(kinds_G)) if margins_G is None else margins_G
+        with_context_G = np.isin(kinds_G, ("person", "union"))
+        distance_G = np.abs(np.subtract.outer(margins_G, config.margins))
+        keep_G &= ~with_context_G | (distance_G.min(axis=1, initial=np.inf) < 1e-4)
+    return keep_G
+
+
+def class_probabilities(
+    scores_RC: FloatArray, info: dict[str, Any], config: FilterConfig
+) -> FloatArray:
+    """Return class probabilities (R, C) of regional scores, whichever kind `info` says they are.
+
+    Log-likelihoods of prompts lose alpha times their prior and compete in a softmax. What
+    captions state is a probability already; prior_alpha, temperature and null_score say nothing
+    about it. Raises ConfigError for an alpha without a stored prior.
+    """
+    if info.get("score_kind") == "log_probability":
+        return np.asarray(np.exp(scores_RC))
+    prior_C = None
+    if config.prior_alpha > 0:
+        stored = info.get("prior_log_likelihoods")
+        if stored is None:
+            raise ConfigError(
+                field="filter.prior_alpha",
+                value=config.prior_alpha,
+                remedy="the teacher stored no prior: set it to 0, or label.teacher.prior=plain",
+            )
+        prior_C = np.asarray(stored, dtype=np.float32)
+    return region_probabilities(
+        scores_RC, prior_C, config.prior_alpha, config.temperature, null_score=config.null_score
+    )
+
+
+def aggregate_regions(
+    regions: Regions, config: FilterConfig, chosen_G: BoolArray | None = None
+) -> Evidence:
+    """Aggregate every image's counting regions into class probabilities and support.
+
+    `chosen_G` narrows what counts further. Images with equally many counting regions are
+    aggregated together: side by side, (R, N * C), they look like one image with more classes.
+    """
+    keep_G = kept_regions(regions.kinds_G, regions.margins_G, config)
+    if chosen_G is not None:
+        keep_G &= chosen_G
+    images, classes = len(regions.images), regions.scores_GC.shape[1]
+    probabilities_NC = np.zeros((images, classes), np.float32)
+    support_NC = np.zeros((images, classes), np.int16)
+    # Summing an empty slice is fine where reduceat is not.
+    kept_before_N1 = _offsets(keep_G)[regions.offsets_N1]
+    counts_N = np.diff(kept_before_N1)
+    for start, end in _spans(regions):
+        inside = slice(int(regions.offsets_N1[start]), int(regions.offsets_N1[end]))
+        scores_KC = regions.scores_GC[inside][keep_G[inside]]
+        if not len(scores_KC):
+            continue
+        probabilities_KC = class_probabilities(scores_KC, regions.info, config)
+        firsts = kept_before_N1[start:end] - kept_before_N1[start]
+        for count in np.unique(counts_N[start:end][counts_N[start:end] > 0]):
+            rows = np.flatnonzero(counts_N[start:end] == count)
+            index_RN = firsts[rows] + np.arange(count)[:, None]
+            beside = probabilities_KC[index_RN].reshape(count, -1)
+            found = aggregate(beside, config.aggregation, config.top_k)
+            agreeing = support(beside, config.support_threshold)
+            probabilities_NC[start + rows] = found.reshape(len(rows), classes)
+            support_NC[start + rows] = agreeing.reshape(len(rows), classes)
+    return Evidence(regions.images, probabilities_NC, support_NC, counts_N > 0)
+
+
+def image_evidence(path: str, config: FilterConfig, split: str | None = None) -> Evidence:
+    """Aggregate the regions of every scored image of a split (all for None), block by block.
+
+    Images of which no region counts are left out. Rows come back sorted by `image_id`, so that
+    the result does not depend on how the files were written. Raises DataError when no region is
+    left, ConfigError for region kinds that were not stored.
+    """
+    kinds, found = set[str](), []
+    for regions in read_regions(path, split):
+        kinds.update(regions.kinds_G.tolist())
+        evidence = aggregate_regions(regions, config)
+        if evidence.seen_N.any():
+            found.append(evidence.seen())
+    if not found:
+        if kinds and config.region_kinds and not kinds.intersection(config.region_kinds):
+            raise ConfigError(
+                field="filter.region_kinds",
+                value=list(config.region_kinds),
+                remedy=f"the teacher stored only {', '.join(sorted(kinds))}",
+            )
+        if split is not None:
+            raise DataError(
+                f"no scored image of split {split!r}: check train.split and label.splits"
+            )
+        raise DataError(f"{path} holds no scored region: run `hts label` on images that decode")
+    images = pa.concat_tables([evidence.images for evidence in found]).combine_chunks()
+    together = Evidence(
+        images,
+        np.concatenate([evidence.probabilities_NC for evidence in found]),
+        np.concatenate([evidence.support_NC for evidence in found]),
+        np.ones(len(images), dtype=bool),
+    )
+    del found  # or the blocks, the whole and the sorted whole would be in memory together
+    return together.take(np.argsort(images["image_id"].to_numpy(), kind="stable"))
+
+
+def _scored_batches(
+    path: str, columns: Sequence[str] | None = None, conditions: Sequence[pc.Expression] = ()
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows that were scored and meet the conditions; columns that are missing stay so."""
+    filesystem, inner = storage.resolve(path)
+    dataset = pads.dataset(
+        inner, format="parquet", filesystem=filesystem, ignore_prefixes=_IGNORED_PREFIXES
+    )
+    names = [name for name in columns or dataset.schema.names if name in dataset.schema.names]
+    rows = pc.field("status") == "ok"
+    for condition in conditions:
+        rows &= condition
+    for batch in dataset.to_batches(columns=names, batch_size=_BATCH_ROWS, filter=rows):
+        if len(batch):
+            yield batch
+
+
+def _offsets(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return where each of (N,) lengths begins, and at last where all end: (N + 1,)."""
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _placed(parts: Sequence[npt.NDArray[Any]], place_G: npt.NDArray[np.int64]) -> Any:
+    """Return the rows of all parts at the given places, without a further copy of them all."""
+    dtype = np.result_type(*{part.dtype for part in parts})
+    whole = np.empty((len(place_G), *parts[0].shape[1:]), dtype)
+    start = 0
+    for part in parts:
+        whole[place_G[start : start + len(part)]] = part
+        start += len(part)
+    return whole
+
+
+def _spans(regions: Regions) -> Iterator[tuple[int, int]]:
+    """Yield ranges of images that have about `_BLOCK_BYTES` of scores."""
+    images = len(regions.images)
+    per_image = max(1, regions.scores_GC.nbytes // max(images, 1))
+    step = max(1, _BLOCK_BYTES // per_image)
+    for start in range(0, images, step):
+        yield start, min(start + step, images)

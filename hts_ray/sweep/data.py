@@ -1,0 +1,274 @@
+"""What all trials of a sweep read: stored scores and features, packed once into arrays.
+
+Ray's object store shares the arrays between trials without copies.
+
+Shapes: N images, G regions of all images, C classes, D features, M images with features, V labeled
+images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray.classes import ClassTable
+from hts_ray.config import FilterConfig, HtsConfig
+from hts_ray.errors import DataError
+from hts_ray.evaluate import label_matrix
+from hts_ray.labels.corrections import read_overrides
+from hts_ray.labels.evidence import Evidence, Regions, aggregate_regions, pack_regions
+from hts_ray.labels.evidence import read_regions as read_blocks
+from hts_ray.metrics import POSITIVE
+from hts_ray.store.tables import read_table
+from hts_ray.student.features import Features, read_feature_table
+from hts_ray.student.head import head_logits
+from hts_ray.student.model import build_student
+from hts_ray.sweep.objectives import Reference, make_reference
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+IMAGE_COLUMNS = ["image_id", "uri", "split"]
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """Features (V, D) and annotations (V, C) in {1, -1, 0, -2} of images a user has labeled."""
+
+    features_VD: FloatArray
+    labels_VC: npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True, eq=False)
+class SweepData:
+    """Everything a trial reads: arrays and the run's own settings, which a trial's replace.
+
+    - `regions` are the teacher's scores of N images, in the order of their ids; `view_G` int8 in
+      {0, 1} halves every image's regions at random.
+    - `feature_row_N` is an image's row of `features_MD`, or -1 where it has no features.
+    - `flipped_MD` are the features of the mirrored images, None where none are stored.
+    - `classifier_CD` is the zero-shot classifier, `overrides` the rows of `filter.overrides`.
+    """
+
+    config: HtsConfig
+    regions: Regions
+    view_G: npt.NDArray[np.int8]
+    feature_row_N: npt.NDArray[np.int64]
+    features_MD: FloatArray
+    flipped_MD: FloatArray | None
+    classifier_CD: FloatArray
+    reference: Reference
+    validation: Validation | None
+    overrides: pa.Table | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays in bytes, what the object store has to hold."""
+        reference, validation = self.reference, self.validation
+        arrays = [
+            *(self.regions.scores_GC, self.features_MD, self.flipped_MD, self.classifier_CD),
+            *(reference.consensus_NC, reference.calibrated_NC, reference.agreed_NC),
+            *(reference.views_2NC, reference.start_NC),
+            None if validation is None else validation.features_VD,
+        ]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+def load_sweep_data(
+    config: HtsConfig,
+    class_table: ClassTable,
+    region_scores_path: str,
+    features_path: str,
+    validation: pa.Table | None = None,
+    max_images: int | None = None,
+) -> SweepData:
+    """Read the region scores and features of the images of `train.split` once for all trials.
+
+    `validation` has annotated rows of a manifest (of any split); their features must be stored
+    too, and only `mAP_validation` ever sees their labels. `max_images` takes a sample by
+    `sweep.seed`. Memory: 4 N R C bytes of scores and 24 N C of reference (38,116 x 15 x 600: 1.4 +
+    0.5 GB). Raises DataError when no image has scores and features, when classes differ, or when
+    no labeled image has features.
+    """
+    split = config.train.split
+    regions = read_regions(region_scores_path, split, config.sweep.seed, max_images)
+    if list(regions.info["class_ids"]) != class_table.ids.tolist():
+        raise DataError(
+            f"{region_scores_path} was scored with other classes: use the run's own classes"
+        )
+    stored = read_feature_table(features_path)
+    feature_row_N, wanted = _feature_rows(regions.image_ids.tolist(), stored)
+    if not len(wanted):
+        raise DataError(
+            f"{features_path} has features of no image in split {split!r} of {region_scores_path}"
+        )
+    return make_data(
+        config,
+        regions,
+        feature_row_N,
+        stored.features_ND[wanted],
+        None if stored.flipped_ND is None else stored.flipped_ND[wanted],
+        zero_shot_classifier(config, class_table),
+        _validation(validation, stored, class_table, features_path),
+    )
+
+
+def make_data(
+    config: HtsConfig,
+    regions: Regions,
+    feature_row_N: npt.NDArray[np.int64],
+    features_MD: FloatArray,
+    flipped_MD: FloatArray | None,
+    classifier_CD: FloatArray,
+    validation: Validation | None = None,
+) -> SweepData:
+    """Return arrays, as `SweepData` describes them, with the reference that objectives need.
+
+    Raises DataError when the teacher expects no positive of any class.
+    """
+    view_G = halve_regions(np.diff(regions.offsets_N1), config.sweep.seed)
+    start_NC = image_logits(config, features_MD, feature_row_N, classifier_CD)
+    overrides = config.filter.overrides
+    return SweepData(
+        config=config,
+        regions=regions,
+        view_G=view_G,
+        feature_row_N=feature_row_N,
+        features_MD=features_MD,
+        flipped_MD=flipped_MD,
+        classifier_CD=classifier_CD,
+        reference=_reference(config.filter, regions, view_G, feature_row_N >= 0, start_NC),
+        validation=validation,
+        overrides=None if overrides is None else read_overrides(overrides),
+    )
+
+
+def scored_images(path: str, split: str) -> pa.Table:
+    """Return image_id, uri and split of the images of a split that the teacher scored, by id.
+
+    DataError when there is none.
+    """
+    table = read_table(path, [*IMAGE_COLUMNS, "status"])
+    chosen = table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.equal(table["split"], split)))
+    if not len(chosen):
+        raise DataError(f"no scored image of split {split!r}: check train.split and label.splits")
+    return chosen.select(IMAGE_COLUMNS).sort_by("image_id").combine_chunks()
+
+
+def read_regions(path: str, split: str, seed: int, max_images: int | None = None) -> Regions:
+    """Pack the scored images of a split, or a sample of them by `seed`, in the order of their ids.
+
+    DataError when there is none.
+    """
+    sample = None
+    if max_images is not None:
+        ids = scored_images(path, split)["image_id"].to_numpy()
+        random = np.random.default_rng([seed, len(ids)])
+        sample = ids[random.choice(len(ids), min(max_images, len(ids)), replace=False)]
+    blocks = [*read_blocks(path, split, sample)]
+    if not blocks:
+        raise DataError(f"no scored image of split {split!r}: check train.split and label.splits")
+    return pack_regions(blocks)
+
+
+def halve_regions(counts_N: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int8]:
+    """Deal each image's regions, shuffled, alternately into two halves; (G,) in {0, 1}."""
+    random = np.random.default_rng([seed, 1])
+    owner_G = np.repeat(np.arange(len(counts_N)), counts_N)
+    order_G = np.lexsort((random.random(len(owner_G)), owner_G))
+    starts_N = np.concatenate([[0], np.cumsum(counts_N)[:-1]])
+    place_G = np.empty(len(owner_G), dtype=np.int64)
+    place_G[order_G] = np.arange(len(owner_G)) - np.repeat(starts_N, counts_N)
+    # The odd region goes to either half, or the first half would see more of every image.
+    first_N = random.integers(2, size=len(counts_N))
+    return np.asarray((place_G + first_N[owner_G]) % 2, dtype=np.int8)
+
+
+def image_logits(
+    config: HtsConfig,
+    features_MD: FloatArray,
+    feature_row_N: npt.NDArray[np.int64],
+    classifier_CD: FloatArray,
+) -> FloatArray:
+    """Return a classifier's logits (N, C) of all images; rows without features are 0."""
+    logits_MC = head_logits(features_MD, classifier_CD, config.student.logit_scale)
+    return np.where((feature_row_N >= 0)[:, None], logits_MC[feature_row_N], np.float32(0))
+
+
+def zero_shot_classifier(config: HtsConfig, class_table: ClassTable) -> FloatArray:
+    """Return the classifier (C, D) that the student starts with."""
+    classifier = build_student(config.student, class_table).classifier
+    return np.asarray(classifier.detach().cpu().numpy(), dtype=np.float32)
+
+
+def _reference(
+    config: FilterConfig,
+    regions: Regions,
+    view_G: npt.NDArray[np.int8],
+    has_features_N: BoolArray,
+    start_NC: FloatArray,
+) -> Reference:
+    """Read the teacher's evidence in fixed ways, from all regions and from each half of them.
+
+    An image without features is scored by no student: it must not count against any.
+    """
+    consensus = _consensus(regions, config, None)
+    consensus.probabilities_NC[~has_features_N] = 0
+    views = []
+    for view in (0, 1):
+        half = _consensus(regions, config, view_G == view)
+        half.probabilities_NC[~(half.seen_N & has_features_N)] = np.nan
+        views.append(half.probabilities_NC)
+    return make_reference(consensus.probabilities_NC, np.stack(views), start_NC)
+
+
+_READINGS: tuple[dict[str, Any], ...] = (
+    {"aggregation": "max"},
+    {"aggregation": "top_k_mean", "top_k": 2},
+    {"aggregation": "mean"},
+    {"aggregation": "noisy_or"},
+)
+
+
+def _consensus(regions: Regions, config: FilterConfig, chosen_G: BoolArray | None) -> Evidence:
+    """Mean probability over all aggregations, of all stored kinds of regions and margins."""
+    every = config.model_copy(update={"region_kinds": None, "margins": None})
+    found = [
+        aggregate_regions(regions, every.model_copy(update=reading), chosen_G)
+        for reading in _READINGS
+    ]
+    mean_NC = np.mean([evidence.probabilities_NC for evidence in found], axis=0, dtype=np.float32)
+    return Evidence(regions.images, np.asarray(mean_NC), found[0].support_NC, found[0].seen_N)
+
+
+def _feature_rows(
+    ids: Sequence[str], stored: Features
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return each image's place among the rows that are needed, -1 without one, and those rows."""
+    row_of = {image_id: row for row, image_id in enumerate(stored.image_ids)}
+    row_N = np.array([row_of.get(image_id, -1) for image_id in ids], dtype=np.int64)
+    wanted = np.unique(row_N[row_N >= 0])
+    return np.where(row_N >= 0, np.searchsorted(wanted, row_N), -1), wanted
+
+
+def _validation(
+    rows: pa.Table | None, stored: Features, class_table: ClassTable, path: str
+) -> Validation | None:
+    if rows is None:
+        return None
+    annotated = rows.filter(rows["positive_ids"].is_valid())
+    place_V, wanted = _feature_rows(annotated["image_id"].to_pylist(), stored)
+    known = place_V >= 0
+    labels_VC = label_matrix(annotated, class_table)[known]
+    if not (labels_VC == POSITIVE).any():
+        raise DataError(
+            f"none of {len(rows)} validation images has features in {path} and a positive class:"
+            " compute the features of their split too"
+        )
+    return Validation(stored.features_ND[wanted][place_V[known]], labels_VC)
