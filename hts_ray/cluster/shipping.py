@@ -7,13 +7,14 @@ directory is uploaded once. Data belongs on storage that every node sees.
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
@@ -32,6 +33,8 @@ _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".onnx", ".gguf", ".
 _TABLES = (".parquet", ".arrow", ".npy", ".npz", ".mat", ".tfrecord", ".lance")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".whl")
 _MEDIA = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".wav", ".mp3", ".flac")
+_ENVIRONMENT = ("pyvenv.cfg", "conda-meta")
+_RUN = ("provenance.json", "config.yaml")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can tell
 
 
@@ -47,19 +50,75 @@ class Shipped:
 def files_to_ship(root: Path) -> list[Shipped]:
     """Return the files of a working directory and of this package, sorted by name.
 
-    Left out are what `.gitignore` and `.rayignore` name (those of the folders above up to the
-    repository's root count too), version control, environments, caches, run directories, and
-    images, weights, tables, archives and media by their extensions. A later line wins, and
-    `.rayignore` over `.gitignore`, so that `!weights/tiny.safetensors` there ships that file.
-    Raises ConfigError when `root` is no folder.
+    Left out are:
+
+    - what `.gitignore` and `.rayignore` name, also those of the folders above up to the
+      repository's root; a later line wins, and `.rayignore` over `.gitignore`, so that
+      `!weights/tiny.safetensors` there ships that file;
+    - version control, environments, caches and run directories;
+    - images, weights, tables, archives and media, by their extensions.
+
+    Raises ConfigError when `root` is no folder or holds one that cannot be read.
     """
     root = root.resolve()
     if not root.is_dir():
         raise ConfigError(field="--working-dir", value=str(root), remedy="give a folder")
-    rules = [_Rules(root, _default_rules()), *_rules_above(root)]
-    found = {file.name: file for file in _walk(root, root, rules)}
-    found.update((file.name, file) for file in _package_files())
-    return [found[name] for name in sorted(found)]
+    data = sorted({*IMAGES, *_WEIGHTS, *_TABLES, *_ARCHIVES, *_MEDIA})
+    rules = [(root, GitIgnoreSpec.from_lines([*_FOLDERS, *(f"*{ending}" for ending in data)]))]
+    above = list(itertools.takewhile(lambda p: not (p / ".git").exists(), root.parents))
+    if len(above) < len(root.parents):  # inside a repository, whose root is the next one
+        for folder in reversed([*above, root.parents[len(above)]]):
+            rules += _rules_in(folder)
+    package = Path(hts_ray.__file__).resolve().parent
+    found = [
+        *_files(root, root, rules),
+        *(Shipped(path, f"{_PACKAGE}/{path.relative_to(package).as_posix()}", path.stat().st_size)
+          for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts),
+    ]  # fmt: skip
+    return sorted(found, key=lambda file: file.name)
+
+
+def _rules_in(folder: Path) -> Iterator[tuple[Path, GitIgnoreSpec]]:
+    for file in (folder / name for name in IGNORE_FILES):
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            yield folder, GitIgnoreSpec.from_lines(lines)
+
+
+def _files(
+    root: Path, folder: Path, rules: Sequence[tuple[Path, GitIgnoreSpec]]
+) -> Iterator[Shipped]:
+    """Yield the files below a folder that no rule leaves out; the nearest rule decides."""
+    rules = [*rules, *_rules_in(folder)]
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError as error:
+        raise ConfigError(
+            field="--working-dir",
+            value=str(folder),
+            remedy=f"cannot be read ({error.strerror}): name it in .rayignore",
+        ) from error
+    for entry in entries:
+        path, is_folder = Path(entry.path), entry.is_dir(follow_symlinks=False)
+        if path == root / _PACKAGE or _left_out(path, is_folder, rules):
+            continue
+        if is_folder and not any((path / name).exists() for name in _ENVIRONMENT):
+            if not all((path / name).is_file() for name in _RUN):
+                yield from _files(root, path, rules)
+        elif entry.is_file():  # also a link to a file; not a pipe, nor a link to nothing
+            yield Shipped(path, path.relative_to(root).as_posix(), entry.stat().st_size)
+
+
+def _left_out(path: Path, is_folder: bool, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> bool:
+    defaults = rules[0][1]
+    for folder, spec in reversed(rules):
+        # A camera writes .JPG.
+        named = path.with_suffix(path.suffix.lower()) if spec is defaults else path
+        name = named.relative_to(folder).as_posix() + ("/" if is_folder else "")
+        verdict = spec.check_file(name).include
+        if verdict is not None:
+            return verdict
+    return False
 
 
 def check_size(files: Sequence[Shipped], limit_mib: float) -> float:
@@ -91,88 +150,3 @@ def write_zip(files: Sequence[Shipped], target: Path) -> None:
             executable = file.source.stat().st_mode & stat.S_IXUSR
             entry.external_attr = (0o755 if executable else 0o644) << 16
             archive.writestr(entry, file.source.read_bytes())
-
-
-class _Rules:
-    """The lines of one ignore file, which speak of paths below the folder that it lies in."""
-
-    def __init__(self, folder: Path, lines: Sequence[str]) -> None:
-        self.folder = folder
-        self._spec = GitIgnoreSpec.from_lines(lines)
-
-    def verdict(self, path: Path, is_folder: bool) -> bool | None:
-        """Return whether a path is left out, None where no line speaks of it."""
-        name = path.relative_to(self.folder).as_posix() + ("/" if is_folder else "")
-        return self._spec.check_file(name).include
-
-
-def _default_rules() -> list[str]:
-    data = {*IMAGES, *_WEIGHTS, *_TABLES, *_ARCHIVES, *_MEDIA}
-    # Extensions of any case: a camera writes .JPG.
-    return [*_FOLDERS, *(f"*{_any_case(extension)}" for extension in sorted(data))]
-
-
-def _any_case(extension: str) -> str:
-    return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in extension)
-
-
-def _rules_above(root: Path) -> list[_Rules]:
-    """Return the ignore files between the repository's root and the working directory."""
-    above = []
-    for folder in root.parents:
-        above.append(folder)
-        if (folder / ".git").exists():
-            return [rules for parent in reversed(above) for rules in _rules_in(parent)]
-    return []
-
-
-def _rules_in(folder: Path) -> Iterator[_Rules]:
-    for name in IGNORE_FILES:
-        file = folder / name
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            yield _Rules(folder, lines)
-
-
-def _walk(root: Path, folder: Path, rules: Sequence[_Rules]) -> Iterator[Shipped]:
-    here = [*rules, *_rules_in(folder)]
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except PermissionError as error:
-        raise ConfigError(
-            field="--working-dir",
-            value=str(folder),
-            remedy=f"cannot be read ({error.strerror}): name it in .rayignore",
-        ) from error
-    for entry in entries:
-        path, is_folder = Path(entry.path), entry.is_dir(follow_symlinks=False)
-        if _left_out(path, is_folder, here) or (folder == root and entry.name == _PACKAGE):
-            continue
-        if is_folder:
-            if not _is_environment(path) and not _is_run(path):
-                yield from _walk(root, path, here)
-        elif entry.is_file():  # also a link to a file; not a pipe, nor a link to nothing
-            name = path.relative_to(root).as_posix()
-            yield Shipped(path, name, entry.stat().st_size)
-
-
-def _left_out(path: Path, is_folder: bool, rules: Sequence[_Rules]) -> bool:
-    verdicts = [rule.verdict(path, is_folder) for rule in rules]
-    return next((verdict for verdict in reversed(verdicts) if verdict is not None), False)
-
-
-def _is_environment(folder: Path) -> bool:
-    return (folder / "pyvenv.cfg").is_file() or (folder / "conda-meta").is_dir()
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "provenance.json").is_file() and (folder / "config.yaml").is_file()
-
-
-def _package_files() -> Iterator[Shipped]:
-    """Yield this package with its models and presets, so that the job runs the code at hand."""
-    package = Path(hts_ray.__file__).resolve().parent
-    for path in sorted(package.rglob("*")):
-        name = PurePosixPath(_PACKAGE, path.relative_to(package).as_posix())
-        if path.is_file() and "__pycache__" not in name.parts:
-            yield Shipped(path, str(name), path.stat().st_size)

@@ -8,7 +8,8 @@ import pytest
 
 from hts_ray import cli
 from hts_ray.cluster import doctor
-from hts_ray.cluster.doctor import Finding, node_facts, probe_path, probe_storage
+from hts_ray.cluster.doctor import Finding
+from hts_ray.cluster.facts import node_facts, probe_path, probe_storage
 from hts_ray.config import load_config
 from hts_ray.store.provenance import versions
 
@@ -54,9 +55,9 @@ def test_this_machine_is_examined_without_starting_ray(tmp_path, monkeypatch, ca
 def test_the_terminal_shows_each_remedy(capsys):
     """Would catch a problem without advice, a wrong exit code or marks taken for markup."""
     findings = [
-        Finding("gpu", "ok", "none", "never shown"),
-        Finding("disk", "warning", "[/tmp] 3 GiB free", "have 10"),
-        Finding("storage", "problem", "cannot write", "mend it"),
+        Finding("ok", "none", "never shown", "gpu"),
+        Finding("warning", "[/tmp] 3 GiB free", "have 10", "disk"),
+        Finding("problem", "cannot write", "mend it", "storage"),
     ]
     assert doctor.print_findings(findings) == 1
     out = capsys.readouterr().out
@@ -129,7 +130,7 @@ def test_versions_are_compared_across_nodes():
     assert found["torch everywhere"].level == "warning"
     assert "2.12.0 on b" in found["torch everywhere"].found
     assert "ray everywhere" not in found
-    assert doctor.judge_same([fact(), fact()]) == []
+    assert not list(doctor.judge_same([fact(), fact()]))
 
 
 def test_unsupported_versions_are_named_with_the_supported_ones():
@@ -137,20 +138,20 @@ def test_unsupported_versions_are_named_with_the_supported_ones():
     from packaging.specifiers import SpecifierSet
 
     ranges = SpecifierSet(">=2.60,<2.61")
-    assert doctor._judge_package("ray", ranges, [fact()]).level == "ok"
+    assert doctor.judge_package("ray", ranges, [fact()]) is None
     old = fact(versions={"ray": "2.9.0"})
-    judged = doctor._judge_package("ray", ranges, [fact(), old])
+    judged = doctor.judge_package("ray", ranges, [fact(), old])
     assert judged.level == "problem"
     assert "2.9.0 on a" in judged.found
-    missing = doctor._judge_package("timm", SpecifierSet(""), [fact()])
+    missing = doctor.judge_package("timm", SpecifierSet(""), [fact()])
     assert "not installed" in missing.found
 
 
 def test_clocks():
     """Would catch nodes whose requests a store refuses because of their time."""
-    assert doctor.judge_clocks([fact(clock_skew=0.4)])[0].level == "ok"
-    assert doctor.judge_clocks([fact(), fact(clock_skew=-30)])[0].level == "warning"
-    judged = doctor.judge_clocks([fact(host="b", clock_skew=-1200)])[0]
+    assert doctor.judge_clocks([fact(clock_skew=0.4)]).level == "ok"
+    assert doctor.judge_clocks([fact(), fact(clock_skew=-30)]).level == "warning"
+    judged = doctor.judge_clocks([fact(host="b", clock_skew=-1200)])
     assert judged.level == "problem"
     assert "b is 1200 s behind" in judged.found
 
@@ -161,14 +162,14 @@ def test_authentication(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert doctor.judge_auth([fact()], True).level == "problem"
+    assert doctor.judge_auth(several_hosts=True).level == "problem"
     token.write_text("x")
     token.chmod(0o644)
-    assert "chmod 600" in doctor.judge_auth([fact()], True).remedy
+    assert "chmod 600" in doctor.judge_auth(several_hosts=True).remedy
     token.chmod(0o600)
-    assert doctor.judge_auth([fact()], True).level == "ok"
+    assert doctor.judge_auth(several_hosts=True).level == "ok"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert doctor.judge_auth([fact()], True).level == "warning"
+    assert doctor.judge_auth(several_hosts=True).level == "warning"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,6 @@ def test_the_dashboard_belongs_on_this_machine_only(url, level):
 def test_a_cluster_s_nodes_are_examined(ray_session, monkeypatch, tmp_path):
     """Would catch facts that do not come back from a node, or a stage that has no room there."""
     monkeypatch.setenv("RAY_ADDRESS", "whatever: Ray is up already")
-    started = time.monotonic()
     findings = doctor.examine(
         config(f"run_dir={tmp_path}", "label.pool.min_size=9", "label.pool.max_size=9")
     )
@@ -201,7 +201,24 @@ def test_a_cluster_s_nodes_are_examined(ray_session, monkeypatch, tmp_path):
     assert "label.pool.min_size = 9" in found["room to label"].found
     assert found["room to predict"].level == "ok"
     assert not list(tmp_path.iterdir())
-    assert time.monotonic() - started < doctor._NODE_TIMEOUT_S
+
+
+def test_a_node_that_hangs_is_named(ray_session, monkeypatch, tmp_path):
+    """Would catch a doctor that waits for ever, or calls a node healthy that did not answer."""
+
+    def hang(*_):
+        time.sleep(60)
+
+    monkeypatch.setenv("RAY_ADDRESS", "whatever: Ray is up already")
+    monkeypatch.setattr(doctor, "_NODE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(doctor, "node_facts", hang)
+    started = time.monotonic()
+    findings = doctor.examine(config(f"run_dir={tmp_path}"))
+    assert time.monotonic() - started < 30
+    [silent] = [row for row in findings if row.check.startswith("node ")]
+    assert silent.level == "problem"
+    assert "no answer in 1 s" in silent.found
+    assert "storage" not in {row.check for row in findings}
 
 
 def test_facts_travel_between_nodes(tmp_path):
