@@ -30,7 +30,7 @@ from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import CaptionConfig, LabelConfig, RayConfig
-from hts_ray.engine.image_pass import decode_batch, decoded_image
+from hts_ray.engine.decoding import decode_batch, decoded_image
 from hts_ray.engine.session import ray_cluster
 from hts_ray.images.crops import CropBatch
 from hts_ray.images.manifest import open_manifest

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hts_ray.classes import hico_classes, noun_phrase
+from hts_ray.demo.figures import Box
 from hts_ray.demo.world import (
-    Box,
     SceneSpec,
     class_ids_by_frequency,
     derive_seed,

@@ -42,8 +42,9 @@ from hts_ray.demo.world import TEST_EXPONENT, render_scene, sample_scene, world_
 from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import propose_regions
+from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.store.provenance import measured_on, write_results
-from hts_ray.teacher.captioner import FloatArray, Pixels, keep_top
+from hts_ray.teacher.captioner import keep_top
 from hts_ray.teacher.models.architectures import CrossAttentionDecoder
 from hts_ray.teacher.models.loading import load_captioner
 from hts_ray.teacher.models.pretrained import TransformersCaptioner

@@ -32,7 +32,8 @@ import torch
 from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
-from hts_ray.config import RayConfig, StudentConfig, TrainConfig
+from hts_ray.config import HtsConfig, RayConfig, StudentConfig, TrainConfig
+from hts_ray.engine.run import Run
 from hts_ray.engine.session import ray_cluster
 from hts_ray.losses import make_loss
 from hts_ray.store import storage
@@ -149,14 +150,8 @@ def epoch_rates(
     stage = StageFolder(str(folder), "student", str(time.time_ns()))
     rates_path = str(folder / f"rates-{stage.key}.json")
     with patch.object(training, "train_loop", with_bare_loops(rates_path)):
-        training.train_student(
-            config=config,
-            student_config=student_config,
-            class_table=class_table,
-            labels=labels,
-            stage=stage,
-            seed=0,
-        )
+        run = Run(HtsConfig(student=student_config, train=config), class_table)
+        training.train_student(run, labels, stage)
     storage.remove_tree(stage.path)
     rates = storage.read_json(rates_path)
     around = [(a + b) / 2 for a, b in pairwise(rates["bare"])]

@@ -25,6 +25,7 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.decode import DecodedImage, ImageError, decode_image
 from hts_ray.images.retry import read_image_bytes
 from hts_ray.store import storage
+from hts_ray.store.aliases import Pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 
-Pixels = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
 _READ_THREADS = 4

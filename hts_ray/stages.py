@@ -22,7 +22,7 @@ and once for all of them by `start`.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
@@ -39,12 +39,10 @@ from hts_ray.labels.stage import plan_filter
 from hts_ray.report import Section, report_for_run, write_report
 from hts_ray.review.section import review_sections
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone, TrainingTold
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 from hts_ray.student.targets import training_labels, validation_rows
 from hts_ray.teacher.stage import plan_label
-
-Progress = Callable[[int, int, int], None]
-TrainProgress = Callable[[Mapping[str, Any]], None]
 
 # The tables of a run, in the order in which its stages write them.
 TABLES = ("manifest", "region_scores", "pseudo_labels", "student", "predictions", "evaluation")
@@ -53,10 +51,10 @@ TABLES = ("manifest", "region_scores", "pseudo_labels", "student", "predictions"
 class Watch(Protocol):
     """Gives the callbacks that show how long stages go; `hts_ray.engine.console.Steps` is one."""
 
-    def images(self, title: str) -> Progress:
+    def images(self, title: str) -> ImagesDone:
         """Return a callback (done, total, quarantined) for a stage over images."""
 
-    def epochs(self, title: str, epochs: int) -> TrainProgress:
+    def epochs(self, title: str, epochs: int) -> TrainingTold:
         """Return a callback for the records of a training's epochs."""
 
 
@@ -313,7 +311,7 @@ def _path(given: StageFolder | str | None) -> str | None:
 
 
 def _on_ray(
-    plan: Stage, cluster: AbstractContextManager[None], shown: AbstractContextManager[Progress]
+    plan: Stage, cluster: AbstractContextManager[None], shown: AbstractContextManager[ImagesDone]
 ) -> StageFolder:
     """Do a stage's work on a cluster; a finished one needs none."""
     if plan.folder.finished:

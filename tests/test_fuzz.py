@@ -41,7 +41,7 @@ from PIL import Image
 from hts_ray.classes import hico_classes, load_class_table
 from hts_ray.cli import cli
 from hts_ray.config import HtsConfig, ImagesConfig, load_config
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.errors import UserError
 from hts_ray.images.boxes import read_given_boxes
 from hts_ray.images.decode import ERROR_KINDS

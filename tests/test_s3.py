@@ -11,7 +11,7 @@ from servers import BUCKET, Fault, faulty_store
 
 from hts_ray import cli
 from hts_ray.config import ImagesConfig
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.images import retry as images
 from hts_ray.images.folder import read_folder

@@ -173,7 +173,7 @@ def _preview_train(run: Run, pseudo_labels: str | None, manifest: str | None) ->
     from hts_ray.student.train import estimate  # torch loads slowly
 
     plan, labels = stages.plan_training(run, pseudo_labels, manifest)
-    figures = estimate(run.config.train, run.config.student, run.class_table, labels)
+    figures = estimate(run, labels)
     print_mapping("plan", {"write": plan.folder.path, **readable(figures)})
 
 

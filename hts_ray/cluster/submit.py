@@ -30,6 +30,7 @@ import click
 
 from hts_ray.cluster.shipping import Shipped, check_size, files_to_ship, write_zip
 from hts_ray.config import HtsConfig, RayConfig
+from hts_ray.engine.compat import served_autoscaler_status
 from hts_ray.engine.room import (
     Cluster,
     check_paths,
@@ -245,7 +246,7 @@ def cluster_behind(client: JobSubmissionClient, config: RayConfig) -> Cluster | 
                 address, filters=[("state", "=", "ALIVE")], limit=10_000,
                 raise_on_missing_output=False,
             )  # fmt: skip
-        status = client._do_request("GET", "/api/cluster_status").json()["data"]["clusterStatus"]
+        status = served_autoscaler_status(client)
     except Exception:  # the stage looks again when it starts
         return None
     rows = [

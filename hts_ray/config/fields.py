@@ -13,9 +13,14 @@ from pydantic.fields import FieldInfo
 _EXECUTION = "execution"
 
 
-def execution(default: Any, **constraints: Any) -> Any:
-    """Declare a field that changes how a stage runs but not what it answers."""
-    return Field(default, json_schema_extra={_EXECUTION: True}, **constraints)
+def setting(default: Any, meaning: str, **bounds: Any) -> Any:
+    """Declare a setting: its default, its meaning in a line, pydantic's bounds (ge, lt, ...)."""
+    return Field(default, description=meaning, **bounds)
+
+
+def execution(default: Any, meaning: str, **bounds: Any) -> Any:
+    """Declare a setting that changes how a stage runs but not what it answers."""
+    return setting(default, meaning, json_schema_extra={_EXECUTION: True}, **bounds)
 
 
 class Section(BaseModel):

@@ -10,78 +10,65 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from hts_ray.config.fields import Section, execution
+from hts_ray.config.fields import Section, execution, setting
 
 
 class ClassesConfig(Section):
     """Which classes are labeled."""
 
-    source: str = Field("hico", description="`hico`, or the path of a class CSV of your own")
-    ids: tuple[int, ...] | None = Field(
-        None, description="keep only these class ids, in this order; all when not set"
-    )
+    source: str = setting("hico", "`hico`, or the path or URI of your own class CSV")
+    ids: tuple[int, ...] | None = setting(None, "only these ids, in this order; all if not set")
 
 
 class PrepareConfig(Section):
     """Where images come from and how they are checked while the manifest is written."""
 
-    splits: tuple[str, ...] = Field(("train", "test"), description="HICO splits to read")
-    split: str = Field("train", description="split given to every image of a plain folder")
-    follow_symlinks: bool = Field(True, description="follow links to folders (loops are cut)")
-    workers: int = execution(16, ge=1, le=256, description="threads that read image headers")
+    splits: tuple[str, ...] = setting(("train", "test"), "HICO splits to read")
+    split: str = setting("train", "split of every image of a plain folder")
+    follow_symlinks: bool = setting(True, "follow links to folders (loops are cut)")
+    workers: int = execution(16, "threads that read image headers", ge=1, le=256)
 
 
 class ImagesConfig(Section):
     """Limits of image decoding; what breaks them is quarantined with the reason."""
 
-    max_pixels: int = Field(200_000_000, ge=1, description="larger images are refused")
-    min_side: int = Field(8, ge=1, description="smaller images are refused, pixels")
-    max_side: int = Field(2048, ge=16, description="longer sides are downscaled to this, pixels")
+    max_pixels: int = setting(200_000_000, "larger images are refused", ge=1)
+    min_side: int = setting(8, "smaller images are refused, pixels", ge=1)
+    max_side: int = setting(2048, "longer sides are downscaled to this, pixels", ge=16)
 
 
 class RegionsConfig(Section):
     """Which regions of an image the teacher looks at."""
 
-    whole: bool = Field(True, description="the whole image is a region")
-    grid_scales: tuple[float, ...] = Field(
-        (0.7, 0.5), description="side of the grid's crops as a share of the image's sides"
+    whole: bool = setting(True, "the whole image is a region")
+    grid_scales: tuple[float, ...] = setting(
+        (0.7, 0.5), "side of a crop, as a share of the image's"
     )
-    grid_steps: tuple[int, ...] = Field(
-        (2, 3), description="crops along each side, one number a scale"
+    grid_steps: tuple[int, ...] = setting((2, 3), "crops along each side, one number a scale")
+    boxes: str | None = setting(None, "HICO-DET json, COCO json or Parquet, path or URI")
+    detector: str | None = setting(None, "transformers object detector: hub id or path")
+    detector_revision: str | None = setting(None, "pinned revision of the detector")
+    detector_threshold: float = setting(0.3, "lowest score of a box", ge=0.0, le=1.0)
+    detector_labels: tuple[str, ...] | None = setting(
+        None, "what a zero-shot detector looks for; if not set, person and all objects"
     )
-    boxes: str | None = Field(
-        None, description="given boxes: HICO-DET json, COCO json or Parquet (path or URI)"
-    )
-    detector: str | None = Field(
-        None, description="object detector of transformers, also a zero-shot one: hub id or path"
-    )
-    detector_revision: str | None = Field(None, description="pinned revision of the detector")
-    detector_threshold: float = Field(0.3, ge=0.0, le=1.0, description="least score of a box")
-    detector_labels: tuple[str, ...] | None = Field(
-        None, description="what a zero-shot detector looks for; person and the classes' objects"
-    )
-    person_labels: tuple[str, ...] = Field(
+    person_labels: tuple[str, ...] = setting(
         ("person", "man", "woman", "boy", "girl", "child"),
-        description="labels that count as a person; the others are objects",
+        "labels that count as a person; all others are objects",
     )
-    unions: bool = Field(True, description="boxes around a person and an object together")
-    persons: bool = Field(True, description="boxes around a person, with context")
-    margins: tuple[float, ...] = Field(
+    unions: bool = setting(True, "boxes around a person and an object together")
+    persons: bool = setting(True, "boxes around a person, with context")
+    margins: tuple[float, ...] = setting(
         (0.2,),
-        description="context around person and union boxes, as a share of their sides; each"
-        " margin is a region of its own",
+        "context around person and union boxes, as a share of their sides; each margin is a region",
     )
-    nms_iou: float = Field(
-        0.7, gt=0.0, le=1.0, description="boxes of a label that overlap more are one box"
-    )
-    max_pairs: int = Field(12, ge=1, description="at most so many person-object pairs an image")
-    min_side: int = Field(16, ge=1, description="smaller crops are left out, pixels")
-    max_regions: int = Field(64, ge=1, description="at most so many regions an image")
-    budget: int | None = Field(
-        None, ge=1, description="at most so many regions in the whole run, shared out evenly"
-    )
+    nms_iou: float = setting(0.7, "boxes of one label that overlap more are merged", gt=0.0, le=1.0)
+    max_pairs: int = setting(12, "most person-object pairs of an image", ge=1)
+    min_side: int = setting(16, "smaller crops are left out, pixels", ge=1)
+    max_regions: int = setting(64, "most regions of an image", ge=1)
+    budget: int | None = setting(None, "most regions of the whole run, shared evenly", ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> RegionsConfig:
@@ -103,21 +90,17 @@ class RegionsConfig(Section):
 class CaptionConfig(Section):
     """How captions are written."""
 
-    decoding: Literal["greedy", "beam", "sample"] = "greedy"
-    count: int = Field(1, ge=1, le=64, description="captions a region (beam and sample)")
-    num_beams: int = Field(4, ge=1, le=64, description="beams of beam search")
-    temperature: float = Field(1.0, gt=0.0, description="of sampling")
-    top_p: float = Field(0.9, gt=0.0, le=1.0, description="nucleus of sampling")
-    max_tokens: int = Field(30, ge=1)
-    seed: int = Field(0, ge=0, description="of sampling; the image and region are mixed in")
-    text_encoder: str | None = Field(
-        None,
-        description="open_clip MODEL@TAG whose text space finds classes in captions that the"
-        " lexicon says nothing about",
+    decoding: Literal["greedy", "beam", "sample"] = setting("greedy", "how tokens are chosen")
+    count: int = setting(1, "captions of a region (beam and sample)", ge=1, le=64)
+    num_beams: int = setting(4, "beams of beam search", ge=1, le=64)
+    temperature: float = setting(1.0, "of sampling", gt=0.0)
+    top_p: float = setting(0.9, "nucleus of sampling", gt=0.0, le=1.0)
+    max_tokens: int = setting(30, "longest caption, in tokens", ge=1)
+    seed: int = setting(0, "of sampling, mixed with the image and region", ge=0)
+    text_encoder: str | None = setting(
+        None, "open_clip MODEL@TAG that finds classes in captions where the lexicon finds none"
     )
-    similarity_floor: float = Field(
-        0.85, gt=0.0, lt=1.0, description="least cosine of a caption and a prompt that counts"
-    )
+    similarity_floor: float = setting(0.85, "lowest cosine that counts", gt=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _consistent(self) -> CaptionConfig:
@@ -131,54 +114,45 @@ class CaptionConfig(Section):
 class TeacherConfig(Section):
     """The captioner that scores class prompts on regions."""
 
-    model: str = Field(
-        "builtin:world_captioner",
-        description="hub id, local path, builtin:NAME or import:MODULE:CLASS",
+    model: str = setting(
+        "builtin:world_captioner", "hub id, path, builtin:NAME or import:MODULE:CLASS"
     )
-    revision: str | None = Field(None, description="pinned revision of a hub model")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    instruction: str | None = Field(
+    revision: str | None = setting(None, "pinned revision of a hub model")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "of weights and activations"
+    )
+    instruction: str | None = setting(
         None,
-        description="what a chat or instruction model is asked, or how the sentence begins; the"
-        " family's own words if not set",
+        "what a chat model is asked, or how the sentence begins; the family's own if not set",
     )
-    mode: Literal["prompts", "captions"] = Field(
-        "prompts",
-        description="score the class prompts, or write captions and find the classes in them",
+    mode: Literal["prompts", "captions"] = setting(
+        "prompts", "score the class prompts, or write captions and find the classes in them"
     )
-    prompt_templates: int = Field(
-        1, ge=1, description="how many templates a class are scored and combined"
+    prompt_templates: int = setting(1, "templates of a class that are scored and combined", ge=1)
+    template_reduction: Literal["log_mean_exp", "mean", "max"] = setting(
+        "log_mean_exp", "how the templates become one score"
     )
-    template_reduction: Literal["log_mean_exp", "mean", "max"] = Field(
-        "log_mean_exp", description="how a class's templates become one score"
+    append_eos: bool = setting(False, "score the end of the sentence too")
+    length_normalize: bool = setting(False, "divide log-likelihoods by their token counts")
+    search: Literal["all", "top_k"] = setting(
+        "all", "score every class, or exactly the best top_k of a region, skipping hopeless prompts"
     )
-    append_eos: bool = Field(False, description="score the end of the sentence too")
-    length_normalize: bool = Field(
-        False, description="divide log-likelihoods by their token counts"
+    top_k: int = setting(30, "classes of a region that search=top_k scores", ge=1)
+    search_alpha: float = setting(0.0, "prior_alpha that search=top_k ranks with", ge=0.0, le=2.0)
+    prior: Literal["plain", "sample", "none"] = setting(
+        "plain", "images that log P(prompt) is estimated on: plain ones, or a sample of the run"
     )
-    search: Literal["all", "top_k"] = Field(
-        "all",
-        description="which classes are scored: all, or the best top_k of a region, exactly, by"
-        " leaving hopeless branches of the prompt tree",
-    )
-    top_k: int = Field(30, ge=1, description="classes a region that search=top_k scores")
-    search_alpha: float = Field(
-        0.0, ge=0.0, le=2.0, description="alpha of the prior when search=top_k ranks the classes"
-    )
-    prior: Literal["plain", "sample", "none"] = Field(
-        "plain", description="images that log P(prompt) is estimated on: plain ones or a sample"
-    )
-    null_images: int = Field(3, ge=1, description="plain images of the prior")
-    prior_sample: int = Field(64, ge=1, description="images of the run that prior=sample takes")
-    captions: bool = Field(False, description="also write captions of every region")
-    caption: CaptionConfig = Field(default_factory=CaptionConfig)
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    max_batch_regions: int = execution(64, ge=1, description="regions in one forward")
-    prompt_batch: int = execution(64, ge=1, description="prompts in one forward without a trie")
+    null_images: int = setting(3, "plain images of prior=plain", ge=1)
+    prior_sample: int = setting(64, "images of prior=sample", ge=1)
+    captions: bool = setting(False, "also write captions of every region")
+    caption: CaptionConfig = CaptionConfig()
+    trust_remote_code: bool = setting(False, "run code that comes with the model")
+    max_batch_regions: int = execution(64, "regions in one forward", ge=1)
+    prompt_batch: int = execution(64, "prompts in one forward without a trie", ge=1)
     workspace_mib: int | None = execution(
         None,
+        "memory for a group of regions; if not set, 192 on a CPU, a quarter of a GPU's free memory",
         ge=16,
-        description="memory of a group of regions; 192 on a CPU, a quarter of what a GPU has free",
     )
 
     @model_validator(mode="after")
@@ -198,15 +172,13 @@ class TeacherConfig(Section):
 class PoolConfig(Section):
     """An actor pool of Ray Data."""
 
-    min_size: int = Field(1, ge=1)
-    max_size: int = Field(1, ge=1)
-    num_gpus: float = Field(0.0, ge=0.0, description="GPUs an actor")
-    num_cpus: float = Field(1.0, ge=0.0, description="CPUs an actor where it has no GPU")
-    memory_gib: float | None = Field(None, gt=0, description="memory an actor reserves")
-    threads: int = Field(1, ge=1, description="torch threads an actor")
-    tasks_in_flight: int = Field(
-        3, ge=1, description="batches an actor has at hand, so that it never waits for the next"
-    )
+    min_size: int = setting(1, "fewest actors", ge=1)
+    max_size: int = setting(1, "most actors", ge=1)
+    num_gpus: float = setting(0.0, "GPUs of an actor", ge=0.0)
+    num_cpus: float = setting(1.0, "CPUs of an actor without a GPU", ge=0.0)
+    memory_gib: float | None = setting(None, "memory that an actor reserves", gt=0)
+    threads: int = setting(1, "torch threads of an actor", ge=1)
+    tasks_in_flight: int = setting(3, "batches queued at an actor, so that it never waits", ge=1)
 
     @property
     def actor_cpus(self) -> float:
@@ -223,62 +195,44 @@ class PoolConfig(Section):
 class LabelConfig(Section):
     """The teacher pass: manifest in, region_scores out."""
 
-    splits: tuple[str, ...] = Field(("train",), description="splits of the manifest to label")
-    images: ImagesConfig = Field(default_factory=ImagesConfig)
-    regions: RegionsConfig = Field(default_factory=RegionsConfig)
-    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
-    limit: int | None = Field(None, ge=1, description="label only a seeded sample of N images")
-    limit_seed: int = Field(0, ge=0, description="of the sample that limit draws")
-    pool: PoolConfig = execution(PoolConfig())
-    batch_images: int = execution(16, ge=1, description="images handed to an actor at a time")
-    block_rows: int = execution(
-        64, ge=1, description="at most so many images between two commits: what a crash can cost"
-    )
-    decode_memory_gib: float | None = execution(
-        None, gt=0, description="memory a decoding task reserves"
-    )
-    max_attempts: int = execution(
-        2, ge=1, description="workers that an image may take down before it is quarantined"
-    )
-    transient_retries: int = execution(
-        3, ge=0, description="retries of storage errors that may pass, with growing pauses"
-    )
+    splits: tuple[str, ...] = setting(("train",), "splits of the manifest to label")
+    images: ImagesConfig = ImagesConfig()
+    regions: RegionsConfig = RegionsConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    limit: int | None = setting(None, "label only a seeded sample of so many images", ge=1)
+    limit_seed: int = setting(0, "of that sample", ge=0)
+    pool: PoolConfig = execution(PoolConfig(), "the teacher's actors")
+    batch_images: int = execution(16, "images given to an actor at a time", ge=1)
+    block_rows: int = execution(64, "most images between two commits: what a crash can cost", ge=1)
+    decode_memory_gib: float | None = execution(None, "memory that a decoding task reserves", gt=0)
+    max_attempts: int = execution(2, "workers an image may kill before it is quarantined", ge=1)
+    transient_retries: int = execution(3, "retries of storage errors that may pass", ge=0)
 
 
 class FilterConfig(Section):
     """From regional log-likelihoods to positives, ignored and negatives."""
 
-    region_kinds: tuple[str, ...] | None = Field(
-        None, description="stored region kinds that count; all when not set"
+    region_kinds: tuple[str, ...] | None = setting(None, "region kinds that count; all if not set")
+    margins: tuple[float, ...] | None = setting(None, "context margins that count; all if not set")
+    prior_alpha: float = setting(0.5, "alpha in log P(t|r) - alpha log P(t)", ge=0.0, le=2.0)
+    temperature: float = setting(1.0, "of the softmax over classes", gt=0.0)
+    null_score: float | None = setting(None, "log-likelihood of an extra option `none of these`")
+    aggregation: Literal["max", "mean", "top_k_mean", "noisy_or"] = setting(
+        "top_k_mean", "how a class's regions become one probability"
     )
-    margins: tuple[float, ...] | None = Field(
-        None, description="stored context margins that count; all when not set"
+    top_k: int = setting(2, "regions that top_k_mean averages", ge=1)
+    positive_threshold: float = setting(0.5, "lowest probability of a positive", ge=0.0, le=1.0)
+    negative_threshold: float = setting(
+        0.1, "probabilities below are negatives; what lies between is ignored", ge=0.0, le=1.0
     )
-    prior_alpha: float = Field(
-        0.5, ge=0.0, le=2.0, description="alpha in log P(t|r) - alpha log P(t)"
+    per_class_quantile: float | None = setting(0.98, "lowers a class's threshold", gt=0.0, lt=1.0)
+    quantile_floor: float = setting(0.2, "but never below this probability", ge=0.0, le=1.0)
+    min_support: int = setting(1, "regions that must agree on a positive", ge=1)
+    support_threshold: float = setting(0.2, "probability at which a region agrees", ge=0.0, le=1.0)
+    max_positives_per_image: int = setting(
+        8, "the most probable are kept, the others ignored", ge=1
     )
-    temperature: float = Field(1.0, gt=0.0, description="of the softmax over classes")
-    null_score: float | None = Field(
-        None, description="log-likelihood of `none of these`, an option of the softmax"
-    )
-    aggregation: Literal["max", "mean", "top_k_mean", "noisy_or"] = "top_k_mean"
-    top_k: int = Field(2, ge=1, description="regions averaged by top_k_mean")
-    positive_threshold: float = Field(0.5, ge=0.0, le=1.0)
-    negative_threshold: float = Field(0.1, ge=0.0, le=1.0)
-    per_class_quantile: float | None = Field(
-        0.98, gt=0.0, lt=1.0, description="a class's threshold may fall to its own quantile"
-    )
-    quantile_floor: float = Field(
-        0.2, ge=0.0, le=1.0, description="but never below this probability"
-    )
-    min_support: int = Field(1, ge=1, description="regions that must agree on a positive")
-    support_threshold: float = Field(
-        0.2, ge=0.0, le=1.0, description="probability at which a region agrees"
-    )
-    max_positives_per_image: int = Field(8, ge=1)
-    overrides: str | None = execution(  # what the file says is part of the key, not where it lies
-        None, description="corrections of people (`hts import-labels`) that replace these labels"
-    )
+    overrides: str | None = execution(None, "corrections by people, from `hts import-labels`")
 
     @model_validator(mode="after")
     def _ordered(self) -> FilterConfig:
@@ -293,22 +247,17 @@ class FilterConfig(Section):
 class StudentConfig(Section):
     """The CLIP image encoder and its cosine classifier."""
 
-    model: str = Field(
-        "builtin:world_clip",
-        description="open_clip model name, hf-hub:..., local-dir:PATH or builtin:NAME",
+    model: str = setting(
+        "builtin:world_clip", "open_clip name, hf-hub:..., local-dir:PATH or builtin:NAME"
     )
-    pretrained: str | None = Field(
-        None, description="open_clip pretrained tag or a local weights file"
+    pretrained: str | None = setting(None, "open_clip pretrained tag or a local weights file")
+    image_size: int | None = setting(None, "pixels; if not set, the model's own", ge=16)
+    feature_space: Literal["projected", "backbone"] = setting(
+        "projected", "where the cosine is taken; `backbone` is before proj, as in the paper"
     )
-    image_size: int | None = Field(None, ge=16, description="pixels; the model's own if not set")
-    feature_space: Literal["projected", "backbone"] = Field(
-        "projected", description="where the cosine is taken; `backbone` is proj @ text (paper)"
-    )
-    prompt_templates: int = Field(5, ge=1, description="templates averaged into a class")
-    logit_scale: float = Field(
-        100.0, gt=0.0, description="fixed factor of the cosine; exp(4.61) in the paper"
-    )
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="of Accelerate")
+    prompt_templates: int = setting(5, "templates averaged into a class", ge=1)
+    logit_scale: float = setting(100.0, "factor of the cosine; exp(4.61) in the paper", gt=0.0)
+    precision: Literal["no", "bf16", "fp16"] = setting("no", "mixed precision of Accelerate")
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -319,25 +268,25 @@ class StudentConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(1.5e-5, gt=0.0, description="of the trunk")
-    head_lr: float | None = Field(None, gt=0.0, description="of the classifier; lr if not set")
-    layer_decay: float = Field(
-        1.0, gt=0.0, le=1.0, description="factor of the rate from a block to the one before it"
+    lr: float = setting(1.5e-5, "learning rate of the trunk", gt=0.0)
+    head_lr: float | None = setting(None, "of the classifier; if not set, lr", gt=0.0)
+    layer_decay: float = setting(1.0, "factor of the rate from block to block", gt=0.0, le=1.0)
+    weight_decay: float = setting(0.0, "of matrices; vectors have none", ge=0.0)
+    warmup_steps: int = setting(0, "steps in which the rate rises from 0", ge=0)
+    schedule: Literal["constant", "cosine", "warm_restarts"] = setting(
+        "cosine", "of the rate after the warm-up"
     )
-    weight_decay: float = Field(0.0, ge=0.0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "cosine", "warm_restarts"] = "cosine"
-    restart_epochs: int = Field(5, ge=1, description="period of warm_restarts, epochs")
-    grad_clip: float | None = Field(1.0, gt=0.0, description="largest gradient norm")
+    restart_epochs: int = setting(5, "period of warm_restarts, epochs", ge=1)
+    grad_clip: float | None = setting(1.0, "largest gradient norm", gt=0.0)
 
 
 class AugmentConfig(Section):
     """Augmentations of the training images."""
 
-    flip: bool = True
-    crop_scale: tuple[float, float] = Field((0.7, 1.0), description="area of the random crop")
-    crop_ratio: tuple[float, float] = Field((0.7, 1.3), description="aspect of the random crop")
-    color_jitter: float = Field(0.4, ge=0.0, le=1.0, description="brightness and contrast")
+    flip: bool = setting(True, "mirror half of the images")
+    crop_scale: tuple[float, float] = setting((0.7, 1.0), "area of the random crop, as a share")
+    crop_ratio: tuple[float, float] = setting((0.7, 1.3), "aspect ratio of the random crop")
+    color_jitter: float = setting(0.4, "strength for brightness and contrast", ge=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
@@ -359,97 +308,65 @@ _LOSS_SETTINGS = {
 class FeaturesConfig(Section):
     """Computing image features once, for `train.trainable=head` and for sweeps."""
 
-    pool: PoolConfig = Field(default_factory=PoolConfig)
-    batch_images: int = Field(64, ge=1)
-    local_images: int = Field(
-        2000,
-        ge=0,
-        description="so many images or fewer are encoded in the driver's process, without Ray,"
-        " where the pool has no GPU",
-    )
+    pool: PoolConfig = PoolConfig()
+    batch_images: int = setting(64, "images given to an actor at a time", ge=1)
+    local_images: int = setting(2000, "so few need no Ray where the pool has no GPU", ge=0)
 
 
 class TrainConfig(Section):
     """Fine-tuning of the student."""
 
-    labels: Literal["pseudo", "annotations", "none"] = Field(
-        "pseudo", description="HTS, the supervised upper bound, or zero-shot"
+    labels: Literal["pseudo", "annotations", "none"] = setting(
+        "pseudo", "HTS, supervised upper bound, or zero-shot"
     )
-    split: str = Field("train", description="split of the manifest that is trained on")
-    soft_labels: bool = Field(
-        False, description="a positive pseudo-label weighs its probability in the loss"
+    split: str = setting("train", "split of the manifest to train on")
+    soft_labels: bool = setting(False, "a positive weighs its probability in the loss")
+    validation_split: str | None = execution(None, "annotated split whose mAP is only measured")
+    validate_every: int = execution(1, "epochs between these measurements", ge=1)
+    loss: Literal["lse_sign", "bce", "weighted_bce", "focal", "asl"] = setting(
+        "lse_sign", "LSE-sign is the paper's"
     )
-    validation_split: str | None = execution(
-        None,
-        description="annotated split whose mAP is measured while training; it changes nothing else",
+    loss_temperature: float = setting(1.0, "logits are divided by it", gt=0.0)
+    positive_weight: float = setting(10.0, "weight of a positive, loss=weighted_bce", gt=0.0)
+    focal_gamma: float = setting(2.0, "how fast right answers fade, loss=focal", ge=0.0)
+    focal_alpha: float | None = setting(
+        0.25, "share of positives, loss=focal; null: weigh as the negatives", gt=0.0, lt=1.0
     )
-    validate_every: int = execution(1, ge=1, description="epochs between these measurements")
-    loss: Literal["lse_sign", "bce", "weighted_bce", "focal", "asl"] = "lse_sign"
-    loss_temperature: float = Field(1.0, gt=0.0, description="logits are divided by it")
-    positive_weight: float = Field(
-        10.0, gt=0.0, description="how many times a positive counts with loss=weighted_bce"
+    asl_gamma_neg: float = setting(4.0, "gamma of negatives, loss=asl", ge=0.0)
+    asl_gamma_pos: float = setting(0.0, "gamma of positives, loss=asl", ge=0.0)
+    asl_clip: float = setting(0.05, "shift of the negatives, loss=asl", ge=0.0, lt=1.0)
+    class_balance: float = setting(
+        0.0, "classes weigh (positives) ** -class_balance", ge=0.0, le=1.0
     )
-    focal_gamma: float = Field(2.0, ge=0.0, description="how fast right answers fade; loss=focal")
-    focal_alpha: float | None = Field(
-        0.25,
-        gt=0.0,
-        lt=1.0,
-        description="share of the positives with loss=focal; null: as the negatives",
-    )
-    asl_gamma_neg: float = Field(4.0, ge=0.0, description="of negatives, with loss=asl")
-    asl_gamma_pos: float = Field(0.0, ge=0.0, description="of positives, with loss=asl")
-    asl_clip: float = Field(
-        0.05, ge=0.0, lt=1.0, description="negatives less probable cost nothing with loss=asl"
-    )
-    class_balance: float = Field(
-        0.0,
-        ge=0.0,
-        le=1.0,
-        description="weigh classes by their number of positives to the power -class_balance",
-    )
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(
-        128, ge=1, description="images of an optimizer step, over all workers and accumulation"
-    )
-    accumulation: int = execution(
-        1, ge=1, description="forward passes a step, which divide the memory of activations"
-    )
-    trainable: Literal["all", "head", "last"] = Field(
+    epochs: int = setting(10, "passes over the images", ge=1)
+    batch_size: int = setting(128, "images of an optimizer step, over all workers", ge=1)
+    accumulation: int = execution(1, "forward passes of a step: less memory for activations", ge=1)
+    trainable: Literal["all", "head", "last"] = setting(
         "all",
-        description="parameters that learn; `last` is the last `trainable_blocks`; `head`, the"
-        " classifier, is fitted on features that are computed once: of `augment` only the flip"
-        " applies, and the fit itself runs in the driver's process on its CPUs",
+        "what learns: `last` is the last trainable_blocks; `head` is the classifier, fitted in the"
+        " driver's process on stored features, of `augment` with the flip only",
     )
-    trainable_blocks: int = Field(1, ge=1)
-    learn_logit_scale: bool = Field(False, description="student.logit_scale is where it starts")
-    ema_decay: float | None = Field(
-        None,
-        gt=0.0,
-        lt=1.0,
-        description="the student is the moving average of the weights, such as 0.999",
+    trainable_blocks: int = setting(1, "blocks of trainable=last", ge=1)
+    learn_logit_scale: bool = setting(False, "starting from student.logit_scale")
+    ema_decay: float | None = setting(
+        None, "of a moving average of the weights: 0.999", gt=0.0, lt=1.0
     )
-    min_positives_per_class: int = Field(
-        0, ge=0, description="repeat images until each class has so many positives"
+    min_positives_per_class: int = setting(0, "repeat images until each class has so many", ge=0)
+    optim: OptimConfig = OptimConfig()
+    augment: AugmentConfig = AugmentConfig()
+    num_workers: int = execution(1, "Ray Train workers; 0 trains inside the driver process", ge=0)
+    use_gpu: bool = execution(False, "a GPU for each worker")
+    cpus_per_worker: float = execution(1.0, "logical CPUs that a worker holds", gt=0.0)
+    features: FeaturesConfig = execution(FeaturesConfig(), "for trainable=head")
+    gradient_checkpointing: bool = execution(False, "less memory: compute activations twice")
+    compile: bool = execution(False, "torch.compile the image tower")
+    max_failures: int = execution(3, "worker failures to survive", ge=0)
+    checkpoint_every: int = execution(1, "epochs between checkpoints", ge=1)
+    checkpoint_every_steps: int | None = execution(None, "in steps, within an epoch", ge=1)
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = execution(
+        ("tensorboard",), "where curves go"
     )
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    augment: AugmentConfig = Field(default_factory=AugmentConfig)
-    num_workers: int = execution(
-        1, ge=0, description="Ray Train workers; 0 trains inside the driver process"
-    )
-    use_gpu: bool = execution(False)
-    cpus_per_worker: float = execution(1.0, gt=0.0)
-    features: FeaturesConfig = execution(FeaturesConfig(), description="for trainable=head")
-    gradient_checkpointing: bool = execution(
-        False, description="compute activations twice rather than keep them: less memory"
-    )
-    compile: bool = execution(False, description="torch.compile the image tower")
-    max_failures: int = execution(3, ge=0, description="worker failures that are survived")
-    checkpoint_every: int = execution(1, ge=1, description="epochs between checkpoints")
-    checkpoint_every_steps: int | None = execution(
-        None, ge=1, description="steps between checkpoints within an epoch"
-    )
-    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = execution(("tensorboard",))
-    log_every: int = execution(10, ge=1, description="steps between logged losses")
+    log_every: int = execution(10, "steps between logged losses", ge=1)
 
     @property
     def loss_parameters(self) -> dict[str, float | None]:
@@ -482,27 +399,27 @@ class TrainConfig(Section):
 class PredictConfig(Section):
     """Scoring images with a student."""
 
-    split: str | None = Field("test", description="split of the manifest; all when not set")
-    images: ImagesConfig = Field(default_factory=ImagesConfig)
-    pool: PoolConfig = execution(PoolConfig())
-    batch_images: int = execution(64, ge=1)
+    split: str | None = setting("test", "split of the manifest; all if not set")
+    images: ImagesConfig = ImagesConfig()
+    pool: PoolConfig = execution(PoolConfig(), "the student's actors")
+    batch_images: int = execution(64, "images given to an actor at a time", ge=1)
 
 
 class ScoreConfig(Section):
     """Scoring a teacher's regions with a student."""
 
-    pool: PoolConfig = execution(PoolConfig())
-    batch_images: int = execution(16, ge=1, description="images handed to an actor at a time")
-    batch_regions: int = execution(64, ge=1, description="regions in one forward")
+    pool: PoolConfig = execution(PoolConfig(), "the student's actors")
+    batch_images: int = execution(16, "images given to an actor at a time", ge=1)
+    batch_regions: int = execution(64, "regions in one forward", ge=1)
 
 
 class RangeConfig(Section):
     """What one setting may be in a sweep: a range, or choices."""
 
-    low: float | None = None
-    high: float | None = None
-    log: bool = Field(False, description="drawn evenly in its logarithm")
-    choices: tuple[Any, ...] | None = Field(None, description="values, null among them where fit")
+    low: float | None = setting(None, "smallest number")
+    high: float | None = setting(None, "largest number")
+    log: bool = setting(False, "draw evenly in the logarithm")
+    choices: tuple[Any, ...] | None = setting(None, "values to choose from; may hold null")
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> RangeConfig:
@@ -519,32 +436,26 @@ class RangeConfig(Section):
 class SweepConfig(Section):
     """Which settings of the filter and the training are tried, and how the best is chosen."""
 
-    trials: int = Field(100, ge=1, description="settings that are tried, the run's own first")
-    search: Literal["random", "optuna"] = Field(
-        "random", description="optuna learns from earlier trials; `pip install hts-ray[optuna]`"
+    trials: int = setting(100, "settings to try, the run's own first", ge=1)
+    search: Literal["random", "optuna"] = setting(
+        "random", "optuna learns from earlier trials (`pip install hts-ray[optuna]`)"
     )
-    space: dict[str, RangeConfig] | None = Field(
+    space: dict[str, RangeConfig] | None = setting(
         None,
-        description="setting: {low, high, log} or {choices}; if not set, the filter's settings,"
-        " the loss's temperature and the classifier's rate",
+        "setting: {low, high, log} or {choices}; if not set, settings of the filter, the loss's"
+        " temperature and the classifier's rate",
     )
-    objective: str | None = Field(
+    objective: str | None = setting(
         None,
-        description="what is compared, see docs/sweep.md; if not set, blended_ap, or"
-        " mAP_validation with a validation set",
+        "what is compared, see docs/sweep.md; if not set, blended_ap, or mAP_validation with a"
+        " validation set",
     )
-    validation: str | None = Field(
-        None, description="labeled images that may be looked at: a manifest or an anno.mat"
-    )
-    finalists: int = Field(3, ge=0, description="best trials trained in full beside the run's own")
-    repeats: int = Field(3, ge=1, description="seeds that a trial is averaged over")
-    reduction: float = Field(
-        3.0, gt=1.0, description="about one trial in so many goes on to more seeds"
-    )
-    seed: int = Field(0, ge=0, description="of the settings drawn and of the held-out images")
-    concurrency: int | None = execution(
-        None, ge=1, description="trials at a time; the cluster's CPUs if not set"
-    )
+    validation: str | None = setting(None, "labeled images to compare on: a manifest or anno.mat")
+    finalists: int = setting(3, "best trials to train in full, beside the run's own", ge=0)
+    repeats: int = setting(3, "seeds that a trial is averaged over", ge=1)
+    reduction: float = setting(3.0, "one trial in so many goes on to more seeds", gt=1.0)
+    seed: int = setting(0, "of the drawn settings and the held-out images", ge=0)
+    concurrency: int | None = execution(None, "trials at a time; all CPUs if not set", ge=1)
 
     @field_validator("space", mode="before")
     @classmethod
@@ -565,67 +476,50 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 class ExportConfig(Section):
     """Labels in the formats of other tools."""
 
-    check_images: bool = Field(
-        True, description="open every image's header and leave out what is no image"
-    )
-    region_boxes: bool = Field(True, description="boxes of the regions that support a label")
-    boxes_per_label: int = Field(3, ge=1, description="at most so many of them a label")
-    image_url_prefix: str | None = Field(
-        None, description="where a browser finds the images, in place of image_root"
-    )
-    image_root: str | None = Field(
-        None, description="folder that image_url_prefix stands for; what was prepared if not set"
-    )
-    shard_images: int = Field(
-        5000, ge=1, le=10_000, description="images of a WebDataset shard or a hub folder"
-    )
-    workers: int = Field(16, ge=1, le=256, description="threads that read images")
+    check_images: bool = setting(True, "open every image's header, leave out what is no image")
+    region_boxes: bool = setting(True, "boxes of the regions that support a label")
+    boxes_per_label: int = setting(3, "most boxes of a label", ge=1)
+    image_url_prefix: str | None = setting(None, "what replaces image_root in URLs")
+    image_root: str | None = setting(None, "what was prepared, if not set")
+    shard_images: int = setting(5000, "images of a WebDataset shard or hub folder", ge=1, le=10_000)
+    workers: int = setting(16, "threads that read images", ge=1, le=256)
 
 
 class RayConfig(Section):
     """How the driver joins or starts Ray."""
 
-    address: str | None = Field(None, description="`auto`, host:port, or a local cluster")
-    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a local cluster")
-    num_gpus: int | None = Field(None, ge=0, description="logical GPUs of a local cluster")
-    shared_paths: tuple[str, ...] = Field(
-        (), description="folders that every node sees under the same path: NFS, or in the image"
-    )
-    autoscaling: bool | None = Field(
-        None, description="whether nodes come when they are asked for; found out if not set"
-    )
-    object_store_gib: float | None = Field(
-        None,
-        ge=0.1,
-        description="memory of a local cluster's object store; Ray's choice if not set",
+    address: str | None = setting(None, "`auto` or host:port; if not set, a local cluster")
+    num_cpus: int | None = setting(None, "logical CPUs of a local cluster", ge=1)
+    num_gpus: int | None = setting(None, "logical GPUs of a local cluster", ge=0)
+    shared_paths: tuple[str, ...] = setting((), "folders all nodes see at the same path: NFS")
+    autoscaling: bool | None = setting(None, "whether nodes come on demand; found out if not set")
+    object_store_gib: float | None = setting(
+        None, "of a local cluster; Ray's choice if not set", ge=0.1
     )
     gpu_hour_price: float | None = execution(
-        None,
-        gt=0.0,
-        description="what a GPU costs in an hour, in your currency; no spending is estimated"
-        " if not set",
+        None, "in your currency; no estimate if not set", gt=0.0
     )
     log_format: Literal["text", "json"] = execution(
-        "text", description="of this package's logs; json: a line each, with run and stage"
+        "text", "of logs; json: a line each, with run and stage"
     )
 
 
 class HtsConfig(Section):
     """All stages."""
 
-    run_dir: str = execution("runs/default", description="where every stage writes")
-    seed: int = Field(0, ge=0)
-    classes: ClassesConfig = Field(default_factory=ClassesConfig)
-    prepare: PrepareConfig = Field(default_factory=PrepareConfig)
-    label: LabelConfig = Field(default_factory=LabelConfig)
-    filter: FilterConfig = Field(default_factory=FilterConfig)
-    student: StudentConfig = Field(default_factory=StudentConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    predict: PredictConfig = Field(default_factory=PredictConfig)
-    score: ScoreConfig = Field(default_factory=ScoreConfig)
-    sweep: SweepConfig = Field(default_factory=SweepConfig)
-    export: ExportConfig = execution(ExportConfig())
-    ray: RayConfig = execution(RayConfig())
+    run_dir: str = execution("runs/default", "where every stage writes")
+    seed: int = setting(0, "of training, and of what has no seed of its own", ge=0)
+    classes: ClassesConfig = ClassesConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    label: LabelConfig = LabelConfig()
+    filter: FilterConfig = FilterConfig()
+    student: StudentConfig = StudentConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+    score: ScoreConfig = ScoreConfig()
+    sweep: SweepConfig = SweepConfig()
+    export: ExportConfig = execution(ExportConfig(), "exports")
+    ray: RayConfig = execution(RayConfig(), "the cluster")
 
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML that `--config` reads back."""

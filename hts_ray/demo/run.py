@@ -8,11 +8,12 @@ inside this process. All are scored here by what `hts predict` maps over images.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 
 from hts_ray import report, stages
@@ -21,7 +22,6 @@ from hts_ray.demo.world import world_class_ids, write_world
 from hts_ray.engine.console import console, percent, print_rows, print_stage, print_written, steps
 from hts_ray.engine.run import Run, open_run
 from hts_ray.evaluate import evaluate_scores, publish_metrics, read_annotations
-from hts_ray.images.manifest import open_manifest
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.evidence import image_evidence
 from hts_ray.labels.stage import plan_filter
@@ -147,47 +147,20 @@ def run_variants(
 
     The main row trains on a Ray Train worker while the rows it is compared with train here.
     """
-    scores = plan_label(run, run.manifest(manifest)).run(
-        None if watch is None else watch.images("label")
-    )
+    scores = plan_label(run, run.manifest(manifest)).run(watch.images("label") if watch else None)
     print_stage("label", scores)
     rows = {TEACHER_NAME: teacher_row(run, manifest, scores)}
     _tell(rows[TEACHER_NAME])
     first, *others = variants
     rows[first.name] = train_here(run, manifest, scores, first, watch)
     with ThreadPoolExecutor(1) as pool:
-        main = pool.submit(_run_on_ray, run, manifest, scores, HTS, watch)
+        main = pool.submit(run_variant, run, manifest, scores, HTS, watch)
         for variant in others:
             if variant is not HTS:
                 rows[variant.name] = train_here(run, manifest, scores, variant, watch)
         rows[HTS.name] = main.result()
     names = [first.name, TEACHER_NAME, *(variant.name for variant in others)]
     return [rows[name] for name in names]
-
-
-@dataclass(frozen=True)
-class _Trained:
-    run: Run
-    variant: Variant
-    labels: StageFolder | None
-    student: StageFolder
-    seconds: float
-
-
-def _train(
-    run: Run,
-    manifest: str,
-    scores: StageFolder,
-    variant: Variant,
-    watch: stages.Watch | None,
-) -> _Trained:
-    """Filter and train one variant."""
-    started = time.perf_counter()
-    own = run.changed(variant.settings)
-    labels = plan_filter(own, scores).run() if variant.uses_teacher else None
-    epochs = None if watch is None else watch.epochs(variant.name, own.config.train.epochs)
-    student = plan_train(own, training_labels(own, labels, manifest)).run(epochs)
-    return _Trained(own, variant, labels, student, time.perf_counter() - started)
 
 
 def train_here(
@@ -198,46 +171,42 @@ def train_here(
     watch: stages.Watch | None = None,
 ) -> Row:
     """Train a variant in this process and evaluate it."""
-    local = override(run.config, {"train": {"num_workers": 0}})
-    return _evaluated(
-        _train(Run(local, run.class_table), manifest, scores, variant, watch), manifest
-    )
+    return run_variant(run.changed({"train": {"num_workers": 0}}), manifest, scores, variant, watch)
 
 
-def _run_on_ray(
+def run_variant(
     run: Run,
     manifest: str,
     scores: StageFolder,
     variant: Variant,
-    watch: stages.Watch | None,
+    watch: stages.Watch | None = None,
 ) -> Row:
-    """Train a variant on Ray Train's workers and evaluate it."""
-    return _evaluated(_train(run, manifest, scores, variant, watch), manifest)
-
-
-def _evaluated(trained: _Trained, manifest: str) -> Row:
-    """Score the test images as `hts predict` does, but in this process, and evaluate."""
-    from hts_ray.student.predict import score_images
+    """Filter and train a variant, then score the test images in this process and evaluate."""
+    from hts_ray.student.predict import score_images  # torch loads slowly
 
     started = time.perf_counter()
-    run, variant = trained.run, trained.variant
-    table = open_manifest(manifest).table
+    own = run.changed(variant.settings)
+    labels = plan_filter(own, scores).run() if variant.uses_teacher else None
+    epochs = watch.epochs(variant.name, own.config.train.epochs) if watch else None
+    student = plan_train(own, training_labels(own, labels, manifest)).run(epochs)
+    table = run.manifest(manifest).table
     images = table.filter(pc.equal(table["split"], "test"))
-    ids, scores_NC = score_images(trained.student.path, images, run.config.predict)
-    truth = read_annotations(manifest, run.class_table)
-    metrics = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
-    path = trained.student.path
-    publish_metrics(run, metrics, path, manifest, "test", variant.name)
-    row = Row(
-        variant.name,
-        variant.note,
-        metrics,
-        trained.seconds + time.perf_counter() - started,
-        trained.student,
-        trained.labels,
-    )
+    ids, scores_NC = score_images(student.path, images, own.config.predict)
+    metrics = _evaluate(own, manifest, variant.name, student.path, ids, scores_NC)
+    seconds = time.perf_counter() - started
+    row = Row(variant.name, variant.note, metrics, seconds, student, labels)
     _tell(row)
     return row
+
+
+def _evaluate(
+    run: Run, manifest: str, name: str, source: str, image_ids: list[str], scores_NC: np.ndarray
+) -> dict[str, Any]:
+    """Compare scores of test images with the annotations, and publish the metrics."""
+    truth = read_annotations(run.manifest(manifest), run.class_table)
+    metrics = evaluate_scores(image_ids, scores_NC, truth, run.class_table).to_dict()
+    publish_metrics(run, metrics, source, manifest, "test", name)
+    return metrics
 
 
 def _tell(row: Row) -> None:
@@ -248,13 +217,10 @@ def _tell(row: Row) -> None:
 def teacher_row(run: Run, manifest: str, scores: StageFolder) -> Row:
     """Evaluate the teacher's aggregated probabilities as if they were predictions."""
     evidence = image_evidence(scores.path, run.config.filter, "test")
-    truth = read_annotations(manifest, run.class_table)
-    result = evaluate_scores(
-        evidence.image_ids, evidence.probabilities_NC, truth, run.class_table
-    ).to_dict()
-    publish_metrics(run, result, scores.path, manifest, "test", TEACHER_NAME)
-    seconds = float(scores.stats["seconds"])
-    return Row(TEACHER_NAME, "regions, no student", result, seconds)
+    metrics = _evaluate(
+        run, manifest, TEACHER_NAME, scores.path, evidence.image_ids, evidence.probabilities_NC
+    )
+    return Row(TEACHER_NAME, "regions, no student", metrics, float(scores.stats["seconds"]))
 
 
 def gap_closed(rows: Sequence[Row], name: str = HTS.name) -> float | None:
@@ -292,7 +258,11 @@ def write_demo_report(run: Run, rows: Sequence[Row]) -> str:
     found = report.report_for_run(
         run.run_dir, labels_stage=main.labels, sections=stages.page_sections(run.run_dir)
     )
-    place = _place({row.name: number for number, row in enumerate(rows)})
+    order = {row.name: number for number, row in enumerate(rows)}
+
+    def place(name: str) -> int:
+        return order.get(name, len(order))
+
     data = replace(
         found,
         title=f"HTS demo, world {run.config.seed}",
@@ -317,18 +287,14 @@ def write_demo_report(run: Run, rows: Sequence[Row]) -> str:
             for row in rows
         ],
         per_class=[
-            replace(entry, ap={n: entry.ap[n] for n in sorted(entry.ap, key=place)})
+            replace(entry, ap=dict(sorted(entry.ap.items(), key=lambda item: place(item[0]))))
             for entry in found.per_class
         ],
-        precision_recall={
-            name: found.precision_recall[name] for name in sorted(found.precision_recall, key=place)
-        },
+        precision_recall=dict(
+            sorted(found.precision_recall.items(), key=lambda item: place(item[0]))
+        ),
         training=sorted(found.training, key=lambda curve: place(curve.name)),
     )
     path = storage.join(run.run_dir, "report.html")
     report.write_report(path, data)
     return path
-
-
-def _place(order: Mapping[str, int]) -> Callable[[str], int]:
-    return lambda name: order.get(name, len(order))

@@ -25,6 +25,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from hts_ray.store.aliases import ImagesDone, TrainingTold
     from hts_ray.store.run import StageFolder
 
 # In a file or a pipe there is no width to keep to.
@@ -37,9 +38,6 @@ _PLAIN_INTERVAL_S = 15.0
 _BAR_INTERVAL_S = 0.1
 _WIDE, _BAR_WIDTH, _NARROW_BAR_WIDTH = 120, 40, 10
 _SHORTEST_S = 0.5  # what advanced in less says nothing about the rest
-
-ImagesDone = Callable[[int, int, int], None]
-TrainingTold = Callable[[Mapping[str, Any]], None]
 
 
 class Pace:

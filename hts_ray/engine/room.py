@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.config import HtsConfig, PoolConfig, RayConfig, TrainConfig
+from hts_ray.engine.compat import autoscaler_status
 from hts_ray.errors import ConfigError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
@@ -94,8 +95,6 @@ def _reports_node_types(status: str | bytes | None) -> bool:
 def joined_cluster(config: RayConfig) -> Cluster:
     """Return the cluster that this process has joined."""
     import ray
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.experimental.internal_kv import _internal_kv_get
 
     rows = [
         {
@@ -106,7 +105,7 @@ def joined_cluster(config: RayConfig) -> Cluster:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return Cluster.of_nodes(rows, config, _internal_kv_get(DEBUG_AUTOSCALING_STATUS))
+    return Cluster.of_nodes(rows, config, autoscaler_status())
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
-import numpy as np
-import numpy.typing as npt
-
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Region
+from hts_ray.store.aliases import Pixels
 
-Pixels = npt.NDArray[np.uint8]
 Span = tuple[int, int, int, int]
 
 

@@ -13,8 +13,9 @@ from urllib.parse import quote, unquote, urlsplit
 from pyarrow import fs as pafs
 
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.images.prepared import Candidate, Prepared, Progress, Rejected, inspect_images
+from hts_ray.images.prepared import Candidate, Prepared, Rejected, inspect_images
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
 
 EXTENSIONS = (
     ".jpg",
@@ -40,7 +41,7 @@ def read_folder(
     extensions: Iterable[str] = EXTENSIONS,
     follow_symlinks: bool = True,
     workers: int = 16,
-    progress: Progress | None = None,
+    progress: ImagesDone | None = None,
 ) -> Prepared:
     """Read the images in a folder and the folders below it, without annotations.
 

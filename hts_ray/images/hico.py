@@ -17,8 +17,9 @@ import pyarrow as pa
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.mat5 import Mat5Error, read_mat5
-from hts_ray.images.prepared import Candidate, Prepared, Progress, inspect_images, manifest_table
+from hts_ray.images.prepared import Candidate, Prepared, inspect_images, manifest_table
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
 
 SPLITS = ("train", "test")
 ANNO_FILE = "anno.mat"
@@ -54,7 +55,7 @@ def read_hico(
     splits: Sequence[str] = SPLITS,
     *,
     workers: int = 16,
-    progress: Progress | None = None,
+    progress: ImagesDone | None = None,
 ) -> Prepared:
     """Read a HICO download: `root` holds `anno.mat` and `images/{train,test}2015`.
 

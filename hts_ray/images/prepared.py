@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,11 +12,10 @@ import pyarrow as pa
 
 from hts_ray.images.decode import ImageError
 from hts_ray.images.retry import ImageHeader, probe_uri, read_image_bytes
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA
 
 STAGE = "prepare"
-
-Progress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def inspect_images(
     rejected: Iterable[Rejected] = (),
     *,
     workers: int = 16,
-    progress: Progress | None = None,
+    progress: ImagesDone | None = None,
 ) -> Prepared:
     """Read every candidate's header in `workers` threads and sort the good from the bad.
 

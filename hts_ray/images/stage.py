@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hts_ray.config import PrepareConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.folder import read_folder
@@ -11,6 +9,7 @@ from hts_ray.images.hico import read_hico
 from hts_ray.images.manifest import FILE
 from hts_ray.images.prepared import Prepared
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, content_hash
 from hts_ray.store.tables import write_table
 
@@ -20,7 +19,7 @@ def prepare_manifest(
     run_dir: str,
     source: str,
     root: str,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: ImagesDone | None = None,
 ) -> StageFolder:
     """Write the manifest of a HICO download (`hico`) or a plain folder (`folder`) at `root`.
 
@@ -52,7 +51,7 @@ def _read(
     config: PrepareConfig,
     source: str,
     root: str,
-    progress: Callable[[int, int, int], None] | None,
+    progress: ImagesDone | None,
 ) -> Prepared:
     if source == "hico":
         return read_hico(root, splits=config.splits, workers=config.workers, progress=progress)

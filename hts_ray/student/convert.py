@@ -37,7 +37,7 @@ from hts_ray.student.checkpoints import (
 )
 from hts_ray.student.model import Student, model_config, resolve_name
 from hts_ray.student.model_card import CARD, model_card
-from hts_ray.student.official import HICO_CLASSES, official_checkpoint, read_official
+from hts_ray.student.official import HICO_CLASSES, format_error, official_checkpoint, read_official
 
 TOLERANCE = 1e-3
 _ONNX_LIMIT = 2**31 - 2**24  # a protobuf's size, less the graph itself
@@ -83,9 +83,7 @@ def export_student(path: str, form: str, output: str) -> Exported:
     else (by more than 1e-3): then nothing is left at `output`.
     """
     if form not in FORMATS:
-        raise ConfigError(
-            field="--format", value=form, remedy=f"choose one of {', '.join(FORMATS)}"
-        )
+        raise format_error(form, f"choose one of {', '.join(FORMATS)}")
     _check_suffix(form, output)
     refuse_existing(output)
     folder = find_student(path)
@@ -180,28 +178,19 @@ def _write_open_clip(source: _Source, target: Path) -> _Written:
 
 def _open_clip_model(student: Student) -> tuple[str, dict[str, Any]]:
     """Return open_clip's name of the student's architecture and what to create it with."""
-    others = "the formats safetensors and onnx hold every student"
     try:
         name = resolve_name(student.config)
         plain = model_config(name)
     except ConfigError as error:
-        raise ConfigError(
-            f"open_clip has no model for this student ({error})",
-            field="--format",
-            value="open_clip",
-            remedy=others,
-        ) from error
+        problem = f"open_clip has no model for this student ({error})"
+        raise format_error("open_clip", problem=problem) from error
     arguments: dict[str, Any] = {}
     if name.startswith(("local-dir:", "hf-hub:")):
         arguments["load_weights"] = False
     if plain["vision_cfg"].get("image_size", 224) != student.image_size:
         if hasattr(getattr(student.visual, "trunk", None), "set_input_size"):
-            raise ConfigError(
-                f"open_clip loads the weights of timm's {name} at its own image size only",
-                field="--format",
-                value="open_clip",
-                remedy=others,
-            )
+            problem = f"open_clip loads the weights of timm's {name} at its own image size only"
+            raise format_error("open_clip", problem=problem)
         arguments["force_image_size"] = student.image_size
     if student.model_cfg.get("quick_gelu") and not plain.get("quick_gelu"):
         arguments["force_quick_gelu"] = True
@@ -249,20 +238,13 @@ def _write_onnx(source: _Source, target: Path) -> _Written:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
-        raise ConfigError(
-            f"{error.name} is not installed",
-            field="--format",
-            value="onnx",
-            remedy="pip install 'hts-ray[onnx]'",
-        ) from error
+        problem = f"{error.name} is not installed"
+        raise format_error("onnx", "pip install 'hts-ray[onnx]'", problem) from error
     student = source.student
     size = sum(value.numel() * value.element_size() for value in student.state_dict().values())
     if size > _ONNX_LIMIT:
-        raise ConfigError(
-            field="--format",
-            value="onnx",
-            remedy=f"the student has {size / 2**30:.1f} GiB, an ONNX file holds at most 2",
-        )
+        problem = f"the student has {size / 2**30:.1f} GiB, an ONNX file holds at most 2"
+        raise format_error("onnx", problem)
     opset = _export_graph(student, target)
     onnx.checker.check_model(str(target))
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.config import ImagesConfig
-from hts_ray.engine.image_pass import decode_batch, write_quarantine
+from hts_ray.engine.decoding import decode_batch
+from hts_ray.engine.image_pass import write_quarantine
 from hts_ray.store import storage
 from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
 from hts_ray.student.targets import Task

@@ -13,25 +13,23 @@ import hashlib
 import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors.torch
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
-from hts_ray.engine.image_pass import OK, Pixels, finish, image_dataset
+from hts_ray.engine.image_pass import OK, finish, image_dataset
+from hts_ray.engine.run import Stage
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
+from hts_ray.store.aliases import FloatArray, ImagesDone, Pixels
 from hts_ray.store.run import StageFolder, content_hash, finished_stages, settings_hash
 from hts_ray.store.tables import features_schema, read_table, require_unique_ids, write_table
 from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, student_fingerprint
-from hts_ray.student.pool import ImagesDone, StudentPass, StudentWorker
-
-FloatArray = npt.NDArray[np.float32]
+from hts_ray.student.pool import StudentPass, StudentWorker
 
 TABLE = "features"
 _INPUT = "_input"  # readers of tables leave out what starts so
@@ -95,27 +93,57 @@ def ensure_features(
     """Return a finished features folder of the run that holds these images; compute it if need be.
 
     `images` has image_id, uri and split, as `Manifest.rows` returns them. A folder of more images
-    serves as well. Raises what `compute_features` raises.
+    serves as well. Raises what `plan_features` and its work raise.
     """
     found = find_features(run_dir, student_path, images, flipped=flipped)
     if found is not None:
         return found
-    stage = features_stage(run_dir, student_path, images, flipped=flipped)
-    compute_features(config, student_path, images, stage, flipped=flipped, progress=progress)
-    return stage
+    return plan_features(config, run_dir, student_path, images, flipped=flipped).run(progress)
 
 
-def features_stage(
-    run_dir: str, student_path: str, images: pa.Table, *, flipped: bool
-) -> StageFolder:
-    """Return the folder that `compute_features` writes to for these images."""
-    key = settings_hash(
-        encoder_fingerprint(student_path),
-        _DECODING.answer_settings(),
-        flipped,
-        content_hash(_checked(images).sort_by("image_id")),
+def plan_features(
+    config: FeaturesConfig, run_dir: str, student_path: str, images: pa.Table, *, flipped: bool
+) -> Stage:
+    """Plan encoding images with a stored student's tower.
+
+    `images` has image_id, uri and split. The work writes one row of `features_schema` an image;
+    images that cannot be read have null features and are listed in the quarantine. Many images,
+    and any with a GPU in the pool, go through Ray Data, where a run that was cut off goes on after
+    the last block that was written; few are encoded in this process. Raises DataError when there
+    is no student or no image; the work does when no image can be read.
+    """
+    images, folder = _checked(images), find_student(student_path)
+    encoder, decoding = encoder_fingerprint(folder), _DECODING.answer_settings()
+    key = settings_hash(encoder, decoding, flipped, content_hash(images.sort_by("image_id")))
+    stage = StageFolder(storage.absolute(run_dir), TABLE, key)
+    settings = (("flipped", flipped),)
+    task = StudentPass(
+        folder, FeatureEncoder, config.pool, _DECODING, config.batch_images, settings
     )
-    return StageFolder(run_dir, TABLE, key)
+
+    def work(progress: ImagesDone | None) -> object:
+        started = time.monotonic()
+        if config.pool.num_gpus == 0 and len(images) <= config.local_images:
+            storage.remove_tree(stage.path)  # what a run on Ray left would not fit to these files
+            write_table(stage.file("part-0.parquet"), task.here(images))
+        else:
+            source = stage.file(_INPUT, "images.parquet")
+            write_table(source, images)
+            task.on_ray(stage, partial(image_dataset, source), len(images), TABLE, progress)
+        return finish(
+            stage,
+            images["image_id"].combine_chunks(),
+            name=TABLE,
+            seconds=time.monotonic() - started,
+            table_info={
+                "student": folder,
+                "encoder": encoder,
+                "decoding": decoding,
+                "flipped": flipped,
+            },
+        )
+
+    return Stage(stage, {"student": folder}, work)
 
 
 def find_features(
@@ -161,54 +189,6 @@ def _encoder_fingerprint(folder: str, fingerprint: str) -> str:
     tower = {name: value for name, value in state.items() if name.startswith("visual.")}
     weights = hashlib.sha256(safetensors.torch.save(tower)).hexdigest()
     return settings_hash([description[name] for name in names], settings, weights)
-
-
-def compute_features(
-    config: FeaturesConfig,
-    student_path: str,
-    images: pa.Table,
-    stage: StageFolder,
-    *,
-    flipped: bool = False,
-    progress: ImagesDone | None = None,
-) -> dict[str, Any]:
-    """Encode images with a stored student's tower and publish `features` in `stage`.
-
-    `images` has image_id, uri and split. Writes one row of `features_schema` an image; images
-    that cannot be read have null features and are listed in the quarantine. Many images, and any
-    with a GPU in the pool, go through Ray Data, where a run that was cut off goes on after the
-    last block that was written; few are encoded here. A finished stage is returned as it is.
-    `progress(done, total, quarantined)` is called every few seconds. Returns the stage's stats.
-    Raises DataError when there is no student, no image, or no image that can be read.
-    """
-    if stage.finished:
-        return stage.stats
-    started = time.monotonic()
-    images = _checked(images)
-    folder, arguments = find_student(student_path), (("flipped", flipped),)
-    task = StudentPass(
-        folder, FeatureEncoder, config.pool, _DECODING, config.batch_images, arguments
-    )
-    if config.pool.num_gpus == 0 and len(images) <= config.local_images:
-        storage.remove_tree(stage.path)  # what a run on Ray left would not fit to these files
-        write_table(stage.file("part-0.parquet"), task.here(images))
-    else:
-        stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
-        source = stage.file(_INPUT, "images.parquet")
-        write_table(source, images)
-        task.on_ray(stage, partial(image_dataset, source), len(images), TABLE, progress)
-    return finish(
-        stage,
-        images["image_id"].combine_chunks(),
-        name=TABLE,
-        seconds=time.monotonic() - started,
-        table_info={
-            "student": folder,
-            "encoder": encoder_fingerprint(folder),
-            "decoding": _DECODING.answer_settings(),
-            "flipped": flipped,
-        },
-    )
 
 
 class FeatureEncoder(StudentWorker):

@@ -25,12 +25,11 @@ from torch import Tensor
 from hts_ray.config import TrainConfig
 from hts_ray.errors import DataError
 from hts_ray.losses import SignedLoss
+from hts_ray.store.aliases import FloatArray
 from hts_ray.student.model import CosineClassifier
 from hts_ray.student.optimizer import Optimizer, settings_loss
 from hts_ray.student.progress import epoch_record
 from hts_ray.student.targets import class_weights, repeat_indices
-
-FloatArray = npt.NDArray[np.float32]
 
 OnEpoch = Callable[["HeadFit"], Mapping[str, Any] | None]
 

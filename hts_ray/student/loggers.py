@@ -50,8 +50,13 @@ class CurveLog:
         settings: Mapping[str, Any],
         first_step: int = 0,
     ) -> None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+        from accelerate import tracking
 
+        classes = {
+            "tensorboard": tracking.TensorBoardTracker,
+            "wandb": tracking.WandBTracker,
+            "mlflow": tracking.MLflowTracker,
+        }
         self._folder = folder
         self._temporary = tempfile.TemporaryDirectory() if storage.is_remote(folder) else None
         self._local = Path(self._temporary.name if self._temporary else folder)
@@ -62,7 +67,7 @@ class CurveLog:
                 # After a crash, steps that were logged and not kept are to come once.
                 arguments = {"logging_dir": self._local, "purge_step": first_step}
             try:
-                tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **arguments)
+                tracker = classes[name](PROJECT, **arguments)
                 tracker.start()
                 if name != "tensorboard":  # it writes settings as a run of their own
                     tracker.store_init_configuration(dict(_flat(settings)))

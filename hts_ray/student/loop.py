@@ -21,7 +21,8 @@ import pyarrow as pa
 import torch
 
 from hts_ray.config import TrainConfig
-from hts_ray.engine.image_pass import stack_pixels
+from hts_ray.engine.compat import forget_accelerator
+from hts_ray.engine.decoding import stack_pixels
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.errors import DataError
 from hts_ray.metrics import hico_average_precision, mean_average_precision
@@ -36,8 +37,6 @@ from hts_ray.student.resume import (
     Position,
     checkpoint_files,
     read_files,
-    read_local,
-    read_stored,
     restore,
     write_local,
 )
@@ -115,7 +114,6 @@ def _start(job: dict[str, Any]) -> _Worker:
     """Load the zero-shot student and hand it to Accelerate, which joins Ray's process group."""
     import ray.train
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
     config = TrainConfig.model_validate(job["config"])
     meter = Meter(**job["meter"])
@@ -123,7 +121,7 @@ def _start(job: dict[str, Any]) -> _Worker:
     if job["local"] is not None:
         # The driver's process may have trained with other settings, and its threads would fight
         # with the processes that decode; Ray limits a worker's own threads likewise.
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerator()
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.use_gpu)
     student = load_student(job["initial"])
@@ -194,17 +192,9 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
             worker.steps.tell(epoch, done * worker.config.batch_size, loss_sum / images)
         if every is not None and done % every == 0 and done < worker.steps_per_epoch:
             loss_sum, images = worker.accelerator.reduce(totals.clone(), "sum").tolist()
-            _report_checkpoint(
-                worker,
-                Position(
-                    position.history,
-                    done,
-                    loss_sum,
-                    int(images),
-                    time.monotonic() - started,
-                    worker.world,
-                ),
-            )
+            seconds = time.monotonic() - started
+            within = (done, loss_sum, int(images), seconds, worker.world)
+            _report_checkpoint(worker, Position(position.history, *within))
     totals = worker.accelerator.reduce(totals, "sum")
     loss, images = float(totals[0]), int(totals[1])
     if not images:
@@ -389,13 +379,11 @@ def _resume(worker: _Worker) -> Position:
     import ray.train
 
     files = None
-    if worker.job["local"] is not None:
-        files = read_local(worker.job["local"])
-    elif (checkpoint := ray.train.get_checkpoint()) is not None:
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
-            files = read_files(Path(folder))
+            files = read_files(folder)
     elif worker.job["unlisted"] is not None:
-        files = read_stored(worker.job["unlisted"])
+        files = read_files(worker.job["unlisted"])
     if files is None:
         return Position(workers=worker.world)
     return restore(files, worker.optimizer, worker.accelerator.scaler, worker.world)

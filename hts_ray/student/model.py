@@ -15,19 +15,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import OptimConfig, StudentConfig
-from hts_ray.engine.image_pass import Pixels, squash
+from hts_ray.engine.compat import build_image_tower
+from hts_ray.engine.decoding import squash
 from hts_ray.errors import ConfigError
+from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.builtin import BUILTIN, builtin_folder
 
 Trainable = Literal["all", "head", "last"]
 _TEXT_BATCH = 256
 _CONFIG_FILE = "open_clip_config.json"
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
+_UNREADABLE = (
+    RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
 
 
 class CosineClassifier(nn.Module):
@@ -172,7 +178,7 @@ def rebuild_student(
 
     Raises KeyError, RuntimeError, TypeError or ValueError when they do not fit each other.
     """
-    visual = _empty_tower(model_cfg)
+    visual = build_image_tower(model_cfg)
     if config.feature_space == "backbone":
         visual.proj = None
     _fit_tower(visual, image_size)
@@ -199,13 +205,11 @@ def source_fingerprint(config: StudentConfig) -> str:
     """
     name = resolve_name(config)
     digest = hashlib.sha256()
-    files: list[Path] = []
     if name.startswith(_LOCAL):
         files = sorted(path for path in Path(name[len(_LOCAL) :]).iterdir() if path.is_file())
     else:
         digest.update(f"{name} {config.pretrained}".encode())
-        if config.pretrained is not None and Path(config.pretrained).is_file():
-            files = [Path(config.pretrained)]
+        files = [path for path in [Path(config.pretrained or "")] if path.is_file()]
     for path in files:
         digest.update(path.name.encode())
         with open(path, "rb") as stream:
@@ -227,11 +231,8 @@ def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:
     if mode == "last":
         parts, tail = _tower_parts(student.visual, "train.trainable")
         if blocks > len(parts):
-            raise ConfigError(
-                field="train.trainable_blocks",
-                value=blocks,
-                remedy=f"the tower has {len(parts)} blocks, or write train.trainable=all",
-            )
+            remedy = f"the tower has {len(parts)} blocks, or write train.trainable=all"
+            raise ConfigError(field="train.trainable_blocks", value=blocks, remedy=remedy)
         for part in [*parts[-blocks:], *tail]:
             part.requires_grad_(True)
     for name, value in student.named_parameters():
@@ -271,15 +272,11 @@ def _layers(visual: nn.Module, *, split: bool) -> list[list[nn.Parameter]]:
     if not split:
         return [list(visual.parameters())]
     blocks, tail = _tower_parts(visual, "train.optim.layer_decay")
-    layers = [[value for part in tail for value in _parameters_of(part)]]
+    layers = [[v for p in tail for v in ([p] if isinstance(p, nn.Parameter) else p.parameters())]]
     layers += [list(block.parameters()) for block in reversed(blocks)]
     placed = {id(value) for values in layers for value in values}
     layers.append([value for value in visual.parameters() if id(value) not in placed])
     return layers
-
-
-def _parameters_of(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
-    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 
 
 def with_learnt_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,22 +294,21 @@ def checkpoint_activations(student: Student) -> None:
     ConfigError for towers that cannot.
     """
     visual: Any = student.visual
+    reason = ""
     if not hasattr(visual, "set_grad_checkpointing") or hasattr(visual, "attnpool"):
+        reason = "open_clip cannot"
+    else:
+        try:
+            visual.set_grad_checkpointing(True)
+        except (AssertionError, NotImplementedError, AttributeError) as error:  # timm's refusals
+            reason = str(error)
+    if reason:
         raise ConfigError(
-            f"the tower of {student.config.model} cannot compute its activations again",
+            f"the tower of {student.config.model} cannot compute its activations again ({reason})",
             field="train.gradient_checkpointing",
             value=True,
             remedy="leave it out, and raise train.accumulation instead",
         )
-    try:
-        visual.set_grad_checkpointing(True)
-    except (AssertionError, NotImplementedError, AttributeError) as error:  # timm's ways to say no
-        raise ConfigError(
-            field="train.gradient_checkpointing",
-            value=True,
-            remedy=f"the tower of {student.config.model} has none ({error}): leave it out, and"
-            " raise train.accumulation instead",
-        ) from error
 
 
 def resolve_name(config: StudentConfig) -> str:
@@ -324,28 +320,24 @@ def resolve_name(config: StudentConfig) -> str:
         try:
             name = _LOCAL + str(builtin_folder(name, _CONFIG_FILE))
         except FileNotFoundError as error:
-            raise ConfigError(
-                field="student.model", value=config.model, remedy=str(error)
-            ) from error
+            raise _no_model(config.model, str(error)) from error
     if name.startswith(_LOCAL):
         folder = Path(name[len(_LOCAL) :])
         if not (folder / _CONFIG_FILE).is_file():
-            raise ConfigError(
-                field="student.model", value=config.model, remedy=f"{folder} has no {_CONFIG_FILE}"
-            )
+            raise _no_model(config.model, f"{folder} has no {_CONFIG_FILE}")
         return f"{_LOCAL}{folder.resolve()}"
     if name.startswith(_HUB):
         return name
     name = name.replace("/", "-")
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
-        raise ConfigError(
-            "open_clip has no such model",
-            field="student.model",
-            value=config.model,
-            remedy=f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()",
-        )
+        remedy = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+        raise _no_model(config.model, remedy, "open_clip has no such model")
     return name
+
+
+def _no_model(name: str, remedy: str, problem: str = "") -> ConfigError:
+    return ConfigError(problem, field="student.model", value=name, remedy=remedy)
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -355,15 +347,9 @@ def model_config(name: str) -> dict[str, Any]:
     try:
         model_cfg = open_clip.get_model_config(name)
     except Exception as error:  # a hub client raises many kinds, all of them mean the same
-        raise ConfigError(
-            field="student.model", value=name, remedy=f"its {_CONFIG_FILE} cannot be read: {error}"
-        ) from error
+        raise _no_model(name, f"its {_CONFIG_FILE} cannot be read: {error}") from error
     if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg"} <= model_cfg.keys():
-        raise ConfigError(
-            field="student.model",
-            value=name,
-            remedy=f"its {_CONFIG_FILE} lacks embed_dim or vision_cfg",
-        )
+        raise _no_model(name, f"its {_CONFIG_FILE} lacks embed_dim or vision_cfg")
     return model_cfg
 
 
@@ -373,11 +359,8 @@ def _check_pretrained(config: StudentConfig, name: str) -> None:
 
     if name.startswith((_LOCAL, _HUB)):
         if config.pretrained is not None:
-            raise ConfigError(
-                field="student.pretrained",
-                value=config.pretrained,
-                remedy=f"leave it out: {config.model} brings its own weights",
-            )
+            remedy = f"leave it out: {config.model} brings its own weights"
+            raise ConfigError(field="student.pretrained", value=config.pretrained, remedy=remedy)
         return
     tags = open_clip.list_pretrained_tags_by_model(name)
     if config.pretrained is None or not (
@@ -395,7 +378,6 @@ def _check_pretrained(config: StudentConfig, name: str) -> None:
 
 def _create_clip(config: StudentConfig, name: str, quick_gelu: bool) -> Any:
     import open_clip
-    from safetensors import SafetensorError
 
     try:
         clip = open_clip.create_model(
@@ -405,22 +387,15 @@ def _create_clip(config: StudentConfig, name: str, quick_gelu: bool) -> Any:
             require_pretrained=True,
             weights_only=True,
         )
-    except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
-        raise _weights_error(config, error) from error
-    except SafetensorError as error:
-        raise _weights_error(config, error) from error
+    except _UNREADABLE as error:
+        source = config.pretrained or config.model
+        raise ConfigError(
+            f"the weights of {config.model} cannot be loaded from {source}",
+            field="student.pretrained" if config.pretrained else "student.model",
+            value=source,
+            remedy=" ".join(str(error).split())[:300],
+        ) from error
     return clip.eval()
-
-
-def _weights_error(config: StudentConfig, error: Exception) -> ConfigError:
-    source = config.pretrained or config.model
-    reason = " ".join(str(error).split())[:300]
-    return ConfigError(
-        f"the weights of {config.model} cannot be loaded from {source}",
-        field="student.pretrained" if config.pretrained else "student.model",
-        value=source,
-        remedy=reason,
-    )
 
 
 @torch.no_grad()
@@ -452,28 +427,11 @@ def _in_feature_space(
         return visual, texts_CE
     projection_DE = getattr(visual, "proj", None)
     if not isinstance(projection_DE, Tensor):
-        raise ConfigError(
-            field="student.feature_space",
-            value="backbone",
-            remedy=f"{config.model} has no projection to leave out: write projected",
-        )
+        remedy = f"{config.model} has no projection to leave out: write projected"
+        raise ConfigError(field="student.feature_space", value="backbone", remedy=remedy)
     visual.proj = None
     # The cosine with proj @ text: (f proj) . t = f . (proj t)
     return visual, texts_CE @ projection_DE.detach().float().T
-
-
-def _empty_tower(model_cfg: dict[str, Any]) -> Any:
-    """Build the image tower alone: a text tower might ask the hub for its configuration."""
-    import open_clip  # noqa: F401 - the submodule below is not importable by itself
-    from open_clip.model import _build_vision_tower
-
-    vision_cfg = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
-    visual = _build_vision_tower(
-        model_cfg["embed_dim"], vision_cfg, bool(model_cfg.get("quick_gelu", False))
-    )
-    if hasattr(visual, "output_tokens"):
-        visual.output_tokens = False
-    return visual
 
 
 def _fit_tower(visual: Any, size: int | None) -> int:
@@ -481,11 +439,8 @@ def _fit_tower(visual: Any, size: int | None) -> int:
     native: Any = visual.image_size
     height, width = native if isinstance(native, tuple | list) else (native, native)
     if size is None and height != width:
-        raise ConfigError(
-            f"the model takes {height}x{width} images",
-            field="student.image_size",
-            remedy="set the side of a square",
-        )
+        problem = f"the model takes {height}x{width} images"
+        raise ConfigError(problem, field="student.image_size", remedy="set the side of a square")
     if size is None or size == height == width:
         return int(height)
     if hasattr(visual, "trunk"):
@@ -510,11 +465,8 @@ def _check_multiple(size: int, step: int) -> None:
     if size % step:
         below = size // step * step
         near = f"{below} or {below + step}" if below else f"{step}"
-        raise ConfigError(
-            field="student.image_size",
-            value=size,
-            remedy=f"use a multiple of the patch size {step}, such as {near}",
-        )
+        remedy = f"use a multiple of the patch size {step}, such as {near}"
+        raise ConfigError(field="student.image_size", value=size, remedy=remedy)
 
 
 def _resize_positions(owner: nn.Module, rows: int, columns: int) -> None:
@@ -554,10 +506,8 @@ def _tower_parts(visual: Any, field: str) -> tuple[list[nn.Module], list[nn.Modu
         if trunk is not visual:
             tail += _others(visual, {"trunk"})
         return blocks, tail
-    raise ConfigError(
-        field=field,
-        remedy=f"the blocks of a {type(trunk).__name__} are not known: leave this setting out",
-    )
+    remedy = f"the blocks of a {type(trunk).__name__} are not known: leave this setting out"
+    raise ConfigError(field=field, remedy=remedy)
 
 
 def _others(owner: nn.Module, names: set[str]) -> Iterator[nn.Module | nn.Parameter]:

@@ -47,6 +47,7 @@ _KNOWN = {
     (768, 12, 16): "ViT-B-16-quickgelu",
     (1024, 24, 14): "ViT-L-14-quickgelu",
 }
+_OTHERS = "the formats safetensors and onnx hold every student"
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.")
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
@@ -60,12 +61,13 @@ def import_checkpoint(file: str, output: str, classes: str | None = None) -> dic
     do not fit or `output` is there already.
     """
     refuse_existing(output)
-    content = _load(file)
+    data = _read(file)
+    content = _load(file, data)
     student = _student(content, file, classes)
     epoch = content.get("epoch")
     source = {
         "file": file.rstrip("/").rsplit("/", 1)[-1],
-        "sha256": _sha256(file),
+        "sha256": hashlib.sha256(data).hexdigest(),
         "epoch": epoch if isinstance(epoch, int) else None,
     }
     with new_output(output, last=DESCRIPTION) as folder:
@@ -89,7 +91,7 @@ def read_official(file: str, classes: str | ClassTable | None = None) -> Student
 
     Arguments and errors are those of `import_checkpoint`; a class table may be given as it is.
     """
-    return _student(_load(file), file, classes)
+    return _student(_load(file, _read(file)), file, classes)
 
 
 def official_checkpoint(student: Student, epoch: int = 0) -> dict[str, Any]:
@@ -100,11 +102,7 @@ def official_checkpoint(student: Student, epoch: int = 0) -> dict[str, Any]:
     """
     reason = _obstacle(student)
     if reason is not None:
-        raise ConfigError(
-            field="--format",
-            value="hts",
-            remedy=f"{reason}; the formats safetensors and onnx hold every student",
-        )
+        raise format_error("hts", f"{reason}; {_OTHERS}")
     state = {_VISUAL + name: value for name, value in cpu_state(student.visual).items()}
     state["classifier"] = student.classifier.detach().cpu().contiguous().clone()
     state["logit_scale"] = student.logit_scale.detach().cpu().log()
@@ -112,19 +110,29 @@ def official_checkpoint(student: Student, epoch: int = 0) -> dict[str, Any]:
     return {"epoch": epoch, "model_state_dict": state, "optimizer_state_dict": optimizer}
 
 
-def _load(file: str) -> dict[str, Any]:
-    """Read the file's dictionary without running anything that is in it."""
+def format_error(form: str, remedy: str = _OTHERS, problem: str = "") -> ConfigError:
+    """Return the error of a form that cannot be written."""
+    return ConfigError(problem, field="--format", value=form, remedy=remedy)
+
+
+def _read(file: str) -> bytes:
     if not storage.exists(file):
         raise DataError(f"{file}: no such file")
     try:
-        local = not storage.is_remote(file)
-        source = storage.resolve(file)[1] if local else io.BytesIO(storage.read_bytes(file))
-        _check_sums(source)
+        return storage.read_bytes(file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read as a checkpoint of tensors: {error}") from error
+
+
+def _load(file: str, data: bytes) -> dict[str, Any]:
+    """Return the file's dictionary without running anything that is in it."""
+    try:
+        _check_sums(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of, it refuses in the next line
-            content = torch.load(source, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # of damaged files torch raises nearly anything
-        raise DataError(_why_unreadable(file, error)) from error
+        raise DataError(_why_unreadable(file, data, error)) from error
     if not isinstance(content, dict):
         raise DataError(f"{file} holds a {type(content).__name__}, not the paper's dictionary")
     if not isinstance(content.get("model_state_dict"), Mapping):
@@ -135,18 +143,17 @@ def _load(file: str) -> dict[str, Any]:
     return content
 
 
-def _check_sums(source: str | io.BytesIO) -> None:
+def _check_sums(data: bytes) -> None:
     """Raise BadZipFile for an archive with a damaged part: torch does not look at its checksums."""
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} is damaged, its checksum differs")
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} is damaged, its checksum differs")
 
 
-def _why_unreadable(file: str, error: Exception) -> str:
+def _why_unreadable(file: str, data: bytes, error: Exception) -> str:
     text = str(error)
     found = _REFUSED_GLOBAL.search(text)
     if found:
@@ -159,19 +166,13 @@ def _why_unreadable(file: str, error: Exception) -> str:
     # torch's own text goes on with advice to switch the protection off.
     detail = text.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()
     reason = detail[0][:200] if detail else type(error).__name__
-    if isinstance(error, pickle.UnpicklingError) and _begins(file).startswith((b"PK", b"\x80")):
+    # PK begins a zip archive, 0x80 a pickle.
+    if isinstance(error, pickle.UnpicklingError) and data.startswith((b"PK", b"\x80")):
         return (
             f"{file} is refused: it holds a pickle of more than tensors and plain values"
             f" ({reason}), and pickled code is never run"
         )
     return f"{file} cannot be read as a checkpoint of tensors: {reason}"
-
-
-def _begins(file: str) -> bytes:
-    """Return the first bytes: PK begins a zip archive, 0x80 a pickle."""
-    filesystem, inner = storage.resolve(file)
-    with filesystem.open_input_stream(inner) as stream:
-        return bytes(stream.read(2))
 
 
 def _student(content: Mapping[str, Any], file: str, classes: str | ClassTable | None) -> Student:
@@ -360,12 +361,3 @@ def _obstacle(student: Student) -> str | None:
     elif not torch.allclose(found, expected, atol=1e-5):
         reason = "the paper's code normalises images by CLIP's mean and deviation"
     return reason
-
-
-def _sha256(file: str) -> str:
-    filesystem, inner = storage.resolve(file)
-    digest = hashlib.sha256()
-    with filesystem.open_input_stream(inner) as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hts_ray.config import OptimConfig, TrainConfig
 from hts_ray.losses import Reduction, SignedLoss, make_loss
@@ -101,11 +101,11 @@ def moving_average(decay: float) -> Callable[..., None]:
     After n steps the decay is at most (1 + n) / (10 + n), or a short run's average would be its
     start. Source: TensorFlow's ExponentialMovingAverage with num_updates.
     """
+    ema: Any = get_ema_multi_avg_fn
 
-    @torch.no_grad()
     def update(averages: list[Any], values: list[Any], steps: Tensor | int) -> None:
         n = int(steps)
-        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+        ema(min(decay, (1 + n) / (10 + n)))(averages, values, n)
 
     return update
 

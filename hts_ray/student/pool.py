@@ -16,33 +16,22 @@ from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
 from hts_ray.config import ImagesConfig, PoolConfig
-from hts_ray.engine.image_pass import (
-    CHECKPOINT,
-    OK,
-    QUARANTINED,
-    Pixels,
-    data_context,
-    decode_batch,
-    row_progress,
-    rows_per_block,
-    stack_pixels,
-    users_mistakes_unwrapped,
-)
+from hts_ray.engine.decoding import decode_batch, stack_pixels
+from hts_ray.engine.image_pass import CHECKPOINT, OK, QUARANTINED, data_context, rows_per_block
+from hts_ray.engine.mistakes import users_mistakes_unwrapped
+from hts_ray.engine.progress import row_progress
 from hts_ray.engine.telemetry import HeldGpus, Meter
+from hts_ray.store.aliases import FloatArray, ImagesDone, Pixels
 from hts_ray.store.run import StageFolder
 from hts_ray.student.checkpoints import description_of, load_student, student_fingerprint
 
 if TYPE_CHECKING:
     import ray.data
-
-FloatArray = npt.NDArray[np.float32]
-ImagesDone = Callable[[int, int, int], None]
 
 
 class StudentWorker(ABC):

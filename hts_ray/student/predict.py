@@ -17,7 +17,8 @@ from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, settings_hash
+from hts_ray.store.aliases import ImagesDone
+from hts_ray.store.run import settings_hash
 from hts_ray.store.tables import predictions_schema
 from hts_ray.student.checkpoints import (
     DESCRIPTION,
@@ -25,13 +26,16 @@ from hts_ray.student.checkpoints import (
     find_student,
     student_fingerprint,
 )
-from hts_ray.student.pool import ImagesDone, StudentPass, StudentWorker
+from hts_ray.student.pool import StudentPass, StudentWorker
 
 
 def plan_predict(run: Run, student: str, manifest: Manifest) -> Stage:
-    """Plan scoring a manifest's images with the student at a path.
+    """Plan scoring a manifest's images of `predict.split` with the student at a path.
 
-    Raises DataError when there is no student.
+    The work writes one row of `predictions_schema(C)` an image, the scores being logits; images
+    that cannot be read have null scores and are listed in the quarantine. A run that was cut off
+    goes on after the last block that was written. Raises DataError when there is no student; the
+    work does when there is no image, or none that can be read.
     """
     description = storage.join(student, DESCRIPTION)
     if not storage.exists(description):
@@ -46,41 +50,16 @@ def plan_predict(run: Run, student: str, manifest: Manifest) -> Stage:
     folder = run.stage("predictions", key)
 
     def work(progress: ImagesDone | None) -> object:
-        return predict_images(config, student, manifest, folder, progress)
+        started = time.monotonic()
+        splits = None if config.split is None else (config.split,)
+        expected = manifest.rows(splits)["image_id"].combine_chunks()
+        task = _pass(config, student)
+        read = partial(image_dataset, manifest.path, splits)
+        task.on_ray(folder, read, len(expected), "predict", progress)
+        seconds, info = time.monotonic() - started, student_info(task.folder)
+        return finish(folder, expected, name="predict", seconds=seconds, table_info=info)
 
     return Stage(folder, {"student": student, "manifest": manifest.path}, work)
-
-
-def predict_images(
-    config: PredictConfig,
-    student_path: str,
-    manifest: Manifest,
-    stage: StageFolder,
-    progress: ImagesDone | None = None,
-) -> dict[str, Any]:
-    """Score the manifest's images of `config.split` and publish them in `stage`.
-
-    Writes one row of `predictions_schema(C)` an image, the scores being logits; images that
-    cannot be read have null scores and are listed in the quarantine. A run that was cut off goes
-    on after the last block that was written; a finished stage is returned as it is.
-    `progress(done, total, quarantined)` is called every few seconds. Raises DataError when there
-    is no student, no image, or no image that can be read.
-    """
-    if stage.finished:
-        return stage.stats
-    started = time.monotonic()
-    splits = None if config.split is None else (config.split,)
-    expected = manifest.rows(splits)["image_id"].combine_chunks()
-    task = _pass(config, student_path)
-    read = partial(image_dataset, manifest.path, splits)
-    task.on_ray(stage, read, len(expected), "predict", progress)
-    return finish(
-        stage,
-        expected,
-        name="predict",
-        seconds=time.monotonic() - started,
-        table_info=student_info(task.folder),
-    )
 
 
 def student_info(folder: str) -> dict[str, Any]:
@@ -102,7 +81,7 @@ def score_images(
 ) -> tuple[list[str], npt.NDArray[np.float32]]:
     """Score a few images in this process, without Ray: ids and logits (N, C) of what decodes.
 
-    `images` has image_id, uri and split. The scores are those of `predict_images`. Raises
+    `images` has image_id, uri and split. The scores are those of a predictions table. Raises
     DataError when there is no student, or no image that can be read.
     """
     rows = _pass(config, student_path).here(images) if len(images) else None

@@ -3,7 +3,7 @@
 Files serve workers on other machines and the driver's own process alike, and a reader that is slow
 or gone costs a training nothing.
 
-`Progress` gets records of three kinds:
+`TrainingTold` gets records of three kinds:
 - a finished epoch, see `epoch_record`;
 - an epoch that runs, every two seconds: epoch, loss (so far), images (done) and `of` (in all);
 - features that are computed before a head is fitted: encoded, of, quarantined (images).
@@ -12,16 +12,16 @@ or gone costs a training nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hts_ray.engine.image_pass import ProgressPoller
+from hts_ray.engine.progress import ProgressPoller
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone, TrainingTold
 
-Progress = Callable[[Mapping[str, Any]], None]
-
-_INTERVAL_S = 2.0
+_INTERVAL_S = 2.0  # between the steps that are told
+_LOOK_S = 1.0
 
 
 def epoch_record(
@@ -39,7 +39,7 @@ def epoch_record(
     }
 
 
-def encoding_progress(progress: Progress | None) -> Callable[[int, int, int], None] | None:
+def encoding_progress(progress: TrainingTold | None) -> ImagesDone | None:
     """Return what tells `progress` how many images are encoded."""
     if progress is None:
         return None
@@ -81,7 +81,7 @@ class StepLog:
 
 @contextmanager
 def training_progress(
-    history_path: str, steps_path: str, progress: Progress | None
+    history_path: str, steps_path: str, progress: TrainingTold | None
 ) -> Iterator[None]:
     """Hand new records of the two files to `progress` while the block runs."""
     if progress is None:
@@ -101,7 +101,7 @@ def training_progress(
             last = steps
             progress(steps)
 
-    with ProgressPoller(look, interval=1.0):
+    with ProgressPoller(look, _LOOK_S):
         yield
 
 

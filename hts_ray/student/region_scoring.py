@@ -17,15 +17,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.config import PoolConfig
-from hts_ray.engine.image_pass import OK, QUARANTINED, decoded_image, finish, squash
+from hts_ray.engine.decoding import decoded_image, squash
+from hts_ray.engine.image_pass import OK, QUARANTINED, finish
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.images.crops import pixel_span
 from hts_ray.images.regions import Region
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import STUDENT_SCORES_SCHEMA, read_table, write_table
 from hts_ray.student.checkpoints import find_student, student_fingerprint
-from hts_ray.student.pool import ImagesDone, StudentPass, StudentWorker
+from hts_ray.student.pool import StudentPass, StudentWorker
 from hts_ray.student.predict import student_info
 
 TABLE = "student_scores"

@@ -10,15 +10,15 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
+from hts_ray.engine.compat import TRAIN_SNAPSHOT
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
 from hts_ray.student.checkpoints import state_bytes
@@ -27,7 +27,6 @@ from hts_ray.student.optimizer import Optimizer
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 KEPT_CHECKPOINTS = 2
 _FILES = (MODEL, OPTIMIZER, STATE)
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # what Ray Train reads its checkpoints from
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def find_unlisted(folder: str) -> str | None:
     Ray Train writes its list of checkpoints in place. A full disk or a kill at that moment leaves a
     part of it, over which every later start would fail: such a list is removed.
     """
-    path = storage.join(folder, _SNAPSHOT)
+    path = storage.join(folder, TRAIN_SNAPSHOT)
     if storage.exists(path):
         try:
             storage.read_json(path)
@@ -124,7 +123,12 @@ def find_unlisted(folder: str) -> str | None:
             storage.delete_file(path)
         else:
             return None
-    names = [name for name in storage.list_names(folder) if name.startswith("checkpoint_")]
+    return newest_whole(folder)
+
+
+def newest_whole(folder: str) -> str | None:
+    """Return the newest checkpoint of a folder whose files are whole, or None."""
+    names = [name for name in storage.list_names(folder) if name.startswith("checkpoint")]
     newest_first = (storage.join(folder, name) for name in reversed(names))  # named by their time
     return next((place for place in newest_first if _is_whole(place)), None)
 
@@ -132,7 +136,7 @@ def find_unlisted(folder: str) -> str | None:
 def _is_whole(folder: str) -> bool:
     """Return whether a checkpoint's upload was finished; even its last byte may be missing."""
     try:
-        files = read_stored(folder)
+        files = read_files(folder)
         Position(**json.loads(files[STATE]))
         safetensors.torch.load(files[MODEL])
         _optimizer_state(files)
@@ -143,14 +147,9 @@ def _is_whole(folder: str) -> bool:
     return True
 
 
-def read_stored(folder: str) -> dict[str, bytes]:
-    """Return the files of a checkpoint that lies at a path or URI."""
+def read_files(folder: str) -> dict[str, bytes]:
+    """Return the files of the checkpoint at a path or URI."""
     return {name: storage.read_bytes(storage.join(folder, name)) for name in _FILES}
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    """Return the files of a checkpoint that lies in a local folder."""
-    return {name: (folder / name).read_bytes() for name in _FILES}
 
 
 def write_local(folder: str, files: Mapping[str, bytes]) -> None:
@@ -159,17 +158,7 @@ def write_local(folder: str, files: Mapping[str, bytes]) -> None:
     number = 1 + max((int(name.rpartition("-")[2]) for name in names), default=0)
     for name, data in files.items():
         storage.write_bytes(storage.join(folder, f"checkpoint-{number:06d}", name), data)
-    for old in _complete(folder)[:-KEPT_CHECKPOINTS]:
-        storage.remove_tree(storage.join(folder, old))
-
-
-def read_local(folder: str) -> dict[str, bytes] | None:
-    """Return the files of the last complete checkpoint, None where there is none."""
-    names = _complete(folder)
-    return read_stored(storage.join(folder, names[-1])) if names else None
-
-
-def _complete(folder: str) -> Sequence[str]:
-    """Return the complete checkpoints' names, oldest first."""
-    names = storage.list_names(folder)
-    return [name for name in names if storage.exists(storage.join(folder, name, STATE))]
+    places = [storage.join(folder, name) for name in storage.list_names(folder)]
+    complete = [place for place in places if storage.exists(storage.join(place, STATE))]
+    for old in complete[:-KEPT_CHECKPOINTS]:
+        storage.remove_tree(old)

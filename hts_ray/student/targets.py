@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.classes import ClassTable
-from hts_ray.config import StudentConfig, TrainConfig
+from hts_ray.config import TrainConfig
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluate import label_matrix
 from hts_ray.store import storage
+from hts_ray.store.aliases import TrainingTold
 from hts_ray.store.run import StageFolder, require_stage
-from hts_ray.student.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,41 @@ class ValidationSet:
 
 @dataclass(frozen=True)
 class Task:
-    """One training, whichever way it is run; `initial` is the zero-shot student's folder."""
+    """One training, whichever way it is run; `progress` gets the records of `student.progress`."""
 
-    config: TrainConfig
-    student_config: StudentConfig
-    num_classes: int
-    initial: str
+    run: Run
     data: TrainingSet
     validation: ValidationSet | None
     stage: StageFolder
-    seed: int
-    progress: Progress | None
+    progress: TrainingTold | None
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the training."""
+        return self.run.config.train
+
+    @property
+    def initial(self) -> str:
+        """The folder of the zero-shot student that the training starts from."""
+        return initial_folder(self.stage)
+
+    def work_file(self, *names: str) -> str:
+        """Return a path in the folder that only an unfinished training needs."""
+        return storage.join(work_folder(self.stage), *names)
 
     def bad_folder(self, images: str) -> str:
         """Return where the rows of images that cannot be read go: of `train` or `validation`."""
-        return storage.join(work_folder(self.stage), f"bad-{images}")
+        return self.work_file(f"bad-{images}")
 
 
 def work_folder(stage: StageFolder) -> str:
     """Return the folder of checkpoints and other things that only an unfinished training needs."""
     return stage.file("ray_train")
+
+
+def initial_folder(stage: StageFolder) -> str:
+    """Return the folder of the zero-shot student that a training starts from."""
+    return storage.join(work_folder(stage), "initial")
 
 
 def training_labels(

@@ -1,4 +1,4 @@
-"""Fine-tuning the student: Ray Data feeds it, Ray Train runs and restarts it.
+"""Fine-tuning the student: Ray Data feeds it, Ray Train runs it and starts it again.
 
 The driver writes the zero-shot student, turns labels into a dataset of decoded images and starts
 the workers; each worker runs `train_loop`. Every epoch is seeded by its number alone, so a run
@@ -12,24 +12,20 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import safetensors.torch
 import torch
 
-from hts_ray.classes import ClassTable
-from hts_ray.config import StudentConfig, TrainConfig
-from hts_ray.engine.image_pass import (
-    data_context,
-    user_error,
-    users_mistakes_unwrapped,
-)
+from hts_ray.config import TrainConfig
+from hts_ray.engine.image_pass import data_context
+from hts_ray.engine.mistakes import user_error, users_mistakes_unwrapped
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.store import storage
+from hts_ray.store.aliases import TrainingTold
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
 from hts_ray.student.augment import stored_size
 from hts_ray.student.checkpoints import DESCRIPTION, description_of, load_student, save_student
@@ -37,7 +33,6 @@ from hts_ray.student.dataset import decoded_images, gather_quarantine
 from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import train_loop
 from hts_ray.student.model import (
-    Student,
     build_student,
     checkpoint_activations,
     parameter_groups,
@@ -46,19 +41,20 @@ from hts_ray.student.model import (
     with_learnt_scale,
 )
 from hts_ray.student.optimizer import Optimizer, settings_loss
-from hts_ray.student.progress import Progress, training_progress
+from hts_ray.student.progress import training_progress
 from hts_ray.student.resume import (
     KEPT_CHECKPOINTS,
     MODEL,
     STATE,
     find_unlisted,
+    newest_whole,
     read_files,
-    read_local,
 )
 from hts_ray.student.targets import (
     Task,
     ValidationSet,
     class_weights,
+    initial_folder,
     positive_counts,
     training_set,
     work_folder,
@@ -85,65 +81,41 @@ def plan_train(run: Run, labels: pa.Table | None, validation: pa.Table | None = 
     )
     folder = run.stage("student", key)
 
-    def work(progress: Progress | None) -> object:
-        return train_student(
-            config=config.train,
-            student_config=config.student,
-            class_table=run.class_table,
-            labels=labels,
-            stage=folder,
-            seed=config.seed,
-            validation=validation,
-            progress=progress,
-        )
+    def work(progress: TrainingTold | None) -> object:
+        return train_student(run, labels, folder, validation, progress)
 
     return Stage(folder, {"student": config.student.model, "labels": config.train.labels}, work)
 
 
 def train_student(
-    *,
-    config: TrainConfig,
-    student_config: StudentConfig,
-    class_table: ClassTable,
+    run: Run,
     labels: pa.Table | None,
     stage: StageFolder,
-    seed: int,
     validation: pa.Table | None = None,
-    progress: Progress | None = None,
+    progress: TrainingTold | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a student on labels and publish it in `stage`; returns the stage's stats.
 
     `labels` has image_id, uri, positive_ids and ignored_ids (class ids), and probability (one a
     positive) for soft labels; every other class is negative. None publishes the zero-shot
     student. `validation`, annotated rows of a manifest, are scored while the training runs. A
-    run that was cut off goes on from its last checkpoint; a finished stage is returned as it is.
-    `progress` gets the records that `student.progress` lists, from another thread. Raises
-    DataError when no label or image can be used or the loss stops being finite, ConfigError for
-    settings that do not fit together, UserError when the workers kept failing.
+    run that was cut off goes on from its last checkpoint. `progress` gets the records that
+    `student.progress` lists, from another thread. Raises DataError when no label or image can be
+    used or the loss stops being finite, ConfigError for settings that do not fit together,
+    UserError when the workers kept failing.
     """
-    if stage.finished:
-        return stage.stats
     started = time.monotonic()
-    _check_config(config, student_config)
-    data = None if labels is None else training_set(labels, class_table, config, seed)
-    initial = _write_initial(student_config, class_table, config, stage)
-    if data is None:
-        outcome: dict[str, Any] = {"history": [], "rows": 0}
+    _check_config(run)
+    if labels is None:
+        _write_initial(run, stage)
+        outcome: dict[str, Any] = {"history": []}
         counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
     else:
-        fit = fit_on_features if config.trainable == "head" else _fit
-        task = Task(
-            config=config,
-            student_config=student_config,
-            num_classes=len(class_table),
-            initial=initial,
-            data=data,
-            validation=None if validation is None else ValidationSet.of(validation, class_table),
-            stage=stage,
-            seed=seed,
-            progress=progress,
-        )
-        outcome = fit(task)
+        data = training_set(labels, run.class_table, run.config.train, run.config.seed)
+        known = None if validation is None else ValidationSet.of(validation, run.class_table)
+        task = Task(run, data, known, stage, progress)
+        _write_initial(run, stage)
+        outcome = fit_on_features(task) if task.config.trainable == "head" else _fit(task)
         bad = gather_quarantine(task)
         Meter.of(stage, "train").count(quarantined=bad)
         counts = {
@@ -154,30 +126,23 @@ def train_student(
             "classes_with_positives": data.classes_with_positives,
             "dropped_class_ids": data.dropped_ids,
         }
-    _publish(config, initial, stage, seed, outcome)
-    history = outcome["history"]
-    seconds = time.monotonic() - started
+    _save(run, stage, outcome)
+    last = outcome["history"][-1] if outcome["history"] else {}
     stage.publish(
         {
             **counts,
-            "epochs": len(history),
-            "final_loss": history[-1]["loss"] if history else None,
-            "validation_mAP": history[-1].get("validation_mAP") if history else None,
-            "seconds": seconds,
-            "rows_per_second": history[-1]["images_per_second"] if history else 0.0,
+            "epochs": len(outcome["history"]),
+            "final_loss": last.get("loss"),
+            "validation_mAP": last.get("validation_mAP"),
+            "seconds": time.monotonic() - started,
+            "rows_per_second": last.get("images_per_second", 0.0),
         }
     )
     storage.remove_tree(work_folder(stage))  # optimizer states are as large as the model, twice
     return stage.stats
 
 
-def estimate(
-    config: TrainConfig,
-    student_config: StudentConfig,
-    class_table: ClassTable,
-    labels: pa.Table | None,
-    seed: int = 0,
-) -> dict[str, Any]:
+def estimate(run: Run, labels: pa.Table | None) -> dict[str, Any]:
     """Measure a few training steps on noise in this process and extrapolate; writes nothing.
 
     Returns images, images_per_epoch (repeats included), epochs, steps, device,
@@ -186,8 +151,9 @@ def estimate(
     """
     if labels is None:
         return {"images": 0, "note": "the zero-shot student is stored without training"}
-    _check_config(config, student_config)
-    data = training_set(labels, class_table, config, seed)
+    _check_config(run)
+    config = run.config.train
+    data = training_set(labels, run.class_table, config, run.config.seed)
     workers = max(1, config.num_workers)
     share = max(1, config.batch_size // workers)
     steps = config.epochs * max(1, -(-(len(data.table) // workers) // share))
@@ -196,8 +162,8 @@ def estimate(
         pool = config.features.pool
         passes = -(-data.images * (1 + config.augment.flip) // (share * pool.max_size))
         gpus = pool.num_gpus * pool.max_size
-    device, per_step = _time_steps(config, student_config, class_table, share, gpus > 0)
-    seconds = passes * per_step
+    device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
+    per_step = _seconds_per_step(run, share, device)
     return {
         "images": data.images,
         "images_per_epoch": len(data.table),
@@ -206,30 +172,22 @@ def estimate(
         "steps": steps,
         "device": device,
         "seconds_per_step": round(per_step, 4),
-        "seconds": seconds,
-        "gpu_hours": seconds * gpus / 3600,
+        "seconds": passes * per_step,
+        "gpu_hours": passes * per_step * gpus / 3600,
     }
 
 
-def _time_steps(
-    config: TrainConfig,
-    student_config: StudentConfig,
-    class_table: ClassTable,
-    batch: int,
-    use_gpu: bool,
-) -> tuple[str, float]:
-    """Return the device and the seconds of the second of two steps on a worker's batch."""
-    device = "cuda" if use_gpu and torch.cuda.is_available() else "cpu"
-    student = build_student(student_config, class_table).to(device)
+def _seconds_per_step(run: Run, batch: int, device: str) -> float:
+    """Return the seconds of the second of two steps on a worker's batch."""
+    config = run.config.train
+    student = build_student(run.config.student, run.class_table).to(device)
     set_trainable(student, config.trainable, config.trainable_blocks)
     student.train()
     optimizer = Optimizer.of(student, config)
     loss = settings_loss(config, None, "mean").to(device)
-    size = student.image_size
-    images = torch.randn(batch, 3, size, size, device=device)
-    targets = torch.full((batch, len(class_table)), -1, dtype=torch.int8, device=device)
+    images = torch.randn(batch, 3, student.image_size, student.image_size, device=device)
+    targets = torch.full((batch, len(run.class_table)), -1, dtype=torch.int8, device=device)
     targets[:, 0] = 1
-    seconds = 0.0
     for _ in range(2):
         started = time.monotonic()
         loss(student(images), targets).backward()
@@ -237,10 +195,11 @@ def _time_steps(
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
-    return device, seconds
+    return seconds
 
 
-def _check_config(config: TrainConfig, student: StudentConfig) -> None:
+def _check_config(run: Run) -> None:
+    config = run.config.train
     check_loggers(config.loggers)
     workers = max(1, config.num_workers)
     if config.batch_size % workers:
@@ -250,7 +209,7 @@ def _check_config(config: TrainConfig, student: StudentConfig) -> None:
             value=config.batch_size,
             remedy=f"use a multiple of train.num_workers = {workers}",
         )
-    if student.precision == "fp16" and not config.use_gpu:
+    if run.config.student.precision == "fp16" and not config.use_gpu:
         raise ConfigError(
             field="student.precision",
             value="fp16",
@@ -258,34 +217,25 @@ def _check_config(config: TrainConfig, student: StudentConfig) -> None:
         )
 
 
-def _run_name(stage: StageFolder) -> str:
-    """Return how Ray Train calls a run, and its folder."""
-    return f"train-{stage.key}"
+def _write_initial(run: Run, stage: StageFolder) -> None:
+    """Write the zero-shot student for the workers to start from.
 
-
-def _write_initial(
-    student_config: StudentConfig, class_table: ClassTable, config: TrainConfig, stage: StageFolder
-) -> str:
-    """Write the zero-shot student for the workers to start from; returns its folder."""
-    folder = storage.join(work_folder(stage), "initial")
-    if not storage.exists(storage.join(folder, DESCRIPTION)):
-        student = build_student(student_config, class_table)
-        _check_tower(student, config)
-        save_student(student, folder)
-    return folder
-
-
-def _check_tower(student: Student, config: TrainConfig) -> None:
-    """Raise ConfigError for settings that the tower cannot serve, before any worker starts."""
+    Raises ConfigError for settings that its tower cannot serve, before any worker starts.
+    """
+    if storage.exists(storage.join(initial_folder(stage), DESCRIPTION)):
+        return
+    config = run.config.train
+    student = build_student(run.config.student, run.class_table)
     set_trainable(student, config.trainable, config.trainable_blocks)
     parameter_groups(student, config.optim)
     if config.gradient_checkpointing:
         checkpoint_activations(student)
+    save_student(student, initial_folder(stage))
 
 
 def _fit(task: Task) -> dict[str, Any]:
     """Run the training; returns the history, the rows trained on and the weights' bytes."""
-    config, stage, data, validation = task.config, task.stage, task.data, task.validation
+    config, data, validation = task.config, task.data, task.validation
     image_size = int(description_of(task.initial)["image_size"])
     size = stored_size(image_size, config.augment)
     with data_context(keep_order=True):
@@ -300,49 +250,72 @@ def _fit(task: Task) -> dict[str, Any]:
         gather_quarantine(task)
         raise DataError(
             f"{rows} of {data.images} images can be read, {workers} workers need one each:"
-            f" the reasons are in {stage.file('quarantine')}"
+            f" the reasons are in {task.stage.file('quarantine')}"
         )
-    job: dict[str, Any] = {
-        "config": config.model_dump(mode="json"),
-        "precision": task.student_config.precision,
-        "initial": task.initial,
-        "seed": task.seed,
-        "rows": rows,
-        "class_weights": class_weights(
-            positive_counts(data.table["positive"], task.num_classes), config.class_balance
-        ),
-        "stored_size": size,
-        "validation": None if validation is None else validation.annotations_NC,
-        "history": stage.file("history.json"),
-        "steps": storage.join(work_folder(stage), "steps.json"),
-        "meter": asdict(Meter.of(stage, "train")),
-        "curves": stage.file("curves"),
-        "local": storage.join(work_folder(stage), "local") if config.num_workers == 0 else None,
-        "unlisted": find_unlisted(storage.join(work_folder(stage), _run_name(stage))),
-    }
-    telling = training_progress(job["history"], job["steps"], task.progress)
-    with telling, users_mistakes_unwrapped():
-        weights, error = _run_trainer(config, job, datasets, stage)
+    job = _job(task, rows, size)
+    shown = training_progress(job["history"], job["steps"], task.progress)
+    with shown, users_mistakes_unwrapped():
+        result = _run_trainer(task, job, datasets)
+    error = (result.return_value or {}).get("error")
     if error is not None:
         names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()
         raise DataError(
             f"{error['message']}; images {', '.join(names)}: lower train.optim.lr, raise"
             " train.loss_temperature or set train.optim.grad_clip"
         )
-    return {"history": weights["history"], "rows": rows, "weights": weights["model"]}
+    files = _last_checkpoint(job["local"], result)
+    history = json.loads(files[STATE])["history"]
+    return {"history": history, "rows": rows, "weights": files[MODEL]}
 
 
-def _run_trainer(
-    config: TrainConfig,
-    job: dict[str, Any],
-    datasets: dict[str, ray.data.Dataset],
-    stage: StageFolder,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Run Ray Train; returns the last checkpoint's history and weights, and the loop's error."""
+def _last_checkpoint(local: str | None, result: Any) -> dict[str, bytes]:
+    """Return the files of a training's last checkpoint, which lies in `local` or in its result."""
+    if local is None:
+        with result.checkpoint.as_directory() as folder:
+            return read_files(folder)
+    place = newest_whole(local)
+    if place is None:
+        raise UserError("training ended without a checkpoint: remove its folder and run it again")
+    return read_files(place)
+
+
+def _run_name(task: Task) -> str:
+    """Return how Ray Train calls a run, and its folder."""
+    return f"train-{task.stage.key}"
+
+
+def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
+    """Return what every worker is told; `size` is the side at which images are kept."""
+    config, stage, known = task.config, task.stage, task.validation
+    local = task.work_file("local") if config.num_workers == 0 else None
+    counts_C = positive_counts(task.data.table["positive"], len(task.run.class_table))
+    return {
+        "config": config.model_dump(mode="json"),
+        "precision": task.run.config.student.precision,
+        "initial": task.initial,
+        "seed": task.run.config.seed,
+        "rows": rows,
+        "class_weights": class_weights(counts_C, config.class_balance),
+        "stored_size": size,
+        "validation": None if known is None else known.annotations_NC,
+        "history": stage.file("history.json"),
+        "steps": task.work_file("steps.json"),
+        "meter": asdict(Meter.of(stage, "train")),
+        "curves": stage.file("curves"),
+        "local": local,  # Ray Train keeps no checkpoints of a training in this process
+        "unlisted": newest_whole(local)
+        if local
+        else find_unlisted(task.work_file(_run_name(task))),
+    }
+
+
+def _run_trainer(task: Task, job: dict[str, Any], datasets: dict[str, ray.data.Dataset]) -> Any:
+    """Run Ray Train and return its result."""
     from ray.data import ExecutionOptions
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    config = task.config
     resources = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
     trainer = TorchTrainer(
         train_loop,
@@ -354,8 +327,8 @@ def _run_trainer(
         ),
         run_config=RunConfig(
             # The same name after a crash is what makes Ray Train go on from its checkpoint.
-            name=_run_name(stage),
-            storage_path=storage.absolute(work_folder(stage)),
+            name=_run_name(task),
+            storage_path=storage.absolute(work_folder(task.stage)),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
@@ -364,18 +337,7 @@ def _run_trainer(
             datasets_to_split=["train"], execution_options=ExecutionOptions(preserve_order=True)
         ),
     )
-    result = _fit_or_explain(trainer, config)
-    error = (result.return_value or {}).get("error")
-    if error is not None:
-        return {}, error
-    if config.num_workers == 0:
-        files = read_local(job["local"])
-    else:
-        with result.checkpoint.as_directory() as folder:
-            files = read_files(Path(folder))
-    if files is None:
-        raise UserError("training ended without a checkpoint: remove its folder and run it again")
-    return {"history": json.loads(files[STATE])["history"], "model": files[MODEL]}, None
+    return _fit_or_explain(trainer, config)
 
 
 def _fit_or_explain(trainer: Any, config: TrainConfig) -> Any:
@@ -413,14 +375,13 @@ def _in_a_line(failure: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _publish(
-    config: TrainConfig, initial: str, stage: StageFolder, seed: int, outcome: Mapping[str, Any]
-) -> None:
+def _save(run: Run, stage: StageFolder, outcome: Mapping[str, Any]) -> None:
     """Write the trained student and its history into the stage's folder."""
-    student = load_student(initial)
+    student, history = load_student(initial_folder(stage)), outcome["history"]
     if "weights" in outcome:
         trained = safetensors.torch.load(outcome["weights"])
         student.load_state_dict(with_learnt_scale(trained))
-    info = {"train": config.answer_settings(), "seed": seed, "epochs": len(outcome["history"])}
+    settings = run.config.train.answer_settings()
+    info = {"train": settings, "seed": run.config.seed, "epochs": len(history)}
     save_student(student, stage.path, info)
-    storage.write_json(stage.file("history.json"), outcome["history"])
+    storage.write_json(stage.file("history.json"), history)

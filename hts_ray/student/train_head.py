@@ -34,7 +34,7 @@ def fit_on_features(task: Task) -> dict[str, Any]:
     Features that the run has of these images already are used again. Raises DataError when no
     image can be read or the loss stops being finite.
     """
-    config, classes = task.config, task.num_classes
+    config, classes = task.config, len(task.run.class_table)
     found = _features(task, "train", task.data.table, config.split, flipped=config.augment.flip)
     state = safetensors.torch.load(storage.read_bytes(storage.join(task.initial, WEIGHTS)))
     first = _first_rows(task.data.table)
@@ -66,7 +66,7 @@ def fit_on_features(task: Task) -> dict[str, Any]:
             state["classifier"].numpy(),
             logit_scale=float(state["logit_scale"]),
             config=config,
-            seed=task.seed,
+            seed=task.run.config.seed,
             on_epoch=on_epoch,
         )
     state["classifier"] = torch.from_numpy(fit.classifier_CD)

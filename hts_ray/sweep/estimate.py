@@ -90,6 +90,4 @@ def _training_seconds(plan: Plan, folder: str) -> float:
     """Return the seconds of a training in full with the run's own settings."""
     run = plan.run.changed({"run_dir": folder})
     labels = training_labels(run, plan_filter(run, plan.region_scores).run(), None)
-    config = run.config
-    figures = estimate_training(config.train, config.student, run.class_table, labels, config.seed)
-    return float(figures["seconds"])
+    return float(estimate_training(run, labels)["seconds"])

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from hts_ray.engine.console import ImagesDone, Steps, console, duration, print_rows
+from hts_ray.engine.console import Steps, console, duration, print_rows
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, TrialLog
 from hts_ray.sweep.plan import Plan

@@ -21,6 +21,7 @@ import yaml
 
 from hts_ray.errors import DataError
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, given_stage, require_stage
 from hts_ray.store.tables import trials_schema, write_table
 from hts_ray.student.features import ensure_features
@@ -46,7 +47,7 @@ def run_sweep(
     plan: Plan,
     *,
     on_trial: OnTrial | None = None,
-    on_features: Callable[[int, int, int], None] | None = None,
+    on_features: ImagesDone | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> StageFolder:
     """Run what is left of a sweep and publish it; a finished one is returned as it is.
@@ -107,7 +108,7 @@ def run_sweep(
 def load_data(
     plan: Plan,
     tell: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: ImagesDone | None = None,
 ) -> SweepData:
     """Compute the image features that are missing, and read everything that trials need."""
     config = plan.run.config

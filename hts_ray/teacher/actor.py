@@ -18,7 +18,8 @@ from hts_ray.captions.matching import match_captions
 from hts_ray.classes import ClassTable
 from hts_ray.config import CaptionConfig
 from hts_ray.engine.deaths import KILLED_WORKER, Log, survive
-from hts_ray.engine.image_pass import OK, QUARANTINED, decoded_image
+from hts_ray.engine.decoding import decoded_image
+from hts_ray.engine.image_pass import OK, QUARANTINED
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.store import storage
 from hts_ray.store.tables import REGION_SCORES_SCHEMA

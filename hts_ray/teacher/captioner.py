@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hts_ray.config import CaptionConfig
+from hts_ray.store.aliases import FloatArray, Pixels
 
-Pixels = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float32]
 Reduction = Literal["log_mean_exp", "mean", "max"]
 
 

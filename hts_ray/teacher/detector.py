@@ -20,7 +20,7 @@ from hts_ray.classes import noun_phrase
 from hts_ray.config import RegionsConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.regions import Detection
-from hts_ray.teacher.captioner import Pixels
+from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.models.files import (
     MODEL_FILES,
     checked_settings,

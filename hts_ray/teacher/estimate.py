@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, LabelConfig
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.manifest import Manifest
 from hts_ray.images.regions import Region

@@ -10,12 +10,13 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from hts_ray.engine.image_pass import decode_batch, decoded_image
+from hts_ray.engine.decoding import decode_batch, decoded_image
 from hts_ray.errors import DataError
 from hts_ray.store import storage
+from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.store.run import settings_hash
 from hts_ray.teacher.assignment import Assignment
-from hts_ray.teacher.captioner import Captioner, FloatArray, Pixels, score_classes
+from hts_ray.teacher.captioner import Captioner, score_classes
 
 PRIORS = "priors"  # the folder of a run that keeps log P(prompt) from one pass to the next
 NULL_IMAGE_SIDE = 64

@@ -21,12 +21,11 @@ from hts_ray.images.boxes import GivenBoxes
 from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Box, Detection, Region, propose_regions
+from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.teacher.captioner import (
     Caption,
     Captioner,
     ClassPrompts,
-    FloatArray,
-    Pixels,
     Reduction,
     SearchingCaptioner,
     keep_top,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -21,21 +21,22 @@ import pyarrow.compute as pc
 from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig
 from hts_ray.engine.deaths import AttemptLog, Deaths
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.image_pass import (
     CHECKPOINT,
     committed_rows,
     data_context,
-    decode_batch,
     finish,
     image_dataset,
     remove_uncommitted,
-    row_progress,
-    users_mistakes_unwrapped,
 )
+from hts_ray.engine.mistakes import users_mistakes_unwrapped
+from hts_ray.engine.progress import row_progress
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import read_table
 from hts_ray.teacher.actor import TeacherActor
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, int], None]
 
 STAGE = "label"
 BAD_BOX = "bad_box"
@@ -72,7 +72,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
     )
     folder = run.stage("region_scores", key)
 
-    def work(progress: Progress | None) -> object:
+    def work(progress: ImagesDone | None) -> object:
         return label_images(
             label,
             manifest=manifest,
@@ -92,7 +92,7 @@ def label_images(
     class_table: ClassTable,
     stage: StageFolder,
     fingerprint: str | None = None,
-    progress: Progress | None = None,
+    progress: ImagesDone | None = None,
 ) -> dict[str, Any]:
     """Score every selected image of a manifest and publish `region_scores`.
 

@@ -254,13 +254,14 @@ def test_a_student_goes_out_in_the_paper_s_format_and_comes_back(tmp_path, capsy
 
     from hts_ray.classes import hico_classes
     from hts_ray.config import StudentConfig
+    from hts_ray.engine.compat import build_image_tower
     from hts_ray.student import load_student
     from hts_ray.student.checkpoints import save_student
-    from hts_ray.student.model import Student, _empty_tower
+    from hts_ray.student.model import Student
 
     vision = {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8}
     model_cfg = {"embed_dim": 8, "quick_gelu": True, "vision_cfg": vision}
-    visual = _empty_tower(model_cfg)
+    visual = build_image_tower(model_cfg)
     visual.proj = None
     student = Student(
         visual,

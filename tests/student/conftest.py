@@ -136,3 +136,16 @@ def student_config(vit_path: Path) -> Any:
     from hts_ray.config import StudentConfig
 
     return StudentConfig(model=f"local-dir:{vit_path}", logit_scale=20.0, prompt_templates=2)
+
+
+@pytest.fixture(scope="session")
+def run_of(student_config, color_table) -> Any:
+    """Return what makes a run of settings in a folder, with the colours as classes and seed 5."""
+    from hts_ray.config import HtsConfig
+    from hts_ray.engine.run import Run
+
+    def make(folder: Any, **sections: Any) -> Run:
+        settings = {"run_dir": str(folder), "seed": 5, "student": student_config, **sections}
+        return Run(HtsConfig(**settings), color_table)
+
+    return make

@@ -11,6 +11,7 @@ import torch
 
 from hts_ray.classes import hico_classes
 from hts_ray.config import StudentConfig
+from hts_ray.engine.compat import build_image_tower
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -18,7 +19,7 @@ from hts_ray.student import convert as export
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student, student_fingerprint
 from hts_ray.student.convert import export_student
-from hts_ray.student.model import Student, _empty_tower, build_student
+from hts_ray.student.model import Student, build_student
 from hts_ray.student.model_card import model_card
 from hts_ray.student.official import import_checkpoint
 
@@ -35,7 +36,7 @@ def paper_student(table, *, vision=None, quick_gelu=True, mean=None, **config):
         "quick_gelu": quick_gelu,
         "vision_cfg": {**PAPER, **(vision or {})},
     }
-    visual = _empty_tower(model_cfg)
+    visual = build_image_tower(model_cfg)
     settings = {"model": "own", "feature_space": "backbone", "logit_scale": 100.48, **config}
     if settings["feature_space"] == "backbone":
         visual.proj = None

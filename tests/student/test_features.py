@@ -10,20 +10,18 @@ from crashes import crash_before_the_last_block
 from PIL import Image
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import features_schema, read_table, write_table
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student
 from hts_ray.student.features import (
     FeatureEncoder,
-    compute_features,
     encoder_fingerprint,
     ensure_features,
-    features_stage,
     find_features,
+    plan_features,
     read_feature_table,
 )
 from hts_ray.student.model import build_student
@@ -50,8 +48,11 @@ def images(color_world):
 
 
 @pytest.fixture
-def stage(tmp_path):
-    return StageFolder(str(tmp_path), "features", "k")
+def plan(tmp_path, student_path):
+    def make(config, images, flipped=False):
+        return plan_features(config, str(tmp_path), student_path, images, flipped=flipped)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +66,12 @@ def expected(student_path, images):
         return student.visual(inputs).numpy(), student.visual(inputs.flip(-1)).numpy()
 
 
-def test_features_are_the_towers(ray_session, student_path, images, stage, expected, color_world):
+def test_features_are_the_towers(ray_session, plan, images, expected, color_world):
     """Catches swapped rows, normalised features, a mirrored height, and a lost bad image."""
     told = []
-    tell = lambda *counts: told.append(counts)  # noqa: E731
-    stats = compute_features(ON_RAY, student_path, images, stage, flipped=True, progress=tell)
+    planned = plan(ON_RAY, images, flipped=True)
+    stage = planned.run(lambda *counts: told.append(counts))
+    stats = stage.stats
     assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (48, 47, 1)
     assert told[-1] == (48, 48, 1)
     assert read_table(stage.path).schema.equals(features_schema(DIMENSION, flipped=True))
@@ -81,14 +83,12 @@ def test_features_are_the_towers(ray_session, student_path, images, stage, expec
     np.testing.assert_allclose(found.flipped_ND, expected[1], rtol=1e-3, atol=1e-4)
     bad = read_table(stage.file("quarantine", "part-0.parquet")).to_pylist()
     assert [(row["image_id"], row["error_kind"]) for row in bad] == [("i002", "missing")]
-    again = compute_features(ON_RAY, "/nowhere", images, stage)
-    assert again == stats
 
 
-def test_few_images_are_encoded_here(student_path, images, stage, expected):
+def test_few_images_are_encoded_here(plan, images, expected):
     """Catches features that depend on where they were computed; needs no cluster."""
     threads = torch.get_num_threads()
-    compute_features(FeaturesConfig(batch_images=7), student_path, images, stage)
+    stage = plan(FeaturesConfig(batch_images=7), images).run()
     assert torch.get_num_threads() == threads
     found = read_feature_table(stage.path)
     ids, features = found.image_ids, found.features_ND
@@ -100,13 +100,13 @@ def test_few_images_are_encoded_here(student_path, images, stage, expected):
     assert np.array_equal(taken.features_ND, features[[ids.index("i040"), ids.index("i001")]])
 
 
-def test_a_rerun_after_a_crash_encodes_the_rest_only(ray_session, student_path, images, stage):
+def test_a_rerun_after_a_crash_encodes_the_rest_only(ray_session, plan, images):
     """Catches rows written twice or never, and finished blocks that are computed again."""
     config = ON_RAY.model_copy(update={"pool": PoolConfig(num_gpus=1.0)})
-    compute_features(config, student_path, images, stage)
+    planned = plan(config, images)
+    stage = planned.run()
     kept = crash_before_the_last_block(stage)
-    stats = compute_features(config, student_path, images, stage)
-    assert stats["rows_in"] == 48
+    assert planned.run().stats["rows_in"] == 48
     assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept.items())
     assert len(read_feature_table(stage.path).image_ids) == 47
 
@@ -132,8 +132,13 @@ def test_features_are_found_again_where_they_fit_and_nowhere_else(
     config = student_config.model_copy(update={"model": f"local-dir:{resnet_path}"})
     save_student(build_student(config, color_table), other)
     assert find_features(str(tmp_path), other, few, **found) is None
+
+    def features_folder(path, table, flipped):
+        config = FeaturesConfig()
+        return plan_features(config, str(tmp_path), path, table, flipped=flipped).folder
+
     keys = {
-        features_stage(str(tmp_path), path, table, flipped=flipped).key
+        features_folder(path, table, flipped).key
         for path, table, flipped in [
             (student_path, images, False),
             (student_path, images, True),
@@ -144,7 +149,7 @@ def test_features_are_found_again_where_they_fit_and_nowhere_else(
     }
     assert len(keys) == 5
     shuffled = images.take(pa.array(range(47, -1, -1)))
-    assert features_stage(str(tmp_path), student_path, shuffled, **found) == stage
+    assert features_folder(student_path, shuffled, False) == stage
 
 
 def test_other_classes_share_their_tower(tmp_path, student_path, student_config, color_table):
@@ -169,18 +174,18 @@ def test_numbers_that_are_not_finite_are_quarantined(student_path, images):
     assert set(table["error_kind"].to_pylist()) <= {"not_finite", "missing"}
 
 
-def test_nothing_usable_is_told(student_path, images, stage, tmp_path):
+def test_nothing_usable_is_told(plan, student_path, images, tmp_path):
     """Catches an empty result that looks finished, and one image under two names."""
     nowhere = images.slice(0, 2).set_column(1, "uri", pa.array(["/no/a", "/no/b"]))
     with pytest.raises(DataError, match=r"none of 2 images can be used.*missing.*/no/"):
-        compute_features(FeaturesConfig(), student_path, nowhere, stage)
-    assert not stage.finished
+        plan(FeaturesConfig(), nowhere).run()
+    assert not plan(FeaturesConfig(), nowhere).folder.finished
     for table, message in [
         (images.slice(0, 0), "no image to encode"),
         (pa.concat_tables([images.slice(0, 1)] * 2), "image_id must be unique"),
     ]:
         with pytest.raises(DataError, match=message):
-            compute_features(FeaturesConfig(), student_path, table, stage)
+            plan(FeaturesConfig(), table)
     path = str(tmp_path / "rows.parquet")
     encoder = FeatureEncoder(student_path, PoolConfig())
     write_table(path, encoder(decode_batch(nowhere, ImagesConfig(), square=32)))

@@ -197,12 +197,11 @@ def test_frozen_blocks_record_no_graph(vit_path, color_table):
 
 def test_timm_trunks_freeze_by_stage(color_table):
     """Catches trunks whose blocks have other names: their head must learn, their stem must not."""
-    import open_clip
-
-    visual = open_clip.model._build_vision_tower(
-        16, {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear"}
-    )
+    from hts_ray.engine.compat import build_image_tower
     from hts_ray.student.model import _tower_parts
+
+    trunk = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear"}
+    visual = build_image_tower({"embed_dim": 16, "vision_cfg": trunk})
 
     blocks, tail = _tower_parts(visual, "train.trainable")
     assert len(blocks) == 12

@@ -9,19 +9,18 @@ import torch
 from crashes import crash_before_the_last_block
 
 from hts_ray.config import ImagesConfig, PoolConfig, PredictConfig
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import open_manifest
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import predictions_schema, read_table, write_table
 from hts_ray.student import load_student
-from hts_ray.student.checkpoints import save_student
+from hts_ray.student.checkpoints import save_student, student_fingerprint
 from hts_ray.student.model import build_student
 from hts_ray.student.predict import (
     StudentScorer,
     estimate,
-    predict_images,
+    plan_predict,
     score_images,
 )
 
@@ -45,8 +44,12 @@ def manifest(tmp_path, color_world):
 
 
 @pytest.fixture
-def stage(tmp_path):
-    return StageFolder(str(tmp_path), "predictions", "k")
+def plan(run_of, student_path, tmp_path):
+    def make(manifest, **config):
+        run = run_of(tmp_path, predict=PredictConfig(**config))
+        return plan_predict(run, student_path, open_manifest(manifest))
+
+    return make
 
 
 def expected_logits(student_path, uris):
@@ -59,18 +62,12 @@ def expected_logits(student_path, uris):
 
 
 def test_predictions_are_the_students_logits(
-    ray_session, student_path, manifest, stage, color_world, color_table
+    ray_session, student_path, manifest, plan, color_world, color_table
 ):
     """Catches rows that swap images, a second preprocessing, a lost row, and other splits."""
     told = []
-    config = PredictConfig(batch_images=64)
-    stats = predict_images(
-        config=config,
-        student_path=student_path,
-        manifest=open_manifest(manifest),
-        stage=stage,
-        progress=lambda *counts: told.append(counts),
-    )
+    stage = plan(manifest, batch_images=64).run(lambda *counts: told.append(counts))
+    stats = stage.stats
     assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (40, 39, 1)
     assert told[-1] == (40, 40, 1)
     table = read_table(stage.path).sort_by("image_id")
@@ -85,43 +82,33 @@ def test_predictions_are_the_students_logits(
     assert [(row["image_id"], row["error_kind"]) for row in bad] == [("i002", "missing")]
     info = storage.read_json(stage.file("table.json"))
     assert info["class_ids"] == color_table.ids.tolist()
-    again = predict_images(
-        config=config, student_path="/nowhere", manifest=open_manifest(manifest), stage=stage
-    )
-    assert again == stats
+    assert info["student_fingerprint"] == student_fingerprint(student_path)
 
 
-def test_a_rerun_after_a_crash_scores_the_rest_only(
-    ray_session, student_path, manifest, stage, color_world
-):
+def test_a_rerun_after_a_crash_scores_the_rest_only(ray_session, manifest, plan):
     """Catches rows written twice or never, and finished blocks that are computed again."""
-    config = PredictConfig(batch_images=16, pool=PoolConfig(num_gpus=1.0))
-    images = open_manifest(manifest)
-    arguments = {"config": config, "student_path": student_path, "manifest": images}
-    predict_images(**arguments, stage=stage)
+    planned = plan(manifest, batch_images=16, pool=PoolConfig(num_gpus=1.0))
+    stage = planned.run()
     kept = crash_before_the_last_block(stage)
-    stats = predict_images(**arguments, stage=stage)
-    assert stats["rows_in"] == 40
+    assert planned.run().stats["rows_in"] == 40
     assert all(storage.read_bytes(stage.file(name)) == data for name, data in kept.items())
     assert sorted(read_table(stage.path)["image_id"].to_pylist()) == [
         f"i{i:03d}" for i in range(40)
     ]
 
 
-def test_a_manifest_without_usable_images_is_refused(
-    ray_session, student_path, tmp_path, stage, color_world
-):
+def test_a_manifest_without_usable_images_is_refused(ray_session, plan, tmp_path):
     """Catches an empty result that looks finished, and a rerun that can never succeed."""
     path = str(tmp_path / "nowhere.parquet")
     columns = {"image_id": ["a", "b"], "uri": ["/no/a", "/no/b"], "split": ["test", "test"]}
     write_table(path, pa.table(columns))
-    arguments = {"student_path": student_path, "manifest": open_manifest(path), "stage": stage}
+    planned = plan(path)
     with pytest.raises(DataError, match=r"none of 2 images can be used.*missing.*/no/"):
-        predict_images(config=PredictConfig(), **arguments)
-    assert not stage.finished
-    assert storage.list_names(stage.path) == ["quarantine"]
+        planned.run()
+    assert not planned.folder.finished
+    assert storage.list_names(planned.folder.path) == ["quarantine"]
     with pytest.raises(DataError, match="no image in split val: it has test"):
-        predict_images(config=PredictConfig(split="val"), **arguments)
+        plan(path, split="val").run()
 
 
 def test_scorer_takes_batches_without_a_good_row(student_path):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from hts_ray.config import OptimConfig, TrainConfig
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
-from hts_ray.student import loop, progress
+from hts_ray.student import progress
 from hts_ray.student.progress import StepLog, training_progress
 from hts_ray.student.train import train_student
 
@@ -61,35 +59,23 @@ def test_what_an_earlier_run_left_is_not_told(paths):
     assert told[1:] == [{"epoch": 2, "images": 10, "of": 100, "loss": 0.1}]
 
 
-def test_a_training_tells_of_its_steps(
-    ray_session, student_config, color_table, color_world, tmp_path, monkeypatch
-):
+def test_a_training_tells_of_its_steps(ray_session, run_of, color_world, tmp_path, monkeypatch):
     """Catches an epoch of which nothing is heard until its end."""
-    told, heard = [], threading.Event()
-    take_step = loop._train_step
-
-    def listening(*arguments):
-        result = take_step(*arguments)
-        heard.wait(20)  # so that the epoch is a long one
-        return result
-
-    def on_record(record):
-        told.append(record)
-        heard.set()
-
-    monkeypatch.setattr(loop, "_train_step", listening)
+    told = []
     monkeypatch.setattr(progress, "_INTERVAL_S", 0.01)
-    config = TrainConfig(epochs=1, batch_size=20, num_workers=0, optim=OptimConfig(lr=3e-3))
-    train_student(
-        config=config,
-        student_config=student_config,
-        class_table=color_table,
-        labels=color_world,
-        stage=StageFolder(str(tmp_path), "student", "k"),
-        seed=5,
-        progress=on_record,
-    )
-    first, *_, last = told
-    assert (first["epoch"], first["images"], first["of"]) == (0, 20, 48)
-    assert first["loss"] > 0
-    assert (last["images"], "of" in last) == (48, False)
+    monkeypatch.setattr(progress, "_LOOK_S", 0.01)
+    optim = OptimConfig(lr=3e-3)
+    config = TrainConfig(epochs=3, batch_size=2, num_workers=0, optim=optim)
+    stage = StageFolder(str(tmp_path), "student", "k")
+    train_student(run_of(tmp_path, train=config), color_world, stage, progress=told.append)
+    steps = [record for record in told if "of" in record]
+    assert steps, "72 steps and not a word"
+    for record in steps:
+        assert record["of"] == 48
+        assert 0 < record["images"] <= 48
+        assert record["images"] % 2 == 0
+        assert record["loss"] > 0
+    ends = [told.index(record) for record in told if "of" not in record]
+    assert [told[place]["images"] for place in ends] == [48] * 3
+    for record in steps:  # of the epoch that runs, never of one that is told already
+        assert sum(place < told.index(record) for place in ends) == record["epoch"]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from hts_ray.config import ImagesConfig, PoolConfig, parse_config
-from hts_ray.engine.image_pass import decode_batch
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.run import Run
 from hts_ray.errors import DataError
 from hts_ray.store import storage

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -16,8 +18,8 @@ from hts_ray.student.resume import (
     Position,
     checkpoint_files,
     find_unlisted,
-    read_local,
-    read_stored,
+    newest_whole,
+    read_files,
     restore,
     write_local,
 )
@@ -60,19 +62,24 @@ def test_a_place_within_an_epoch_belongs_to_its_number_of_workers():
 
 def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
     """Catches a checkpoint that was cut off being read, and a disk that fills up."""
-    folder = str(tmp_path)
-    assert read_local(folder) is None
-    for number in range(12):
-        write_local(
-            folder, {"model.safetensors": b"m", "optimizer.pt": b"o", STATE: b"%d" % number}
-        )
-    assert read_local(folder)[STATE] == b"11"
+    folder, optimizer = str(tmp_path), trained(0, ema_decay=None)
+    assert newest_whole(folder) is None
+
+    def write(step):
+        write_local(folder, checkpoint_files(optimizer, None, Position(step=step)))
+
+    def newest():
+        return json.loads(read_files(newest_whole(folder))[STATE])["step"]
+
+    for step in range(12):
+        write(step)
+    assert newest() == 11
     assert len(list(tmp_path.iterdir())) == KEPT_CHECKPOINTS
     (tmp_path / "checkpoint-000013").mkdir()
     (tmp_path / "checkpoint-000013" / "model.safetensors").write_bytes(b"half")
-    assert read_local(folder)[STATE] == b"11"
-    write_local(folder, {"model.safetensors": b"m", "optimizer.pt": b"o", STATE: b"12"})
-    assert read_local(folder)[STATE] == b"12"
+    assert newest() == 11
+    write(12)
+    assert newest() == 12
 
 
 def test_a_list_of_checkpoints_that_was_cut_off_is_done_without(tmp_path):
@@ -90,6 +97,6 @@ def test_a_list_of_checkpoints_that_was_cut_off_is_done_without(tmp_path):
     assert find_unlisted(str(tmp_path)) is None, "Ray Train knows them"
     listing.write_text("")
     found = find_unlisted(str(tmp_path))
-    assert read_stored(found) == files[1]
+    assert read_files(found) == files[1]
     assert not listing.exists()
     assert find_unlisted(str(tmp_path / "nothing")) is None

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from hts_ray.config import AugmentConfig, OptimConfig, PredictConfig, TrainConfig
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.evaluate import label_matrix
 from hts_ray.metrics import hico_average_precision
@@ -37,17 +38,11 @@ def stage(tmp_path):
 
 
 @pytest.fixture
-def train(student_config, color_table, color_world):
+def train(run_of, student_config, color_world):
     def run(stage, config=CONFIG, labels=color_world, validation=None, **changes):
-        return train_student(
-            config=config,
-            student_config=student_config.model_copy(update=changes),
-            class_table=color_table,
-            labels=labels,
-            stage=stage,
-            seed=5,
-            validation=validation,
-        )
+        student = student_config.model_copy(update=changes)
+        made = run_of(stage.run_dir, train=config, student=student)
+        return train_student(made, labels, stage, validation)
 
     return run
 
@@ -62,7 +57,7 @@ def with_uris(labels, uris):
     return labels.set_column(place, "uri", pa.array(changed, pa.string()))
 
 
-def test_estimate_plans_the_steps_that_training_takes(student_config, color_table):
+def test_estimate_plans_the_steps_that_training_takes(run_of, tmp_path, color_table):
     """Catches a plan that forgets repeats or workers, and one that accepts unusable labels."""
     ids = color_table.ids[:2].tolist()
     labels = pa.table(
@@ -74,12 +69,13 @@ def test_estimate_plans_the_steps_that_training_takes(student_config, color_tabl
         }
     )
     config = TrainConfig(epochs=3, batch_size=2, min_positives_per_class=2)
-    figures = estimate(config, student_config, color_table, labels)
+    run = run_of(tmp_path, train=config)
+    figures = estimate(run, labels)
     assert (figures["images"], figures["images_per_epoch"]) == (3, 4)
     assert figures["steps"] == 6
     assert 0 < figures["seconds"] < 60
     with pytest.raises(DataError, match="no image of 3 has a positive"):
-        estimate(config, student_config, color_table.subset(color_table.ids[2:]), labels)
+        estimate(Run(run.config, color_table.subset(color_table.ids[2:])), labels)
 
 
 def test_settings_that_do_not_fit_are_refused(train, stage):
@@ -102,19 +98,12 @@ def test_no_labels_store_the_zero_shot_student(train, stage, student_config, col
 
 
 @pytest.fixture(scope="module")
-def unbroken(ray_session, tmp_path_factory, student_config, color_table, color_world):
+def unbroken(ray_session, tmp_path_factory, run_of, color_world):
     """One undisturbed run and what its progress told."""
     stage = StageFolder(str(tmp_path_factory.mktemp("run")), "student", "k")
     told = []
-    stats = train_student(
-        config=CONFIG,
-        student_config=student_config,
-        class_table=color_table,
-        labels=color_world,
-        stage=stage,
-        seed=5,
-        progress=told.append,
-    )
+    run = run_of(stage.run_dir, train=CONFIG)
+    stats = train_student(run, color_world, stage, progress=told.append)
     return stage, stats, told
 
 
@@ -149,8 +138,9 @@ def test_the_same_labels_and_seed_give_the_same_bytes(unbroken, train, stage):
 KILLED_RUN = """
 import json, os, signal, sys
 import ray
-from hts_ray.config import StudentConfig, TrainConfig
+from hts_ray.config import HtsConfig
 from hts_ray.classes import read_class_csv
+from hts_ray.engine.run import Run
 from hts_ray.student import loop
 from hts_ray.student import train as training
 from hts_ray.store.tables import read_table, write_table
@@ -165,13 +155,11 @@ def dying(*arguments):
     taken.append(1)
     return take_step(*arguments)
 loop._train_step = dying
+settings = HtsConfig.model_validate(run["config"])
 training.train_student(
-    config=TrainConfig.model_validate(run["config"]),
-    student_config=StudentConfig.model_validate(run["student"]),
-    class_table=read_class_csv(run["classes"]),
-    labels=read_table(run["labels"]),
-    stage=StageFolder(*run["stage"]),
-    seed=5,
+    Run(settings, read_class_csv(run["classes"])),
+    read_table(run["labels"]),
+    StageFolder(*run["stage"]),
 )
 """
 HARD = CONFIG.model_copy(
@@ -180,7 +168,7 @@ HARD = CONFIG.model_copy(
 
 
 def test_a_run_killed_at_any_step_ends_like_an_unbroken_one(
-    ray_session, train, tmp_path, student_config, color_table, color_world, monkeypatch
+    ray_session, train, run_of, tmp_path, student_config, color_table, color_world, monkeypatch
 ):
     """Catches a lost average, optimizer, schedule, seed or place in the epoch after kill -9."""
     import ray
@@ -194,8 +182,7 @@ def test_a_run_killed_at_any_step_ends_like_an_unbroken_one(
     run = {
         "address": ray.get_runtime_context().gcs_address,
         "steps": steps,
-        "config": HARD.model_dump(mode="json"),
-        "student": student_config.model_dump(mode="json"),
+        "config": run_of(stage.run_dir, train=HARD).config.model_dump(mode="json"),
         "classes": str(tmp_path / "classes.csv"),
         "labels": str(tmp_path / "labels.parquet"),
         "stage": [stage.run_dir, stage.table, stage.key],

@@ -31,19 +31,11 @@ CONFIG = TrainConfig(
 
 
 @pytest.fixture
-def train(student_config, color_table, color_world, tmp_path):
+def train(run_of, color_world, tmp_path):
     def run(name, config=CONFIG, labels=color_world, **arguments):
         stage = StageFolder(str(tmp_path), "student", name)
-        stats = train_student(
-            config=config,
-            student_config=student_config,
-            class_table=color_table,
-            labels=labels,
-            stage=stage,
-            seed=5,
-            **arguments,
-        )
-        return stage, stats
+        made = run_of(tmp_path, train=config)
+        return stage, train_student(made, labels, stage, **arguments)
 
     return run
 
@@ -53,24 +45,16 @@ def changed(**values):
 
 
 def test_cached_features_give_what_full_training_gives(
-    ray_session, train, student_config, color_table, color_world, tmp_path
+    ray_session, train, run_of, color_table, color_world, tmp_path
 ):
     """Catches another rate, decode or preprocessing than the loop's; all images in every step."""
     config = changed(batch_size=48)
     stage, stats = train("cached", config)
     full = StageFolder(str(tmp_path), "student", "full")
     data = training_set(color_world, color_table, config, 5)
-    task = Task(
-        config=config,
-        student_config=student_config,
-        num_classes=3,
-        initial=training._write_initial(student_config, color_table, config, full),
-        data=data,
-        validation=None,
-        stage=full,
-        seed=5,
-        progress=None,
-    )
+    run = run_of(tmp_path, train=config)
+    training._write_initial(run, full)
+    task = Task(run, data, None, full, None)
     outcome = training._fit(task)
     expected = load_weights(outcome["weights"])
     student = load_student(stage.path)
@@ -155,10 +139,10 @@ def test_bad_images_and_infinite_losses_are_told(train, color_world, tmp_path):
     assert not StageFolder(str(tmp_path), "student", "wild").finished
 
 
-def test_a_plan_counts_every_image_once(student_config, color_table, color_world):
+def test_a_plan_counts_every_image_once(run_of, tmp_path, color_world):
     """Catches a plan that has the frozen tower run in every epoch."""
     many = changed(epochs=500, min_positives_per_class=100, augment=AugmentConfig(flip=True))
-    figures = training.estimate(many, student_config, color_table, color_world)
+    figures = training.estimate(run_of(tmp_path, train=many), color_world)
     assert figures["images"] == 48
     assert figures["steps"] >= 500 * 12
     # 48 images and their mirror images in batches of 8

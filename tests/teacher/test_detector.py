@@ -17,7 +17,7 @@ import pytest
 from hts_ray.config import RegionsConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.regions import Detection
-from hts_ray.teacher.captioner import Pixels
+from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.detector import (
     FIXED,
     ZERO_SHOT,

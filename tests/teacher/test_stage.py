@@ -20,7 +20,8 @@ from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig
-from hts_ray.engine.image_pass import committed_names, data_files, decode_batch, decoded_image
+from hts_ray.engine.decoding import decode_batch, decoded_image
+from hts_ray.engine.image_pass import committed_names, data_files
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.crops import crop_region
 from hts_ray.images.manifest import open_manifest

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hts_ray.engine.compat import rope_deltas
 from hts_ray.teacher.models.inputs import collate, extended
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.decoders import (
@@ -243,8 +244,7 @@ class QwenStyle(PrefixStyle):
 
     def first_position(self, model: Any, mask: Tensor) -> Tensor:
         """Return where text goes on: an image takes fewer positions than it has tokens."""
-        deltas: Tensor = model.model.rope_deltas
-        return mask.sum(1) + deltas[:, 0].to(mask.device)
+        return mask.sum(1) + rope_deltas(model)[:, 0].to(mask.device)
 
     def positions(self, positions: Tensor) -> dict[str, Tensor]:
         """Return time, height and width, which are one number for text: (3, R, N)."""

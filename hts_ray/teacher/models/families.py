@@ -29,7 +29,7 @@ import numpy as np
 from torch import Tensor
 
 from hts_ray.config import TeacherConfig
-from hts_ray.teacher.captioner import Pixels
+from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.models.architectures import (
     BatchedCrossAttentionDecoder,
     BatchedSequenceToSequenceDecoder,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hts_ray.config import TeacherConfig
 from hts_ray.images.crops import CropBatch
-from hts_ray.teacher.captioner import Pixels
+from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.models.catalog import model_error
 
 # PIL's numbers of the interpolations that torch has; 1 (Lanczos) is not among them.

@@ -22,11 +22,10 @@ from safetensors import SafetensorError
 
 from hts_ray.config import CaptionConfig, TeacherConfig
 from hts_ray.errors import DataError
+from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.teacher.captioner import (
     Caption,
     ClassPrompts,
-    FloatArray,
-    Pixels,
     PromptScores,
     Reduction,
     class_scores,

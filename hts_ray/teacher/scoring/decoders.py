@@ -12,7 +12,6 @@ vocabulary, D hidden width.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hts_ray.engine.compat import select_cache
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.memory import WORKSPACE
 from hts_ray.teacher.scoring.trie import PromptTrie, TokenIds, edge_log_probs, split_tries
@@ -95,29 +95,12 @@ def select_regions(prefix: Prefix, regions: Sequence[int]) -> Prefix:
 
     return replace(
         prefix,
-        cache=_selected_cache(prefix.cache, pick),
+        cache=select_cache(prefix.cache, pick),
         root=pick(prefix.root),
         first_position=pick(prefix.first_position),
         visible=None if prefix.visible is None else pick(prefix.visible),
         features=tuple(pick(feature) for feature in prefix.features),
     )
-
-
-def _selected_cache(cache: Any, pick: Callable[[Tensor], Tensor]) -> Any:
-    selected = copy.copy(cache)
-    if hasattr(cache, "self_attention_cache"):
-        selected.self_attention_cache = _selected_cache(cache.self_attention_cache, pick)
-        selected.cross_attention_cache = _selected_cache(cache.cross_attention_cache, pick)
-        selected.is_updated = dict(cache.is_updated)
-        return selected
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in selected.layers:
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.ndim > 1:
-                # Keys and values are only ever concatenated; other states may be written to.
-                picked = pick(value)
-                setattr(layer, name, picked if name in {"keys", "values"} else picked.clone())
-    return selected
 
 
 def additive_mask(prefix: Prefix, visible: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hts_ray.teacher.captioner import FloatArray, Reduction, keep_top, reduce_templates
+from hts_ray.store.aliases import FloatArray
+from hts_ray.teacher.captioner import Reduction, keep_top, reduce_templates
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder, select_regions
 from hts_ray.teacher.scoring.trie import TokenIds

@@ -1,0 +1,105 @@
+"""Names of other libraries that their documentation does not promise.
+
+Each is used here and nowhere else, and has a test in tests/engine/test_compat.py that fails when a
+new version of its library breaks it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Ray Train keeps its list of a training's checkpoints in this file.
+TRAIN_SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def autoscaler_status() -> str | bytes | None:
+    """Return the report of the joined cluster's autoscaler (JSON), None where there is none."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    status: bytes | None = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    return status
+
+
+def served_autoscaler_status(client: Any) -> Any:
+    """Return the same report of the cluster behind a JobSubmissionClient, parsed."""
+    return client._do_request("GET", "/api/cluster_status").json()["data"]["clusterStatus"]
+
+
+def committed_writes(names: Iterable[str]) -> set[str]:
+    """Return the writes that Ray Data's checkpoint has committed, from its folder's file names.
+
+    The files of write NAME are `NAME-0.parquet`, `NAME-1.parquet` and so on. Its ids are in
+    `NAME.pending.parquet` until all are written, then in `NAME.parquet`.
+    """
+    return {
+        name.removesuffix(".parquet")
+        for name in names
+        if name.endswith(".parquet") and not name.endswith(".pending.parquet")
+    }
+
+
+def written_by(file: str) -> str:
+    """Return the write of Ray Data that made a file, see `committed_writes`."""
+    return file.rpartition("-")[0]
+
+
+def forget_accelerator() -> None:
+    """Let this process make an Accelerator with other settings than its last one had."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def build_image_tower(model_cfg: dict[str, Any]) -> Any:
+    """Return the image tower of an open_clip model, with random weights and without its text tower.
+
+    `open_clip.create_model` makes both, and some text towers ask the hub for their configuration.
+    """
+    import open_clip  # noqa: F401 - the submodule below is not importable by itself
+    from open_clip.model import _build_vision_tower
+
+    vision_cfg = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
+    visual = _build_vision_tower(
+        model_cfg["embed_dim"], vision_cfg, bool(model_cfg.get("quick_gelu", False))
+    )
+    if hasattr(visual, "output_tokens"):
+        visual.output_tokens = False
+    return visual
+
+
+def rope_deltas(model: Any) -> Tensor:
+    """Return by how much Qwen-VL's positions differ from its token numbers, (R, 1).
+
+    The model keeps it from its last forward over images.
+    """
+    deltas: Tensor = model.model.rope_deltas
+    return deltas
+
+
+def select_cache(cache: Any, pick: Callable[[Tensor], Tensor]) -> Any:
+    """Return a transformers cache with `pick` applied to every tensor that has one row a sequence.
+
+    The cache given stays as it is; what may be written to is copied.
+    """
+    import torch
+
+    selected = copy.copy(cache)
+    if hasattr(cache, "self_attention_cache"):
+        selected.self_attention_cache = select_cache(cache.self_attention_cache, pick)
+        selected.cross_attention_cache = select_cache(cache.cross_attention_cache, pick)
+        selected.is_updated = dict(cache.is_updated)
+        return selected
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in selected.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, torch.Tensor) and value.ndim > 1:
+                # Keys and values are only ever concatenated; other states may be written to.
+                picked = pick(value)
+                setattr(layer, name, picked if name in {"keys", "values"} else picked.clone())
+    return selected

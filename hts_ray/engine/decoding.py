@@ -1,0 +1,143 @@
+"""The images of a table's rows, decoded in batches: pixels as columns, or why there are none."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from hts_ray.config import ImagesConfig
+from hts_ray.engine.deaths import KILLED_WORKER, Log, each_in_a_process
+from hts_ray.errors import DataError
+from hts_ray.images.decode import DecodedImage
+from hts_ray.store.aliases import Pixels
+
+if TYPE_CHECKING:
+    from hts_ray.engine.telemetry import Meter
+
+DECODED_FIELDS = (
+    pa.field("pixels", pa.large_binary()),
+    pa.field("pixel_height", pa.int32()),
+    pa.field("pixel_width", pa.int32()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("error_kind", pa.string()),
+    pa.field("error", pa.string()),
+)
+_READ_THREADS = 4  # a task's reads overlap; storage is mostly waited for
+
+
+def decode_batch(
+    table: pa.Table,
+    images: ImagesConfig,
+    square: int | None = None,
+    *,
+    retries: int | None = None,
+    attempts: Log | None = None,
+    meter: Meter | None = None,
+) -> pa.Table:
+    """Add the decoded pixels of each row's `uri`, or the reason why there are none.
+
+    Adds `pixels` (H * W * 3 bytes, RGB, row-major), `pixel_height`, `pixel_width`, the upright
+    original's `width` and `height`, `error_kind` and `error`; a bad row has null pixels.
+    `square` squashes the pixels to `square` x `square`, which is all that a student looks at.
+    Storage that fails is asked again up to `retries` times, a few times by default. With a log of
+    `attempts`, a batch that has killed its worker is decoded in a process apart. A `meter` counts
+    what is asked again. Raises DataError where it is the storage that fails and not an image, see
+    `hts_ray.images.retry.patiently`.
+    """
+    uris = table["uri"].to_pylist()
+    work = partial(_decode_row, images=images, square=square, retries=retries, meter=meter)
+    ids = [f"decode {image_id}" for image_id in table["image_id"].to_pylist()] if attempts else []
+    if attempts is not None and attempts.begin(ids) is not None:
+        rows = each_in_a_process(work, uris, _killed_by)
+    else:
+        with ThreadPoolExecutor(min(_READ_THREADS, max(1, len(uris)))) as threads:
+            rows = list(threads.map(work, uris))
+    if attempts is not None:
+        attempts.end(ids)
+    for field in DECODED_FIELDS:
+        if field.name in table.column_names:  # a manifest may know the size already
+            table = table.drop_columns([field.name])
+        values = pa.array([row.get(field.name) for row in rows], field.type)
+        table = table.append_column(field, values)
+    return table
+
+
+def _killed_by(_uri: str | None) -> dict[str, Any]:
+    return {"error_kind": KILLED_WORKER, "error": "the process that decoded it died"}
+
+
+def _decode_row(
+    uri: str | None,
+    images: ImagesConfig,
+    square: int | None,
+    retries: int | None = None,
+    meter: Meter | None = None,
+) -> dict[str, Any]:
+    from hts_ray.images.decode import ImageError, decode_image
+    from hts_ray.images.retry import RETRIES, read_image_bytes
+
+    def retried() -> None:
+        if meter is not None:
+            meter.count(retries=1)
+
+    try:
+        if not uri:
+            raise ImageError("missing", "the row has no uri")
+        image = decode_image(
+            read_image_bytes(uri, RETRIES if retries is None else retries, retried),
+            max_pixels=images.max_pixels,
+            min_side=images.min_side,
+            max_side=images.max_side,
+        )
+    except ImageError as error:
+        return {"error_kind": error.kind, "error": str(error)[:500]}
+    except DataError:
+        raise  # the storage is down: no image is bad for that
+    except Exception as error:  # one image must not cost a block, whatever a decoder throws
+        return {"error_kind": "decode_error", "error": f"{type(error).__name__}: {error}"[:500]}
+    pixels = image.pixels if square is None else squash(image.pixels, square)
+    return {
+        "pixels": pixels.tobytes(),
+        "pixel_height": pixels.shape[0],
+        "pixel_width": pixels.shape[1],
+        "width": image.width,
+        "height": image.height,
+    }
+
+
+def decoded_image(batch: pa.Table, row: int) -> DecodedImage:
+    """Return the pixels of a row of `decode_batch`, a view."""
+    height, width = batch["pixel_height"][row].as_py(), batch["pixel_width"][row].as_py()
+    pixels = np.frombuffer(batch["pixels"][row].as_buffer(), dtype=np.uint8)
+    return DecodedImage(
+        pixels=pixels.reshape(height, width, 3),
+        width=batch["width"][row].as_py(),
+        height=batch["height"][row].as_py(),
+    )
+
+
+def squash(pixels: Pixels, size: int) -> Pixels:
+    """Resize uint8 (H, W, 3) to (size, size, 3) without keeping the aspect, bicubic, antialiased.
+
+    Pillow's kernel, which CLIP was trained with, and which workers have without importing torch.
+    """
+    from PIL import Image
+
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def stack_pixels(table: pa.Table, size: int) -> Pixels:
+    """Return the pixels of rows squashed to `size`, uint8 (N, size, size, 3); none may be null."""
+    column = table["pixels"].combine_chunks()
+    if len(column) == 0:
+        return np.zeros((0, size, size, 3), np.uint8)
+    flat = [np.frombuffer(value.as_buffer(), np.uint8) for value in column]
+    return np.stack(flat).reshape(len(column), size, size, 3)

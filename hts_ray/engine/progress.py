@@ -1,0 +1,86 @@
+"""How far a stage is, told while it runs: by the rows that it has written, every two seconds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hts_ray.errors import DataError
+from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
+from hts_ray.store.run import StageFolder
+
+
+class WrittenRows:
+    """Counts the rows that a stage's folder holds so far, opening every file once."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def __call__(self) -> tuple[int, int]:
+        """Return (rows, quarantined rows) of the files that are complete."""
+        for name in storage.list_names(self._path):
+            if name.endswith(".parquet") and name not in self._counts:
+                try:
+                    filesystem, inner = storage.resolve(storage.join(self._path, name))
+                    status = pq.read_table(inner, columns=["status"], filesystem=filesystem)
+                except (OSError, pa.ArrowException):
+                    continue  # still being written
+                bad = pc.sum(pc.not_equal(status["status"], "ok")).as_py() or 0
+                self._counts[name] = (len(status), int(bad))
+        counts = self._counts.values()
+        return sum(rows for rows, _ in counts), sum(bad for _, bad in counts)
+
+
+class ProgressPoller:
+    """Calls `look` every `interval` seconds while the block runs, and once at its end.
+
+    A look that fails is skipped: progress must never end a run.
+    """
+
+    def __init__(self, look: Callable[[], None], interval: float = 2.0) -> None:
+        self._look = look
+        self._interval = interval
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hts-progress", daemon=True)
+
+    def __enter__(self) -> ProgressPoller:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._try()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self._try()
+
+    def _try(self) -> None:
+        try:
+            self._look()
+        except (OSError, ValueError, KeyError, DataError):
+            return
+
+
+@contextmanager
+def row_progress(stage: StageFolder, total: int, progress: ImagesDone | None) -> Iterator[None]:
+    """Call `progress(done, total, quarantined)` about every two seconds inside the block."""
+    if progress is None:
+        yield
+        return
+    written = WrittenRows(stage.path)
+
+    def look() -> None:
+        done, bad = written()
+        progress(done, total, bad)
+
+    with ProgressPoller(look):
+        yield
