@@ -172,22 +172,6 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def few_shot_mean(ap: ArrayLike, positive_counts_train: ArrayLike, at_most: int) -> float:
-    """Mean AP over the classes with at most `at_most` training positives (Few@1, 5, 10).
-
-    `ap` (C,) in [0, 1] or NaN, `positive_counts_train` (C,) counts. A class with no training
-    positive is included (HICO has none). NaN if no such class has an AP; ValueError for unequal
-    shapes.
-    """
-    ap_C, counts_C = np.asarray(ap, dtype=np.float64), np.asarray(positive_counts_train)
-    if ap_C.shape != counts_C.shape:
-        raise ValueError(
-            f"positive_counts_train has shape {counts_C.shape} and ap {ap_C.shape}:"
-            " give one count per class"
-        )
-    return mean_average_precision(ap_C[counts_C <= at_most])
-
-
 def _checked(scores: ArrayLike, annotations: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int8]]:
     """Both as (N, C) arrays, scores of a float type and annotations int8; ValueError otherwise."""
     scores_NC, labels = np.asarray(scores), np.asarray(annotations)
