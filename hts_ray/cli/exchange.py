@@ -83,7 +83,7 @@ def _export_student(
         print_mapping("plan", {"student": source, "format": form, "write": output})
         return
     done = export_student(source, form, output)
-    print_written("export", done.path)
+    print_written("export", output)
     console.print(f"largest difference of {done.compared} when read again: {done.difference:.2g}")
     for note in done.notes:
         print_line(note)

@@ -17,11 +17,10 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from hts_ray.classes import parse_class_csv
-from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
 from hts_ray.store.run import find_stage
-from hts_ray.student.model import Student, rebuild_student
+from hts_ray.student.model import ARCHITECTURE, Student, rebuild_student
 
 FORMAT = "hts_ray.student"
 FORMAT_VERSION = 1
@@ -70,15 +69,7 @@ def load_student(path: str) -> Student:
     if class_table.fingerprint() != description["class_fingerprint"]:
         raise DataError(f"{class_file}: other classes than the student's")
     try:
-        return rebuild_student(
-            StudentConfig.model_validate(description["student"]),
-            class_table,
-            model_cfg=description["model_cfg"],
-            image_size=description["image_size"],
-            image_mean=description["image_mean"],
-            image_std=description["image_std"],
-            state=safetensors.torch.load(weights),
-        )
+        return rebuild_student(description, class_table, safetensors.torch.load(weights))
     except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
         raise DataError(f"the student at {folder} does not fit its description: {error}") from error
     except safetensors.SafetensorError as error:
@@ -134,8 +125,8 @@ def description_of(folder: str) -> dict[str, Any]:
             f"{path} has format version {description.get('format_version')}, this hts_ray reads"
             f" {FORMAT_VERSION}: use the version that wrote it"
         )
-    needed = {"student", "model_cfg", "image_size", "image_mean", "image_std", "sha256"}
-    missing = sorted((needed | {"class_ids", "class_fingerprint"}) - description.keys())
+    needed = {"student", *ARCHITECTURE, "class_ids", "class_fingerprint", "sha256"}
+    missing = sorted(needed - description.keys())
     if missing:
         raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
     if not isinstance(description["sha256"], dict):

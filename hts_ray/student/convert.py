@@ -46,12 +46,8 @@ _Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the largest absolute difference of what it computes, and how to use it.
+    """What was written: how far what it computes, `compared`, is off at most, and how to use it."""
 
-    `compared` says what was compared, logits or features.
-    """
-
-    path: str
     difference: float
     compared: str
     notes: tuple[str, ...]
@@ -63,15 +59,14 @@ class _Written:
 
     expected: _Compute
     again: _Compute
+    notes: tuple[str, ...]
     compared: str = "logits"
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Source:
     student: Student
     folder: str
-    description: Mapping[str, Any]
     output: str
 
 
@@ -87,7 +82,7 @@ def export_student(path: str, form: str, output: str) -> Exported:
     _check_suffix(form, output)
     refuse_existing(output)
     folder = find_student(path)
-    source = _Source(load_student(folder), folder, description_of(folder), output)
+    source = _Source(load_student(folder), folder, output)
     with new_output(output, last=DESCRIPTION) as target:
         written = _WRITERS[form](source, target)
         difference = _difference(written, source.student)
@@ -96,7 +91,7 @@ def export_student(path: str, form: str, output: str) -> Exported:
                 f"the {form} export computes other {written.compared} than the student, by"
                 f" {difference:.2g}: it was not kept"
             )
-    return Exported(output, difference, written.compared, written.notes)
+    return Exported(difference, written.compared, written.notes)
 
 
 @torch.inference_mode()
@@ -129,7 +124,7 @@ def _check_suffix(form: str, output: str) -> None:
 
 def _write_safetensors(source: _Source, target: Path) -> _Written:
     """Write the student's own folder with a model card; it loads without any other file."""
-    save_student(source.student, str(target), source.description.get("info"))
+    save_student(source.student, str(target), description_of(source.folder).get("info"))
     (target / CARD).write_text(model_card(source.student, source.folder), encoding="utf-8")
     notes = (
         f"hts_ray.student.load_student({source.output!r})",
@@ -141,7 +136,7 @@ def _write_safetensors(source: _Source, target: Path) -> _Written:
 def _write_hts(source: _Source, target: Path) -> _Written:
     """Write the paper's checkpoint and import it again."""
     student, table = source.student, source.student.class_table
-    epochs = source.description.get("info", {}).get("epochs")
+    epochs = description_of(source.folder).get("info", {}).get("epochs")
     epoch = max(0, epochs - 1) if isinstance(epochs, int) else 0
     torch.save(official_checkpoint(student, epoch), target)
     again = read_official(str(target), table)

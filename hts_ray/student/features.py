@@ -29,6 +29,7 @@ from hts_ray.store.aliases import FloatArray, ImagesDone, Pixels
 from hts_ray.store.run import StageFolder, content_hash, finished_stages, settings_hash
 from hts_ray.store.tables import features_schema, read_table, require_unique_ids, write_table
 from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, student_fingerprint
+from hts_ray.student.model import ARCHITECTURE
 from hts_ray.student.pool import StudentPass, StudentWorker
 
 TABLE = "features"
@@ -183,12 +184,11 @@ def _encoder_fingerprint(folder: str, fingerprint: str) -> str:
     """Read the weights once; the fingerprint sees a folder that was written anew."""
     del fingerprint
     description = description_of(folder)
-    names = ("model_cfg", "image_size", "image_mean", "image_std")
     settings = {name: description["student"][name] for name in ("feature_space", "precision")}
     state = safetensors.torch.load(storage.read_bytes(storage.join(folder, WEIGHTS)))
     tower = {name: value for name, value in state.items() if name.startswith("visual.")}
     weights = hashlib.sha256(safetensors.torch.save(tower)).hexdigest()
-    return settings_hash([description[name] for name in names], settings, weights)
+    return settings_hash([description[name] for name in ARCHITECTURE], settings, weights)
 
 
 class FeatureEncoder(StudentWorker):

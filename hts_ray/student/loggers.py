@@ -7,13 +7,10 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 PROJECT = "hts_ray"
 _OF_AN_EPOCH = ("loss", "images_per_second", "validation_mAP")
@@ -43,15 +40,15 @@ class CurveLog:
 
     def __init__(
         self,
-        accelerator: Accelerator,
         names: Sequence[str],
         *,
         folder: str,
         settings: Mapping[str, Any],
         first_step: int = 0,
     ) -> None:
-        from accelerate import tracking
+        from accelerate import PartialState, tracking
 
+        PartialState(cpu=True)  # trackers ask it whether theirs is the main process
         classes = {
             "tensorboard": tracking.TensorBoardTracker,
             "wandb": tracking.WandBTracker,

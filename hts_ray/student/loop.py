@@ -155,7 +155,6 @@ def _start(job: dict[str, Any]) -> _Worker:
 
 def _curves(worker: _Worker, position: Position) -> CurveLog:
     return CurveLog(
-        worker.accelerator,
         worker.config.loggers,
         folder=worker.job["curves"],
         settings=worker.job["config"],

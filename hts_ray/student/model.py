@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.builtin import BUILTIN, builtin_folder
 
 Trainable = Literal["all", "head", "last"]
+ARCHITECTURE = ("model_cfg", "image_size", "image_mean", "image_std")
 _TEXT_BATCH = 256
 _CONFIG_FILE = "open_clip_config.json"
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
@@ -165,33 +166,20 @@ def build_student(config: StudentConfig, class_table: ClassTable) -> Student:
 
 
 def rebuild_student(
-    config: StudentConfig,
-    class_table: ClassTable,
-    *,
-    model_cfg: dict[str, Any],
-    image_size: int,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
-    state: dict[str, Tensor],
+    description: Mapping[str, Any], class_table: ClassTable, state: dict[str, Tensor]
 ) -> Student:
     """Make a student from its description and weights alone: nothing is downloaded.
 
-    Raises KeyError, RuntimeError, TypeError or ValueError when they do not fit each other.
+    `description` holds the settings `student` and what ARCHITECTURE names. Raises ConfigError,
+    KeyError, RuntimeError, TypeError or ValueError when they do not fit each other.
     """
-    visual = build_image_tower(model_cfg)
+    config = StudentConfig.model_validate(description["student"])
+    visual = build_image_tower(description["model_cfg"])
     if config.feature_space == "backbone":
         visual.proj = None
-    _fit_tower(visual, image_size)
-    student = Student(
-        visual,
-        state["classifier"],
-        config=config,
-        class_table=class_table,
-        model_cfg=model_cfg,
-        image_size=image_size,
-        image_mean=image_mean,
-        image_std=image_std,
-    )
+    _fit_tower(visual, description["image_size"])
+    given = {name: description[name] for name in ARCHITECTURE}
+    student = Student(visual, state["classifier"], config=config, class_table=class_table, **given)
     if len(state["classifier"]) != len(class_table):
         raise ValueError(f"{len(state['classifier'])} classifier rows, {len(class_table)} classes")
     student.load_state_dict(state)

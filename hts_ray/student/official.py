@@ -28,7 +28,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hts_ray.classes import ClassTable, hico_classes, load_class_table
-from hts_ray.config import StudentConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
@@ -190,28 +189,22 @@ def _student(content: Mapping[str, Any], file: str, classes: str | ClassTable | 
             f"{file}: the classifier has {classifier_CD.shape[1]} columns for {features} features"
         )
     class_table = _class_table(len(classifier_CD), file, classes)
+    description = {
+        "student": {
+            "model": name,
+            "image_size": size,
+            "feature_space": "projected" if "proj" in visual else "backbone",
+            "logit_scale": float(scale),
+        },
+        "model_cfg": model_cfg,
+        "image_size": size,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    tower = {f"visual.{name}": value for name, value in visual.items()}
+    whole = {**tower, "classifier": classifier_CD, "logit_scale": scale}
     try:
-        config = StudentConfig.model_validate(
-            {
-                "model": name,
-                "image_size": size,
-                "feature_space": "projected" if "proj" in visual else "backbone",
-                "logit_scale": float(scale),
-            }
-        )
-        return rebuild_student(
-            config,
-            class_table,
-            model_cfg=model_cfg,
-            image_size=size,
-            image_mean=CLIP_MEAN,
-            image_std=CLIP_STD,
-            state={
-                **{f"visual.{name}": value for name, value in visual.items()},
-                "classifier": classifier_CD,
-                "logit_scale": scale,
-            },
-        )
+        return rebuild_student(description, class_table, whole)
     except (RuntimeError, ValidationError) as error:
         reason = " ".join(str(error).split())[:400]
         raise DataError(f"{file} does not hold a whole CLIP ViT: {reason}") from error

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 
 from hts_ray.engine.image_pass import OK
 from hts_ray.metrics import hico_average_precision, mean_average_precision
@@ -50,8 +49,7 @@ def fit_on_features(task: Task) -> dict[str, Any]:
     )
     validate = _validator(task)
     settings = config.model_dump(mode="json")
-    folder = task.stage.file("curves")
-    log = CurveLog(Accelerator(cpu=True), config.loggers, folder=folder, settings=settings)
+    log = CurveLog(config.loggers, folder=task.stage.file("curves"), settings=settings)
 
     def on_epoch(fit: HeadFit) -> Mapping[str, Any]:
         record = {**fit.history[-1], "validation_mAP": validate(fit)}
