@@ -15,11 +15,11 @@ from torchvision.transforms import InterpolationMode, v2
 
 from hts_ray.config import AugmentConfig
 
-_LARGEST_MARGIN = 1.25  # beyond it a crop would rather be upsampled than stored larger
+_LARGEST_MARGIN = 1.25  # images are not stored larger than this; smaller crops are upsampled
 
 
 def stored_size(image_size: int, config: AugmentConfig) -> int:
-    """Return the side at which training images are kept, so that a crop need not be upsampled."""
+    """Return the side at which training images are stored, so that crops need no upsampling."""
     if not _crops(config):
         return image_size
     return math.ceil(image_size * min(_LARGEST_MARGIN, 1 / math.sqrt(config.crop_scale[0])))
@@ -32,7 +32,7 @@ def augment(pixels: Tensor, image_size: int, config: AugmentConfig) -> Tensor:
     """
     images = pixels.permute(0, 3, 1, 2)
     transform = _transform(image_size, config, images.shape[-1])
-    # torchvision draws once a call, and each image is to have a crop of its own.
+    # torchvision draws once per call, and each image should get its own crop.
     return torch.stack([transform(image) for image in images]).float() / 255
 
 

@@ -48,7 +48,7 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
         "info": dict(info or {}),
     }
     target = storage.join(path, DESCRIPTION)
-    if storage.exists(target):  # an old description must not stand beside new weights
+    if storage.exists(target):  # an old description must not describe new weights
         storage.delete_file(target)
     storage.write_bytes(storage.join(path, WEIGHTS), weights)
     storage.write_bytes(storage.join(path, CLASSES), classes)
@@ -104,7 +104,7 @@ def state_bytes(module: nn.Module) -> bytes:
 
 
 def cpu_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a module's weights on the CPU, none of which shares memory with another."""
+    """Return copies of a module's weights on the CPU; no two share memory."""
     return {
         name: value.detach().cpu().contiguous().clone()
         for name, value in module.state_dict().items()

@@ -46,7 +46,7 @@ _Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: how far what it computes, `compared`, is off at most, and how to use it."""
+    """The largest difference of an export from the student, in what was `compared`, and notes."""
 
     difference: float
     compared: str
@@ -215,7 +215,7 @@ def _open_clip_tower(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back warnings that the models here have random text towers, and of torch's exporter."""
+    """Hide warnings about random text towers, which are not exported, and of torch's exporter."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

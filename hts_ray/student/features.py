@@ -91,7 +91,7 @@ def ensure_features(
     flipped: bool = False,
     progress: ImagesDone | None = None,
 ) -> StageFolder:
-    """Return a finished features folder of the run that holds these images; compute it if need be.
+    """Return a finished features folder of the run with these images; compute it if there is none.
 
     `images` has image_id, uri and split, as `Manifest.rows` returns them. A folder of more images
     serves as well. Raises what `plan_features` and its work raise.
@@ -107,7 +107,7 @@ def plan_features(
 ) -> Stage:
     """Plan encoding images with a stored student's tower.
 
-    `images` has image_id, uri and split. The work writes one row of `features_schema` an image;
+    `images` has image_id, uri and split. The work writes one row of `features_schema` per image;
     images that cannot be read have null features and are listed in the quarantine. Many images,
     and any with a GPU in the pool, go through Ray Data, where a run that was cut off goes on after
     the last block that was written; few are encoded in this process. Raises DataError when there
@@ -181,7 +181,7 @@ def encoder_fingerprint(student_path: str) -> str:
 
 @lru_cache(maxsize=8)
 def _encoder_fingerprint(folder: str, fingerprint: str) -> str:
-    """Read the weights once; the fingerprint sees a folder that was written anew."""
+    """Read the weights once; the fingerprint changes when the folder is written again."""
     del fingerprint
     description = description_of(folder)
     settings = {name: description["student"][name] for name in ("feature_space", "precision")}

@@ -35,7 +35,7 @@ class CurveLog:
     """Writes scalars by step to every tracker; `folder` (path or URI) gets TensorBoard's files.
 
     To be used by one worker only. A tracker that fails, for example because its server is gone,
-    is left out with a warning: no training ends for want of its curves.
+    is left out with a warning: no training ends because its curves cannot be written.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CurveLog:
         for name in names:
             arguments: dict[str, Any] = {}
             if name == "tensorboard":
-                # After a crash, steps that were logged and not kept are to come once.
+                # After a crash some steps are taken again: what was logged of them is dropped.
                 arguments = {"logging_dir": self._local, "purge_step": first_step}
             try:
                 tracker = classes[name](PROJECT, **arguments)

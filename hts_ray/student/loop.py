@@ -211,7 +211,7 @@ def validation_due(config: TrainConfig, epoch: int) -> bool:
 def _validate(worker: _Worker, epoch: int) -> float | None:
     """Return the validation images' mAP (HICO, in 0..1) where it is due after `epoch`.
 
-    Every worker scores batches of its own. NaN when no image could be read or no class has a
+    Every worker scores its own batches. NaN when no image could be read or no class has a
     positive. The student's mode is kept, and nothing of the training changes.
     """
     import ray.train
@@ -374,7 +374,7 @@ def _report_checkpoint(worker: _Worker, position: Position) -> None:
 
 
 def _resume(worker: _Worker) -> Position:
-    """Load the last checkpoint, where there is one, and return where the run stood."""
+    """Load the last checkpoint, where there is one, and return how far the run was."""
     import ray.train
 
     files = None

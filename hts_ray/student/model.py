@@ -38,7 +38,7 @@ _UNREADABLE = (
 
 
 class CosineClassifier(nn.Module):
-    """One direction a class; a logit is `logit_scale` times the cosine with a feature vector."""
+    """One direction per class; a logit is `logit_scale` times its cosine with the features."""
 
     logit_scale: Tensor
     log_gain: nn.Parameter | None  # of the logit scale, while it is learnt
@@ -135,9 +135,9 @@ def build_student(config: StudentConfig, class_table: ClassTable) -> Student:
     """Make the zero-shot student: open_clip's tower, classes from their prompts' embeddings.
 
     The classifier is the normalised mean of the normalised embeddings of the first
-    `prompt_templates` prompts a class; the text tower is dropped afterwards. With
+    `prompt_templates` prompts of each class; the text tower is dropped afterwards. With
     `feature_space="backbone"` it is proj @ text and the features are those before `proj`
-    (the paper's student). Raises ConfigError for models and weights that cannot be had.
+    (the paper's student). Raises ConfigError for models and weights that cannot be loaded.
     """
     import open_clip
 
@@ -388,7 +388,7 @@ def _create_clip(config: StudentConfig, name: str, quick_gelu: bool) -> Any:
 
 @torch.no_grad()
 def _text_embeddings(clip: Any, name: str, class_table: ClassTable, templates: int) -> Tensor:
-    """Return one unit vector (C, E) a class from its first `templates` prompts."""
+    """Return one unit vector per class, (C, E), from its first `templates` prompts."""
     import open_clip
 
     tokenizer = open_clip.get_tokenizer(name)

@@ -88,7 +88,7 @@ def import_checkpoint(file: str, output: str, classes: str | None = None) -> dic
 def read_official(file: str, classes: str | ClassTable | None = None) -> Student:
     """Return the student in a checkpoint of the paper's code, in evaluation mode on the CPU.
 
-    Arguments and errors are those of `import_checkpoint`; a class table may be given as it is.
+    Arguments and errors are those of `import_checkpoint`; `classes` may also be a class table.
     """
     return _student(_load(file, _read(file)), file, classes)
 
@@ -333,7 +333,7 @@ def _obstacle(student: Student) -> str | None:
 
     given = asdict(CLIPVisionCfg(**student.model_cfg["vision_cfg"]))
     plain = asdict(CLIPVisionCfg())
-    # Training only, or the shape, which the tensors tell.
+    # These matter to training only, or are known from the tensors' shapes.
     free = {"layers", "width", "patch_size", "image_size", "patch_dropout", "output_tokens",
             "timm_model_pretrained"}  # fmt: skip
     other = [key for key in plain if key not in free and given[key] != plain[key]]

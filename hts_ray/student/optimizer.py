@@ -81,7 +81,7 @@ def learning_rate_factor(
     """Return the share of the learning rate at `step` of `total`, in 0..1.
 
     Warm-up is linear over `warmup_steps`. `cosine` falls to 0 once; `warm_restarts` does so in
-    every `restart_epochs` epochs anew (SGDR, T_mult 1; DEFR restarts after 5 epochs).
+    every `restart_epochs` epochs again (SGDR, T_mult 1; DEFR restarts after 5 epochs).
     """
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps

@@ -104,8 +104,8 @@ class StudentWorker(ABC):
 class StudentPass:
     """A student at work: its folder, the worker that holds it, and what a worker is given.
 
-    `arguments` are the worker's own, beside folder and pool, and hashable. `square` hands the
-    images over as the student looks at them; without it they keep their size.
+    `arguments` are given to the worker besides folder and pool; they are hashable. With `square`
+    images are squashed to the student's size when they are decoded; otherwise they keep theirs.
     """
 
     folder: str
@@ -219,7 +219,7 @@ def _work(table: pa.Table, *, task: StudentPass, fingerprint: str, meter: Meter)
 
 @lru_cache(maxsize=1)
 def _kept_worker(task: StudentPass, fingerprint: str) -> StudentWorker:
-    """Return this process's worker; the fingerprint sees a folder that was written anew."""
+    """Return this process's worker; the fingerprint changes when the folder is written again."""
     del fingerprint
     return task.make()
 

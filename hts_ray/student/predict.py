@@ -1,4 +1,4 @@
-"""Scoring images with a student, on Ray Data: manifest in, one row of logits an image out."""
+"""Scoring images with a student, on Ray Data: manifest in, one row of logits per image out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hts_ray.student.pool import StudentPass, StudentWorker
 def plan_predict(run: Run, student: str, manifest: Manifest) -> Stage:
     """Plan scoring a manifest's images of `predict.split` with the student at a path.
 
-    The work writes one row of `predictions_schema(C)` an image, the scores being logits; images
+    The work writes one row of `predictions_schema(C)` per image, whose scores are logits; images
     that cannot be read have null scores and are listed in the quarantine. A run that was cut off
     goes on after the last block that was written. Raises DataError when there is no student; the
     work does when there is no image, or none that can be read.

@@ -20,7 +20,7 @@ from hts_ray.engine.progress import ProgressPoller
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone, TrainingTold
 
-_INTERVAL_S = 2.0  # between the steps that are told
+_INTERVAL_S = 2.0  # between the steps that are reported
 _LOOK_S = 1.0
 
 
@@ -40,7 +40,7 @@ def epoch_record(
 
 
 def encoding_progress(progress: TrainingTold | None) -> ImagesDone | None:
-    """Return what tells `progress` how many images are encoded."""
+    """Return a callback that reports to `progress` how many images are encoded."""
     if progress is None:
         return None
     return lambda done, of, bad: progress({"encoded": done, "of": of, "quarantined": bad})
@@ -57,7 +57,7 @@ class StepLog:
 
     @property
     def due(self) -> bool:
-        """Whether the last step was told long enough ago."""
+        """Whether the last report is long enough ago."""
         return time.monotonic() - self._last >= _INTERVAL_S
 
     def tell(self, epoch: int, images: int, loss: float) -> None:
@@ -68,7 +68,7 @@ class StepLog:
 
     @contextmanager
     def writing(self) -> Iterator[StepLog]:
-        """Write what is told in the block."""
+        """Write the reports of the block."""
         with ProgressPoller(self._write, _INTERVAL_S):
             yield self
 

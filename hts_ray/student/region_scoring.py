@@ -1,7 +1,7 @@
 """A student scores regions as a teacher would: region_scores in, student_scores out.
 
-The student looks at the very crops that the teacher scored, one row an image, on Ray Data like
-every other pass over images: resumable, bad images quarantined.
+The student looks at the same crops that the teacher scored, on Ray Data like every other pass
+over images: one row per image, resumable, bad images quarantined.
 
 Shape legend: R regions, C classes, S image size.
 """

@@ -31,7 +31,7 @@ _FILES = (MODEL, OPTIMIZER, STATE)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a training stands: so many finished epochs, and steps of the one that runs.
+    """How far a training is: its finished epochs, and the steps done of the one that runs.
 
     `loss_sum`, `images` and `seconds` are of those steps, over all `workers`.
     """
@@ -76,7 +76,7 @@ def checkpoint_files(optimizer: Optimizer, scaler: Any, position: Position) -> d
 def restore(
     files: Mapping[str, bytes], optimizer: Optimizer, scaler: Any, workers: int
 ) -> Position:
-    """Load a checkpoint into its owners and return where the run stood.
+    """Load a checkpoint into its owners and return how far the run was.
 
     Raises ConfigError when it was written within an epoch by another number of workers: which
     images they had left is not known to these.

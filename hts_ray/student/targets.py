@@ -28,7 +28,7 @@ class TrainingSet:
     """The rows to train on, and what was left out of them.
 
     `table` has row, image_id, uri, and `positive` and `ignored` as positions in the class
-    table, in training order, repeats included; with soft labels also `weight`, one a positive.
+    table, in training order, repeats included; with soft labels also `weight`, one per positive.
     """
 
     table: pa.Table

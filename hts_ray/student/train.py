@@ -96,7 +96,7 @@ def train_student(
 ) -> dict[str, Any]:
     """Fine-tune a student on labels and publish it in `stage`; returns the stage's stats.
 
-    `labels` has image_id, uri, positive_ids and ignored_ids (class ids), and probability (one a
+    `labels` has image_id, uri, positive_ids and ignored_ids (class ids), and probability (one per
     positive) for soft labels; every other class is negative. None publishes the zero-shot
     student. `validation`, annotated rows of a manifest, are scored while the training runs. A
     run that was cut off goes on from its last checkpoint. `progress` gets the records that
@@ -158,7 +158,7 @@ def estimate(run: Run, labels: pa.Table | None) -> dict[str, Any]:
     share = max(1, config.batch_size // workers)
     steps = config.epochs * max(1, -(-(len(data.table) // workers) // share))
     passes, gpus = steps, float(workers * config.use_gpu)
-    if config.trainable == "head":  # an image and its mirror image pass through the tower once
+    if config.trainable == "head":  # each image and its mirror image pass through the tower once
         pool = config.features.pool
         passes = -(-data.images * (1 + config.augment.flip) // (share * pool.max_size))
         gpus = pool.num_gpus * pool.max_size
@@ -285,7 +285,7 @@ def _run_name(task: Task) -> str:
 
 
 def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
-    """Return what every worker is told; `size` is the side at which images are kept."""
+    """Return what every worker gets; `size` is the side at which images are stored."""
     config, stage, known = task.config, task.stage, task.validation
     local = task.work_file("local") if config.num_workers == 0 else None
     counts_C = positive_counts(task.data.table["positive"], len(task.run.class_table))
@@ -363,12 +363,12 @@ def _fit_or_explain(trainer: Any, config: TrainConfig) -> Any:
             f" {_in_a_line(failure)}; the same command goes on from the last checkpoint"
         ) from error
     except ControllerError as error:
-        told = _in_a_line(error.controller_failure)
-        raise UserError(f"training could not be run: {told}") from error
+        reason = _in_a_line(error.controller_failure)
+        raise UserError(f"training could not be run: {reason}") from error
 
 
 def _in_a_line(failure: BaseException) -> str:
-    """Return what a failure says, without the traceback that Ray puts into its text."""
+    """Return a failure's message without the traceback that Ray puts into it."""
     text = str(failure).strip()
     if "Traceback (most recent call last)" in text or '  File "' in text:
         text = text.splitlines()[-1]
