@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 from rich.markup import escape
 
 import hts_ray.cli.completion  # noqa: F401 - registers what answers shells
-from hts_ray.cli.commands import COMMANDS, MODULES, complete_command
+from hts_ray.cli.commands import HEADINGS, MODULES, SHORT_HELP, complete_command
 from hts_ray.engine.console import errors
 from hts_ray.errors import UserError
 
@@ -34,10 +34,10 @@ class Commands(click.Group):
         return next(command for command in commands if command.name == cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands under the headings of `COMMANDS`."""
-        for title, group in COMMANDS.items():
+        """Write the commands under their headings."""
+        for title, names in HEADINGS.items():
             with formatter.section(title):
-                formatter.write_dl([(name, text) for name, (_, text) in group.items()])
+                formatter.write_dl([(name, SHORT_HELP[name]) for name in names])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         """Complete the name of a command, or an option of `hts` itself."""

@@ -43,13 +43,22 @@ _NOT_JOBS = {"submit", "completion"}
 @option("--uv", metavar="FILE", help="requirements.txt that uv adds on the nodes.")
 @option("--pip", metavar="FILE", help="requirements.txt that pip adds on the nodes.")
 @option("--working-dir", default=".", metavar="DIR", help="What is shipped (default: here).")
-@option("--max-upload", type=float, metavar="MIB", help="Refuse more (default 64).")
+@option("--max-upload", "max_upload_mib", type=float, default=MAX_UPLOAD_MIB, metavar="MIB",
+        help=f"Refuse more (default {MAX_UPLOAD_MIB:g}).")  # fmt: skip
 @option("--python", default="python", show_default=True, help="Interpreter on the head node.")
 @option("--submission-id", metavar="ID", help="Name of the job, once a cluster.")
 @argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...",
           shell_complete=complete_job)  # fmt: skip
 def submit(
-    arguments: tuple[str, ...], address: str | None, no_wait: bool, attach: str | None, **made: Any
+    arguments: tuple[str, ...],
+    address: str | None,
+    no_wait: bool,
+    attach: str | None,
+    env: tuple[str, ...],
+    uv: str | None,
+    pip: str | None,
+    working_dir: str,
+    **more: Any,
 ) -> None:
     """Run a command as a job of a cluster: hts submit -- label --run-dir s3://...
 
@@ -59,12 +68,20 @@ def submit(
         if arguments:
             raise ConfigError(field="--attach", value=attach, remedy="give it without a command")
         sys.exit(wait(connect(address), attach, tell=_say, ask=_asker()))
-    plan = plan_job(*parse_job(arguments, **made))
+    if uv and pip:
+        raise ConfigError(field="--pip", value=pip, remedy="give --uv or --pip")
+    config, paths = parse_command(arguments)
+    file = uv or pip
+    requirements = read_requirements(Path(file)) if file else ()
+    job = Job(
+        arguments, Path(working_dir), parse_env(env), requirements, "pip" if pip else "uv", **more
+    )
+    plan = plan_job(job, config, paths)
     client = connect(address)
     warning = open_token_note(client)
     if warning:
         _say(f"warning: {warning}")
-    cluster = cluster_behind(client, plan.config.ray if plan.config else RayConfig())
+    cluster = cluster_behind(client, config.ray if config else RayConfig())
     for note in check_on(plan, cluster) if cluster else []:
         _say(f"note: {note}")
     job_id = start(plan, client)
@@ -76,37 +93,14 @@ def submit(
         _say(line)
 
 
-def parse_job(
-    arguments: tuple[str, ...],
-    *,
-    env: tuple[str, ...] = (),
-    uv: str | None = None,
-    pip: str | None = None,
-    working_dir: str = ".",
-    max_upload: float | None = None,
-    python: str = "python",
-    submission_id: str | None = None,
-) -> tuple[Job, HtsConfig | None, list[tuple[str, str]]]:
-    """Parse what a job shall run; returns the job, its settings and the paths it was given.
+def parse_command(arguments: tuple[str, ...]) -> tuple[HtsConfig | None, list[tuple[str, str]]]:
+    """Parse the command of a job; returns its settings, if it has any, and (option, path) it names.
 
     Raises what the command itself would raise for wrong usage or settings.
     """
     command, params = _parsed(arguments)
-    if uv and pip:
-        raise ConfigError(field="--pip", value=pip, remedy="give --uv or --pip")
-    file = uv or pip
-    job = Job(
-        arguments,
-        working_dir=Path(working_dir),
-        env=parse_env(env),
-        requirements=read_requirements(Path(file)) if file else (),
-        installer="pip" if pip else "uv",
-        python=python,
-        max_upload_mib=max_upload or MAX_UPLOAD_MIB,
-        submission_id=submission_id,
-    )
     config = _settings(params) if "overrides" in params else None
-    return job, config, list(_given_paths(command, params))
+    return config, list(_given_paths(command, params))
 
 
 def _parsed(arguments: tuple[str, ...]) -> tuple[click.Command, dict[str, Any]]:

@@ -161,7 +161,7 @@ def connect(address: str | None = None) -> JobSubmissionClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     target = address or next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), "this machine")
     try:
-        with _given_address(address), _without_ray_messages():
+        with _asking(address):
             return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise UserError(f"the cluster at {target} refuses the token: {_token_advice()}") from error
@@ -174,27 +174,17 @@ def connect(address: str | None = None) -> JobSubmissionClient:
 
 
 @contextmanager
-def _given_address(address: str | None) -> Iterator[None]:
-    """Let a given address count: Ray's client takes one of the environment's before it."""
-    hidden = {
-        name: os.environ.pop(name)
-        for name in (_ADDRESS_VARIABLES if address else ())
-        if name in os.environ
-    }
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-@contextmanager
-def _without_ray_messages() -> Iterator[None]:
+def _asking(address: str | None) -> Iterator[None]:
+    """Let a given address count before the environment's, and keep Ray's client from logging."""
+    names = _ADDRESS_VARIABLES if address else ()
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     logger = logging.getLogger("ray")
     before, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
         logger.disabled = before
+        os.environ.update(hidden)
 
 
 def _token_advice() -> str:
@@ -241,7 +231,7 @@ def cluster_behind(client: JobSubmissionClient, config: RayConfig) -> Cluster | 
 
     address = client.get_address()
     try:
-        with _given_address(address):
+        with _asking(address):
             states = list_nodes(
                 address, filters=[("state", "=", "ALIVE")], limit=10_000,
                 raise_on_missing_output=False,

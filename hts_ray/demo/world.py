@@ -12,9 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ JPEG_QUALITY = 90
 TRAIN_EXPONENT = 1.4
 TEST_EXPONENT = 0.5  # milder, so that every class has test images to be measured on
 AMBIGUOUS_RATE = 0.04
-SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -190,11 +187,7 @@ def _background(spec: SceneSpec, rng: np.random.Generator) -> Image.Image:
             wall = tuple(int(c) for c in rng.uniform(140, 190, 3))
             canvas.rectangle((x - w / 2, horizon - h, x + w / 2, horizon), fill=wall)
         else:
-            leaf = (
-                int(rng.uniform(95, 130)),
-                int(rng.uniform(140, 165)),
-                int(rng.uniform(90, 120)),
-            )
+            leaf = tuple(int(c) for c in rng.uniform((95, 140, 90), (130, 165, 120)))
             canvas.ellipse((x - w / 2, horizon - h, x + w / 2, horizon + 4), fill=leaf)
     canvas.rectangle((0, horizon, width, height), fill=ground)
     return image
@@ -231,33 +224,18 @@ def image_name(split: str, index: int) -> str:
     return f"HICO_{split}2015_{index + 1:08d}.jpg"
 
 
-def _write_images(
-    indices: range, folder: Path, seed: int, split: str, exponent: float
+def _write_split(
+    folder: Path, seed: int, split: str, size: int, exponent: float
 ) -> NDArray[np.float64]:
-    """Renders scenes to JPEG files; returns their annotations, (600, len(indices))."""
-    labels = np.empty((len(_hico_objects()), len(indices)))
-    for column, index in enumerate(indices):
+    """Render a split to JPEG files; returns the annotations, (600, size)."""
+    folder.mkdir(parents=True)
+    labels = np.empty((len(_hico_objects()), size))
+    for index in range(size):
         spec = sample_scene(seed, split, index, exponent)
-        labels[:, column] = annotate(spec)
+        labels[:, index] = annotate(spec)
         image = Image.fromarray(render_scene(spec))
         image.save(folder / image_name(split, index), quality=JPEG_QUALITY)
     return labels
-
-
-def _write_split(
-    folder: Path, seed: int, split: str, size: int, exponent: float, workers: int
-) -> NDArray[np.float64]:
-    folder.mkdir(parents=True)
-    parts = [range(start, min(start + 250, size)) for start in range(0, size, 250)]
-    work = functools.partial(
-        _write_images, folder=folder, seed=seed, split=split, exponent=exponent
-    )
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            done = list(pool.map(work, parts))
-    else:
-        done = [work(part) for part in parts]
-    return np.concatenate(done, axis=1)
 
 
 def _list_action() -> NDArray[Any]:
@@ -276,21 +254,11 @@ def _cells(names: Sequence[str]) -> NDArray[Any]:
     return cells
 
 
-def write_world(
-    root: str | os.PathLike[str],
-    seed: int,
-    num_train: int,
-    num_test: int,
-    *,
-    train_exponent: float = TRAIN_EXPONENT,
-    test_exponent: float = TEST_EXPONENT,
-    workers: int = 1,
-) -> Path:
+def write_world(root: str | os.PathLike[str], seed: int, num_train: int, num_test: int) -> Path:
     """Writes a world in HICO's layout and returns its folder.
 
-    `root` gets anno.mat and images/{train,test}2015; it appears complete or not at all. The
-    exponents are those of the class frequencies. Raises DataError where root holds files already
-    and ConfigError for an empty split.
+    `root` gets anno.mat and images/{train,test}2015; it appears complete or not at all. Raises
+    DataError where root holds files already and ConfigError for an empty split.
     """
     import scipy.io
 
@@ -304,10 +272,12 @@ def write_world(
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         anno: dict[str, Any] = {"list_action": _list_action()}
-        sizes, exponents = (num_train, num_test), (train_exponent, test_exponent)
-        for split, size, exponent in zip(SPLITS, sizes, exponents, strict=True):
+        for split, size, exponent in (
+            ("train", num_train, TRAIN_EXPONENT),
+            ("test", num_test, TEST_EXPONENT),
+        ):
             folder = draft / "images" / f"{split}2015"
-            anno[f"anno_{split}"] = _write_split(folder, seed, split, size, exponent, workers)
+            anno[f"anno_{split}"] = _write_split(folder, seed, split, size, exponent)
             anno[f"list_{split}"] = _cells([image_name(split, i) for i in range(size)])
         scipy.io.savemat(draft / "anno.mat", anno, do_compression=True)
         draft.chmod(0o755)  # mkdtemp gives 0700

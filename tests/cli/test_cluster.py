@@ -3,8 +3,8 @@
 import click
 import pytest
 
-from hts_ray.cli.cluster import parse_job
-from hts_ray.cluster.submit import check_on, plan_job
+from hts_ray.cli.cluster import parse_command
+from hts_ray.cluster.submit import Job, check_on, plan_job
 from hts_ray.engine.room import Cluster, Node
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.store import storage
@@ -17,7 +17,7 @@ def unreachable_storage(monkeypatch):
 
 
 def planned(folder, *arguments, **options):
-    return plan_job(*parse_job(arguments, working_dir=str(folder), **options))
+    return plan_job(Job(arguments, working_dir=folder, **options), *parse_command(arguments))
 
 
 def test_bad_usage_and_settings_are_refused_before_anything_is_sent(tmp_path):
