@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,10 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    Task,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.table import Column, Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from hts_ray.store.aliases import ImagesDone, TrainingTold
@@ -35,114 +32,26 @@ console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 _PLAIN_INTERVAL_S = 15.0
-_BAR_INTERVAL_S = 0.1
+_UPDATE_INTERVAL_S = 0.1
+_RATE_PERIOD_S = 3600.0  # rich's own 30 s forget steps that take longer
 _WIDE, _BAR_WIDTH, _NARROW_BAR_WIDTH = 120, 40, 10
-_SHORTEST_S = 0.5  # what advanced in less says nothing about the rest
-
-
-class Pace:
-    """How fast a step goes, and what is left of it.
-
-    The rate is measured from the first advance on: neither what an earlier run finished nor the
-    time until a model is loaded counts.
-    """
-
-    def __init__(self, clock: Callable[[], float] | None = None) -> None:
-        self._clock = clock or time.monotonic
-        self._first: int | None = None
-        self.done = self.total = 0
-        self._started = self._updated = self._clock()
-        self._base: tuple[float, int] | None = None
-
-    def resume(self, done: int) -> None:
-        """Take in what was finished before; the step counts from when this pace was made."""
-        if self._first is None:
-            self._first = self.done = done
-
-    def update(self, done: int, total: int) -> None:
-        """Take in that `done` of `total` are finished now."""
-        now = self._clock()
-        if self._first is None or done < self.done:  # a worker that died does its part again
-            self._first, self._started, self._base = done, now, None
-        if done > self.done:
-            self._updated = now
-        if self._base is None and done > self._first:
-            self._base = (now, done)
-        self.done, self.total = done, total
-
-    @property
-    def rate(self) -> float | None:
-        """How many a second, None until there was enough of an advance."""
-        if self._base is None or self._first is None:
-            return None
-        since, before = self._base
-        if self.done == before:  # one advance so far: all there is to go by
-            since, before = self._started, self._first
-        seconds = self._updated - since
-        return (self.done - before) / seconds if seconds >= _SHORTEST_S else None
-
-    @property
-    def left(self) -> float | None:
-        """Seconds until the step is done, None while there is no rate; counts down by itself."""
-        if self.rate is None:
-            return None
-        passed = self._clock() - self._updated
-        return max((self.total - self.done) / self.rate - passed, 0.0)
-
-
-class _Plain:
-    """Prints a line at most every 15 seconds, and the end of what it has told of, once.
-
-    With `always` the end is told of what took less than 15 seconds too.
-    """
-
-    def __init__(self, *, always: bool = False) -> None:
-        self._last = time.monotonic()
-        self._told, self._ended = always, False
-
-    def tell(self, line: str, *, ending: bool) -> None:
-        now = time.monotonic()
-        due = now - self._last >= _PLAIN_INTERVAL_S or (ending and self._told)
-        if due and not (ending and self._ended):
-            self._last, self._told, self._ended = now, True, ending
-            console.print(line, markup=False)
-
-
-class _Eta(ProgressColumn):
-    """The time that is left, by the step's own pace: rich's forgets steps of over 30 seconds."""
-
-    def render(self, task: Task) -> Text:
-        left = task.fields["pace"].left
-        if left is None or task.finished:
-            return Text()
-        return Text(f"ETA {duration(left)}", style="progress.remaining")
-
-
-class _Note(ProgressColumn):
-    """What else there is to tell; the only part that a narrow terminal cuts."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 class Steps:
-    """How the long steps of one command go: bars on a terminal, elsewhere a line at times.
+    """How the long steps of one command go: bars on a terminal, elsewhere a line now and then.
 
-    Its callbacks may be called from other threads. Steps that had nothing to do leave no bar.
+    Its callbacks may be called from other threads. Without `bars` it prints lines.
     """
 
-    def __init__(self, bars: Progress | None) -> None:
-        self._bars = bars
-        self._silent: set[TaskID] = set()
+    def __init__(self, bars: Progress | None = None) -> None:
+        self._bars = bars or _progress(disable=True)
 
     def images(self, title: str, unit: str = "images") -> ImagesDone:
         """Return a callback (done, total, quarantined) for a step over images."""
-        pace = Pace()
-        tell = self._teller(title, unit, pace, _Plain())
+        step = _Step(self._bars, title, unit)
 
         def update(done: int, total: int, quarantined: int) -> None:
-            pace.update(done, total)
-            tell(f"{quarantined} quarantined" if quarantined else "")
+            step.update(done, total, f"{quarantined} quarantined" if quarantined else "")
 
         return update
 
@@ -151,77 +60,94 @@ class Steps:
 
         It takes the records that `student.progress` lists.
         """
-        pace, quality = Pace(), ""
-        tell = self._teller(title, "images", pace, _Plain(always=True))
+        step, quality = _Step(self._bars, title, "images", always=True), ""
         encoded: ImagesDone | None = None
 
         def update(record: Mapping[str, Any]) -> None:
             nonlocal encoded, quality
-            if "encoded" in record:  # which few trainings tell of
+            if "encoded" in record:  # only when a head is fitted
                 encoded = encoded or self.images(f"{title}: features")
                 encoded(record["encoded"], record["of"], record["quarantined"])
                 return
             epoch, images = int(record["epoch"]), int(record["images"])
             of = int(record.get("of", images))
             if "of" not in record:
-                pace.resume(epoch * images)
-            pace.update(epoch * of + images, epochs * of)
+                step.begin(epoch * images, epochs * of)
             if (measured := record.get("validation_mAP")) is not None:
                 quality = f"validation mAP {percent(measured)}"
-            tell(_joined(f"epoch {epoch + 1} of {epochs}", f"loss {record['loss']:.4f}", quality))
+            note = _joined(f"epoch {epoch + 1} of {epochs}", f"loss {record['loss']:.4f}", quality)
+            step.update(epoch * of + images, epochs * of, note)
 
         return update
 
-    def _teller(self, title: str, unit: str, pace: Pace, plain: _Plain) -> Callable[[str], None]:
-        """Return what shows a pace and a note: on a bar, elsewhere as a line."""
-        show = self._shown(title, unit)
-
-        def tell(note: str) -> None:
-            rate = None if pace.rate is None else f"{pace.rate:.1f}"
-            if show is not None:
-                show(pace, rate and f"{rate}/s", note)
-                return
-            ended = pace.done >= pace.total
-            left = None if pace.left is None or ended else f"ETA {duration(pace.left)}"
-            speed = rate and f"{rate} {unit}/s"
-            line = _joined(f"{title}: {pace.done}/{pace.total} {unit}", speed, left, note)
-            plain.tell(line, ending=ended)
-
-        return tell
-
-    def _shown(self, title: str, unit: str) -> Callable[[Pace, str | None, str], None] | None:
-        """Add a bar and return what moves it; None where there is no terminal."""
-        bars = self._bars
-        if bars is None:
-            return None
-        task = bars.add_task(escape(title), total=None, unit=unit, rate="", note="", pace=Pace())
-        self._silent.add(task)
-        last = 0.0
-
-        def show(pace: Pace, rate: str | None, note: str) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last < _BAR_INTERVAL_S and pace.done < pace.total:
-                return
-            last = now
-            self._silent.discard(task)
-            told: dict[str, Any] = {"rate": rate or "", "note": note, "pace": pace}
-            bars.update(task, completed=pace.done, total=pace.total, **told)
-
-        return show
-
     def clean(self) -> None:
-        """Take away the bars of steps that never told anything."""
-        if self._bars is not None:
-            for task in self._silent:
-                self._bars.remove_task(task)
+        """Remove the bars of steps that had nothing to do."""
+        for task in self._bars.tasks:
+            if task.total is None:
+                self._bars.remove_task(task.id)
+
+
+class _Step:
+    """One step: its task among rich's, which keeps the rate, and when a line was last printed.
+
+    What an earlier run finished and the time until a model is loaded do not count into the rate.
+    With `always` the end of a step is printed even if it took less than 15 seconds.
+    """
+
+    def __init__(self, bars: Progress, title: str, unit: str, *, always: bool = False) -> None:
+        self._bars, self._title, self._unit = bars, title, unit
+        self._task = bars.add_task(escape(title), total=None, unit=unit, note="")
+        self._updated = self._printed = time.monotonic()
+        self._begun, self._printing, self._ended = False, always, False
+
+    def begin(self, done: int, total: int) -> None:
+        """Say what was finished before this step began, if nothing was said yet."""
+        if not self._begun:
+            self._begun = True
+            self._bars.reset(self._task, completed=done, total=total)
+
+    def update(self, done: int, total: int, note: str) -> None:
+        """Show that `done` of `total` are finished now."""
+        now = time.monotonic()
+        if self._begun and now - self._updated < _UPDATE_INTERVAL_S and done < total:
+            return
+        self._updated = now
+        task = next(task for task in self._bars.tasks if task.id == self._task)
+        self._begun = self._begun and done >= task.completed  # a worker that died works again
+        self.begin(done, total)
+        self._bars.update(self._task, completed=done, total=total)
+        rate = None if task.speed is None else f"{task.speed:.1f} {self._unit}/s"
+        left = None if done >= total or not task.speed else task.time_remaining
+        told = _joined(rate, None if left is None else f"ETA {duration(left)}", note)
+        self._bars.update(self._task, note=told)
+        if self._bars.disable:
+            self._print(_joined(f"{self._title}: {done}/{total} {self._unit}", told), done >= total)
+
+    def _print(self, line: str, ending: bool) -> None:
+        now = time.monotonic()
+        due = now - self._printed >= _PLAIN_INTERVAL_S or (ending and self._printing)
+        if due and not (ending and self._ended):
+            self._printed, self._printing, self._ended = now, True, ending
+            console.print(line, markup=False)
+
+
+def _progress(*columns: ProgressColumn, disable: bool = False) -> Progress:
+    return Progress(
+        *columns,
+        console=console,
+        speed_estimate_period=_RATE_PERIOD_S,
+        get_time=time.monotonic,
+        disable=disable,
+        # On a terminal, what goes to standard error is printed above the bars.
+        redirect_stderr=sys.stderr.isatty(),
+    )
 
 
 @contextmanager
 def steps() -> Iterator[Steps]:
     """Show how the steps go that the block asks callbacks for."""
     if not console.is_interactive:
-        yield Steps(None)
+        yield Steps()
         return
     width = _BAR_WIDTH if console.width >= _WIDE else _NARROW_BAR_WIDTH
     columns: list[ProgressColumn] = [
@@ -229,14 +155,11 @@ def steps() -> Iterator[Steps]:
         BarColumn(width, table_column=Column(width=width)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[unit]}"),
-        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        _Eta(table_column=Column(no_wrap=True)),
-        _Note(),
+        # The only part that a narrow terminal cuts.
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
     ]
-    # What is written to a terminal's standard error stands above the bars, not within them.
-    above = sys.stderr.isatty()
-    with Progress(*columns, console=console, redirect_stderr=above) as bars:
+    with _progress(*columns) as bars:
         shown = Steps(bars)
         try:
             yield shown

@@ -109,7 +109,7 @@ def features_progress() -> ImagesDone:
 
     A bar would stand in the way of the table of trials.
     """
-    return Steps(None).images("sweep: features")
+    return Steps().images("sweep: features")
 
 
 def print_sweep(stage: StageFolder) -> None:

@@ -22,52 +22,6 @@ class Clock:
         return self.now
 
 
-def test_neither_loading_nor_resuming_counts_into_the_rate():
-    """Catches an ETA of days while a model loads, or of nothing after a resume."""
-    clock = Clock()
-    pace = console.Pace(clock)
-    clock.now += 60  # a model is loaded
-    pace.update(500, 1000)  # what an earlier run finished
-    assert (pace.rate, pace.left) == (None, None)
-    clock.now += 10
-    pace.update(520, 1000)
-    assert pace.rate == pytest.approx(2.0)
-    clock.now += 10
-    pace.update(620, 1000)  # ten a second since the first advance
-    assert pace.rate == pytest.approx(10.0)
-    assert pace.left == pytest.approx(38.0)
-    clock.now += 8  # nothing new: the time goes on
-    assert pace.left == pytest.approx(30.0)
-    assert pace.rate == pytest.approx(10.0)
-    clock.now += 1000
-    assert pace.left == 0.0
-
-
-def test_the_first_epoch_of_a_resumed_training_tells_the_pace():
-    """Catches a training that goes on in epoch 8 and is thought to have done 8 in a moment."""
-    clock = Clock()
-    pace = console.Pace(clock)
-    clock.now += 30
-    pace.resume(7)
-    pace.update(8, 10)
-    assert pace.left == pytest.approx(60.0)
-
-
-def test_work_that_is_done_again_is_timed_anew():
-    """Catches a negative rate, or an ETA of nothing, after a worker died."""
-    clock = Clock()
-    pace = console.Pace(clock)
-    for done in (0, 50, 90):
-        pace.update(done, 100)
-        clock.now += 10
-    pace.update(60, 100)
-    assert (pace.rate, pace.left) == (None, None)
-    clock.now += 10
-    pace.update(70, 100)
-    assert pace.rate == pytest.approx(1.0)
-    assert pace.left == pytest.approx(30.0)
-
-
 @pytest.fixture
 def plain(monkeypatch):
     """Return what is written to a console that is no terminal."""
@@ -76,10 +30,66 @@ def plain(monkeypatch):
     return sink
 
 
-def test_elsewhere_a_line_now_and_then(plain, monkeypatch):
-    """Catches logs that fill with one line an image, or bars in a file."""
+@pytest.fixture
+def clock(monkeypatch):
+    """Return the clock that the console's rates go by."""
     clock = Clock()
     monkeypatch.setattr(console.time, "monotonic", clock)
+    return clock
+
+
+def test_neither_loading_nor_resuming_counts_into_the_rate(plain, clock):
+    """Catches an ETA of days while a model loads, or of nothing after a resume."""
+    tell = console.Steps().images("predict")
+    clock.now += 60  # a model is loaded
+    tell(500, 1000, 0)  # what an earlier run finished
+    for done in (520, 620):
+        clock.now += 20
+        tell(done, 1000, 0)
+    assert plain.getvalue().splitlines() == [
+        "predict: 500/1000 images",
+        "predict: 520/1000 images",
+        "predict: 620/1000 images, 5.0 images/s, ETA 76 s",
+    ]
+
+
+def test_epochs_of_an_earlier_run_do_not_count_into_the_rate(plain, clock):
+    """Catches a training that goes on in epoch 8 and is thought to have done 8 in a moment."""
+    tell = console.Steps().epochs("train", 10)
+    for epoch in (7, 8):
+        clock.now += 50
+        tell({"epoch": epoch, "images": 100, "loss": 0.5})
+    assert plain.getvalue().splitlines() == [
+        "train: 800/1000 images, epoch 8 of 10, loss 0.5000",
+        "train: 900/1000 images, 2.0 images/s, ETA 50 s, epoch 9 of 10, loss 0.5000",
+    ]
+
+
+def test_work_that_is_done_again_is_timed_anew(plain, clock):
+    """Catches a negative rate, or an ETA of nothing, after a worker died."""
+    tell = console.Steps().images("label")
+    for done in (0, 50, 90, 60, 70, 80):
+        clock.now += 20
+        tell(done, 100, 0)
+    assert plain.getvalue().splitlines()[2:] == [
+        "label: 90/100 images, 2.0 images/s, ETA 5 s",
+        "label: 60/100 images",
+        "label: 70/100 images",
+        "label: 80/100 images, 0.5 images/s, ETA 40 s",
+    ]
+
+
+def test_a_slow_step_keeps_its_rate(plain, clock):
+    """Catches rich's 30 seconds, after which a slow step would have no ETA."""
+    tell = console.Steps().images("label")
+    for done in range(4):
+        tell(done, 10, 0)
+        clock.now += 300
+    assert plain.getvalue().splitlines()[-1] == "label: 3/10 images, 0.0 images/s, ETA 35 min 0 s"
+
+
+def test_elsewhere_a_line_now_and_then(plain, clock):
+    """Catches logs that fill with one line an image, or bars in a file."""
     with console.steps() as shown:
         tell = shown.images("label [x]")
         for done in range(0, 1001, 100):
@@ -91,10 +101,8 @@ def test_elsewhere_a_line_now_and_then(plain, monkeypatch):
     assert "\x1b" not in plain.getvalue()
 
 
-def test_elsewhere_what_was_told_of_is_told_to_its_end(plain, monkeypatch):
+def test_elsewhere_what_was_told_of_is_told_to_its_end(plain, clock):
     """Catches a log that stops at 65 of 150 images, an end told twice, and lines of short steps."""
-    clock = Clock()
-    monkeypatch.setattr(console.time, "monotonic", clock)
     with console.steps() as shown:
         tell = shown.images("predict")
         for done in (0, 65, 150, 150):
@@ -102,7 +110,7 @@ def test_elsewhere_what_was_told_of_is_told_to_its_end(plain, monkeypatch):
             clock.now += 16
         shown.images("prepare")(7, 7, 0)
     assert plain.getvalue().splitlines() == [
-        "predict: 65/150 images, 4.1 images/s, ETA 21 s",
+        "predict: 65/150 images",
         "predict: 150/150 images, 5.3 images/s",
     ]
 
@@ -118,10 +126,8 @@ def test_elsewhere_the_last_epoch_is_always_told(plain):
     assert line.endswith("epoch 3 of 3, loss 0.5000, validation mAP 25.0")
 
 
-def test_a_training_is_told_of_within_its_epochs(plain, monkeypatch):
+def test_a_training_is_told_of_within_its_epochs(plain, clock):
     """Catches an epoch of an hour without a word, and an ETA that is of this epoch alone."""
-    clock = Clock()
-    monkeypatch.setattr(console.time, "monotonic", clock)
     with console.steps() as shown:
         tell = shown.epochs("train", 2)
         for images in (0, 10, 20):
@@ -131,18 +137,19 @@ def test_a_training_is_told_of_within_its_epochs(plain, monkeypatch):
         tell({"epoch": 0, "images": 100, "loss": 0.5, "validation_mAP": 0.1})
         clock.now += 20
         tell({"epoch": 1, "images": 10, "of": 100, "loss": 0.4})
-        tell({"encoded": 0, "of": 4, "quarantined": 0})
-        clock.now += 20
-        tell({"encoded": 3, "of": 4, "quarantined": 1})
+        for encoded in (0, 1, 3):
+            tell({"encoded": encoded, "of": 4, "quarantined": 1})
+            clock.now += 20
     assert plain.getvalue().splitlines() == [
         "train: 0/200 images, epoch 1 of 2, loss 0.7500",
-        "train: 10/200 images, 0.5 images/s, ETA 6 min 20 s, epoch 1 of 2, loss 0.7500",
+        "train: 10/200 images, epoch 1 of 2, loss 0.7500",
         "train: 20/200 images, 0.5 images/s, ETA 6 min 0 s, epoch 1 of 2, loss 0.7500",
         "train: 100/200 images, 0.5 images/s, ETA 3 min 20 s, epoch 1 of 2, loss 0.5000,"
         " validation mAP 10.0",
         "train: 110/200 images, 0.5 images/s, ETA 3 min 0 s, epoch 2 of 2, loss 0.4000,"
         " validation mAP 10.0",
-        "train: features: 3/4 images, 0.1 images/s, ETA 7 s, 1 quarantined",
+        "train: features: 1/4 images, 1 quarantined",
+        "train: features: 3/4 images, 0.1 images/s, ETA 10 s, 1 quarantined",
     ]
 
 
@@ -152,19 +159,21 @@ def test_a_terminal_gets_bars_of_what_goes_on(monkeypatch):
     sink = io.StringIO()
     terminal = Console(file=sink, width=160, force_terminal=True, color_system=None)
     monkeypatch.setattr(console, "console", terminal)
-    monkeypatch.setattr(console, "_SHORTEST_S", 1e-9)
+    monkeypatch.setattr(console, "_UPDATE_INTERVAL_S", 0.0)
     with console.steps() as shown:
         shown.images("predict")  # finished before: never told of
         tell = shown.images("label")
-        tell(0, 10, 0)
-        tell(10, 10, 2)
-        shown.epochs("train", 4)({"epoch": 0, "loss": 1.25, "images": 7})
+        for done in (0, 4, 10):
+            tell(done, 10, 2)
+        told = shown.epochs("train", 4)
+        for epoch in range(2):
+            told({"epoch": epoch, "loss": 1.25, "images": 7})
     last = sink.getvalue().rpartition("label")[2]
     assert "10/10" in last
     assert "/s" in last
     assert "2 quarantined" in last
     assert "loss 1.2500" in last
-    assert "7/28" in last
+    assert "14/28" in last
     assert "ETA" in last.partition("train")[2]
 
 
