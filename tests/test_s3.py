@@ -161,7 +161,6 @@ def photo(name: str) -> str:
 
 def test_an_outage_costs_no_image(store, monkeypatch):
     """Would catch good images that are quarantined because nothing could be read for a while."""
-    monkeypatch.setattr(images, "_RETRY_SECONDS", 0.001)
     uri = photo("1")
     for method in ("HEAD", "GET"):
         store.faults.append(Fault(method, 503, "SlowDown", times=1000))
@@ -174,7 +173,6 @@ def test_an_outage_costs_no_image(store, monkeypatch):
 
 def test_an_object_that_fails_alone_costs_one_image(store, monkeypatch):
     """Would catch a broken object that ends every run that meets it."""
-    monkeypatch.setattr(images, "_RETRY_SECONDS", 0.001)
     good, bad = photo("good"), photo("bad")
     for method in ("HEAD", "GET"):
         store.faults.append(Fault(method, 500, "InternalError", times=1000, path="outage/bad.png"))

@@ -12,7 +12,8 @@ import pyarrow as pa
 from hts_ray.config import ImagesConfig
 from hts_ray.engine.deaths import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.errors import DataError
-from hts_ray.images.decode import DecodedImage
+from hts_ray.images.decode import DecodedImage, ImageError, decode_image
+from hts_ray.images.retry import read_image_bytes
 from hts_ray.store.aliases import Pixels
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ def decode_batch(
     images: ImagesConfig,
     square: int | None = None,
     *,
-    retries: int | None = None,
     attempts: Log | None = None,
     meter: Meter | None = None,
 ) -> pa.Table:
@@ -43,14 +43,13 @@ def decode_batch(
 
     Adds `pixels` (H * W * 3 bytes, RGB, row-major), `pixel_height`, `pixel_width`, the upright
     original's `width` and `height`, `error_kind` and `error`; a bad row has null pixels.
-    `square` squashes the pixels to `square` x `square`, which is all that a student looks at.
-    Storage that fails is asked again up to `retries` times, a few times by default. With a log of
-    `attempts`, a batch that has killed its worker is decoded in a process apart. A `meter` counts
-    what is asked again. Raises DataError where it is the storage that fails and not an image, see
-    `hts_ray.images.retry.patiently`.
+    `square` squashes the pixels to `square` x `square`, which is all that a student looks at. With
+    a log of `attempts`, a batch that has killed its worker is decoded in a process apart. A `meter`
+    counts the reads that were tried again. Raises DataError when the storage fails and not an
+    image, see `hts_ray.images.retry.read_patiently`.
     """
     uris = table["uri"].to_pylist()
-    work = partial(_decode_row, images=images, square=square, retries=retries, meter=meter)
+    work = partial(_decode_row, images=images, square=square, meter=meter)
     ids = [f"decode {image_id}" for image_id in table["image_id"].to_pylist()] if attempts else []
     if attempts is not None and attempts.begin(ids) is not None:
         rows = each_in_a_process(work, uris, _killed_by)
@@ -75,12 +74,8 @@ def _decode_row(
     uri: str | None,
     images: ImagesConfig,
     square: int | None,
-    retries: int | None = None,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
-    from hts_ray.images.decode import ImageError, decode_image
-    from hts_ray.images.retry import RETRIES, read_image_bytes
-
     def retried() -> None:
         if meter is not None:
             meter.count(retries=1)
@@ -89,7 +84,7 @@ def _decode_row(
         if not uri:
             raise ImageError("missing", "the row has no uri")
         image = decode_image(
-            read_image_bytes(uri, RETRIES if retries is None else retries, retried),
+            read_image_bytes(uri, retried=retried),
             max_pixels=images.max_pixels,
             min_side=images.min_side,
             max_side=images.max_side,

@@ -6,8 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,11 +85,8 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
         }
     )
     try:
-        with contextlib.ExitStack() as around:
-            # Joining, the process may end within the call, and what was held back would be lost.
-            if not joins:
-                around.enter_context(busy("starting Ray"))
-                around.enter_context(_without_log_level_notice())
+        # Joining, Ray may end the process within the call, and a spinner would hide its words.
+        with contextlib.nullcontext() if joins else busy("starting Ray"):
             ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
@@ -144,27 +139,6 @@ def _local_cpus(config: RayConfig, pools: Sequence[PoolConfig]) -> int:
             remedy=f"set {taken + CPUS_BESIDE} or more (they are logical), or leave it out",
         )
     return config.num_cpus
-
-
-@contextmanager
-def _without_log_level_notice() -> Iterator[None]:
-    """Hold standard error back, and give it out without Ray's notice of the log level set above.
-
-    The notice comes from C++, so only the file descriptor can be held back.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            held.seek(0)
-            lines = [line for line in held if b"Set ray log level from environment" not in line]
-            os.write(2, b"".join(lines))
 
 
 def _protect_token() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import stat
-import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -17,8 +15,6 @@ from hts_ray.store import storage
 
 Result = TypeVar("Result")
 
-RETRIES = 3
-_RETRY_SECONDS = 0.5  # the pauses double
 _HEAD_BYTES = 1 << 16  # where nearly every image has its size
 # Errors of local and mounted disks that another try may not meet, and those that every try will.
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
@@ -36,9 +32,9 @@ class ImageHeader(NamedTuple):
 def probe_uri(uri: str) -> ImageHeader:
     """Return the upright size of the image at a path or URI, as a rule from its first bytes.
 
-    Raises ImageError, `missing` and `unreadable` among its kinds, and what `patiently` raises.
+    Raises ImageError, `missing` and `unreadable` among its kinds, and what `read_patiently` raises.
     """
-    data, size = patiently(uri, lambda: _read(uri, _HEAD_BYTES))
+    data, size = read_patiently(uri, lambda: _read(uri, _HEAD_BYTES))
     try:
         return ImageHeader(*probe_image(data), size)
     except ImageError:
@@ -48,20 +44,20 @@ def probe_uri(uri: str) -> ImageHeader:
 
 
 def read_image_bytes(
-    uri: str, retries: int = RETRIES, retried: Callable[[], None] | None = None
+    uri: str, retries: int = storage.RETRIES, retried: Callable[[], None] | None = None
 ) -> bytes:
     """Return a file's bytes from a path or a URI that pyarrow can open.
 
     Raises ImageError: `missing` when nothing is there, `unreadable` for a folder, a pipe, a lack
-    of permission or a storage that fails for this file; and what `patiently` raises.
+    of permission or a storage that fails for this file; and what `read_patiently` raises.
     """
-    return patiently(uri, lambda: _read(uri)[0], retries, retried)
+    return read_patiently(uri, lambda: _read(uri)[0], retries, retried)
 
 
-def patiently(
+def read_patiently(
     uri: str,
     read: Callable[[], Result],
-    retries: int = RETRIES,
+    retries: int = storage.RETRIES,
     retried: Callable[[], None] | None = None,
 ) -> Result:
     """Read an image's file, and again after growing pauses while its storage fails.
@@ -71,18 +67,8 @@ def patiently(
     that fails as well it is no image's fault, and DataError ends the run, which can go on later,
     instead of an outage that costs every image that was due.
     """
-    for attempt in range(retries):
-        try:
-            return read()
-        except ImageError as error:
-            if not _may_pass(error, uri):
-                raise
-        if retried is not None:
-            retried()
-        # Spread, so that a thousand tasks do not come back in step.
-        time.sleep(_RETRY_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
     try:
-        return read()
+        return storage.retry(read, lambda error: _may_pass(error, uri), retries, retried)
     except ImageError as error:
         if not (_may_pass(error, uri) and storage.is_one_store(uri)):
             raise
@@ -90,9 +76,9 @@ def patiently(
     return read()
 
 
-def _may_pass(error: ImageError, uri: str) -> bool:
+def _may_pass(error: Exception, uri: str) -> bool:
     """Tell a storage error that another try may not meet: throttling, a lost connection."""
-    if error.kind != "unreadable":
+    if not isinstance(error, ImageError) or error.kind != "unreadable":
         return False
     cause = error.__cause__
     if isinstance(cause, DataError):  # the storage could not be opened

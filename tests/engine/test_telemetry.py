@@ -144,11 +144,19 @@ def test_gpus_are_paid_for_while_they_wait(recorder, monkeypatch):
     assert [values["gpu_hours"] for values in kept] == [0.5, 0.0, 0.25]
 
 
-def test_work_that_fails_was_work(recorder):
+def test_work_that_fails_was_work(recorder, monkeypatch):
     """Would catch a failing batch that hides its time, or an error that is swallowed."""
-    with pytest.raises(ValueError, match="bad batch"), recorder.busy():
-        raise ValueError("bad batch")
-    assert kept[0]["busy_seconds"] >= 0
+    clock = [100.0]
+    monkeypatch.setattr("hts_ray.engine.telemetry.time.monotonic", lambda: clock[0])
+
+    def work():
+        with recorder.busy():
+            clock[0] += 2.5
+            raise ValueError("bad batch")
+
+    with pytest.raises(ValueError, match="bad batch"):
+        work()
+    assert kept == [{"busy_seconds": 2.5}]
 
 
 def test_price_and_format_reach_the_meters_of_a_run():

@@ -11,7 +11,8 @@ from PIL import Image
 from hts_ray.errors import DataError
 from hts_ray.images import retry
 from hts_ray.images.decode import ImageError
-from hts_ray.images.retry import patiently, probe_uri, read_image_bytes
+from hts_ray.images.retry import probe_uri, read_image_bytes, read_patiently
+from hts_ray.store import storage
 
 
 def test_reading(tmp_path):
@@ -40,7 +41,7 @@ class Busy:
     """A file's reads, of which the first so many meet an error."""
 
     def __init__(self, monkeypatch, failures, error):
-        monkeypatch.setattr(retry, "_RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(storage, "_PAUSE_SECONDS", 0.001)
         self.failures, self.error, self.asked, self.retried = failures, error, 0, 0
 
     def read(self):
@@ -58,10 +59,10 @@ class Busy:
 def test_storage_that_fails_for_once_is_asked_again(monkeypatch):
     """A throttled request that costs an image, or a disk that is asked for what it refuses."""
     busy = Busy(monkeypatch, 2, OSError("HTTP status 503"))
-    assert patiently("s3://bucket/x.png", busy.read, 2, busy.retry) == b"pixels"
+    assert read_patiently("s3://bucket/x.png", busy.read, 2, busy.retry) == b"pixels"
     assert (busy.asked, busy.retried) == (3, 2)
     busy = Busy(monkeypatch, 1, OSError(errno.ESTALE, "stale handle"))
-    assert patiently("/nfs/x.png", busy.read) == b"pixels"
+    assert read_patiently("/nfs/x.png", busy.read) == b"pixels"
     for uri, error in (
         ("/disk/x.png", PermissionError(errno.EACCES, "denied")),
         ("/disk/x.png", OSError("whatever else")),
@@ -70,7 +71,7 @@ def test_storage_that_fails_for_once_is_asked_again(monkeypatch):
     ):
         busy = Busy(monkeypatch, 1, error)
         with pytest.raises(ImageError):
-            patiently(uri, busy.read)
+            read_patiently(uri, busy.read)
         assert busy.asked == 1, uri
 
 
@@ -78,22 +79,22 @@ def test_an_image_is_given_up_only_when_its_storage_answers(monkeypatch):
     """An outage that quarantines every image that was due, or an image that ends the run."""
     down = OSError("HTTP status 503")
     asked = []
-    monkeypatch.setattr(retry.storage, "require_answer", asked.append)
+    monkeypatch.setattr(storage, "require_answer", asked.append)
     busy = Busy(monkeypatch, 3, down)  # well again by the time that another file is there
-    assert patiently("s3://bucket/x.png", busy.read, 2) == b"pixels"
+    assert read_patiently("s3://bucket/x.png", busy.read, 2) == b"pixels"
     with pytest.raises(ImageError):  # this object alone
-        patiently("s3://bucket/x.png", Busy(monkeypatch, 9, down).read, 2)
+        read_patiently("s3://bucket/x.png", Busy(monkeypatch, 9, down).read, 2)
     assert asked == ["s3://bucket/x.png"] * 2
     with pytest.raises(ImageError):  # one of the web's hosts: the others' images go on
-        patiently("https://host/x.png", Busy(monkeypatch, 9, down).read, 2)
+        read_patiently("https://host/x.png", Busy(monkeypatch, 9, down).read, 2)
     assert len(asked) == 2
 
     def dead(path):
         raise DataError(f"{path}: the storage fails")
 
-    monkeypatch.setattr(retry.storage, "require_answer", dead)
+    monkeypatch.setattr(storage, "require_answer", dead)
     with pytest.raises(DataError, match="the storage fails") as caught:
-        patiently("s3://bucket/x.png", Busy(monkeypatch, 9, down).read, 2)
+        read_patiently("s3://bucket/x.png", Busy(monkeypatch, 9, down).read, 2)
     assert not isinstance(caught.value, ImageError)
 
 
