@@ -40,7 +40,7 @@ from hts_ray.student.resume import (
     restore,
     write_local,
 )
-from hts_ray.student.targets import dense_targets, dense_weights
+from hts_ray.student.targets import dense_targets, dense_weights, validation_due
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -201,11 +201,6 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
     record = epoch_record(epoch, loss, lr, images, time.monotonic() - started)
     record["validation_mAP"] = _validate(worker, epoch)
     return Position([*position.history, record], workers=worker.world)
-
-
-def validation_due(config: TrainConfig, epoch: int) -> bool:
-    """Return whether the validation images are scored after an epoch; after the last they are."""
-    return epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0
 
 
 def _validate(worker: _Worker, epoch: int) -> float | None:

@@ -282,21 +282,17 @@ def checkpoint_activations(student: Student) -> None:
     ConfigError for towers that cannot.
     """
     visual: Any = student.visual
-    reason = ""
-    if not hasattr(visual, "set_grad_checkpointing") or hasattr(visual, "attnpool"):
-        reason = "open_clip cannot"
-    else:
-        try:
-            visual.set_grad_checkpointing(True)
-        except (AssertionError, NotImplementedError, AttributeError) as error:  # timm's refusals
-            reason = str(error)
-    if reason:
+    try:
+        if hasattr(visual, "attnpool"):
+            raise NotImplementedError("open_clip's ResNets have no such switch")
+        visual.set_grad_checkpointing(True)
+    except (AssertionError, NotImplementedError, AttributeError) as error:  # timm's ways to refuse
         raise ConfigError(
-            f"the tower of {student.config.model} cannot compute its activations again ({reason})",
+            f"the tower of {student.config.model} cannot compute its activations again ({error})",
             field="train.gradient_checkpointing",
             value=True,
             remedy="leave it out, and raise train.accumulation instead",
-        )
+        ) from error
 
 
 def resolve_name(config: StudentConfig) -> str:

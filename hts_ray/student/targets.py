@@ -134,6 +134,11 @@ def validation_rows(run: Run, manifest: str | None = None) -> pa.Table | None:
     return chosen
 
 
+def validation_due(config: TrainConfig, epoch: int) -> bool:
+    """Return whether the validation images are scored after an epoch; after the last they are."""
+    return epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0
+
+
 def training_set(
     labels: pa.Table, class_table: ClassTable, config: TrainConfig, seed: int
 ) -> TrainingSet:

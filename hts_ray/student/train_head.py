@@ -22,9 +22,8 @@ from hts_ray.student.checkpoints import WEIGHTS
 from hts_ray.student.features import Features, ensure_features, read_feature_table
 from hts_ray.student.head import HeadData, HeadFit, fit_head, head_logits
 from hts_ray.student.loggers import CurveLog
-from hts_ray.student.loop import validation_due
 from hts_ray.student.progress import encoding_progress
-from hts_ray.student.targets import Task, dense_targets, dense_weights
+from hts_ray.student.targets import Task, dense_targets, dense_weights, validation_due
 
 
 def fit_on_features(task: Task) -> dict[str, Any]:
