@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,17 @@ _Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """The largest difference of an export from the student, in what was `compared`, and notes."""
+    """An export that was read again: `again` computes what `expected` does.
 
-    difference: float
-    compared: str
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Written:
-    """An export that was read again: `again` computes what `expected` does."""
+    `compared` names what they compute, `difference` is the largest absolute one between them, and
+    `notes` say how the export is used.
+    """
 
     expected: _Compute
     again: _Compute
     notes: tuple[str, ...]
     compared: str = "logits"
+    difference: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,11 @@ def export_student(path: str, form: str, output: str) -> Exported:
                 f"the {form} export computes other {written.compared} than the student, by"
                 f" {difference:.2g}: it was not kept"
             )
-    return Exported(difference, written.compared, written.notes)
+    return replace(written, difference=difference)
 
 
 @torch.inference_mode()
-def _difference(written: _Written, student: Student) -> float:
+def _difference(written: Exported, student: Student) -> float:
     """Return the largest absolute difference over a batch of one image and a batch of two."""
     generator = torch.Generator().manual_seed(0)
     shape = (3, student.image_size, student.image_size)
@@ -122,7 +118,7 @@ def _check_suffix(form: str, output: str) -> None:
     raise ConfigError(field="--output", value=output, remedy=remedy)
 
 
-def _write_safetensors(source: _Source, target: Path) -> _Written:
+def _write_safetensors(source: _Source, target: Path) -> Exported:
     """Write the student's own folder with a model card; it loads without any other file."""
     save_student(source.student, str(target), description_of(source.folder).get("info"))
     (target / CARD).write_text(model_card(source.student, source.folder), encoding="utf-8")
@@ -130,10 +126,10 @@ def _write_safetensors(source: _Source, target: Path) -> _Written:
         f"hts_ray.student.load_student({source.output!r})",
         f"{storage.join(source.output, CARD)} is its model card: add what you know of the data",
     )
-    return _Written(source.student, load_student(str(target)), notes=notes)
+    return Exported(source.student, load_student(str(target)), notes=notes)
 
 
-def _write_hts(source: _Source, target: Path) -> _Written:
+def _write_hts(source: _Source, target: Path) -> Exported:
     """Write the paper's checkpoint and import it again."""
     student, table = source.student, source.student.class_table
     epochs = description_of(source.folder).get("info", {}).get("epochs")
@@ -141,15 +137,15 @@ def _write_hts(source: _Source, target: Path) -> _Written:
     torch.save(official_checkpoint(student, epoch), target)
     again = read_official(str(target), table)
     notes = [f"hts import-checkpoint {source.output} --output DIR"]
-    if table.fingerprint() != hico_classes().fingerprint():
+    if table != hico_classes():
         notes[0] += f" --classes {storage.join(source.folder, CLASSES)}"
         notes.append("the format names no classes, and these are not HICO's: keep their list")
     if len(table) != HICO_CLASSES:
         notes.append(f"the paper's code expects 600 classes (HICO), this student has {len(table)}")
-    return _Written(student, again, notes=tuple(notes))
+    return Exported(student, again, notes=tuple(notes))
 
 
-def _write_open_clip(source: _Source, target: Path) -> _Written:
+def _write_open_clip(source: _Source, target: Path) -> Exported:
     """Write the image tower's state dict and load it by open_clip's own function."""
     student = source.student
     state = cpu_state(student.visual)
@@ -168,7 +164,7 @@ def _write_open_clip(source: _Source, target: Path) -> _Written:
         f"open_clip.create_model({name!r}{given}).eval().encode_image(images)",
         "it holds the image tower only; the classes are in the safetensors export",
     )
-    return _Written(student.visual, again, compared="image features", notes=notes)
+    return Exported(student.visual, again, compared="image features", notes=notes)
 
 
 def _open_clip_model(student: Student) -> tuple[str, dict[str, Any]]:
@@ -226,7 +222,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _write_onnx(source: _Source, target: Path) -> _Written:
+def _write_onnx(source: _Source, target: Path) -> Exported:
     """Write a graph from images (N, 3, S, S), normalised, to logits (N, C), and run it."""
     try:
         import onnx
@@ -252,7 +248,7 @@ def _write_onnx(source: _Source, target: Path) -> _Written:
         f"opset {opset}; images (N, 3, {side}, {side}) float32 to logits (N, {classes})",
         "images are RGB, squashed to the square; mean, deviation and classes are in the metadata",
     )
-    return _Written(student, again, notes=notes)
+    return Exported(student, again, notes=notes)
 
 
 def _export_graph(student: Student, target: Path) -> int:
@@ -289,7 +285,7 @@ def _export_graph(student: Student, target: Path) -> int:
     return int(program.model.opset_imports[""])
 
 
-_WRITERS: dict[str, Callable[[_Source, Path], _Written]] = {
+_WRITERS: dict[str, Callable[[_Source, Path], Exported]] = {
     "safetensors": _write_safetensors,
     "open_clip": _write_open_clip,
     "onnx": _write_onnx,

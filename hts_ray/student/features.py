@@ -46,7 +46,6 @@ class Features:
     """
 
     image_ids: list[str]
-    splits: list[str]
     features_ND: FloatArray
     flipped_ND: FloatArray | None
 
@@ -55,8 +54,7 @@ class Features:
         row_of = {image_id: row for row, image_id in enumerate(self.image_ids)}
         rows = np.array([row_of[image_id] for image_id in image_ids], dtype=np.int64)
         flipped = None if self.flipped_ND is None else self.flipped_ND[rows]
-        splits = [self.splits[row] for row in rows]
-        return Features(list(image_ids), splits, self.features_ND[rows], flipped)
+        return Features(list(image_ids), self.features_ND[rows], flipped)
 
 
 def read_feature_table(path: str) -> Features:
@@ -72,9 +70,7 @@ def read_feature_table(path: str) -> Features:
     if not len(good):
         raise DataError(f"{path} holds no image with features: see its quarantine")
     flipped = _matrix(good["flipped"]) if "flipped" in good.column_names else None
-    return Features(
-        good["image_id"].to_pylist(), good["split"].to_pylist(), _matrix(good[TABLE]), flipped
-    )
+    return Features(good["image_id"].to_pylist(), _matrix(good[TABLE]), flipped)
 
 
 def _matrix(column: pa.ChunkedArray) -> FloatArray:
