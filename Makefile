@@ -40,10 +40,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# docs/benchmarks.md from the results, and the reference of the Python API; warnings fail.
+# docs/benchmarks.md from the results, docs/settings.md from the settings, and the reference of the
+# Python API; warnings fail.
 .PHONY: docs
 docs: install
 	$(BIN)/python benchmarks/render.py
+	$(BIN)/python docs/settings_page.py
 	$(BIN)/python docs/api.py build/docs
 
 format: install

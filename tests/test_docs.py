@@ -159,6 +159,16 @@ def test_benchmarks_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> N
     assert page == render.render(), "run `make docs` and commit docs/benchmarks.md"
 
 
+def test_every_setting_is_named_with_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a setting that no page names, and a reference left behind by the code."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import settings_page
+
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == settings_page.render(), "run `make docs` and commit docs/settings.md"
+    assert not re.findall(r"^.*\|  \|$", page, re.M), "a setting without a meaning"
+
+
 def test_unknown_results_are_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches measurements that are left out of the page in silence, or shown half."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
