@@ -24,9 +24,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from measured import measured_on, write_results
+
 from hts_ray.captions.matching import match_captions
 from hts_ray.classes import hico_classes
-from hts_ray.store.provenance import measured_on, write_results
 
 ROOT = Path(__file__).resolve().parent
 CAPTIONS = ROOT.parent / "tests" / "teacher" / "data" / "captions.jsonl"

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from measured import measured_on, write_results
 
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.engine.console import print_rows
-from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.student.head import HeadData, fit_head
 
 RESULTS = Path(__file__).parent / "results" / "head_fit.json"

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from measured import measured_on, write_results
 from scipy import stats
 
 from hts_ray.config import HtsConfig, load_config
@@ -24,7 +25,6 @@ from hts_ray.demo.run import Variant, demo_config, make_world, train_here
 from hts_ray.engine.console import percent, print_rows
 from hts_ray.engine.run import open_run
 from hts_ray.engine.session import ray_cluster
-from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.teacher.stage import plan_label
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"

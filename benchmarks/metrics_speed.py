@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from measured import measured_on, write_results
 from numpy.typing import NDArray
 
 from hts_ray.metrics import RECALL_THRESHOLDS, evaluate, hico_average_precision
-from hts_ray.store.provenance import measured_on, write_results
 
 RESULTS = Path(__file__).parent / "results" / "metrics_speed.json"
 Sort = Literal["stable", "quicksort"]

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from measured import measured_on, read_results, write_results
 from scipy.stats import kendalltau, spearmanr
 
 from hts_ray import metrics
@@ -38,7 +39,6 @@ from hts_ray.engine.session import ray_cluster
 from hts_ray.evaluate import label_matrix
 from hts_ray.images.manifest import open_manifest
 from hts_ray.labels.stage import plan_filter
-from hts_ray.store.provenance import measured_on, read_results, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.student.features import ensure_features, read_feature_table
 from hts_ray.student.head import head_logits

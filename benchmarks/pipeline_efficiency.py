@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from measured import measured_on, write_results
 from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
@@ -35,7 +36,6 @@ from hts_ray.engine.session import ray_cluster
 from hts_ray.images.crops import CropBatch
 from hts_ray.images.manifest import open_manifest
 from hts_ray.images.regions import propose_regions
-from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 from hts_ray.teacher.models.loading import load_captioner

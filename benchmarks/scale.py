@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+from measured import measured_on, read_results, write_results
 from PIL import Image
 
 from hts_ray.classes import hico_classes
 from hts_ray.config import LabelConfig, RayConfig
 from hts_ray.engine.session import ray_cluster
 from hts_ray.images.manifest import open_manifest
-from hts_ray.store.provenance import measured_on, read_results, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 from hts_ray.teacher.stage import label_images

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import psutil
 import torch
+from measured import measured_on, write_results
 from trie_speed import END, START, hico_tokens
 
-from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.teacher.models.architectures import GitDecoder
 
 RESULTS = Path(__file__).parent / "results" / "scoring_memory.json"

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from measured import measured_on, write_results
 from torch import Tensor, nn
 
 from hts_ray.classes import ClassTable, hico_classes, load_class_table
@@ -43,7 +44,6 @@ from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import propose_regions
 from hts_ray.store.aliases import FloatArray, Pixels
-from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.teacher.captioner import keep_top
 from hts_ray.teacher.models.architectures import CrossAttentionDecoder
 from hts_ray.teacher.models.loading import load_captioner

@@ -28,6 +28,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
+from measured import measured_on, read_results, write_results
 
 from hts_ray import report
 from hts_ray.config import HtsConfig, load_config, override
@@ -46,7 +47,6 @@ from hts_ray.engine.session import ray_cluster
 from hts_ray.images.manifest import open_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
-from hts_ray.store.provenance import measured_on, read_results, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import read_table, write_table
 from hts_ray.student.targets import training_labels

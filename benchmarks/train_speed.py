@@ -29,6 +29,7 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import torch
+from measured import measured_on, write_results
 from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
@@ -37,7 +38,6 @@ from hts_ray.engine.run import Run
 from hts_ray.engine.session import ray_cluster
 from hts_ray.losses import make_loss
 from hts_ray.store import storage
-from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.store.run import StageFolder
 from hts_ray.student import loop
 from hts_ray.student import train as training

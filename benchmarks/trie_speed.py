@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured import measured_on, write_results
 from torch import Tensor
 
 from hts_ray.classes import hico_classes
-from hts_ray.store.provenance import measured_on, write_results
 from hts_ray.teacher.models.architectures import (
     BatchedCrossAttentionDecoder,
     CrossAttentionDecoder,

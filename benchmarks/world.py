@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from measured import measured_on, write_results
+
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.demo.run import (
     FEW,
@@ -30,7 +32,6 @@ from hts_ray.demo.run import (
 from hts_ray.engine.console import print_rows
 from hts_ray.engine.run import open_run
 from hts_ray.engine.session import ray_cluster
-from hts_ray.store.provenance import measured_on, write_results
 
 RESULTS = Path(__file__).parent / "results" / "world.json"
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -53,30 +50,6 @@ def git_commit() -> str | None:
     status = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
     dirty = command_output(status)
     return commit + ("+changes" if dirty else "")
-
-
-def measured_on() -> dict[str, Any]:
-    """Return what a measurement depends on: date, hardware, versions and commit."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Return what a benchmark wrote earlier; empty where it never did."""
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return found
-
-
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write a benchmark's results, all at once: the file before stays until they are complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _cores() -> int | None:

@@ -17,17 +17,8 @@ from hts_ray.store import storage
 
 SCHEMA_VERSION = "2"
 STATS_FILE = "stats.json"
-# Beginnings of names that stand beside a table's own files.
-_NO_ROWS = [
-    ".",
-    "_",
-    "checkpoint",
-    STATS_FILE,
-    "table.json",
-    "quarantine",
-    "overrides",
-    "agreement",
-]
+# Beginnings of the names of other files in a table's folder.
+_NO_ROWS = [*"._", "checkpoint", STATS_FILE, "table.json", "quarantine", "overrides", "agreement"]
 
 
 def _schema(name: str, fields: list[pa.Field]) -> pa.Schema:
@@ -35,47 +26,51 @@ def _schema(name: str, fields: list[pa.Field]) -> pa.Schema:
 
 
 CLASS_IDS = pa.list_(pa.int16())
+BOX = pa.list_(pa.float32(), 4)
 # Without it a flipped bit can give another label; files without checksums are read as they are.
 _CHECKED_PARQUET = pads.ParquetFileFormat(
     default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
-BOX = pa.list_(pa.float32(), 4)
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+# Columns that several tables share.
+_ID = _required("image_id", pa.string())
+_URI = pa.field("uri", pa.string())
+_SPLIT = pa.field("split", pa.string())
+_SIZE = [pa.field("width", pa.int32()), pa.field("height", pa.int32())]
+_OUTCOME = [
+    _required("status", pa.string()),  # ok or quarantined
+    pa.field("error_kind", pa.string()),
+    pa.field("error", pa.string()),
+]
+ANNOTATION_COLUMNS = ("positive_ids", "negative_ids", "ambiguous_ids")
+# Class ids by annotation; null where the image has none. What is in no list is unknown.
+_ANNOTATIONS = [pa.field(name, CLASS_IDS) for name in ANNOTATION_COLUMNS]
 
 MANIFEST_SCHEMA = _schema(
     "manifest",
     [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("split", pa.string(), nullable=False),
-        # Class ids by annotation; null where the image has none. What is in no list is unknown.
-        pa.field("positive_ids", CLASS_IDS),
-        pa.field("negative_ids", CLASS_IDS),
-        pa.field("ambiguous_ids", CLASS_IDS),
+        _ID,
+        _required("uri", pa.string()),
+        *_SIZE,
+        _required("split", pa.string()),
+        *_ANNOTATIONS,
     ],
 )
-ANNOTATION_COLUMNS = ("positive_ids", "negative_ids", "ambiguous_ids")
 
-CORRECTIONS_SCHEMA = _schema(
-    "corrections",
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        # As in a manifest: what is in no list was not decided.
-        pa.field("positive_ids", CLASS_IDS),
-        pa.field("negative_ids", CLASS_IDS),
-        pa.field("ambiguous_ids", CLASS_IDS),
-    ],
-)
+CORRECTIONS_SCHEMA = _schema("corrections", [_ID, *_ANNOTATIONS])
 
 REGION_SCORES_SCHEMA = _schema(
     "region_scores",
     [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string()),
-        pa.field("split", pa.string()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
+        _ID,
+        _URI,
+        _SPLIT,
+        *_SIZE,
         pa.field("boxes", pa.list_(BOX)),  # R boxes, xyxy, pixels of the upright original
         # R kinds: whole, grid, person, union, given; and the context around each, share of a side
         pa.field("region_kinds", pa.list_(pa.string())),
@@ -84,52 +79,55 @@ REGION_SCORES_SCHEMA = _schema(
         # R x C log-likelihoods, row-major; -inf for a class that was left out
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("problems", pa.list_(pa.string())),  # boxes that could not be used, and why
-        pa.field("status", pa.string(), nullable=False),  # ok or quarantined
-        pa.field("error_kind", pa.string()),
-        pa.field("error", pa.string()),
+        *_OUTCOME,
     ],
 )
 
 PSEUDO_LABELS_SCHEMA = _schema(
     "pseudo_labels",
     [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string()),
-        pa.field("split", pa.string()),
-        pa.field("positive_ids", CLASS_IDS, nullable=False),
-        pa.field("ignored_ids", CLASS_IDS, nullable=False),
-        pa.field("probability", pa.list_(pa.float32()), nullable=False),  # per positive id
-        pa.field("support", pa.list_(pa.int16()), nullable=False),  # agreeing regions, per positive
-        pa.field("dropped", pa.map_(pa.string(), pa.int32()), nullable=False),  # reason: classes
+        _ID,
+        _URI,
+        _SPLIT,
+        _required("positive_ids", CLASS_IDS),
+        _required("ignored_ids", CLASS_IDS),
+        _required("probability", pa.list_(pa.float32())),  # of each positive id
+        _required("support", pa.list_(pa.int16())),  # agreeing regions, of each positive id
+        _required("dropped", pa.map_(pa.string(), pa.int32())),  # reason: classes
     ],
 )
 
 QUARANTINE_SCHEMA = _schema(
     "quarantine",
     [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("uri", pa.string()),
-        pa.field("error_kind", pa.string(), nullable=False),
+        _ID,
+        _required("stage", pa.string()),
+        _URI,
+        _required("error_kind", pa.string()),
         pa.field("error", pa.string()),
+    ],
+)
+
+STUDENT_SCORES_SCHEMA = _schema(
+    "student_scores",
+    [
+        _ID,
+        _URI,
+        _SPLIT,
+        # R x C logits, row-major, the regions being those of region_scores in their order
+        pa.field("scores", pa.list_(pa.float32())),
+        *_OUTCOME,
     ],
 )
 
 
 def predictions_schema(num_classes: int) -> pa.Schema:
-    """Return the schema of `predictions` for C = `num_classes` scores an image."""
-    return _schema(
-        "predictions",
-        [
-            pa.field("image_id", pa.string(), nullable=False),
-            pa.field("uri", pa.string()),
-            pa.field("split", pa.string()),
-            pa.field("scores", pa.list_(pa.float32(), num_classes)),  # null when quarantined
-            pa.field("status", pa.string(), nullable=False),
-            pa.field("error_kind", pa.string()),
-            pa.field("error", pa.string()),
-        ],
-    )
+    """Return the schema of `predictions` for C = `num_classes` scores an image.
+
+    They are null when quarantined.
+    """
+    scores = pa.field("scores", pa.list_(pa.float32(), num_classes))
+    return _schema("predictions", [_ID, _URI, _SPLIT, scores, *_OUTCOME])
 
 
 def features_schema(dimension: int, flipped: bool) -> pa.Schema:
@@ -137,35 +135,9 @@ def features_schema(dimension: int, flipped: bool) -> pa.Schema:
 
     `flipped` adds those of the mirrored image. They are null when quarantined.
     """
-    vector = pa.list_(pa.float32(), dimension)
-    return _schema(
-        "features",
-        [
-            pa.field("image_id", pa.string(), nullable=False),
-            pa.field("uri", pa.string()),
-            pa.field("split", pa.string()),
-            pa.field("features", vector),
-            *([pa.field("flipped", vector)] if flipped else []),
-            pa.field("status", pa.string(), nullable=False),
-            pa.field("error_kind", pa.string()),
-            pa.field("error", pa.string()),
-        ],
-    )
-
-
-STUDENT_SCORES_SCHEMA = _schema(
-    "student_scores",
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string()),
-        pa.field("split", pa.string()),
-        # R x C logits, row-major, the regions being those of region_scores in their order
-        pa.field("scores", pa.list_(pa.float32())),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error_kind", pa.string()),
-        pa.field("error", pa.string()),
-    ],
-)
+    names = ["features", "flipped"] if flipped else ["features"]
+    vectors = [pa.field(name, pa.list_(pa.float32(), dimension)) for name in names]
+    return _schema("features", [_ID, _URI, _SPLIT, *vectors, *_OUTCOME])
 
 
 def trials_schema(settings: Mapping[str, pa.DataType], metrics: Iterable[str]) -> pa.Schema:
@@ -176,12 +148,12 @@ def trials_schema(settings: Mapping[str, pa.DataType], metrics: Iterable[str]) -
     return _schema(
         "trials",
         [
-            pa.field("trial", pa.int32(), nullable=False),  # 0 has the run's own settings
-            pa.field("status", pa.string(), nullable=False),  # complete, stopped, ...
+            _required("trial", pa.int32()),  # 0 has the run's own settings
+            _required("status", pa.string()),  # complete, stopped, ...
             pa.field("objective", pa.float64()),  # null where nothing could be compared
-            pa.field("reports", pa.list_(pa.float64()), nullable=False),  # after each seed
-            pa.field("seconds", pa.float64(), nullable=False),
-            pa.field("message", pa.string(), nullable=False),
+            _required("reports", pa.list_(pa.float64())),  # after each seed
+            _required("seconds", pa.float64()),
+            _required("message", pa.string()),
             *(pa.field(name, kind) for name, kind in settings.items()),
             *(pa.field(name, pa.float64()) for name in metrics),
         ],
@@ -189,7 +161,7 @@ def trials_schema(settings: Mapping[str, pa.DataType], metrics: Iterable[str]) -
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write one Parquet file in one step, with checksums that `read_table` looks at."""
+    """Write one Parquet file in one step, with checksums that `read_table` verifies."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     storage.write_bytes(path, sink.getvalue())
@@ -214,7 +186,7 @@ def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
         if not dataset.files:
             raise DataError(f"{path} holds no Parquet file: the stage that writes it has no rows")
         table = dataset.to_table(columns=list(columns) if columns is not None else None)
-        table.validate(full=True)  # texts that are no UTF-8 would come up somewhere else
+        table.validate(full=True)  # else text that is not UTF-8 fails later, far from here
         return table
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
@@ -223,7 +195,7 @@ def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
 def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
     """Return `table` with exactly the columns of `schema`, in its order and types.
 
-    Raises DataError naming the first missing column, the wrong type or the values that lack.
+    Raises DataError naming the first missing column, the wrong type or the missing values.
     """
     name = (schema.metadata or {}).get(b"hts_table", b"table").decode()
     missing = [field.name for field in schema if field.name not in table.column_names]
@@ -251,4 +223,4 @@ def require_unique_ids(table: pa.Table, path: str) -> None:
     if ids.null_count or len(ids.unique()) != len(ids):
         counts = ids.value_counts().to_pylist()
         twice = next((c["values"] for c in counts if c["counts"] > 1), None)
-        raise DataError(f"{path}: image_id must be unique, {twice!r} stands in several rows")
+        raise DataError(f"{path}: image_id must be unique, {twice!r} is in several rows")

@@ -59,5 +59,5 @@ def test_wrong_columns_are_named():
 def test_doubled_ids_are_refused():
     """Would catch an image that is trained on or counted twice."""
     tables.require_unique_ids(manifest(), "x")
-    with pytest.raises(DataError, match="'a' stands in several rows"):
+    with pytest.raises(DataError, match="'a' is in several rows"):
         tables.require_unique_ids(manifest([ROWS[0], ROWS[0]]), "x")
