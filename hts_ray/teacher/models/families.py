@@ -45,7 +45,7 @@ from hts_ray.teacher.models.architectures import (
     QwenStyle,
 )
 from hts_ray.teacher.models.catalog import model_error, supported_families
-from hts_ray.teacher.models.inputs import RegionInputs, image_preparation
+from hts_ray.teacher.models.inputs import RegionInputs, pixel_preparation
 from hts_ray.teacher.scoring.decoders import BatchedDecoder, Decoder
 
 # What chat models are asked before the prompts.
@@ -124,6 +124,13 @@ class Loaded:
             )
         return processor
 
+    @cached_property
+    def image_processor(self) -> Any:
+        """The image processor, of families that need no text with the image."""
+        from transformers import AutoImageProcessor
+
+        return self._load(AutoImageProcessor)
+
     def _load(self, kind: Any) -> Any:
         try:
             return kind.from_pretrained(self.folder, **self.options)
@@ -200,12 +207,11 @@ def _pixel_family(
     loaded: Loaded, decoder: Decoder, encode: Encode, tokenizer: Any, text: Any
 ) -> Family:
     longest = getattr(text, "max_position_embeddings", None)
+    model = loaded.model
     return Family(
         decoder,
         tokenizer,
-        image_preparation(
-            loaded.config, loaded.folder, str(loaded.model.device), loaded.model.dtype
-        ),
+        pixel_preparation(loaded.image_processor, str(model.device), model.dtype),
         encode,
         # Start tokens, the end, and RoBERTa's offset take positions too.
         max_tokens=longest - 2 - len(decoder.start_ids) if longest else None,

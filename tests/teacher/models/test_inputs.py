@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from hts_ray.config import TeacherConfig
 from hts_ray.images.crops import CropBatch
 from hts_ray.teacher.models.inputs import (
     RegionInputs,
     collate,
     extended,
-    image_preparation,
     on_device,
+    pixel_preparation,
 )
 
 
@@ -32,22 +30,10 @@ def test_preparation_equals_the_processor(fixture: str, request: pytest.FixtureR
 
     path = request.getfixturevalue(fixture)
     images = random_images((64, 48), (30, 70), (64, 48), (32, 32), (9, 300))
-    prepare = image_preparation(TeacherConfig(model=str(path)), path, "cpu", torch.float32)
-    ours = prepare(images)
     processor = AutoImageProcessor.from_pretrained(path)
+    ours = pixel_preparation(processor, "cpu", torch.float32)(images)
     theirs = processor(images=images, return_tensors="pt").pixel_values
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-
-
-def test_preparation_on_a_device_without_8_bit_kernels(tiny_blip_path: Path) -> None:
-    """Catches float resizing, as on a GPU, drifting from 8-bit resizing by more than a level."""
-    config = TeacherConfig(model=str(tiny_blip_path))
-    prepare = image_preparation(config, tiny_blip_path, "cpu", torch.float32)
-    pixels = torch.from_numpy(np.stack(random_images((64, 48)))).permute(0, 3, 1, 2)
-    options: Any = {"mode": prepare.resample, "antialias": True}
-    floating = torch.nn.functional.interpolate(pixels.float(), prepare.size, **options)
-    difference = floating.round().clamp(0, 255) - prepare._resized(pixels)
-    assert difference.abs().max() <= 1
 
 
 def test_collating_pads_tokens_left_and_pixels_behind() -> None:
