@@ -18,11 +18,11 @@ that says where a person stands beside an object and nothing more, or denies con
 `no_interaction`. "About to" and "trying to" keep half: stated only for acts that a still picture
 shows by their preparation (swing, hit, throw, kick, catch, serve, jump, board, blow).
 
-English only. What the lexicon finds nothing for can be given to an `encoder`.
+English only.
 
 This module is the way in. It knows class tables, what their verbs and objects are called in the
-lexicon's terms, classes without a verb, prompts and the encoder; of English itself, nothing but
-the directions that a table's own verb may take.
+lexicon's terms, classes without a verb and prompts; of English itself, nothing but the directions
+that a table's own verb may take.
 """
 
 from __future__ import annotations
@@ -31,10 +31,6 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from hts_ray.captions.clauses import Clauses, read_clauses
 from hts_ray.captions.lexicon import STATED, Lexicon, Reading
@@ -46,35 +42,17 @@ from hts_ray.classes import NO_INTERACTION, OBJECT_PHRASES, ClassTable, hico_cla
 _ANY_PREPOSITION = 0.7  # "climbing up a ladder" for the own class climb
 _DIRECTIONS = ("up", "down", "at", "over", "through", "around", "across", "along", "into", "onto")
 _PROMPT = 0.95  # the caption is one of the class's own prompts
-_ENCODED_AT_MOST = 0.6
-_ENCODED_CLASSES = 3
 _CACHED_TABLES = 8
 
 
-class TextEncoder(Protocol):
-    """Gives N texts as N unit vectors, (N, D) floats; CLIP's text tower is one."""
-
-    def __call__(self, texts: Sequence[str], /) -> npt.NDArray[np.floating[Any]]:
-        """Return (N, D)."""
-        ...
-
-
 def match_captions(
-    captions: Sequence[str],
-    class_table: ClassTable | None = None,
-    *,
-    encoder: TextEncoder | None = None,
-    similarity_floor: float = 0.85,
+    captions: Sequence[str], class_table: ClassTable | None = None
 ) -> list[dict[int, float]]:
     """Return one `{class_id: probability}` for each of N captions (HICO's 600 by default).
 
     See the module for what probabilities mean. Classes without a verb are stated by their
-    object or name being there, whoever does what. With an `encoder`, a caption with a person in
-    it for which nothing is stated gets, for its three nearest classes, a probability that grows
-    linearly from 0 at cosine `similarity_floor` between the caption and the class's primary
-    prompt to 0.6 at cosine 1; classes that the caption denies get none. Raises TypeError for a
-    single string or entries that are no strings, ValueError for a floor outside [-1, 1) or
-    vectors of the wrong shape.
+    object or name being there, whoever does what. Raises TypeError for a single string or
+    entries that are no strings.
     """
     if isinstance(captions, (str, bytes)):
         raise TypeError("captions is a single string: give a list of strings")
@@ -82,66 +60,13 @@ def match_captions(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"captions[{i}] is {type(text).__name__}: give strings")
-    if not -1 <= similarity_floor < 1:
-        raise ValueError(f"similarity_floor = {similarity_floor!r}: give a cosine in [-1, 1)")
-    table = hico_classes() if class_table is None else class_table
-    matcher = _matcher(table)
-    found = [matcher.match(text) for text in texts]
-    if encoder is not None:
-        _add_similar(found, texts, table, encoder, similarity_floor)
-    return [match.probabilities for match in found]
-
-
-@dataclass
-class Match:
-    """What was found in one caption: probabilities by class id, denied ids, any person in it."""
-
-    probabilities: dict[int, float]
-    denied: set[int]
-    has_person: bool
+    matcher = _matcher(hico_classes() if class_table is None else class_table)
+    return [matcher.match(text) for text in texts]
 
 
 @functools.lru_cache(maxsize=_CACHED_TABLES)
 def _matcher(table: ClassTable) -> CaptionMatcher:
     return CaptionMatcher(table)
-
-
-def _add_similar(
-    found: list[Match],
-    texts: Sequence[str],
-    table: ClassTable,
-    encoder: TextEncoder,
-    floor: float,
-) -> None:
-    rows = [
-        i
-        for i, match in enumerate(found)
-        if match.has_person and not any(p >= 0.5 for p in match.probabilities.values())
-    ]
-    if not rows:
-        return
-    captions_ND = _encoded(encoder, [texts[i] for i in rows])
-    prompts_CD = _encoded(encoder, table.primary_prompts)
-    if captions_ND.shape[1] != prompts_CD.shape[1]:
-        raise ValueError(
-            f"encoder gave {captions_ND.shape[1]} and {prompts_CD.shape[1]} dimensions:"
-            " give texts of the same space"
-        )
-    cosine_NC = captions_ND @ prompts_CD.T
-    for row, cosine_C in zip(rows, cosine_NC, strict=True):
-        match = found[row]
-        for c in np.argsort(-cosine_C, kind="stable")[:_ENCODED_CLASSES]:
-            class_id = table[int(c)].class_id
-            trust = min(1.0, (float(cosine_C[c]) - floor) / (1 - floor)) * _ENCODED_AT_MOST
-            if trust > match.probabilities.get(class_id, 0.0) and class_id not in match.denied:
-                match.probabilities[class_id] = trust
-
-
-def _encoded(encoder: TextEncoder, texts: Sequence[str]) -> npt.NDArray[np.float64]:
-    vectors = np.asarray(encoder(texts), dtype=np.float64)
-    if vectors.ndim != 2 or len(vectors) != len(texts):
-        raise ValueError(f"encoder gave shape {vectors.shape} for {len(texts)} texts: give (N, D)")
-    return vectors
 
 
 # Classes
@@ -164,17 +89,15 @@ class CaptionMatcher:
             _normal(prompt): entry.class_id for entry in table for prompt in entry.prompts
         }
 
-    def match(self, caption: str) -> Match:
-        """Find the classes of one caption."""
+    def match(self, caption: str) -> dict[int, float]:
+        """Return the probabilities of the classes that one caption states or hints at."""
         chunks = self._phrases.chunks(caption)
         clauses = read_clauses(chunks)
         scores = self._statements.score(clauses)
         found = scores.by_id()
-        denied = {self._ids[pair] for pair in scores.denied} - {
-            class_id for class_id, p in found.items() if p >= 0.5
-        }
-        for class_id in denied:
-            found.pop(class_id, None)
+        for pair in scores.denied:
+            if found.get(self._ids[pair], 1.0) < 0.5:
+                del found[self._ids[pair]]
         for class_id, pattern in self._without_verb:
             trust = pattern.match(chunks, clauses)
             if trust:
@@ -182,8 +105,7 @@ class CaptionMatcher:
         exact = self._prompts.get(_normal(caption))
         if exact is not None:
             found[exact] = max(_PROMPT, found.get(exact, 0.0))
-        person = any(p.kind in ("person", "name") and not p.negative for p in clauses.phrases)
-        return Match(found, denied, person or not clauses.phrases)
+        return found
 
 
 def _compiled(table: ClassTable) -> tuple[dict[tuple[str, str], int], Lexicon]:

@@ -97,10 +97,6 @@ class CaptionConfig(Section):
     top_p: float = setting(0.9, "nucleus of sampling", gt=0.0, le=1.0)
     max_tokens: int = setting(30, "longest caption, in tokens", ge=1)
     seed: int = setting(0, "of sampling, mixed with the image and region", ge=0)
-    text_encoder: str | None = setting(
-        None, "open_clip MODEL@TAG that finds classes in captions where the lexicon finds none"
-    )
-    similarity_floor: float = setting(0.85, "lowest cosine that counts", gt=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _consistent(self) -> CaptionConfig:

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 
 from hts_ray.captions.matching import match_captions
 from hts_ray.classes import ClassTable
-from hts_ray.config import CaptionConfig
 from hts_ray.engine.deaths import KILLED_WORKER, Log, survive
 from hts_ray.engine.decoding import decoded_image
 from hts_ray.engine.image_pass import OK, QUARANTINED
@@ -37,7 +36,6 @@ from hts_ray.teacher.scorers import (
     breaks_device,
     class_scorer,
 )
-from hts_ray.teacher.text_encoder import ClipTextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> 
         names = sorted({name.replace("_", " ") for name in objects})
         detector = load_detector(regions, names, device)
     if teacher.mode == "captions":
-        matcher = _matcher(teacher.caption, assignment.class_table, device)
+        matcher = _matcher(assignment.class_table)
     if teacher.search == "top_k" and teacher.search_alpha:
         prior = prior_log_likelihoods(captioner, assignment)
         assert prior is not None
@@ -109,16 +107,11 @@ def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> 
     )
 
 
-def _matcher(settings: CaptionConfig, table: ClassTable, device: str) -> CaptionMatcher:
+def _matcher(table: ClassTable) -> CaptionMatcher:
     """Return what finds the classes of a table, by position, in captions."""
-    encoder = None
-    if settings.text_encoder is not None:
-        encoder = ClipTextEncoder(settings.text_encoder, device)
 
     def match(captions: Sequence[str]) -> list[dict[int, float]]:
-        found = match_captions(
-            captions, table, encoder=encoder, similarity_floor=settings.similarity_floor
-        )
+        found = match_captions(captions, table)
         return [{table.positions[class_id]: p for class_id, p in one.items()} for one in found]
 
     return match

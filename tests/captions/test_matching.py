@@ -6,10 +6,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -305,62 +303,6 @@ def test_classes_without_a_verb() -> None:
     assert stated("a mother is not pushing a stroller", table) == set()
     assert stated("a helmet worn by a boy", table) == {"person wearing a helmet"}
     assert stated("two puppies play", table) == {"dog"}
-
-
-# The encoder
-
-
-class Bag:
-    """Unit vectors of hashed word counts; `asked` keeps the texts."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def __call__(self, texts: Sequence[str], /) -> np.ndarray:
-        """Return (N, 4096)."""
-        self.asked.extend(texts)
-        vectors = np.zeros((len(texts), 4096))
-        for row, text in enumerate(texts):
-            for word in text.lower().strip(".").split():
-                vectors[row, sum(ord(c) * 31**i for i, c in enumerate(word)) % 4096] += 1
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-
-
-def test_the_encoder_adds_what_the_lexicon_misses() -> None:
-    """Catches an encoder that is not asked, or that overrules what was read or denied."""
-    table = own_table(("ride horse", "ride", "horse"), ("feed horse", "feed", "horse"))
-    captions = [
-        "a person riding a zorse",
-        "a person not riding a horse",
-        "a person feeding a horse today",
-        "a street",
-    ]
-    plain = match_captions(captions, table)
-    encoder = Bag()
-    helped = match_captions(captions, table, encoder=encoder, similarity_floor=0.5)
-    assert 0 not in plain[0]
-    assert 0 < helped[0][0] < 0.6
-    assert helped[0][0] > helped[0].get(1, 0.0)
-    assert 0 not in helped[1]
-    assert helped[2:] == plain[2:]
-    assert captions[2] not in encoder.asked
-    assert captions[3] not in encoder.asked
-
-
-def test_similarity_must_pass_the_floor() -> None:
-    """Catches probabilities for captions that resemble nothing."""
-    table = own_table(("ride horse", "ride", "horse"))
-    caption = ["a person juggling blue flaming torches on stage"]
-    assert match_captions(caption, table, encoder=Bag()) == [{}]
-
-
-def test_a_wrong_encoder_is_refused() -> None:
-    """Catches vectors that are silently broadcast."""
-    table = own_table(("ride horse", "ride", "horse"))
-    with pytest.raises(ValueError, match=r"encoder gave shape \(4,\)"):
-        match_captions(["a man smiles"], table, encoder=lambda texts: np.zeros(4))
-    with pytest.raises(ValueError, match="similarity_floor"):
-        match_captions(["a man smiles"], table, encoder=Bag(), similarity_floor=1.0)
 
 
 # Robustness

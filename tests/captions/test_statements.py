@@ -44,7 +44,7 @@ def test_the_first_option_of_the_table_is_taken(score: Scorer) -> None:
 
 
 def test_denied_pairs_are_kept_apart(score: Scorer) -> None:
-    """Catches a denial that is forgotten, so that an encoder may state it after all."""
+    """Catches a denial that is forgotten, so that another reading may state it after all."""
     found = score("a man not riding the horse")
     assert ("ride", "horse") in found.denied
     assert ("ride", "horse") not in found.said

@@ -37,7 +37,7 @@ def pixel_preparation(
     mean, std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (mean, std))
 
     def prepare(images: Sequence[Pixels]) -> Tensor:
-        pixels = processor(
+        pixels: Tensor = processor(
             on_device(images, device),
             input_data_format="channels_last",
             do_rescale=False,
