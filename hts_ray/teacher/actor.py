@@ -28,13 +28,16 @@ from hts_ray.teacher.detector import load_detector
 from hts_ray.teacher.models.loading import load_on_device
 from hts_ray.teacher.prior import plain_images, prior_log_likelihoods
 from hts_ray.teacher.scorers import (
+    AllPrompts,
     CaptionMatcher,
+    CaptionVotes,
+    ClassScorer,
     ImageFailure,
     ImageTask,
     RegionScorer,
     ScoredImage,
+    TopPrompts,
     breaks_device,
-    class_scorer,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,20 +87,25 @@ def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
 def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> RegionScorer:
     """Put the parts that the settings ask for around a loaded teacher."""
     teacher, regions = assignment.config.teacher, assignment.config.regions
-    detector = matcher = offsets = None
-    if regions.detector is not None:
-        objects = {entry.object for entry in assignment.class_table if entry.object}
-        names = sorted({name.replace("_", " ") for name in objects})
-        detector = load_detector(regions, names, device)
+    prompts, table = assignment.prompts, assignment.class_table
+    scorer: ClassScorer = AllPrompts(captioner, prompts, teacher)
     if teacher.mode == "captions":
-        matcher = _matcher(assignment.class_table)
-    if teacher.search == "top_k" and teacher.search_alpha:
-        prior = prior_log_likelihoods(captioner, assignment)
-        assert prior is not None
-        offsets = (-teacher.search_alpha * prior).astype(np.float32)
+        beams = teacher.caption.decoding == "beam"
+        scorer = CaptionVotes(_matcher(table), len(table), weighted=beams)
+    elif teacher.search == "top_k":
+        offsets = None
+        if teacher.search_alpha:
+            prior = prior_log_likelihoods(captioner, assignment)
+            assert prior is not None
+            offsets = (-teacher.search_alpha * prior).astype(np.float32)
+        scorer = TopPrompts(captioner, prompts, teacher, offsets)
+    detector = None
+    if regions.detector is not None:
+        names = sorted({entry.object.replace("_", " ") for entry in table if entry.object})
+        detector = load_detector(regions, names, device)
     return RegionScorer(
         captioner,
-        class_scorer(captioner, assignment.prompts, teacher, matcher=matcher, offsets_C=offsets),
+        scorer,
         regions,
         chunk=teacher.max_batch_regions,
         caption=teacher.caption if teacher.captions or teacher.mode == "captions" else None,

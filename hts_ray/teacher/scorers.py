@@ -26,7 +26,6 @@ from hts_ray.teacher.captioner import (
     Caption,
     Captioner,
     ClassPrompts,
-    Reduction,
     SearchingCaptioner,
     keep_top,
     score_classes,
@@ -46,14 +45,13 @@ CaptionMatcher = Callable[[Sequence[str]], list[dict[int, float]]]
 class ClassScorer(Protocol):
     """How the classes of a region get their scores."""
 
-    @property
-    def leaves_out(self) -> bool:
-        """Whether -inf is an answer: that of a class left out."""
-
     def __call__(
         self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
     ) -> FloatArray:
-        """Return class scores (R, C) float32 of R crops and the captions of each."""
+        """Return class scores (R, C) float32 of R crops and the captions of each.
+
+        -inf is the score of a class that was left out, NaN one that is no answer.
+        """
 
 
 @dataclass(frozen=True)
@@ -62,36 +60,32 @@ class AllPrompts:
 
     captioner: Captioner
     prompts: ClassPrompts
-    reduction: Reduction
-    length_normalize: bool
-    leaves_out: bool = False
+    teacher: TeacherConfig
 
     def __call__(
         self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
     ) -> FloatArray:
         """See `ClassScorer`."""
+        scores_RC = self.exact(crops)
+        scores_RC[np.isneginf(scores_RC)] = np.nan
+        return scores_RC
+
+    def exact(self, crops: Sequence[Pixels]) -> FloatArray:
+        """Return the log-likelihoods (R, C) of every class."""
         return score_classes(
             self.captioner,
             crops,
             self.prompts,
-            length_normalize=self.length_normalize,
-            reduction=self.reduction,
+            length_normalize=self.teacher.length_normalize,
+            reduction=self.teacher.template_reduction,
         )
 
 
 @dataclass(frozen=True)
-class TopPrompts:
-    """mode=prompts, search=top_k: log-likelihoods of the best classes, exact.
+class TopPrompts(AllPrompts):
+    """mode=prompts, search=top_k: the best classes by score + `offsets_C`, exact."""
 
-    The classes are ranked by score + `offsets_C`.
-    """
-
-    captioner: Captioner
-    prompts: ClassPrompts
-    reduction: Reduction
-    top_k: int
     offsets_C: FloatArray | None = None
-    leaves_out: bool = True
 
     def __call__(
         self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
@@ -101,12 +95,11 @@ class TopPrompts:
             return self.captioner.score_top(
                 crops,
                 self.prompts,
-                top_k=self.top_k,
-                reduction=self.reduction,
+                top_k=self.teacher.top_k,
+                reduction=self.teacher.template_reduction,
                 offsets_C=self.offsets_C,
             )
-        scores = score_classes(self.captioner, crops, self.prompts, reduction=self.reduction)
-        return keep_top(scores, self.top_k, self.offsets_C)
+        return keep_top(self.exact(crops), self.teacher.top_k, self.offsets_C)
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,6 @@ class CaptionVotes:
     matcher: CaptionMatcher
     num_classes: int
     weighted: bool
-    leaves_out: bool = True
 
     def __call__(
         self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
@@ -137,25 +129,6 @@ class CaptionVotes:
                     probabilities_RC[row, position] += weight * probability
         with np.errstate(divide="ignore"):
             return np.log(np.minimum(probabilities_RC, 1.0)).astype(np.float32)
-
-
-def class_scorer(
-    captioner: Captioner,
-    prompts: ClassPrompts,
-    teacher: TeacherConfig,
-    *,
-    matcher: CaptionMatcher | None = None,
-    offsets_C: FloatArray | None = None,
-) -> ClassScorer:
-    """Return the scorer that the settings ask for; mode=captions needs a `matcher`."""
-    if teacher.mode == "captions":
-        if matcher is None:
-            raise ValueError("mode=captions needs a matcher")
-        return CaptionVotes(matcher, len(prompts), teacher.caption.decoding == "beam")
-    reduction = teacher.template_reduction
-    if teacher.search == "top_k":
-        return TopPrompts(captioner, prompts, reduction, teacher.top_k, offsets_C)
-    return AllPrompts(captioner, prompts, reduction, teacher.length_normalize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,27 +205,24 @@ class RegionScorer:
         """Return the regions of every image, and what could not be used of its given boxes."""
         found: list[list[Detection]] = [[] for _ in tasks]
         if self.detector is not None:
-            detections = self.detector.detect([task.image.pixels for task in tasks])
-            found = [
-                [_in_original(detection, task.image) for detection in boxes]
-                for task, boxes in zip(tasks, detections, strict=True)
-            ]
+            found = self.detector.detect([task.image.pixels for task in tasks])
         regions, problems = [], []
-        for task, detected in zip(tasks, found, strict=True):
+        for task, boxes in zip(tasks, found, strict=True):
             image = task.image
-            labeled: list[Detection] = []
+            detections = [_in_original(detection, image) for detection in boxes]
             plain: list[Box] = []
             strange: list[str] = []
             if self.given is not None:
                 labeled, plain, strange = self.given.of(
                     task.image_id, task.uri, image.width, image.height
                 )
+                detections = [*labeled, *detections]
             regions.append(
                 propose_regions(
                     image.width,
                     image.height,
                     self.regions,
-                    detections=[*labeled, *detected],
+                    detections=detections,
                     given=plain,
                     limit=self.limit,
                 )
@@ -269,10 +239,7 @@ class RegionScorer:
         for of_image, strange in zip(regions, problems, strict=True):
             part = slice(first, first + len(of_image))
             first = part.stop
-            fine = np.isfinite(scores[part])
-            if self.class_scores.leaves_out:
-                fine |= np.isneginf(scores[part])
-            broken = int((~fine).sum())
+            broken = int((np.isnan(scores[part]) | np.isposinf(scores[part])).sum())
             if broken:
                 results.append(ImageFailure(NOT_FINITE, f"{broken} scores are NaN or infinite"))
             else:

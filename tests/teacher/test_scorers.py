@@ -13,11 +13,13 @@ from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Detection
 from hts_ray.teacher.captioner import Caption, ClassPrompts, DummyCaptioner, PromptScores
 from hts_ray.teacher.scorers import (
+    AllPrompts,
+    CaptionVotes,
     ImageFailure,
     ImageTask,
     RegionScorer,
     ScoredImage,
-    class_scorer,
+    TopPrompts,
 )
 
 
@@ -51,7 +53,7 @@ class FragileCaptioner(DummyCaptioner):
 def scorer(captioner: DummyCaptioner) -> RegionScorer:
     prompts = ClassPrompts.of([["a b"], ["c", "d"]], 2)
     regions = RegionsConfig(grid_scales=(), grid_steps=())
-    return RegionScorer(captioner, class_scorer(captioner, prompts, TeacherConfig()), regions, 8)
+    return RegionScorer(captioner, AllPrompts(captioner, prompts, TeacherConfig()), regions, 8)
 
 
 def marked(*marks: int) -> list[ImageTask]:
@@ -112,7 +114,7 @@ def test_caption_mode(decoding: str, expected: float) -> None:
     regions = RegionsConfig(grid_scales=(), grid_steps=())
     prompts = ClassPrompts.of([["a"], ["b"], ["c"]], 1)
     captioner = LettersCaptioner()
-    votes = class_scorer(captioner, prompts, settings, matcher=find_numbers)
+    votes = CaptionVotes(find_numbers, len(prompts), weighted=decoding == "beam")
     result = RegionScorer(captioner, votes, regions, caption=settings.caption)(marked(1, 7, 2))
     assert all(isinstance(scored, ScoredImage) for scored in result)
     probabilities = np.exp(np.concatenate([scored.scores for scored in result]))  # type: ignore[union-attr]
@@ -129,11 +131,11 @@ def test_search_on_a_teacher_that_knows_none() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
     images = [ImageTask(DecodedImage(of_image, 20, 20)) for of_image in pixels]
     captioner = DummyCaptioner()
-    everything = class_scorer(captioner, prompts, TeacherConfig())
+    everything = AllPrompts(captioner, prompts, TeacherConfig())
     exact = RegionScorer(captioner, everything, regions)(images)
     offsets = np.linspace(0, 30, 12, dtype=np.float32)
     settings = TeacherConfig(search="top_k", top_k=4, search_alpha=0.5)
-    best_four = class_scorer(captioner, prompts, settings, offsets_C=offsets)
+    best_four = TopPrompts(captioner, prompts, settings, offsets)
     top = RegionScorer(captioner, best_four, regions)(images)
     for all_scores, kept in zip(exact, top, strict=True):
         assert isinstance(all_scores, ScoredImage)
@@ -163,7 +165,7 @@ def test_given_boxes_and_detections_become_regions() -> None:
     prompts = ClassPrompts.of([["a"], ["b"]], 1)
     regions = RegionsConfig(grid_scales=(), grid_steps=(), margins=(0.0, 0.5))
     captioner, given = DummyCaptioner(), Given()
-    scores = class_scorer(captioner, prompts, TeacherConfig())
+    scores = AllPrompts(captioner, prompts, TeacherConfig())
     scorer = RegionScorer(captioner, scores, regions, detector=Finder(), given=given)  # type: ignore[arg-type]
     result = scorer([ImageTask(image, "a", "/a.png")])[0]
     assert isinstance(result, ScoredImage)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from hts_ray.teacher.captioner import (
     keep_top,
 )
 from hts_ray.teacher.models.catalog import model_error, supported_families
-from hts_ray.teacher.models.families import Encode, Family, Loaded, build_family
+from hts_ray.teacher.models.families import Family, Loaded, build_family
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.captioning import write_captions
-from hts_ray.teacher.scoring.decoders import Decoder, TrieDecoder
+from hts_ray.teacher.scoring.decoders import TrieDecoder
 from hts_ray.teacher.scoring.memory import WORKSPACE
 from hts_ray.teacher.scoring.top_k import score_top
 
@@ -53,40 +53,19 @@ _KEPT = 4
 
 
 class TransformersCaptioner:
-    """A pretrained captioner; see `SearchingCaptioner`.
+    """A pretrained captioner of a family; see `SearchingCaptioner`.
 
-    `decoder` scores what `prepare` makes of R images; `encode` makes tokens of prompts.
+    With `append_eos` the end of the sentence is scored too.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: Any,
-        prepare: Callable[[Sequence[Pixels]], Any],
-        encode: Encode,
-        *,
-        append_eos: bool = False,
-        max_tokens: int | None = None,
-    ) -> None:
-        self.decoder = decoder
-        self.tokenizer = tokenizer
-        self.prepare = prepare
-        self.encode = encode
+    def __init__(self, family: Family, *, append_eos: bool = False) -> None:
+        self.decoder = family.decoder
+        self.tokenizer = family.tokenizer
+        self.prepare = family.prepare
+        self.encode = family.encode
+        self.max_tokens = family.max_tokens
         self.append_eos = append_eos
-        self.max_tokens = max_tokens
         self._sequences: OrderedDict[tuple[str, ...], list[list[int]]] = OrderedDict()
-
-    @classmethod
-    def of(cls, family: Family, *, append_eos: bool) -> TransformersCaptioner:
-        """Make a captioner of a family's parts."""
-        return cls(
-            family.decoder,
-            family.tokenizer,
-            family.prepare,
-            family.encode,
-            append_eos=append_eos,
-            max_tokens=family.max_tokens,
-        )
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the scored tokens of P prompts, the end token included if asked for.
@@ -219,7 +198,7 @@ def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> Transfo
     dtype: torch.dtype = getattr(torch, config.dtype)
     model = _load_model(config, folder, dtype, device)
     family = build_family(Loaded(config, folder, model))
-    captioner = TransformersCaptioner.of(family, append_eos=config.append_eos)
+    captioner = TransformersCaptioner(family, append_eos=config.append_eos)
     captioner.decoder.workspace = _workspace(config, model.device)
     method = f"{captioner.decoder.method}, {config.dtype}"
     try:
