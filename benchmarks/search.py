@@ -48,7 +48,7 @@ from hts_ray.teacher.captioner import keep_top
 from hts_ray.teacher.models.architectures import CrossAttentionDecoder
 from hts_ray.teacher.models.loading import load_captioner
 from hts_ray.teacher.models.pretrained import TransformersCaptioner
-from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder
+from hts_ray.teacher.scoring.decoders import Decoder, Prefix
 from hts_ray.teacher.scoring.top_k import score_top
 from hts_ray.teacher.scoring.trie import TokenIds
 
@@ -89,10 +89,10 @@ class TwinCache:
         return int(self.self_attention_cache.get_seq_length())
 
 
-class TwinDecoder(TrieDecoder):
+class TwinDecoder(Decoder):
     """Costs what `size` costs and says what `answers` says; images are pairs for the two."""
 
-    def __init__(self, answers: TrieDecoder, size: TrieDecoder, width: int) -> None:
+    def __init__(self, answers: Decoder, size: Decoder, width: int) -> None:
         head = TwinHead(answers.head, size.head, width)
         super().__init__(None, head, end_ids=answers.end_ids)
         self.both = (answers, size)
@@ -186,7 +186,7 @@ class Setting:
     """One model and its prompts; `images` are prepared."""
 
     name: str
-    decoder: TrieDecoder
+    decoder: Decoder
     images: Any
     sequences: Sequence[TokenIds]
 
@@ -314,7 +314,7 @@ def settings(options: argparse.Namespace) -> dict[str, Callable[[int], Setting]]
     assert isinstance(captioner, TransformersCaptioner)
     assert isinstance(ended, TransformersCaptioner)
     decoder = captioner.decoder
-    assert isinstance(decoder, TrieDecoder)
+    assert decoder.by_trie
     end_id, start_id = decoder.end_id, decoder.start_ids[0]
 
     def prepared(count: int) -> Tensor:

@@ -26,26 +26,14 @@ from torch import Tensor
 
 from hts_ray.classes import hico_classes
 from hts_ray.teacher.models.architectures import (
-    BatchedCrossAttentionDecoder,
     CrossAttentionDecoder,
     GitDecoder,
 )
-from hts_ray.teacher.scoring.decoders import BatchedDecoder, Decoder
+from hts_ray.teacher.scoring.decoders import Decoder
 
 RESULTS = Path(__file__).parent / "results" / "trie_speed.json"
 START, END = 101, 102
 BATCH = 64
-
-
-class BatchedGit(GitDecoder, BatchedDecoder):  # type: ignore[misc]
-    """GIT's baseline: the image once, prompts as batches behind its cache."""
-
-    method = "batched"
-    _scores = BatchedDecoder._scores
-
-    def row_bytes(self, prefix: Any, longest: int) -> int:
-        """Let the batch be as large as `prompt_batch` says."""
-        return 1
 
 
 def hico_tokens(append_eos: bool) -> list[list[int]]:
@@ -59,7 +47,7 @@ def hico_tokens(append_eos: bool) -> list[list[int]]:
     return [[*sequence, END] if append_eos else sequence for sequence in dense]
 
 
-def blip_base() -> tuple[Decoder, BatchedDecoder, int]:
+def blip_base() -> tuple[Decoder, Decoder, int]:
     """Return BLIP-base by trie and by batches, and its image size."""
     from transformers import BlipConfig, BlipForConditionalGeneration
 
@@ -71,18 +59,17 @@ def blip_base() -> tuple[Decoder, BatchedDecoder, int]:
 
     ends: dict[str, Any] = {"start_ids": [START], "end_ids": [END]}
     trie = CrossAttentionDecoder(model, model.text_decoder, features, **ends)
-    batched = BatchedCrossAttentionDecoder(model, model.text_decoder, features, **ends)
-    batched.row_bytes = lambda prefix, longest: 1  # type: ignore[method-assign]
+    batched = CrossAttentionDecoder(model, model.text_decoder, features, by_trie=False, **ends)
     return trie, batched, 384
 
 
-def git_base() -> tuple[Decoder, BatchedDecoder, int]:
+def git_base() -> tuple[Decoder, Decoder, int]:
     """Return GIT-base by trie and by batches, and its image size."""
     from transformers import GitConfig, GitForCausalLM
 
     model = GitForCausalLM(GitConfig(vision_config={"image_size": 224})).eval()
     decoder = GitDecoder(model, start_ids=[START], end_ids=[END])
-    return decoder, BatchedGit(model, start_ids=[START], end_ids=[END]), 224
+    return decoder, GitDecoder(model, start_ids=[START], end_ids=[END], by_trie=False), 224
 
 
 def cpu_seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -94,13 +81,14 @@ def cpu_seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 @torch.inference_mode()
 def compare(
-    build: Callable[[], tuple[Decoder, BatchedDecoder, int]],
+    build: Callable[[], tuple[Decoder, Decoder, int]],
     sequences: Sequence[list[int]],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Time the three ways in turn; seconds a region of all prompts."""
     trie, batched, side = build()
     batched.prompt_batch = BATCH
+    batched.row_bytes = lambda prefix, longest: 1  # type: ignore[method-assign]  # as many as that
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     spread = [len(sequences) * i // options.naive for i in range(options.naive)]
     some = [len(sequences) * i // options.batched for i in range(options.batched)]

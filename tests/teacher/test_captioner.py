@@ -155,17 +155,18 @@ def test_search_leaves_out_the_same_classes_by_trie_and_by_batches(
         assert (worst_kept >= np.where(kept, -np.inf, exact).max(1)).all()
 
 
-def test_prompts_that_alternate_are_laid_out_once(tiny_git_path: Path) -> None:
-    """Catches tries made anew for every batch where objects and classes are asked by turns."""
+def test_prompts_are_laid_out_once(tiny_git_path: Path) -> None:
+    """Catches tokens and tries made anew for every batch of a run, and all of them kept."""
     captioner = loaded(tiny_git_path)
     images = random_images((32, 32))
     captioner.score(images, PROMPTS)
     first = captioner.decoder.tries(captioner.tokenize(PROMPTS))
     captioner.score(images, PROMPTS[:1])
     assert captioner.decoder.tries(captioner.tokenize(PROMPTS)) is first
+    assert captioner.tokenize(PROMPTS) is captioner.tokenize(PROMPTS)
     for count in range(9):
         captioner.score(images, ["dog"] * (count + 1))
-    assert len(captioner.decoder._tries) < 9 > len(captioner._sequences)
+    assert captioner.decoder.split.cache_info().currsize < 9
 
 
 def test_class_scores_average_templates() -> None:

@@ -31,22 +31,19 @@ from torch import Tensor
 from hts_ray.config import TeacherConfig
 from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.models.architectures import (
-    BatchedCrossAttentionDecoder,
-    BatchedSequenceToSequenceDecoder,
     CrossAttentionDecoder,
     Florence2Decoder,
     GitDecoder,
-    KosmosStyle,
-    PaliGemmaStyle,
-    PrefixBatchedDecoder,
-    PrefixStyle,
-    PrefixTrieDecoder,
-    QFormerStyle,
-    QwenStyle,
+    KosmosDecoder,
+    PaliGemmaDecoder,
+    PrefixDecoder,
+    QFormerDecoder,
+    QwenDecoder,
+    SequenceToSequenceDecoder,
 )
 from hts_ray.teacher.models.catalog import model_error, supported_families
 from hts_ray.teacher.models.inputs import RegionInputs, pixel_preparation
-from hts_ray.teacher.scoring.decoders import BatchedDecoder, Decoder
+from hts_ray.teacher.scoring.decoders import Decoder
 
 # What chat models are asked before the prompts.
 INSTRUCTION = "Describe the image in one sentence."
@@ -265,22 +262,21 @@ def _vision_encoder_decoder(loaded: Loaded) -> Family:
         return hidden if project is None else project(hidden)
 
     start_ids, encode = _begun(loaded, start)
-    parts = (model, model.decoder, features)
     text = model.config.decoder
-    decoder: Decoder
-    if text.model_type in _POSITIONED:
-        first = _POSITIONED[text.model_type]
-        decoder = CrossAttentionDecoder(
-            *parts,
-            start_ids=start_ids,
-            end_ids=[end],
-            first_position=text.pad_token_id + 1 if first is None else first,
-        )
-    else:
-        decoder = BatchedCrossAttentionDecoder(
-            *parts, start_ids=start_ids, end_ids=[end], first_position=None
-        )
-    return _pixel_family(loaded, _batches(loaded, decoder), encode, tokenizer, text)
+    first = _POSITIONED.get(text.model_type)
+    if first is None and text.model_type in _POSITIONED:
+        first = text.pad_token_id + 1
+    decoder = CrossAttentionDecoder(
+        model,
+        model.decoder,
+        features,
+        start_ids=start_ids,
+        end_ids=[end],
+        first_position=first,
+        by_trie=first is not None,
+        prompt_batch=loaded.config.prompt_batch,
+    )
+    return _pixel_family(loaded, decoder, encode, tokenizer, text)
 
 
 def _first_set(model: Any, tokenizer: Any, *names: str) -> int | None:
@@ -292,12 +288,6 @@ def _first_set(model: Any, tokenizer: Any, *names: str) -> int | None:
             if value is not None:
                 return int(value[0] if isinstance(value, list) else value)
     return None
-
-
-def _batches(loaded: Loaded, decoder: Decoder) -> Decoder:
-    if isinstance(decoder, BatchedDecoder):
-        decoder.prompt_batch = loaded.config.prompt_batch
-    return decoder
 
 
 def _processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], RegionInputs]:
@@ -323,20 +313,23 @@ def _processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], Region
 
 
 def _prefix_family(
-    loaded: Loaded, style: PrefixStyle, text: str, encode: Encode, *, tree: bool = True
+    loaded: Loaded, kind: type[PrefixDecoder], text: str, encode: Encode, *, tree: bool = True
 ) -> Family:
     """Put together a decoder-only family that reads an image and `text`."""
     tokenizer = loaded.processor.tokenizer
     end_ids = loaded.end_ids(tokenizer)
-    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     language = loaded.model.config.get_text_config(decoder=True)
-    takes_tree = tree and tree_obstacle(language) is None
-    kind = PrefixTrieDecoder if takes_tree else PrefixBatchedDecoder
-    decoder: Decoder = kind(loaded.model, style, end_ids=end_ids, pad_id=pad_id)
-    return Family(_batches(loaded, decoder), tokenizer, _processed(loaded, text), encode)
+    decoder = kind(
+        loaded.model,
+        end_ids=end_ids,
+        pad_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        by_trie=tree and tree_obstacle(language) is None,
+        prompt_batch=loaded.config.prompt_batch,
+    )
+    return Family(decoder, tokenizer, _processed(loaded, text), encode)
 
 
-def _chat(loaded: Loaded, style: PrefixStyle, *, tree: bool = True) -> Family:
+def _chat(loaded: Loaded, kind: type[PrefixDecoder], *, tree: bool = True) -> Family:
     words = loaded.config.instruction or INSTRUCTION
     if getattr(loaded.processor, "chat_template", None):
         text, glue = _chat_text(loaded.processor, words)
@@ -349,7 +342,7 @@ def _chat(loaded: Loaded, style: PrefixStyle, *, tree: bool = True) -> Family:
             "save chat_template.jinja with the processor",
         )
     encode = behind(loaded.processor.tokenizer, text, glue)
-    return _prefix_family(loaded, style, text, encode, tree=tree)
+    return _prefix_family(loaded, kind, text, encode, tree=tree)
 
 
 def _chat_text(processor: Any, words: str) -> tuple[str, str]:
@@ -374,33 +367,33 @@ def _qformer(loaded: Loaded, words: str) -> Family:
     words = loaded.config.instruction or words
     tokenizer = loaded.processor.tokenizer
     if getattr(model.config, "use_decoder_only_language_model", True):
-        return _prefix_family(loaded, QFormerStyle(), words, behind(tokenizer, words, " "))
+        return _prefix_family(loaded, QFormerDecoder, words, behind(tokenizer, words, " "))
     end_ids = loaded.end_ids(tokenizer)
     text = model.config.text_config
     start = text.decoder_start_token_id
-    decoder = BatchedSequenceToSequenceDecoder(
+    decoder = SequenceToSequenceDecoder(
         model,
         model.language_model,
         start_ids=[text.pad_token_id if start is None else start],
         end_ids=end_ids,
         pad_id=text.pad_token_id,
+        by_trie=False,  # T5's position bias counts from the cache
+        prompt_batch=loaded.config.prompt_batch,
     )
-    return Family(
-        _batches(loaded, decoder), tokenizer, _processed(loaded, words), behind(tokenizer)
-    )
+    return Family(decoder, tokenizer, _processed(loaded, words), behind(tokenizer))
 
 
 def _paligemma(loaded: Loaded) -> Family:
     words = loaded.config.instruction or "caption en"
     # The processor puts a line break behind the words; the answer begins a line.
     encode = behind(loaded.processor.tokenizer, words + "\n")
-    return _prefix_family(loaded, PaliGemmaStyle(), f"<image>{words}", encode)
+    return _prefix_family(loaded, PaliGemmaDecoder, f"<image>{words}", encode)
 
 
 def _kosmos(loaded: Loaded) -> Family:
     words = loaded.config.instruction or "An image of"
     encode = behind(loaded.processor.tokenizer, words, " ")
-    return _prefix_family(loaded, KosmosStyle(), words, encode, tree=False)
+    return _prefix_family(loaded, KosmosDecoder, words, encode, tree=False)
 
 
 def _florence(loaded: Loaded) -> Family:
@@ -422,7 +415,7 @@ def _florence(loaded: Loaded) -> Family:
 
 def _unknown(loaded: Loaded) -> Family:
     try:
-        return _chat(loaded, PrefixStyle(), tree=False)
+        return _chat(loaded, PrefixDecoder, tree=False)
     except (AttributeError, TypeError, ValueError) as error:
         raise model_error(
             loaded.config, f"it is no chat model of image and text: {error}", supported_families()
@@ -436,13 +429,13 @@ _BUILDERS: dict[str, Callable[[Loaded], Family]] = {
     "blip-2": lambda loaded: _qformer(loaded, "a photo of"),
     "instructblip": lambda loaded: _qformer(loaded, "A short image description:"),
     "paligemma": _paligemma,
-    "llava": lambda loaded: _chat(loaded, PrefixStyle()),
-    "llava_onevision": lambda loaded: _chat(loaded, PrefixStyle()),
-    "smolvlm": lambda loaded: _chat(loaded, PrefixStyle()),
-    "idefics3": lambda loaded: _chat(loaded, PrefixStyle()),
-    "qwen2_vl": lambda loaded: _chat(loaded, QwenStyle()),
-    "qwen2_5_vl": lambda loaded: _chat(loaded, QwenStyle()),
-    "qwen3_vl": lambda loaded: _chat(loaded, QwenStyle()),
+    "llava": lambda loaded: _chat(loaded, PrefixDecoder),
+    "llava_onevision": lambda loaded: _chat(loaded, PrefixDecoder),
+    "smolvlm": lambda loaded: _chat(loaded, PrefixDecoder),
+    "idefics3": lambda loaded: _chat(loaded, PrefixDecoder),
+    "qwen2_vl": lambda loaded: _chat(loaded, QwenDecoder),
+    "qwen2_5_vl": lambda loaded: _chat(loaded, QwenDecoder),
+    "qwen3_vl": lambda loaded: _chat(loaded, QwenDecoder),
     "florence2": _florence,
     "kosmos-2": _kosmos,
 }

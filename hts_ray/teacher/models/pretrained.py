@@ -9,9 +9,9 @@ Shape legend: R regions, P prompts, C classes, V vocabulary, H x W pixels.
 
 from __future__ import annotations
 
+import functools
 import logging
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from hts_ray.teacher.models.catalog import model_error, supported_families
 from hts_ray.teacher.models.families import Family, Loaded, build_family
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.captioning import write_captions
-from hts_ray.teacher.scoring.decoders import TrieDecoder
 from hts_ray.teacher.scoring.memory import WORKSPACE
 from hts_ray.teacher.scoring.top_k import score_top
 
@@ -65,19 +64,14 @@ class TransformersCaptioner:
         self.encode = family.encode
         self.max_tokens = family.max_tokens
         self.append_eos = append_eos
-        self._sequences: OrderedDict[tuple[str, ...], list[list[int]]] = OrderedDict()
+        self._tokens = functools.lru_cache(_KEPT)(self._tokenized)
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the scored tokens of P prompts, the end token included if asked for.
 
         Raises DataError for a prompt that has no token or too many.
         """
-        key = tuple(prompts)
-        if key not in self._sequences:
-            self._sequences[key] = self._tokenized(prompts)
-            if len(self._sequences) > _KEPT:
-                self._sequences.popitem(last=False)
-        return self._sequences[key]
+        return self._tokens(tuple(prompts))
 
     def _tokenized(self, prompts: Sequence[str]) -> list[list[int]]:
         end = [self.decoder.end_id] if self.append_eos else []
@@ -124,7 +118,7 @@ class TransformersCaptioner:
         A family without a trie scores every class and leaves out the same ones.
         """
         decoder = self.decoder
-        if not isinstance(decoder, TrieDecoder):
+        if not decoder.by_trie:
             scores = class_scores(self.score(images, prompts.texts), prompts, reduction=reduction)
             return keep_top(scores, top_k, offsets_C)
         sequences = self.tokenize(prompts.texts)
@@ -151,8 +145,7 @@ class TransformersCaptioner:
         for rounding, which a batch's shape may change in the last digits).
         """
         texts = max(settings.count, settings.num_beams if settings.decoding == "beam" else 1)
-        vocabulary = int(getattr(self.decoder.head, "out_features", 0)) or 50_000
-        limit = max(1, prompt_tree.MAX_LOGITS // (vocabulary * texts))
+        limit = max(1, prompt_tree.MAX_LOGITS // (self.decoder.vocabulary * texts))
         captions: list[list[Caption]] = []
         # Of a few tokens each, so that more regions share a step, which reads all the weights.
         nodes = texts * settings.max_tokens

@@ -21,13 +21,7 @@ import torch
 from torch import Tensor
 
 from hts_ray.config import CaptionConfig
-from hts_ray.teacher.scoring.decoders import (
-    BatchedDecoder,
-    Decoder,
-    Prefix,
-    TrieDecoder,
-    select_regions,
-)
+from hts_ray.teacher.scoring.decoders import Decoder, Prefix, select_regions
 
 Written = tuple[list[int], float]
 
@@ -53,9 +47,7 @@ class Continuation(ABC):
 class TreeContinuation(Continuation):
     """Texts as branches of a tree in the cache: taking up another branch moves nothing."""
 
-    decoder: TrieDecoder
-
-    def __init__(self, decoder: TrieDecoder, prefix: Prefix, texts: int) -> None:
+    def __init__(self, decoder: Decoder, prefix: Prefix, texts: int) -> None:
         super().__init__(decoder, prefix, texts)
         self.prefix = prefix
         device = prefix.root.device
@@ -78,9 +70,7 @@ class TreeContinuation(Continuation):
 class RowContinuation(Continuation):
     """Texts as rows of a batch, each with its copy of the region's cache."""
 
-    decoder: BatchedDecoder
-
-    def __init__(self, decoder: BatchedDecoder, prefix: Prefix, texts: int) -> None:
+    def __init__(self, decoder: Decoder, prefix: Prefix, texts: int) -> None:
         super().__init__(decoder, prefix, texts)
         rows = [region for region in range(len(prefix)) for _ in range(texts)]
         self.rows = select_regions(prefix, rows)
@@ -107,13 +97,8 @@ def write_captions(
     """
     prefix = decoder.encode(regions)
     texts = settings.num_beams if settings.decoding == "beam" else settings.count
-    state: Continuation
-    if isinstance(decoder, TrieDecoder):
-        state = TreeContinuation(decoder, prefix, texts)
-    elif isinstance(decoder, BatchedDecoder):
-        state = RowContinuation(decoder, prefix, texts)
-    else:
-        raise TypeError(f"{type(decoder).__name__} writes no captions")
+    kind = TreeContinuation if decoder.by_trie else RowContinuation
+    state: Continuation = kind(decoder, prefix, texts)
     if settings.decoding == "beam":
         return _beam_search(state, decoder.end_ids, settings)
     pick = _argmax if settings.decoding == "greedy" else _sampler(settings, seeds)

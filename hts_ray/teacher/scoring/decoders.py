@@ -12,10 +12,11 @@ vocabulary, D hidden width.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ from torch import Tensor, nn
 
 from hts_ray.engine.compat import select_cache
 from hts_ray.teacher.scoring import trie as prompt_tree
-from hts_ray.teacher.scoring.memory import WORKSPACE
+from hts_ray.teacher.scoring.memory import WORKSPACE, Footprint, footprint
 from hts_ray.teacher.scoring.trie import PromptTrie, TokenIds, edge_log_probs, split_tries
 
-_Key = tuple[tuple[int, ...], ...]
 # Lists of prompts whose tries are kept.
 _KEPT = 4
 
@@ -126,10 +126,14 @@ class Decoder(ABC):
 
     `head` is the module that makes logits (R, N, V) of hidden states. `start_ids` are the tokens
     in front of every caption, where they are not part of the prepared inputs; `end_id` ends one,
-    as do all of `end_ids`. `method` names how prompts are scored, for the run's provenance.
+    as do all of `end_ids`.
+
+    `by_trie` says how prompts are scored:
+    - True, for a text model whose attention takes a tree mask: as a tree in one forward or a few.
+    - False, for any causal one: `prompt_batch` prompts at a time, padded on the right, behind the
+      region's cache. Padding needs no mask, since no prompt token looks to its right.
     """
 
-    method: str
     # Bytes that the forwards of one group of regions may take; see `groups`.
     workspace: int = WORKSPACE
 
@@ -140,12 +144,32 @@ class Decoder(ABC):
         *,
         end_ids: Sequence[int],
         start_ids: Sequence[int] = (),
+        by_trie: bool = True,
+        prompt_batch: int = 64,
     ) -> None:
         self.model = model
         self.head = head
         self.start_ids = tuple(start_ids)
         self.end_id = end_ids[0]
         self.end_ids = tuple(end_ids)
+        self.by_trie = by_trie
+        self.prompt_batch = prompt_batch
+        self.split = functools.lru_cache(_KEPT)(split_tries)
+
+    @property
+    def method(self) -> str:
+        """How prompts are scored, for people."""
+        return "trie" if self.by_trie else "batched"
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """What regions and prompts take in memory, from the model's config."""
+        return footprint(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits a position, V."""
+        return int(getattr(self.head, "out_features", 0)) or 50_000
 
     @abstractmethod
     def encode(self, images: Any) -> Prefix:
@@ -168,16 +192,23 @@ class Decoder(ABC):
         No tree, no cache, no padding: slow, and what `log_likelihoods` is checked against.
         """
 
-    @abstractmethod
-    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
-        """Return sums of token log-probabilities (R, P) float32 behind a prefix."""
+    def context(self, image: Any) -> tuple[int, int]:
+        """Return a prepared region's tokens in front of the prompts, and its features."""
+        return len(image["input_ids"][0]), 0
 
-    @abstractmethod
     def region_bytes(self, image: Any, nodes: int | None = None) -> int:
         """Return about how many bytes one prepared region takes, an item of those given.
 
         `nodes` are the tokens that are fed behind it, those of scoring if not given.
         """
+        pixels = image if isinstance(image, Tensor) else image["pixel_values"]
+        context, features = self.context(image)
+        if nodes is None:
+            nodes = prompt_tree.MAX_NODES if self.by_trie else 1
+        held = pixels.numel() * pixels.element_size()
+        return held + self.footprint.region(
+            context, nodes, features=features, pixels=pixels.numel() // 3
+        )
 
     def joins(self, first: Any, image: Any) -> bool:
         """Tell whether two prepared regions can be read in one forward."""
@@ -206,31 +237,15 @@ class Decoder(ABC):
 
     def log_likelihoods(self, images: Any, sequences: Sequence[TokenIds]) -> Tensor:
         """Return sums of token log-probabilities (R, P) float32 of R prepared regions."""
-        scores = [self._scores(self.encode(group), sequences) for group in self.groups(images)]
-        return torch.cat(scores)
+        score = self._by_trie if self.by_trie else self._by_batches
+        return torch.cat([score(self.encode(group), sequences) for group in self.groups(images)])
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) float32 of hidden states (..., D)."""
         logits: Tensor = self.head(hidden.contiguous())
         return logits.float()
 
-
-def _joined(images: Any, group: list[Any]) -> Any:
-    return torch.stack(group) if isinstance(images, Tensor) else group
-
-
-class TrieDecoder(Decoder):
-    """A family whose attention takes a tree mask.
-
-    Tree nodes are fed in any order that puts parents first, in one forward or in several: their
-    keys and values stay in the cache until `rewind`.
-    """
-
-    method = "trie"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._tries: OrderedDict[_Key, list[tuple[PromptTrie, list[int]]]] = OrderedDict()
+    # By trie
 
     def feed(self, prefix: Prefix, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
         """Feed N tree nodes and return their hidden states (R, N, D) in front of the head.
@@ -256,14 +271,9 @@ class TrieDecoder(Decoder):
 
     def tries(self, sequences: Sequence[TokenIds]) -> Sequence[tuple[PromptTrie, list[int]]]:
         """Return `split_tries` of the prompts, made once for a run's."""
-        key = tuple(tuple(sequence) for sequence in sequences)
-        if key not in self._tries:
-            self._tries[key] = split_tries(sequences)
-            if len(self._tries) > _KEPT:
-                self._tries.popitem(last=False)
-        return self._tries[key]
+        return self.split(tuple(map(tuple, sequences)))
 
-    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+    def _by_trie(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
         scores = torch.empty(len(prefix), len(sequences), device=prefix.root.device)
         for trie, prompts in self.tries(sequences):
             hidden = prefix.root
@@ -275,23 +285,9 @@ class TrieDecoder(Decoder):
             scores[:, prompts] = trie.sum_paths(edge_log_probs(self.head, hidden, trie))
         return scores
 
+    # By batches
 
-class BatchedDecoder(Decoder):
-    """Any causal family: `prompt_batch` prompts, padded on the right, behind a region's cache.
-
-    Padding needs no mask of its own, since no prompt token looks to its right. The region is
-    encoded once; its cache is seen through views, of which the model makes copies layer by
-    layer, so that batches are kept as small as `workspace` asks.
-    """
-
-    method = "batched"
-    prompt_batch: int = 64
-
-    @abstractmethod
-    def row_bytes(self, prefix: Prefix, longest: int) -> int:
-        """Return about how many bytes one prompt of `longest` tokens takes behind a prefix."""
-
-    def _scores(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+    def _by_batches(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
         # Prompts of one length meet, for less padding.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         longest = len(sequences[order[-1]])
@@ -303,6 +299,11 @@ class BatchedDecoder(Decoder):
                 batch = select_regions(prefix, [region] * len(chosen))
                 scores[region, chosen] = self._batch(batch, [sequences[i] for i in chosen])
         return scores
+
+    def row_bytes(self, prefix: Prefix, longest: int) -> int:
+        """Return about how many bytes one prompt of `longest` tokens takes behind a prefix."""
+        features = prefix.features[0].shape[1] if prefix.features else 0
+        return self.footprint.region(prefix.past, longest, features=features)
 
     def _batch(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
         """Return the sums (P,) of P prompts behind P copies of a region."""
@@ -331,8 +332,7 @@ class BatchedDecoder(Decoder):
 
     def _token_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return log P(target) (N,) of hidden states (N, D), some of the vocabulary at a time."""
-        vocabulary = int(getattr(self.head, "out_features", 0)) or 50_000
-        chunk = max(1, prompt_tree.MAX_LOGITS // vocabulary)
+        chunk = max(1, prompt_tree.MAX_LOGITS // self.vocabulary)
         parts = []
         for first in range(0, len(targets), chunk):
             logits = self.project(hidden[first : first + chunk])
@@ -340,6 +340,10 @@ class BatchedDecoder(Decoder):
             chosen = logits.gather(1, tokens[:, None].to(logits.device))[:, 0]
             parts.append(chosen - logits.logsumexp(-1))
         return torch.cat(parts).to(hidden.device)
+
+
+def _joined(images: Any, group: list[Any]) -> Any:
+    return torch.stack(group) if isinstance(images, Tensor) else group
 
 
 def sequence_log_likelihood(logits: Tensor, sequence: TokenIds) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from hts_ray.store.aliases import FloatArray
 from hts_ray.teacher.captioner import Reduction, keep_top, reduce_templates
 from hts_ray.teacher.scoring import trie as prompt_tree
-from hts_ray.teacher.scoring.decoders import Prefix, TrieDecoder, select_regions
+from hts_ray.teacher.scoring.decoders import Decoder, Prefix, select_regions
 from hts_ray.teacher.scoring.trie import TokenIds
 
 # Nodes a region feeds at a time, the most promising first. Few, because every complete class
@@ -60,7 +60,7 @@ class SearchStats:
 
 @torch.inference_mode()
 def score_top(
-    decoder: TrieDecoder,
+    decoder: Decoder,
     images: Any,
     sequences: Sequence[TokenIds],
     counts: Sequence[int],
@@ -98,7 +98,7 @@ def score_top(
 
 
 def _score_all(
-    decoder: TrieDecoder,
+    decoder: Decoder,
     images: Any,
     sequences: Sequence[TokenIds],
     counts: Sequence[int],
@@ -299,7 +299,7 @@ class _Walk:
     the regions that are still walking; `nodes_fed` and `padded` count for all there were.
     """
 
-    def __init__(self, decoder: TrieDecoder, prefix: Prefix, tree: _Tree) -> None:
+    def __init__(self, decoder: Decoder, prefix: Prefix, tree: _Tree) -> None:
         self.decoder = decoder
         self.prefix = prefix
         self.tree = tree
@@ -384,8 +384,7 @@ class _Walk:
         unfed = torch.nn.functional.pad(self.unfed, (0, 1)).gather(1, nodes)
         regions, places = unfed.nonzero(as_tuple=True)
         parents = nodes[regions, places]
-        vocabulary = int(getattr(self.decoder.head, "out_features", 0)) or 50_000
-        chunk = max(1, prompt_tree.MAX_LOGITS // vocabulary)
+        chunk = max(1, prompt_tree.MAX_LOGITS // self.decoder.vocabulary)
         for first in range(0, len(parents), chunk):
             part = slice(first, first + chunk)
             logits = self.decoder.project(hidden[regions[part], places[part]][None])[0]

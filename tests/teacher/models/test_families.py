@@ -245,9 +245,9 @@ def test_scores_equal_full_forwards(
     assert np.abs(np.diff(sums, axis=0)).max() > 0.01
     if name in TRIES:  # several tries behind one cache
         monkeypatch.setattr(prompt_tree, "MAX_NODES", 4)
-        monkeypatch.setattr(captioner.decoder, "_tries", type(captioner.decoder._tries)())
+        captioner.decoder.split.cache_clear()
         split = captioner.score(IMAGES, PROMPTS).log_likelihoods
-        assert len(next(iter(captioner.decoder._tries.values()))) > 1
+        assert len(captioner.decoder.tries(captioner.tokenize(PROMPTS))) > 1
         np.testing.assert_allclose(split, sums, atol=2e-4)
 
 
@@ -427,8 +427,10 @@ def test_check_refuses_shifted_positions(
     name: str, tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a check that positions behind the prefix, off by one, would pass."""
-    place = architectures.PrefixStyle.first_position
-    monkeypatch.setattr(architectures.PrefixStyle, "first_position", lambda *args: place(*args) + 1)
+    place = architectures.PrefixDecoder.first_position
+    monkeypatch.setattr(
+        architectures.PrefixDecoder, "first_position", lambda *args: place(*args) + 1
+    )
     refused(tiny_path(name))
 
 
@@ -438,7 +440,7 @@ def test_check_refuses_qwen_without_its_jumps(
 ) -> None:
     """Catches a check that an image counted by its tokens would pass."""
     monkeypatch.setattr(
-        architectures.QwenStyle, "first_position", architectures.PrefixStyle.first_position
+        architectures.QwenDecoder, "first_position", architectures.PrefixDecoder.first_position
     )
     refused(tiny_path(name))
 

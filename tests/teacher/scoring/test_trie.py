@@ -126,7 +126,7 @@ def test_trie_equals_full_forwards(
     """Catches wrong masks, positions, caches or targets: each costs tenths of a nat."""
     monkeypatch.setattr(trie_module, "MAX_NODES", max_nodes)
     captioner = loaded(request.getfixturevalue(fixture), append_eos)
-    captioner.decoder._tries.clear()
+    captioner.decoder.split.cache_clear()
     images = random_images(3)
     scores = captioner.score(images, PROMPTS)
     tries = captioner.decoder.tries(captioner.tokenize(PROMPTS))
