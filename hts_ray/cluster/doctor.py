@@ -180,7 +180,7 @@ def _requirements() -> dict[str, Any]:
 
 def _judge_machines(facts: Sequence[Facts], config: HtsConfig) -> list[Finding]:
     """Make every check of versions and machines; nodes with the same verdict share a line."""
-    findings = [*_judge_versions(facts), *judge_same(facts)]
+    findings = list(_judge_versions(facts))
     for name, check in _MACHINE_CHECKS.items():
         hosts: defaultdict[Finding, list[str]] = defaultdict(list)
         for fact in facts:
@@ -200,42 +200,36 @@ def _judge_versions(facts: Sequence[Facts]) -> Iterator[Finding]:
     requirements = _requirements()
     if not requirements:
         yield Finding("warning", f"{_DISTRIBUTION} is not installed", "pip install it", "python")
-    judged = {name: judge_package(name, wanted, facts) for name, wanted in requirements.items()}
-    bad = {name: finding for name, finding in judged.items() if finding is not None}
-    good = len(judged) - len(bad)
+    judged = {
+        name: judge_package(name, requirements.get(name), facts)
+        for name in dict.fromkeys(["python", *SAME_EVERYWHERE, *requirements])
+    }
+    good = [name for name, finding in judged.items() if finding.level == "ok"]
     if good and facts:
         shown = ("python", "ray", "torch", "transformers", "pyarrow")
         versions = ", ".join(f"{name} {facts[0]['versions'].get(name)}" for name in shown)
-        found = f"{versions}; {good} packages are as they should be"
+        found = f"{versions}; {len(good)} packages are as they should be"
         yield Finding("ok", found, check="versions")
-    yield from _named(bad)
+    yield from _named({name: found for name, found in judged.items() if found.level != "ok"})
 
 
-def judge_package(name: str, supported: Any, facts: Sequence[Facts]) -> Finding | None:
-    """Compare a package's version on every node with what is supported; None where all fit."""
+def judge_package(name: str, supported: Any, facts: Sequence[Facts]) -> Finding:
+    """Judge a package's versions: installed and supported on every node, and the same on all."""
+    hosts: defaultdict[str, list[str]] = defaultdict(list)
     for fact in facts:
-        version = fact["versions"].get(name)
-        if version is None:
-            remedy = f"install {name}{supported} there, or use one image for all nodes"
-            return Finding("problem", f"not installed on {fact['host']}", remedy)
-        if not supported.contains(version, prereleases=True):
-            found = f"{version} on {fact['host']}, supported is {supported}"
-            return Finding("problem", found, f"install {name}{supported}")
-    return None
-
-
-def judge_same(facts: Sequence[Facts]) -> Iterator[Finding]:
-    """Find packages whose version differs between nodes."""
-    for name in ("python", *SAME_EVERYWHERE):
-        hosts: defaultdict[str, list[str]] = defaultdict(list)
-        for fact in facts:
-            if version := fact["versions"].get(name):
-                hosts[version].append(fact["host"])
-        if len(hosts) > 1:
-            found = "; ".join(f"{version} on {_hosts(where)}" for version, where in hosts.items())
-            level: Level = "problem" if name in _BREAKS_IF_OTHER else "warning"
-            remedy = "use the same image or constraints.txt on all nodes"
-            yield Finding(level, found, remedy, f"{name} everywhere")
+        hosts[fact["versions"].get(name) or ""].append(fact["host"])
+    if "" in hosts and supported is not None:
+        remedy = f"install {name}{supported} there, or use one image for all nodes"
+        return Finding("problem", f"not installed on {_hosts(hosts[''])}", remedy)
+    told = "; ".join(f"{version or 'none'} on {_hosts(where)}" for version, where in hosts.items())
+    versions = [version for version in hosts if version]
+    if supported is not None and not all(supported.contains(v, prereleases=True) for v in versions):
+        found = f"{told}, supported is {supported}"
+        return Finding("problem", found, f"install {name}{supported}")
+    if len(versions) > 1 and name in {"python", *SAME_EVERYWHERE}:
+        level: Level = "problem" if name in _BREAKS_IF_OTHER else "warning"
+        return Finding(level, told, "use the same image or constraints.txt on all nodes")
+    return Finding("ok", told)
 
 
 def _wants_gpu(config: HtsConfig) -> str | None:

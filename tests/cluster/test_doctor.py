@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from hts_ray import cli
 from hts_ray.cluster import doctor
@@ -124,27 +125,29 @@ def test_disks_and_limits():
 
 def test_versions_are_compared_across_nodes():
     """Would catch a node of an older image, whose answers or pickles differ."""
-    other = {"python": "3.12.1", "ray": "2.60.0", "torch": "2.12.0"}
-    found = {row.check: row for row in doctor.judge_same([fact(), fact(host="b", versions=other)])}
-    assert found["python everywhere"].level == "problem"
-    assert found["torch everywhere"].level == "warning"
-    assert "2.12.0 on b" in found["torch everywhere"].found
-    assert "ray everywhere" not in found
-    assert not list(doctor.judge_same([fact(), fact()]))
+    other = fact(host="b", versions={"python": "3.12.1", "ray": "2.60.0", "torch": "2.12.0"})
+    found = {
+        name: doctor.judge_package(name, None, [fact(), other])
+        for name in ("python", "ray", "torch", "timm")
+    }
+    assert found["python"].level == "problem"
+    assert found["torch"].level == "warning"
+    assert "2.12.0 on b" in found["torch"].found
+    assert found["ray"].level == found["timm"].level == "ok"
+    assert doctor.judge_package("torch", None, [fact(), fact()]).level == "ok"
 
 
 def test_unsupported_versions_are_named_with_the_supported_ones():
     """Would catch a cluster whose Ray or Python this package was never run with."""
-    from packaging.specifiers import SpecifierSet
-
     ranges = SpecifierSet(">=2.60,<2.61")
-    assert doctor.judge_package("ray", ranges, [fact()]) is None
-    old = fact(versions={"ray": "2.9.0"})
+    assert doctor.judge_package("ray", ranges, [fact()]).level == "ok"
+    old = fact(host="b", versions={"ray": "2.9.0"})
     judged = doctor.judge_package("ray", ranges, [fact(), old])
     assert judged.level == "problem"
-    assert "2.9.0 on a" in judged.found
+    assert "2.9.0 on b, supported is <2.61,>=2.60" in judged.found
     missing = doctor.judge_package("timm", SpecifierSet(""), [fact()])
-    assert "not installed" in missing.found
+    assert missing.level == "problem"
+    assert "not installed on a" in missing.found
 
 
 def test_clocks():
