@@ -39,10 +39,8 @@ FOLDER = ROOT / "cluster"
 PLACEHOLDERS = re.compile(r"\b(REGISTRY|BUCKET|PROJECT|ACCOUNT|FAMILY|ami-0{17})\b")
 # Ray's share of a node's memory for its object store (ray_constants.py).
 OBJECT_STORE_SHARE = 0.3
-# A name has to leave room for what the operator appends (KubeRay, constant.go).
-_NAME_LENGTH = {"RayJob": 47, "RayCluster": 63}
+_RAY_KINDS = {"RayJob", "RayCluster"}
 _CORE_KINDS = {"ServiceAccount", "PersistentVolumeClaim"}
-_SUBMISSION_MODES = {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"}
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _SPOT_LABELS = {
     "cloud.google.com/gke-spot",
@@ -90,14 +88,14 @@ def left_to_edit(path: Path) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as Kubernetes reads it: a key that stands twice is a mistake."""
+    """YAML as Kubernetes reads it: a repeated key is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
+                    None, None, f"the key {key!r} is given twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
@@ -105,10 +103,10 @@ class _Loader(yaml.SafeLoader):
 def load(text: str) -> list[Document]:
     """Return the documents of a YAML text, none sharing parts with another.
 
-    Raises yaml.YAMLError when it is not YAML or a key stands twice.
+    Raises yaml.YAMLError when it is not YAML or a key is repeated.
     """
     documents = yaml.load_all(text, _Loader)
-    # Through JSON, so that what stood behind an anchor is a value of its own everywhere.
+    # Through JSON, so that every use of an anchor is a value of its own.
     return [json.loads(json.dumps(document)) for document in documents if document is not None]
 
 
@@ -119,8 +117,8 @@ def problems(document: Document) -> list[str]:
     if "cluster_name" in document:
         return list(_launcher_problems(document))
     kind = document.get("kind")
-    if kind in _NAME_LENGTH:
-        wrong = [*_field_problems(document, str(kind)), *_name_problems(document)]
+    if kind in _RAY_KINDS:
+        wrong = list(_field_problems(document, str(kind)))
         # Rules look at fields that the schema vouches for.
         return wrong or [*_ray_problems(document), *_job_problems(document)]
     if str(document.get("apiVersion")).startswith("kueue.x-k8s.io/"):
@@ -137,17 +135,15 @@ def _field_problems(document: Document, kind: str) -> Iterator[str]:
     except ImportError:
         yield "its fields are not checked: pip install kubernetes"
         return
+    yield from _schema_problems(document, kind, definitions)
+
+
+def _schema_problems(value: Any, kind: str, definitions: Document) -> Iterator[str]:
+    """Yield where a value differs from a definition of a JSON Schema."""
     schema = {"$ref": f"#/definitions/{kind}", "definitions": definitions}
-    for error in jsonschema.Draft202012Validator(schema).iter_errors(document):
+    for error in jsonschema.Draft202012Validator(schema).iter_errors(value):
         path = ".".join(str(part) for part in error.absolute_path)
         yield f"{path or kind}: {error.message[:200]}"
-
-
-def _name_problems(document: Document) -> Iterator[str]:
-    name = str((document.get("metadata") or {}).get("name") or "")
-    longest = _NAME_LENGTH[document["kind"]]
-    if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        yield f"metadata.name: {name!r} is no DNS-1035 label of at most {longest} characters"
 
 
 @functools.cache
@@ -337,8 +333,6 @@ def _job_problems(document: Document) -> Iterator[str]:
         return
     spec, labels = document["spec"], document["metadata"].get("labels") or {}
     mode = spec.get("submissionMode", "K8sJobMode")
-    if mode not in _SUBMISSION_MODES:
-        yield f"submissionMode: there is no {mode}; known are {sorted(_SUBMISSION_MODES)}"
     if mode == "SidecarMode" and ({"submitterConfig", "submitterPodTemplate"} & set(spec)):
         yield "submissionMode: SidecarMode has no submitter to configure"
     if mode == "InteractiveMode" and spec.get("backoffLimit"):
@@ -347,9 +341,6 @@ def _job_problems(document: Document) -> Iterator[str]:
         yield "shutdownAfterJobFinishes: must be true, or the cluster stays and is paid for"
     if spec.get("activeDeadlineSeconds", 0) <= 0:
         yield "activeDeadlineSeconds: without it nothing limits the time that is paid for"
-    for name in ("backoffLimit", "ttlSecondsAfterFinished"):
-        if spec.get(name, 0) < 0:
-            yield f"{name}: must not be negative"
     if _QUEUE_LABEL in labels:
         yield from _kueue_problems(spec)
     elif spec.get("suspend"):
@@ -401,22 +392,15 @@ def gang_requests(document: Document) -> dict[str, float]:
 
 def _queue_problems(document: Document) -> Iterator[str]:
     """Yield what is wrong with Kueue's three kinds, as far as this folder uses them."""
-    known = {
-        "ResourceFlavor": {"nodeLabels", "nodeTaints", "tolerations", "topologyName"},
-        "LocalQueue": {"clusterQueue", "stopPolicy", "fairSharing"},
-        "ClusterQueue": {
-            "admissionChecksStrategy", "cohortName", "fairSharing", "flavorFungibility",
-            "namespaceSelector", "preemption", "queueingStrategy", "resourceGroups", "stopPolicy",
-        },
-    }  # fmt: skip
-    kind, spec = str(document.get("kind")), document.get("spec") or {}
-    if kind not in known:
+    kind = str(document.get("kind"))
+    text = (FOLDER / "schema" / "kueue.yaml").read_text(encoding="utf-8")
+    definitions = yaml.safe_load(text)["definitions"]
+    if kind not in definitions:
         yield f"no rule knows Kueue's {kind}"
         return
-    for name in sorted(set(spec) - known[kind]):
-        yield f"{kind}: unknown field {name}"
-    if kind == "LocalQueue" and not spec.get("clusterQueue"):
-        yield "LocalQueue: clusterQueue is missing"
+    wrong = list(_schema_problems(document, kind, definitions))
+    yield from wrong
+    spec = {} if wrong else document.get("spec") or {}
     for group in spec.get("resourceGroups", []):
         covered = group["coveredResources"]
         for flavor in group["flavors"]:
@@ -524,60 +508,38 @@ def _run_instances() -> Any:
 def gcp_problems(settings: Document) -> Iterator[str]:
     """Yield what a Compute Engine instance does not know in a node_config."""
     try:
-        schemas = _compute_schemas()
+        definitions = _compute_definitions()
     except ImportError:
         yield 'node_config is not checked: pip install "hts-ray[gcp]"'
         return
-    yield from _discovery_problems("", settings, {"$ref": "Instance"}, schemas)
+    yield from _schema_problems(settings, "Instance", definitions)
 
 
 @functools.cache
-def _compute_schemas() -> Document:
+def _compute_definitions() -> Document:
     import googleapiclient.discovery_cache
 
     folder = Path(googleapiclient.discovery_cache.__file__).parent / "documents"
     schemas = json.loads((folder / "compute.v1.json").read_text(encoding="utf-8"))["schemas"]
-    assert isinstance(schemas, dict)
-    return schemas
+    return {name: _from_discovery(schema) for name, schema in schemas.items()}
 
 
-_DISCOVERY_TYPES: dict[str, Any] = {
-    "string": str,
-    "boolean": bool,
-    "integer": int,
-    "number": (int, float),
-}
-
-
-def _discovery_problems(
-    path: str, value: Any, schema: Document, schemas: Document
-) -> Iterator[str]:
-    """Walk a value along a schema of Google's discovery format."""
-    schema = schemas[schema["$ref"]] if "$ref" in schema else schema
-    here = path.lstrip(".") or "node_config"
-    if "properties" in schema or schema.get("type") == "object":
-        if not isinstance(value, dict):
-            yield f"{here}: must be a mapping, is {value!r}"
-            return
-        known, others = schema.get("properties", {}), schema.get("additionalProperties")
-        for name, inner in value.items():
-            if name in known or others:
-                rule = known.get(name, others)
-                yield from _discovery_problems(f"{path}.{name}", inner, rule, schemas)
-            else:
-                yield f"{here}: unknown field {name}"
-    elif schema.get("type") == "array":
-        if not isinstance(value, list):
-            yield f"{here}: must be a list, is {value!r}"
-            return
-        for index, inner in enumerate(value):
-            yield from _discovery_problems(f"{path}.{index}", inner, schema["items"], schemas)
-    elif not isinstance(value, _DISCOVERY_TYPES.get(schema["type"], object)):
-        # 64-bit integers are strings in this format; whole numbers are taken too.
-        if not (schema.get("format") == "int64" and isinstance(value, int)):
-            yield f"{here}: must be a {schema['type']}, is {value!r}"
-    elif "enum" in schema and value not in schema["enum"]:
-        yield f"{here}: {value} is none of {', '.join(schema['enum'])}"
+def _from_discovery(schema: Document) -> Document:
+    """Make a schema of Google's discovery format a JSON Schema that refuses unknown fields."""
+    if "$ref" in schema:
+        return {"$ref": f"#/definitions/{schema['$ref']}"}
+    result: Document = {name: schema[name] for name in ("type", "enum") if name in schema}
+    if result["type"] == "any":
+        return {}
+    if schema.get("format") == "int64":  # a string in this format; whole numbers are taken too
+        result["type"] = ["string", "integer"]
+    if result["type"] == "object":
+        fields, others = schema.get("properties", {}), schema.get("additionalProperties")
+        result["properties"] = {name: _from_discovery(inner) for name, inner in fields.items()}
+        result["additionalProperties"] = _from_discovery(others) if others else False
+    if "items" in schema:
+        result["items"] = _from_discovery(schema["items"])
+    return result
 
 
 def _image_problems(image: str, ray_version: str | None) -> Iterator[str]:
@@ -632,7 +594,7 @@ def _environment(container: Document) -> dict[str, Document]:
 
 def _twice(what: str, names: Sequence[str]) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"{what}: {name} stands twice"
+        yield f"{what}: {name} is given twice"
 
 
 if __name__ == "__main__":

@@ -72,15 +72,15 @@ AUTOSCALER_V2 = [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]
         (f"{POD} securityContext runAsUser", True, "is not of type 'integer'"),
         ("metadata labels", ["hts"], "is not of type 'object'"),
         (f"{POD} nodeselector", {"pool": "gpu"}, "'nodeselector' was unexpected"),
-        ("metadata name", "Hts", "DNS-1035"),
-        ("metadata name", "h" * 48, "at most 47"),
+        ("metadata name", "Hts", "metadata.name: 'Hts' does not match"),
+        ("metadata name", "h" * 48, "is too long"),
         # The operator's rules for jobs.
-        ("spec submissionMode", "K8sJob", "there is no K8sJob"),
+        ("spec submissionMode", "K8sJob", "'K8sJob' is not one of"),
         ("spec submissionMode", "SidecarMode", "no submitter to configure"),
         ("spec submissionMode", "InteractiveMode", "does not retry"),
         ("spec shutdownAfterJobFinishes", False, "stays and is paid for"),
         ("spec activeDeadlineSeconds", DELETE, "nothing limits the time"),
-        ("spec backoffLimit", -1, "must not be negative"),
+        ("spec backoffLimit", -1, "less than the minimum of 0"),
         ("spec suspend", True, "nothing would ever start it"),
         ("spec rayClusterSpec", DELETE, "needs a cluster of its own"),
         ("spec entrypoint", "", "nothing to run"),
@@ -113,14 +113,14 @@ AUTOSCALER_V2 = [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]
         (f"{CONTAINER} resources limits nvidia.com/gpu", 2, "must be the same"),
         (f"{CONTAINER} resources limits nvidia.com/gpu", DELETE, "must be the same"),
         (f"{CONTAINER} volumeMounts 0 name", "shn", "no volume shn"),
-        (f"{CONTAINER} volumeMounts 1 mountPath", "/dev/shm", "mountPath: /dev/shm stands twice"),
+        (f"{CONTAINER} volumeMounts 1 mountPath", "/dev/shm", "mountPath: /dev/shm is given twice"),
         (f"{CONTAINER} volumeMounts", [], "/dev/shm: mount an emptyDir"),
         (f"{POD} volumes 0 emptyDir medium", DELETE, "/dev/shm: mount an emptyDir"),
         (f"{POD} volumes 0 emptyDir sizeLimit", "7Gi", "/dev/shm: 7Gi must be"),
         (f"{POD} volumes 0 emptyDir sizeLimit", "24Gi", "/dev/shm: 24Gi must be"),
-        (f"{POD} volumes 1 name", "shm", "volumes: shm stands twice"),
+        (f"{POD} volumes 1 name", "shm", "volumes: shm is given twice"),
         (f"{CONTAINER} env 0 value", "/models", "HF_HOME: /models is no mounted volume"),
-        (f"{CONTAINER} env 1 name", "HF_HOME", "env: HF_HOME stands twice"),
+        (f"{CONTAINER} env 1 name", "HF_HOME", "env: HF_HOME is given twice"),
         (f"{POD} tolerations 0 effect", "NoSchedules", "no effect NoSchedules"),
         (f"{POD} tolerations 0 value", "present", "Exists takes no value"),
         (f"{POD} securityContext runAsNonRoot", False, "set runAsNonRoot"),
@@ -185,9 +185,9 @@ def test_the_gang_fits_its_queue_and_fills_its_gpus():
     ("index", "path", "new", "words"),
     [
         (0, "kind", "Cohort", "no rule knows"),
-        (1, "spec resourceGroup", [], "unknown field resourceGroup"),
+        (1, "spec resourceGroup", [], "'resourceGroup' was unexpected"),
         (1, "spec resourceGroups 0 coveredResources", ["cpu"], "in this order"),
-        (2, "spec clusterQueue", DELETE, "clusterQueue is missing"),
+        (2, "spec clusterQueue", DELETE, "'clusterQueue' is a required property"),
     ],
 )
 def test_a_fault_in_the_queue_is_noticed(index, path, new, words):
@@ -215,15 +215,20 @@ NODES = "available_node_types"
         ("aws.yaml", f"{NODES} gpu node_config InstanceTypes", "g5.2xlarge", "InstanceTypes"),
         ("aws.yaml", f"{NODES} gpu node_config BlockDeviceMappings 0 Ebs Size", 9, "Size"),
         ("aws.yaml", f"{NODES} head node_config ImageId", 1, "ImageId"),
-        ("gcp.yaml", f"{NODES} gpu node_config machine_type", "g2", "unknown field machine_type"),
-        ("gcp.yaml", f"{NODES} gpu node_config scheduling", [{}], "must be a mapping"),
-        ("gcp.yaml", f"{NODES} gpu node_config disks", {}, "must be a list"),
-        ("gcp.yaml", f"{NODES} gpu node_config disks 0 boot", "yes", "must be a boolean"),
+        (
+            "gcp.yaml",
+            f"{NODES} gpu node_config machine_type",
+            "g2",
+            "'machine_type' was unexpected",
+        ),
+        ("gcp.yaml", f"{NODES} gpu node_config scheduling", [{}], "is not of type 'object'"),
+        ("gcp.yaml", f"{NODES} gpu node_config disks", {}, "is not of type 'array'"),
+        ("gcp.yaml", f"{NODES} gpu node_config disks 0 boot", "yes", "is not of type 'boolean'"),
         (
             "gcp.yaml",
             f"{NODES} gpu node_config scheduling provisioningModel",
             "SPOTTY",
-            "is none of",
+            "is not one of",
         ),
         # Ours.
         ("aws.yaml", f"{NODES} gpu node_config IamInstanceProfile", DELETE, "all rights, or none"),
@@ -287,9 +292,9 @@ def test_what_nobody_knows_is_a_finding():
     assert check.problems({"apiVersion": "v1", "kind": "Pot"}) == ["no rule knows what v1 Pot is"]
 
 
-def test_a_key_that_stands_twice_is_refused():
+def test_a_key_that_is_given_twice_is_refused():
     """Would catch YAML's habit of taking the last of two values in silence."""
-    with pytest.raises(yaml.YAMLError, match="'b' stands twice"):
+    with pytest.raises(yaml.YAMLError, match="'b' is given twice"):
         check.load("a: {b: 1, b: 2}")
 
 
