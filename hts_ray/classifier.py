@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-from pyarrow import fs as pafs
 
 from hts_ray.config import ImagesConfig, RegionsConfig
 from hts_ray.errors import ConfigError, DataError
@@ -251,12 +250,12 @@ def find_images(paths: Sequence[str], *, workers: int = 16) -> tuple[list[str], 
     found: list[str] = []
     bad: list[Prediction] = []
     for path in paths:
-        kind = _kind(path)
-        if kind == pafs.FileType.NotFound:
+        kind = storage.kind(path)
+        if kind == "NotFound":
             bad.append(Prediction(path, error="nothing is there"))
-        if kind == pafs.FileType.File:
+        if kind == "File":
             found.append(path)
-        if kind != pafs.FileType.Directory:
+        if kind != "Directory":
             continue
         prepared = read_folder(path, workers=workers)
         for row in prepared.quarantine.to_pylist():
@@ -272,11 +271,6 @@ def grid(width: int, height: int) -> list[Region]:
     from hts_ray.images.regions import propose_regions
 
     return propose_regions(width, height, RegionsConfig())
-
-
-def _kind(path: str) -> pafs.FileType:
-    filesystem, inner = storage.resolve(path)
-    return storage.patiently(path, lambda: filesystem.get_file_info(inner).type)
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -123,13 +123,12 @@ def _number(text: str) -> str | float:
 
 def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
     for key, value in source.items():
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            _merge(target[key], value)
-        elif isinstance(value, Mapping):
-            target[key] = {}
-            _merge(target[key], value)
-        else:
+        if not isinstance(value, Mapping):
             target[key] = value
+            continue
+        if not isinstance(target.get(key), dict):
+            target[key] = {}
+        _merge(target[key], value)
 
 
 def _describe(item: Mapping[str, Any]) -> str:

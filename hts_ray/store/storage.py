@@ -50,10 +50,11 @@ _SILENCE_SECONDS = 60.0  # until a request counts as lost; the client's own 3 ar
 _GCS_RETRY_SECONDS = 60  # the client's own limit is 15 minutes
 _COPY_BYTES = 1 << 22
 # An object of these appears when its upload is complete; elsewhere a file is renamed into place.
-_OBJECT_STORES = {"s3", "gs", "gcs", "abfs", "abfss", "az", "hf", "oss"}
+_BUCKETS = {"s3", "gs", "gcs"}
+_OBJECT_STORES = _BUCKETS | {"abfs", "abfss", "az", "hf", "oss"}
 # Schemes that mean one store; http(s) means any number of hosts.
 _ONE_STORE = _OBJECT_STORES | {"hdfs", "viewfs"}
-_NATIVE = {"file", "abfs", "abfss", "hdfs", "viewfs", "mock"}
+_NATIVE = _BUCKETS | {"file", "abfs", "abfss", "hdfs", "viewfs", "mock"}
 _DEFAULT_REGION = "us-east-1"  # what stores with an endpoint of their own expect
 
 # Words in the messages of pyarrow's file systems, and the reason with its remedy.
@@ -105,15 +106,19 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
     parts = urlsplit(path)
     try:
-        if parts.scheme in {"s3", "gs", "gcs"} and not (parts.query or "@" in parts.netloc):
+        if parts.scheme in _BUCKETS and not (parts.query or "@" in parts.netloc):
+            environment = tuple(map(os.environ.get, ENVIRONMENT))
             scheme, bucket = parts.scheme, parts.netloc
-            filesystem = patiently(path, lambda: _bucket(scheme, bucket, _environment()))
-            # Not part of the key: a slash at its end. Part of it: what URIs read otherwise.
+            filesystem = patiently(path, lambda: _bucket(scheme, bucket, environment))
+            # A slash at the end is not part of the key, and %20 means a space.
             return filesystem, unquote(bucket + parts.path).rstrip("/")
-        if parts.scheme in _NATIVE or parts.scheme in {"s3", "gs", "gcs"}:
+        if parts.scheme in _NATIVE:
             filesystem, inner = pafs.FileSystem.from_uri(path)
             return filesystem, str(inner)
-        return _fsspec(path)
+        import fsspec
+
+        other, inner = fsspec.core.url_to_fs(path)
+        return pafs.PyFileSystem(pafs.FSSpecHandler(other)), str(inner)
     except ImportError as error:
         raise DataError(
             f"{parts.scheme}:// needs a package that is not installed: {error}; install it here"
@@ -124,18 +129,6 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
             f"cannot open the storage of {path!r}: {error}; known are local paths, s3://, gs://,"
             " hf://, abfs://, hdfs:// and the protocols of fsspec"
         ) from error
-
-
-def _fsspec(path: str) -> tuple[pafs.FileSystem, str]:
-    import fsspec
-    from pyarrow import fs as pafs
-
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(inner)
-
-
-def _environment() -> tuple[str | None, ...]:
-    return tuple(os.environ.get(name) for name in ENVIRONMENT)
 
 
 @lru_cache(maxsize=64)
@@ -216,15 +209,16 @@ def patiently(path: str, action: Callable[[], Result]) -> Result:
     if not is_remote(path):
         return action()
     try:
-        return retry(action, lambda error: isinstance(error, OSError) and _may_pass(error))
+        return retry(action, _may_pass)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not is_refusal(error):
             raise
         raise DataError(explain(path, error)) from error
 
 
-def _may_pass(error: OSError) -> bool:
-    return not (isinstance(error, FileNotFoundError) or is_refusal(error))
+def _may_pass(error: Exception) -> bool:
+    lasting = isinstance(error, FileNotFoundError) or is_refusal(error)
+    return isinstance(error, OSError) and not lasting
 
 
 def explain(path: str, error: BaseException) -> str:
