@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -124,20 +124,14 @@ class Demand:
 
     def room(self, cluster: Cluster) -> int:
         """How many of the workers the cluster's nodes hold, were they empty."""
-        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
-        needed = {name: amount for name, amount in wanted.items() if amount > 0}
-        if not needed:
+        needed = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+        if not any(needed.values()):
             return self.workers
-        return sum(
-            int(
-                min(
-                    # Fractions of a GPU add up with rounding.
-                    node.resources.get(name, 0.0) / amount + 1e-9
-                    for name, amount in needed.items()
-                )
-            )
-            for node in cluster.nodes
-        )
+        held = 0
+        for node in cluster.nodes:
+            # Fractions of a GPU add up with rounding.
+            held += int(min(node.resources.get(n, 0.0) / a + 1e-9 for n, a in needed.items() if a))
+        return held
 
     def worker(self) -> str:
         """What one worker takes, in words."""
@@ -149,23 +143,20 @@ class Demand:
 
 def demands(config: HtsConfig, command: str) -> list[Demand]:
     """Return what a command needs at the least; none for what runs in the driver alone."""
-    found = []
-    for stage in _stages(config, command):
-        if stage == "label":
-            found.append(_actors("label.pool", config.label.pool))
-        elif stage == "predict":
-            found.append(_students("predict.pool", config.predict.pool))
-        elif stage == "score":
-            found.append(_students("score.pool", config.score.pool))
-        elif stage == "train" and config.train.trainable == "head":
-            found.append(_students("train.features.pool", config.train.features.pool))
-        elif stage == "train":
-            found.append(_trainers(config.train))
-    return found
+    train = config.train
+    found = {
+        "label": _actors("label.pool", config.label.pool),
+        "predict": _students("predict.pool", config.predict.pool),
+        "score": _students("score.pool", config.score.pool),
+        "train": _students("train.features.pool", train.features.pool)
+        if train.trainable == "head"
+        else _trainers(train),
+    }
+    return [found[stage] for stage in _stages(command) if stage in found]
 
 
-def _stages(config: HtsConfig, command: str) -> tuple[str, ...]:
-    """Return the stages with workers that a command runs."""
+def _stages(command: str) -> tuple[str, ...]:
+    """Return the stages that a command runs."""
     return ("label", "train", "predict") if command in {"pipeline", "demo"} else (command,)
 
 
@@ -210,8 +201,7 @@ def check_room(cluster: Cluster, needed: Iterable[Demand]) -> list[str]:
     return notes
 
 
-@dataclass(frozen=True)
-class _Lack:
+class _Lack(NamedTuple):
     field: str
     value: object
     message: str
@@ -224,32 +214,28 @@ def _lack(cluster: Cluster, demand: Demand) -> _Lack | None:
     if room < count:
         workers = _count(count, "worker")
         message = f"{workers} of {demand.worker()} wanted, and {cluster} can hold {room}"
+        section = demand.setting.rpartition(".")[0]
+        if demand.gpus and not cluster.total("GPU") and section == "train":
+            remedy = "add nodes with GPUs, or set it to false"
+            return _Lack("train.use_gpu", True, message, remedy)
         if demand.gpus and not cluster.total("GPU"):
-            return _no_gpus(demand, message)
+            remedy = "add nodes with GPUs, or set it to 0"
+            return _Lack(f"{section}.num_gpus", demand.gpus, message, remedy)
+        remedy = "ask for less in one worker than the largest node has, or add larger nodes"
         if room:
             remedy = f"set {demand.setting} to {room} or less, or add nodes"
-        else:
-            remedy = "ask for less in one worker than the largest node has, or add larger nodes"
         return _Lack(demand.setting, count, message, remedy)
     taken, cpus = count * demand.cpus, cluster.total("CPU")
     wanted = taken + demand.beside
-    if wanted > cpus:
-        message = (
-            f"the workers take {taken:g} CPUs, and reading, decoding and resuming {demand.beside}"
-            f" more, {wanted:g} in all; there are {cpus:g} ({cluster})"
-        )
-        remedy = f"start Ray with more (logical) CPUs, `ray start --num-cpus={wanted:g}`"
-        remedy += f", or set {demand.setting} to less" if count > 1 else ""
-        return _Lack(demand.setting, count, message, remedy)
-    return None
-
-
-def _no_gpus(demand: Demand, message: str) -> _Lack:
-    section = demand.setting.rpartition(".")[0]
-    if section == "train":
-        return _Lack("train.use_gpu", True, message, "add nodes with GPUs, or set it to false")
-    field = f"{section}.num_gpus"
-    return _Lack(field, demand.gpus, message, "add nodes with GPUs, or set it to 0")
+    if wanted <= cpus:
+        return None
+    message = (
+        f"the workers take {taken:g} CPUs, and reading, decoding and resuming {demand.beside}"
+        f" more, {wanted:g} in all; there are {cpus:g} ({cluster})"
+    )
+    remedy = f"start Ray with more (logical) CPUs, `ray start --num-cpus={wanted:g}`"
+    remedy += f", or set {demand.setting} to less" if count > 1 else ""
+    return _Lack(demand.setting, count, message, remedy)
 
 
 def is_shared(path: str, prefixes: Sequence[str]) -> bool:
@@ -282,9 +268,8 @@ def check_uris(
     `source` names the table that the URIs are from.
     """
     uris = pc.unique(column).drop_null()
-    suspects = uris.filter(pc.invert(_has_scheme(uris))).to_pylist()
     # Only folders differ in whether they are shared; images are many.
-    folders = {uri.rpartition("/")[0]: uri for uri in suspects}
+    folders = {uri.rpartition("/")[0]: uri for uri in uris.to_pylist()}
     bad = [uri for folder, uri in folders.items() if not is_shared(folder or uri, shared)]
     if bad:
         raise ConfigError(
@@ -295,12 +280,6 @@ def check_uris(
             remedy=_shared_remedy(bad[0])
             + "; `hts prepare` with the new root writes a manifest of it",
         )
-
-
-def _has_scheme(uris: pa.Array) -> pa.Array:
-    return pc.and_(
-        pc.match_substring(uris, "://"), pc.invert(pc.starts_with(uris, pattern="file://"))
-    )
 
 
 def _machines(cluster: Cluster) -> str:
@@ -321,7 +300,7 @@ def _shared_remedy(path: str) -> str:
 def worker_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
     """Yield (field, path) of what the settings let workers of a command open."""
     yield "run_dir", config.run_dir
-    stages = _stages(config, command)
+    stages = _stages(command)
     if "label" in stages:
         yield from _model_path("label.teacher.model", config.label.teacher.model)
         yield from _model_path("label.regions.detector", config.label.regions.detector)
@@ -329,7 +308,7 @@ def worker_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
 
 def driver_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
     """Yield (field, path) of what the settings let the driver of a command open."""
-    stages = _stages(config, command)
+    stages = _stages(command)
     if config.classes.source != "hico":
         yield "classes.source", config.classes.source
     if "label" in stages and config.label.regions.boxes:

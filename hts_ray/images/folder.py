@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
@@ -17,21 +17,8 @@ from hts_ray.images.prepared import Candidate, Prepared, Rejected, inspect_image
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 
-EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".gif",
-    ".webp",
-    ".avif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".jp2",
-)
+_ENDINGS = "jpg jpeg jpe jfif png gif webp avif bmp tif tiff ppm jp2"
+EXTENSIONS = tuple(f".{ending}" for ending in _ENDINGS.split())
 
 
 def read_folder(
@@ -58,154 +45,135 @@ def read_folder(
             raise ConfigError(field="extensions", value=extension, remedy=f"write '.{extension}'")
     if root.startswith("file://"):
         root = unquote(urlsplit(root).path)
-    walk: _Walk
+    found = _Found(split, wanted)
     if storage.is_remote(root):
-        walk = _RemoteWalk(root, split, wanted)
+        _read_remote(root.rstrip("/"), found)
     else:
-        walk = _LocalWalk(root, split, wanted, follow_symlinks)
-    walk.run()
-    found = sorted(walk.found, key=lambda candidate: candidate.image_id)
-    rejected = sorted(walk.rejected, key=lambda row: row.image_id)
-    prepared = inspect_images(found, rejected, workers=workers, progress=progress)
-    return Prepared(prepared.manifest, prepared.quarantine, {**prepared.counts, **walk.skipped})
+        _read_local(os.path.abspath(os.path.expanduser(root)), follow_symlinks, found)
+    found.images.sort(key=lambda candidate: candidate.image_id)
+    found.rejected.sort(key=lambda row: row.image_id)
+    prepared = inspect_images(found.images, found.rejected, workers=workers, progress=progress)
+    return Prepared(prepared.manifest, prepared.quarantine, {**prepared.counts, **found.skipped})
 
 
-class _Walk(ABC):
-    def __init__(self, split: str, extensions: frozenset[str]) -> None:
-        self.split = split
-        self.extensions = extensions
-        self.found: list[Candidate] = []
-        self.rejected: list[Rejected] = []
-        self.skipped = Counter({"hidden": 0, "other_files": 0})
+@dataclass
+class _Found:
+    """What a walk over folders has met so far; `skipped` counts what it left out."""
 
-    @abstractmethod
-    def run(self) -> None:
-        """Fill `found`, `rejected` and `skipped`."""
+    split: str
+    extensions: frozenset[str]
+    images: list[Candidate] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=lambda: Counter({"hidden": 0, "other_files": 0}))
 
-    def is_image(self, name: str) -> bool:
-        return PurePosixPath(name).suffix.lower() in self.extensions
-
-
-class _LocalWalk(_Walk):
-    def __init__(
-        self, root: str, split: str, extensions: frozenset[str], follow_symlinks: bool
-    ) -> None:
-        super().__init__(split, extensions)
-        self.root = os.path.abspath(os.path.expanduser(root))
-        self.follow_symlinks = follow_symlinks
-        self.visited: set[tuple[int, int]] = set()
-        # Linked folders wait until the real ones are read, so that an image goes by its own path.
-        self.links: list[str] = []
-
-    def run(self) -> None:
-        try:
-            status = os.stat(self.root)  # noqa: PTH116
-            if not stat.S_ISDIR(status.st_mode):
-                raise DataError(
-                    f"{self.root} is not a folder: give the folder that holds the images"
-                )
-            with os.scandir(self.root):
-                pass
-        except FileNotFoundError as error:
-            raise DataError(f"no folder {self.root}: check the path") from error
-        except (OSError, ValueError) as error:
-            raise DataError(f"folder {self.root!r} cannot be read: {error}") from error
-        self._read("")
-        while self.links:
-            self._read(self.links.pop(0))
-
-    def _path(self, relative: str) -> str:
-        return os.path.join(self.root, relative) if relative else self.root
-
-    def _reject(self, relative: str, kind: str, reason: str) -> None:
-        self.rejected.append(Rejected(relative, self._path(relative), kind, reason))
-
-    def _read(self, start: str) -> None:
-        pending = [start]
-        while pending:
-            folder = pending.pop()
-            path = self._path(folder)
-            try:
-                status = os.stat(path)  # noqa: PTH116
-                if (status.st_dev, status.st_ino) in self.visited:
-                    self._repeated(folder, path)
-                    continue
-                self.visited.add((status.st_dev, status.st_ino))
-                with os.scandir(path) as listing:
-                    entries = sorted(listing, key=lambda entry: entry.name)
-            except OSError as error:
-                reason = f"folder cannot be read: {error.strerror or error}"
-                self._reject(folder + "/", "unreadable", reason)
-                continue
-            for entry in entries:
-                relative = f"{folder}/{entry.name}" if folder else entry.name
-                if self._entry(entry, relative):
-                    pending.append(relative)
-
-    def _repeated(self, folder: str, path: str) -> None:
-        target = os.path.realpath(path)
-        inside = os.path.realpath(os.path.dirname(path))
-        if os.path.commonpath([target, inside]) == target:
-            self._reject(folder + "/", "unreadable", "a link to a folder that it lies in: cut")
-        else:
-            self.skipped["repeated_folders"] += 1
-
-    def _entry(self, entry: os.DirEntry[str], relative: str) -> bool:
-        """File an entry where it belongs; return whether it is a folder to read now."""
-        if entry.name.startswith("."):
+    def is_wanted(self, relative: str) -> bool:
+        """Return whether a file may be an image by its name, and count it if not."""
+        if any(part.startswith(".") for part in relative.split("/")):
             self.skipped["hidden"] += 1
-            return False
-        try:
-            status = entry.stat()
-        except FileNotFoundError:
-            self._reject(relative, "missing", "a link to something that is not there")
-            return False
-        except OSError as error:
-            self._reject(relative, "unreadable", error.strerror or str(error))
-            return False
-        if stat.S_ISDIR(status.st_mode):
-            if not entry.is_symlink():
-                return True
-            if self.follow_symlinks:
-                self.links.append(relative)
-            else:
-                self.skipped["linked_folders"] += 1
-        elif not self.is_image(entry.name):
+        elif PurePosixPath(relative).suffix.lower() not in self.extensions:
             self.skipped["other_files"] += 1
-        elif not stat.S_ISREG(status.st_mode):
-            self._reject(relative, "unreadable", "not a file but a pipe, socket or device")
-        elif not _is_utf8(self._path(relative)):
-            self._reject(relative, "unreadable", "the path is not UTF-8: rename it")
         else:
-            self.found.append(Candidate(relative, self._path(relative), self.split))
+            return True
         return False
 
+    def add(self, relative: str, uri: str) -> None:
+        """Take in an image."""
+        self.images.append(Candidate(relative, uri, self.split))
 
-class _RemoteWalk(_Walk):
-    def __init__(self, root: str, split: str, extensions: frozenset[str]) -> None:
-        super().__init__(split, extensions)
-        self.root = root.rstrip("/")
+    def reject(self, relative: str, uri: str, kind: str, reason: str) -> None:
+        """Take in what cannot be read."""
+        self.rejected.append(Rejected(relative, uri, kind, reason))
 
-    def run(self) -> None:
-        filesystem, base = storage.resolve(self.root)
+
+def _read_local(root: str, follow_symlinks: bool, found: _Found) -> None:
+    try:
+        if not stat.S_ISDIR(os.stat(root).st_mode):  # noqa: PTH116
+            raise DataError(f"{root} is not a folder: give the folder that holds the images")
+        with os.scandir(root):
+            pass
+    except FileNotFoundError as error:
+        raise DataError(f"no folder {root}: check the path") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"folder {root!r} cannot be read: {error}") from error
+    visited: set[tuple[int, int]] = set()
+    # Linked folders wait until the real ones are read, so that an image goes by its own path.
+    pending, links = [""], deque[str]()
+    while pending or links:
+        folder = pending.pop() if pending else links.popleft()
+        path = os.path.join(root, folder) if folder else root
         try:
-            infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
-        except FileNotFoundError as error:
-            raise DataError(f"no folder {self.root}: check the path") from error
-        except OSError as error:
-            raise DataError(f"folder {self.root} cannot be listed: {error}") from error
-        for info in infos:
-            if info.type != pafs.FileType.File:
+            status = os.stat(path)  # noqa: PTH116
+            if (status.st_dev, status.st_ino) in visited:
+                _note_repeated(folder, path, found)
                 continue
-            relative = info.path[len(base) :].strip("/")
-            if any(part.startswith(".") for part in relative.split("/")):
-                self.skipped["hidden"] += 1
-            elif not self.is_image(relative):
-                self.skipped["other_files"] += 1
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            reason = f"folder cannot be read: {error.strerror or error}"
+            found.reject(f"{folder}/", path, "unreadable", reason)
+            continue
+        for entry in entries:
+            relative = f"{folder}/{entry.name}" if folder else entry.name
+            if not _is_folder(entry, relative, found):
+                continue
+            if not entry.is_symlink():
+                pending.append(relative)
+            elif follow_symlinks:
+                links.append(relative)
             else:
-                # A key may hold what means something else in a URI: "#", "?", "%", spaces.
-                uri = f"{self.root}/{quote(relative)}"
-                self.found.append(Candidate(relative, uri, self.split))
+                found.skipped["linked_folders"] += 1
+
+
+def _note_repeated(folder: str, path: str, found: _Found) -> None:
+    target = os.path.realpath(path)
+    inside = os.path.realpath(os.path.dirname(path))
+    if os.path.commonpath([target, inside]) == target:
+        found.reject(f"{folder}/", path, "unreadable", "a link to a folder that it lies in: cut")
+    else:
+        found.skipped["repeated_folders"] += 1
+
+
+def _is_folder(entry: os.DirEntry[str], relative: str, found: _Found) -> bool:
+    """Return whether an entry is a folder to read; what else it is goes where it belongs."""
+    if entry.name.startswith("."):
+        found.skipped["hidden"] += 1
+        return False
+    try:
+        mode = entry.stat().st_mode
+    except FileNotFoundError:
+        found.reject(relative, entry.path, "missing", "a link to something that is not there")
+        return False
+    except OSError as error:
+        found.reject(relative, entry.path, "unreadable", error.strerror or str(error))
+        return False
+    if stat.S_ISDIR(mode):
+        return True
+    if found.is_wanted(relative):
+        if not stat.S_ISREG(mode):
+            reason = "not a file but a pipe, socket or device"
+            found.reject(relative, entry.path, "unreadable", reason)
+        elif not _is_utf8(entry.path):
+            reason = "the path is not UTF-8: rename it"
+            found.reject(relative, entry.path, "unreadable", reason)
+        else:
+            found.add(relative, entry.path)
+    return False
+
+
+def _read_remote(root: str, found: _Found) -> None:
+    filesystem, base = storage.resolve(root)
+    try:
+        infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+    except FileNotFoundError as error:
+        raise DataError(f"no folder {root}: check the path") from error
+    except OSError as error:
+        raise DataError(f"folder {root} cannot be listed: {error}") from error
+    for info in infos:
+        relative = info.path[len(base) :].strip("/")
+        if info.type == pafs.FileType.File and found.is_wanted(relative):
+            # A key may hold what means something else in a URI: "#", "?", "%", spaces.
+            found.add(relative, f"{root}/{quote(relative)}")
 
 
 def _is_utf8(path: str) -> bool:

@@ -6,8 +6,8 @@ ICCV 2015.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,28 +28,6 @@ LABELS = (1, -1, 0)  # positive, negative, ambiguous; NaN is unknown
 _LAYOUT = "expected anno.mat, images/train2015 and images/test2015"
 
 
-@dataclass(frozen=True)
-class _Split:
-    """One split of `anno.mat`: N file names and, for each, the class ids by label."""
-
-    name: str
-    files: list[str]
-    positive_ids: list[list[int]]
-    negative_ids: list[list[int]]
-    ambiguous_ids: list[list[int]]
-
-    def candidates(self, uri_of: Callable[[str, str], str]) -> Iterator[Candidate]:
-        for row, file in enumerate(self.files):
-            yield Candidate(
-                file.rpartition(".")[0] or file,
-                uri_of(self.name, file),
-                self.name,
-                self.positive_ids[row],
-                self.negative_ids[row],
-                self.ambiguous_ids[row],
-            )
-
-
 def read_hico(
     root: str,
     splits: Sequence[str] = SPLITS,
@@ -66,11 +44,8 @@ def read_hico(
     image. Raises DataError when the layout or `anno.mat` is not HICO's, ConfigError for other
     splits.
     """
-    for name in splits:
-        if name not in SPLITS:
-            raise ConfigError(field="splits", value=name, remedy="choose train, test or both")
-    if not splits:
-        raise ConfigError(field="splits", value=list(splits), remedy="name train, test or both")
+    if not splits or not set(splits) <= set(SPLITS):
+        raise ConfigError(field="splits", value=list(splits), remedy="choose train, test or both")
     root = storage.absolute(root)
     path = storage.join(root, ANNO_FILE)
     if not storage.exists(path):
@@ -82,17 +57,15 @@ def read_hico(
     chosen = list(dict.fromkeys(splits))
     unlisted = 0
     found: list[Candidate] = []
-    for split in _read_splits(variables, chosen, path):
-        folder = storage.join(root, "images", f"{split.name}2015")
+    for split, candidates in _read_splits(variables, chosen, path).items():
+        folder = storage.join(root, "images", f"{split}2015")
         if not storage.exists(folder):
             raise DataError(
                 f"no folder {folder} ({_LAYOUT}): unpack the images there, or leave"
-                f" {split.name!r} out of splits"
+                f" {split!r} out of splits"
             )
-        unlisted += len(set(storage.list_names(folder)) - set(split.files))
-        found += split.candidates(
-            lambda name, file: storage.join(root, "images", f"{name}2015", file)
-        )
+        unlisted += len(set(storage.list_names(folder)) - {image.uri for image in candidates})
+        found += [replace(image, uri=storage.join(folder, image.uri)) for image in candidates]
     prepared = inspect_images(found, workers=workers, progress=progress)
     extra = {
         "unlisted": unlisted,
@@ -111,12 +84,8 @@ def read_anno_table(path: str) -> pa.Table:
     there = [s for s in SPLITS if f"anno_{s}" in variables or f"list_{s}" in variables]
     if not there:
         raise DataError(f"{path} has neither anno_train nor anno_test: it is no HICO anno.mat")
-    rows = [
-        (candidate, None)
-        for split in _read_splits(variables, there, path)
-        for candidate in split.candidates(lambda _, file: file)
-    ]
-    return manifest_table(rows)
+    splits = _read_splits(variables, there, path).values()
+    return manifest_table([(candidate, None) for split in splits for candidate in split])
 
 
 def _nested(root: str) -> str:
@@ -160,15 +129,16 @@ def _check_format(data: bytes, path: str) -> None:
             f"{path} is a Python pickle, which runs code when it is loaded: refused; give a"
             " MATLAB v5 file"
         )
-    order = data[126:128]
-    version = data[124:126]
-    if (order, version) not in ((b"IM", b"\x00\x01"), (b"MI", b"\x01\x00")):
+    if data[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):  # version and byte order
         raise DataError(
             f"{path} is not a MATLAB v5 file (it begins with {data[:16]!r}): give HICO's anno.mat"
         )
 
 
-def _read_splits(variables: dict[str, Any], splits: Sequence[str], path: str) -> list[_Split]:
+def _read_splits(
+    variables: dict[str, Any], splits: Sequence[str], path: str
+) -> dict[str, list[Candidate]]:
+    """Return the images of each split; their `uri` is the file name alone."""
     classes = hico_classes()
     for split in splits:
         for name in (f"list_{split}", f"anno_{split}"):
@@ -179,19 +149,31 @@ def _read_splits(variables: dict[str, Any], splits: Sequence[str], path: str) ->
                 )
     if "list_action" in variables:
         _check_actions(variables["list_action"], classes, path)
-    read = [_read_split(variables, split, classes, path) for split in splits]
-    _require_unique(read, path)
+    read = {split: _read_split(variables, split, classes, path) for split in splits}
+    seen: dict[str, str] = {}
+    for candidate in (candidate for split in read.values() for candidate in split):
+        if candidate.image_id in seen:
+            raise DataError(
+                f"{path}: {seen[candidate.image_id]!r} and {candidate.uri!r} have the same"
+                f" image id {candidate.image_id!r}: list every image once"
+            )
+        seen[candidate.image_id] = candidate.uri
     return read
 
 
-def _read_split(variables: dict[str, Any], split: str, classes: ClassTable, path: str) -> _Split:
+def _read_split(
+    variables: dict[str, Any], split: str, classes: ClassTable, path: str
+) -> list[Candidate]:
     files = _strings(variables[f"list_{split}"], f"list_{split}", path)
     for row, file in enumerate(files):
         if not file or "/" in file or "\\" in file or file in (".", ".."):
             raise DataError(f"{path}: list_{split}[{row}] = {file!r} is not a file name")
     anno = _checked_anno(variables[f"anno_{split}"], f"anno_{split}", len(files), classes, path)
-    positive, negative, ambiguous = (_ids_by_image(anno == label, classes) for label in LABELS)
-    return _Split(split, files, positive, negative, ambiguous)
+    ids = (_ids_by_image(anno == label, classes) for label in LABELS)
+    return [
+        Candidate(file.rpartition(".")[0] or file, file, split, *of_image)
+        for file, *of_image in zip(files, *ids, strict=True)
+    ]
 
 
 def _checked_anno(
@@ -245,14 +227,16 @@ def _check_actions(actions: Any, classes: ClassTable, path: str) -> None:
             )
 
 
+def _plain(value: Any) -> Any:
+    """Take a value out of the 1x1 arrays that MATLAB puts around cells and structs."""
+    while isinstance(value, np.ndarray) and value.size == 1:
+        value = value.ravel()[0]
+    return value
+
+
 def _field(action: Any, name: str) -> str | None:
-    # A struct array gives dictionaries; cells of structs give 1x1 arrays of them.
     try:
-        while isinstance(action, np.ndarray) and action.size == 1:
-            action = action.ravel()[0]
-        value = action[name]
-        while isinstance(value, np.ndarray) and value.size == 1:
-            value = value.ravel()[0]
+        value = _plain(_plain(action)[name])
     except (IndexError, KeyError, TypeError, ValueError):
         return None
     return "_".join(value.replace("_", " ").split()) if isinstance(value, str) else None
@@ -261,24 +245,10 @@ def _field(action: Any, name: str) -> str | None:
 def _strings(cells: Any, name: str, path: str) -> list[str]:
     strings = []
     for row, cell in enumerate(np.asarray(cells).ravel()):
-        value = cell
-        while isinstance(value, np.ndarray) and value.size == 1:
-            value = value.ravel()[0]
+        value = _plain(cell)
         if not isinstance(value, str):
             raise DataError(f"{path}: {name}[{row}] is {type(value).__name__}, not a file name")
         strings.append(str(value).strip())
     if not strings:
         raise DataError(f"{path}: {name} is empty")
     return strings
-
-
-def _require_unique(splits: Sequence[_Split], path: str) -> None:
-    seen: dict[str, str] = {}
-    for split in splits:
-        for candidate in split.candidates(lambda _, file: file):
-            if candidate.image_id in seen:
-                raise DataError(
-                    f"{path}: {seen[candidate.image_id]!r} and {candidate.uri!r} have the same"
-                    f" image id {candidate.image_id!r}: list every image once"
-                )
-            seen[candidate.image_id] = candidate.uri
