@@ -56,7 +56,7 @@ class Steps:
         return update
 
     def epochs(self, title: str, epochs: int) -> TrainingTold:
-        """Return a callback for what a training of so many epochs tells.
+        """Return a callback for the progress of a training of `epochs` epochs.
 
         It takes the records that `student.progress` lists.
         """
@@ -118,10 +118,10 @@ class _Step:
         self._bars.update(self._task, completed=done, total=total)
         rate = None if task.speed is None else f"{task.speed:.1f} {self._unit}/s"
         left = None if done >= total or not task.speed else task.time_remaining
-        told = _joined(rate, None if left is None else f"ETA {duration(left)}", note)
-        self._bars.update(self._task, note=told)
+        note = _joined(rate, None if left is None else f"ETA {duration(left)}", note)
+        self._bars.update(self._task, note=note)
         if self._bars.disable:
-            self._print(_joined(f"{self._title}: {done}/{total} {self._unit}", told), done >= total)
+            self._print(_joined(f"{self._title}: {done}/{total} {self._unit}", note), done >= total)
 
     def _print(self, line: str, ending: bool) -> None:
         now = time.monotonic()
@@ -215,7 +215,7 @@ def print_written(what: str, path: str) -> None:
 
 
 def print_line(text: str) -> None:
-    """Print text as it is, whatever brackets it holds."""
+    """Print text without reading brackets as markup."""
     console.print(text, markup=False)
 
 

@@ -1,8 +1,8 @@
-"""Who died over what: keeps an input that kills its worker from killing the run.
+"""Which images killed their worker: keeps one bad input from ending the run.
 
-Ray starts a dead worker again and gives it the same batch, for ever where actors are concerned.
-A worker therefore signs its batch in before it works and out afterwards; a batch that is signed
-in twice has killed a worker, and its images are then tried with nothing else at stake.
+Ray restarts a dead worker and gives it the same batch again; an actor gets it for ever. So a worker
+signs its batch in before the work and out afterwards. A batch that is signed in twice has killed a
+worker, and its images are then tried one by one.
 
 The log is a plain object; `hts_ray.teacher.stage` keeps one in an actor of its own.
 """
@@ -35,7 +35,7 @@ class Deaths:
 class AttemptLog:
     """The batches that workers have signed in to.
 
-    `limit` deaths in a row without a batch that succeeds end the run: then it is not the images.
+    After `limit` deaths in a row without a batch that succeeds, the run ends: it is not the images.
     """
 
     def __init__(self, limit: int = 30) -> None:
@@ -47,9 +47,8 @@ class AttemptLog:
     def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
         """Sign in to a batch, or return the deaths of its images if there was one.
 
-        An image that is signed in already has seen its worker die. The batch is then not
-        opened: its images want to be tried alone. Raises DataError when nothing but deaths is
-        seen any more.
+        The worker of an image that is signed in already has died. The batch is then not signed
+        in: its images are to be tried alone. Raises DataError after `limit` deaths in a row.
         """
         died = [image_id for image_id in ids if image_id in self._open]
         if died:
@@ -120,10 +119,10 @@ def survive(
 def each_in_a_process(
     work: Callable[[Row], Result], rows: Sequence[Row], refuse: Callable[[Row], Result]
 ) -> list[Result]:
-    """Do `work` on every row in a process apart; `refuse` answers for a row that kills it.
+    """Do `work` on every row in another process; `refuse` gives the result of a row that kills it.
 
-    `work` and the rows must pickle. Processes are started anew, not forked: a fork would share
-    the parent's threads' locks.
+    `work` and the rows must pickle. Processes are spawned: a fork would copy the locks that the
+    parent's threads hold.
     """
     context = multiprocessing.get_context("spawn")
     results: list[Result] = []

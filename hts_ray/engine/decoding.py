@@ -44,7 +44,7 @@ def decode_batch(
     Adds `pixels` (H * W * 3 bytes, RGB, row-major), `pixel_height`, `pixel_width`, the upright
     original's `width` and `height`, `error_kind` and `error`; a bad row has null pixels.
     `square` squashes the pixels to `square` x `square`, which is all that a student looks at. With
-    a log of `attempts`, a batch that has killed its worker is decoded in a process apart. A `meter`
+    a log of `attempts`, a batch that has killed its worker is decoded in another process. A `meter`
     counts the reads that were tried again. Raises DataError when the storage fails and not an
     image, see `hts_ray.images.retry.read_patiently`.
     """

@@ -1,9 +1,9 @@
 """What the stages over images share: manifest in, one row an image out, resumable.
 
-A stage reads the manifest, decodes, runs its model and appends Parquet files to its folder,
-while Ray Data's checkpoint keeps the ids of the rows that are written. Because each image
-gives exactly one row, good or quarantined, a rerun after a crash goes on where the files end
-and `finish` can prove that every image came out once.
+A stage reads the manifest, decodes, runs its model and appends Parquet files to its folder.
+Ray Data's checkpoint keeps the ids of the written rows. Each image gives exactly one row, good or
+quarantined, so a rerun after a crash continues where the files end, and `finish` checks that every
+image came out once.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hts_ray.errors import UserError
 
 @contextmanager
 def users_mistakes_unwrapped() -> Iterator[None]:
-    """Raise a UserError that Ray wrapped as itself; other errors pass."""
+    """Raise the UserError inside Ray's wrapping; other errors pass."""
     try:
         yield
     except UserError:

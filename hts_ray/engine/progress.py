@@ -1,4 +1,4 @@
-"""How far a stage is, told while it runs: by the rows that it has written, every two seconds."""
+"""The progress of a running stage: every two seconds, the rows that it has written."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a cluster must have before a stage starts on it: paths that its nodes see, and room.
 
-A worker on another node meets a missing folder late, and Ray waits without a word for resources
-that never come. Both are told here in figures, on the client before a job is submitted and on the
-driver before a stage starts.
+A missing folder fails late, on a worker of another node, and Ray waits in silence for resources
+that never come. Both are reported here in figures: by the client before a job is submitted, and by
+the driver before a stage starts.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from hts_ray.store import storage
 # Tasks that must find a CPU while all actors of a pool hold theirs: reading, decoding, and the
 # filter of a resumed run. Without them Ray waits for ever.
 CPUS_BESIDE = 3
-# Set by whatever starts nodes by itself: KubeRay, the cluster launcher, an autoscaler.
+# A label that KubeRay, the cluster launcher and autoscalers set.
 _NODE_GROUP = "ray.io/node-group"
-_ANONYMOUS_NODE = "node_"  # how Ray's own bookkeeping calls nodes that were started by hand
+_ANONYMOUS_NODE = "node_"  # Ray's prefix for nodes that were started by hand
 _GIB = 1 << 30
 
 
@@ -41,7 +41,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes of a cluster, and whether more come when they are asked for."""
+    """The nodes of a cluster, and whether it adds more on demand."""
 
     nodes: tuple[Node, ...]
     autoscaling: bool
@@ -66,10 +66,10 @@ class Cluster:
         config: RayConfig,
         status: str | bytes | None = None,
     ) -> Cluster:
-        """Make a cluster of what Ray tells of its live nodes: `host`, `resources`, `labels`.
+        """Make a cluster from Ray's rows of live nodes: `host`, `resources`, `labels`.
 
         `status` is the autoscaler's report, if there is one (JSON). Whether the cluster scales is
-        found out from both, unless `ray.autoscaling` says it.
+        derived from both, unless `ray.autoscaling` is set.
         """
         rows = list(nodes)
         found = config.autoscaling
@@ -183,7 +183,7 @@ def _trainers(train: TrainConfig) -> Demand:
 def check_room(cluster: Cluster, needed: Iterable[Demand]) -> list[str]:
     """Raise ConfigError, with figures, for what a cluster can never serve.
 
-    Where nodes come when they are asked for, what is missing is returned in words instead.
+    On a cluster that adds nodes on demand, what is missing is returned as notes instead.
     """
     notes = []
     for demand in needed:
@@ -263,7 +263,7 @@ def check_paths(cluster: Cluster, shared: Sequence[str], paths: Iterable[tuple[s
 def check_uris(
     cluster: Cluster, shared: Sequence[str], column: pa.ChunkedArray, source: str
 ) -> None:
-    """Raise ConfigError when images, by their URIs, lie where only one machine of several is.
+    """Raise ConfigError for images at paths that only one machine of several has.
 
     `source` names the table that the URIs are from.
     """
@@ -273,7 +273,7 @@ def check_uris(
     bad = [uri for folder, uri in folders.items() if not is_shared(folder or uri, shared)]
     if bad:
         raise ConfigError(
-            f"the images of {source} lie at local paths, and workers run on other machines too"
+            f"the images of {source} are at local paths, and workers run on other machines too"
             f" ({_machines(cluster)})",
             field="uri",
             value=bad[0],

@@ -34,8 +34,8 @@ _DEFAULT_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 # What Ray's nodes print on a driver's terminal although nobody has to act on it: the traceback of
-# an attempt that Ray repeats (a failure that lasts ends the command, which tells it in a line),
-# and that a local cluster, whose logical CPUs are more than the real ones, has many workers.
+# an attempt that Ray repeats (a lasting failure ends the command with a line), and that a local
+# cluster has many workers (its logical CPUs are more than the real ones).
 _NOISE = (
     r"infinite retries remaining(?s:.*)Traceback \(most recent call last\)"
     r"|PYTHON worker processes have been started"
@@ -92,7 +92,7 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
         raise UserError(f"Ray could not reach or start {target}: {error}") from error
     _protect_token()
-    # What ends a command is told by it, in a line; Ray would print the traceback before that.
+    # A command reports its end in a line; Ray would print a traceback before that.
     level = logging.ERROR if debug else logging.CRITICAL
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)

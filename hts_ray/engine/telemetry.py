@@ -1,9 +1,9 @@
-"""What a cluster's Prometheus and log collectors see of a run: Ray metrics, and logs as JSON lines.
+"""What Prometheus and log collectors see of a run: Ray metrics, and logs as JSON lines.
 
-Metrics go through Ray, whose agent on every node exports them with the prefix `ray_`. They are a
-side show: without Ray, without an agent, or when Ray refuses a value, nothing is recorded and
-nothing fails. Each is tagged with the stage (label, predict, ...) and the run, the last part of
-the run directory's path, and log lines carry the same two.
+Ray's agent on every node exports the metrics with the prefix `ray_`. Each has two tags: the stage
+(label, predict, ...) and the run, which is the last part of the run directory's path. Log lines
+have the same two. Metrics never fail a run: without Ray or its agent, or when Ray refuses a value,
+nothing is recorded.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from hts_ray.store.run import StageFolder
 
 TAGS = ("stage", "run")
-# All only rise. Ray forgets a gauge when the process that set it has ended, so that a sum over
-# processes would fall when an actor is stopped, and spending would seem to be paid back.
+# All are counters. Ray forgets a gauge when the process that set it has ended, so the sum over
+# processes would fall when an actor stops, as if spending had been paid back.
 DESCRIPTIONS = {
     "hts_images_total": "images that a stage has finished",
     "hts_regions_total": "regions that the teacher has scored",
@@ -48,7 +48,7 @@ _settings = RayConfig.model_validate({})
 def configured(config: RayConfig) -> Iterator[None]:
     """Let meters that are made in the block follow these settings.
 
-    Like Ray's own context they belong to the process, so that no stage needs to hand them on.
+    Like Ray's own context they belong to the process, so no stage has to pass them on.
     """
     global _settings  # noqa: PLW0603
     before, _settings = _settings, config
@@ -60,7 +60,7 @@ def configured(config: RayConfig) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Meter:
-    """Counts a stage's work, in whatever process it is done; made on the driver, and pickled.
+    """Counts a stage's work in any process; made on the driver, and pickled.
 
     `gpu_hour_price` is in the user's currency; without it no spending is estimated.
     """
@@ -107,7 +107,7 @@ class Meter:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Count the block's seconds as work, and let this process's log lines tell the stage."""
+        """Count the block's seconds as work, and name the stage in this process's log lines."""
         log_as(self.log_format, self.run, self.stage)
         started = time.monotonic()
         try:
@@ -124,26 +124,26 @@ class Meter:
 
 
 class HeldGpus:
-    """Counts the hours that a worker holds GPUs for, from when it is made to its last tick."""
+    """Counts the hours for which a worker holds GPUs, from its start to its last tick."""
 
     def __init__(self, meter: Meter, gpus: float) -> None:
         self._meter, self._gpus = meter, gpus
         self._since = time.monotonic()
 
     def tick(self) -> None:
-        """Count the time since the last tick; it passes whether or not there is work."""
+        """Count the time since the last tick, idle time too."""
         now = time.monotonic()
         self._meter.count(gpu_hours=self._gpus * (now - self._since) / 3600)
         self._since = now
 
 
 def run_tag(run_dir: str) -> str:
-    """Return what a run directory is called in metrics and logs: the last part of its path."""
+    """Return the name of a run in metrics and logs: the last part of its directory's path."""
     return run_dir.rstrip("/").rpartition("/")[2] or "run"
 
 
 def _on_ray() -> bool:
-    """Tell whether this process belongs to a cluster, without importing Ray to find out."""
+    """Return whether this process belongs to a cluster, without importing Ray."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
@@ -163,19 +163,17 @@ class JsonLines(logging.Formatter):
 
     def __init__(self, run: str, stage: str) -> None:
         super().__init__()
-        self.where = (run, stage)
+        self._where = {"run": run, "stage": stage}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, whatever the message holds."""
-        run, stage = self.where
         moment = datetime.fromtimestamp(record.created, timezone.utc)
         line = {
             "time": moment.isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
-            "run": run,
-            "stage": stage,
+            **self._where,
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
@@ -183,9 +181,9 @@ class JsonLines(logging.Formatter):
 
 
 def log_as(log_format: str, run: str, stage: str) -> None:
-    """Write this process's `hts_ray` logs as JSON lines on standard error, if that is the format.
+    """Write this process's `hts_ray` logs as JSON lines to standard error for `log_format` json.
 
-    Called again, it changes run and stage; with `text` the logs are as Python has them. On a
+    A further call changes run and stage. With `text` the logs are as Python writes them. On a
     cluster Ray keeps a worker's standard error among the node's logs.
     """
     logger = logging.getLogger(_LOGGER)
@@ -195,14 +193,11 @@ def log_as(log_format: str, run: str, stage: str) -> None:
             logger.removeHandler(handler)
             logger.propagate = True
         return
-    if ours:
-        formatter = ours[0].formatter
-        assert isinstance(formatter, JsonLines)
-        formatter.where = (run, stage)
-        return
-    handler = logging.StreamHandler()
+    handler = ours[0] if ours else logging.StreamHandler()
     handler.setFormatter(JsonLines(run, stage))
+    if ours:
+        return
     logger.addHandler(handler)
-    logger.propagate = False  # or every line would stand there twice
+    logger.propagate = False  # or the root logger would write every line again
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)

@@ -36,7 +36,7 @@ class LayoutError(Exception):
 class BoxedImage:
     """An image of a file, its boxes with label (None for none) and score.
 
-    `size` is (width, height) in pixels, 0 where the file tells none. A box is (left, top, right,
+    `size` is (width, height) in pixels, 0 if the file has none. A box is (left, top, right,
     bottom) in pixels, NaN for what is no box.
     """
 
@@ -153,8 +153,8 @@ def _read_json(data: bytes) -> list[BoxedImage]:
             return _read_listed(_checked(_Listed, value))
         if {"image_id", "bbox"} <= keys:
             raise LayoutError("COCO results, which name no files: give them with `images`")
-        told = f" with {', '.join(map(repr, keys))}"[:200] if keys else ""
-        raise LayoutError(f"a list that begins with {_kind(first)}{told}")
+        more = f" with {', '.join(map(repr, keys))}"[:200] if keys else ""
+        raise LayoutError(f"a list that begins with {_kind(first)}{more}")
     raise LayoutError(_kind(value))
 
 
@@ -318,7 +318,7 @@ def _kind(value: Any) -> str:
 
 
 def _box(value: Any) -> Box:
-    """Return four numbers as they stand; NaN for what is no box."""
+    """Return four numbers unchanged; NaN for anything else."""
     if not isinstance(value, list) or len(value) != 4:
         return _NOT_A_BOX
     left, top, right, bottom = map(_number, value)
@@ -341,7 +341,7 @@ def _number(value: Any) -> float:
 
 
 def _whole(value: Any) -> int:
-    """Return a side in pixels, 0 where it is not told."""
+    """Return a side in pixels, 0 if it is unknown."""
     number = _number(value)
     return int(number) if 1 <= number < 1 << 31 else 0
 

@@ -30,8 +30,8 @@ ASPECT_TOLERANCE = 0.02
 class GivenImage(NamedTuple):
     """What a file says of one image.
 
-    `detections` are boxes with labels, for unions and persons; `boxes` are regions as they
-    stand. Both lie inside the image. `problems` names each box that was left out and why.
+    `detections` are boxes with labels, for unions and persons; `boxes` become regions unchanged.
+    Both are inside the image. `problems` names each box that was left out, and why.
     """
 
     detections: list[Detection]
@@ -104,11 +104,13 @@ class GivenBoxes:
     def of(self, image_id: str, uri: str, width: int, height: int) -> GivenImage:
         """Return the boxes of an image of `width` x `height` pixels; none for an unknown one.
 
-        An image is found by its id, by its path or the path without its extension, or else by
-        the file name at the end of `uri`. Boxes are clipped to the image. Where the file tells
-        another size of the same shape, its boxes are scaled; with another shape (a turned or
-        cut copy) they are all left out. Boxes with a label become detections, if the file has
-        persons at all: without a person there is no pair, and they are plain boxes.
+        - An image is found by its id, by its path or the path without its extension, or else by
+          the file name at the end of `uri`.
+        - Boxes are clipped to the image. If the file has another size of the same aspect, they are
+          scaled; with another aspect (a turned or cropped copy) they are all left out.
+        - Boxes with a label become detections if the file has any persons. Without a person there
+          is no pair, and they are plain boxes.
+
         Raises DataError where file names do not tell two images apart.
         """
         given = GivenImage([], [], [])
@@ -143,7 +145,7 @@ class GivenBoxes:
 
     @cached_property
     def _by_key(self) -> tuple[Mapping[str | None, list[int]], ...]:
-        """Rows by id, path, path without extension and file name, in the order of trust."""
+        """Rows by id, path, path without extension and file name, the surest key first."""
         stems = map(_stem, self._paths)
         names = (_file_name(_path_of(path)) for path in self._paths)
         return tuple(
@@ -207,19 +209,17 @@ def _scale(own: tuple[int, int], image: tuple[int, int]) -> tuple[float, float] 
 
 
 def read_given_boxes(uri: str, person_labels: Sequence[str] = PERSON_LABELS) -> GivenBoxes:
-    """Read the boxes of a file, a path or a URI, whatever its name ends in.
-
-    Formats: see FORMATS.
+    """Read the boxes of a file at a path or URI. Its content decides the format, see FORMATS.
 
     - HICO-DET's `boxes_h` and `boxes_o` count pixels from 1 and include the last one; they are
       brought to this package's pixels, as UPT's loader does.
-    - The other layouts are taken as they stand, as QPIC's loader does. Of the widespread pair,
+    - The other layouts are taken unchanged, as QPIC's loader does. Of the widespread pair,
       trainval_hico.json counts from 0 and test_hico.json from 1, which is off by a pixel.
     - Humans of HICO-DET are labelled "person"; labels are in lower case with spaces.
     - COCO's crowd boxes are skipped: they show no single thing.
 
-    Raises DataError for a file that cannot be read or whose layout is none of these. What is
-    wrong with a single box is told by `GivenBoxes.of`.
+    Raises DataError for a file that cannot be read or has another layout. `GivenBoxes.of` reports
+    what is wrong with single boxes.
     """
     try:
         data = storage.read_bytes(uri)
@@ -244,7 +244,7 @@ def _index(keys: Iterable[str | None]) -> dict[str | None, list[int]]:
 
 
 def _path_of(uri: str) -> str:
-    """Return the path of a URI, its escapes undone; a local path as it stands."""
+    """Return the path of a URI, without escapes; a local path unchanged."""
     return unquote(urlsplit(uri).path) if "://" in uri else uri
 
 

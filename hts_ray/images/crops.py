@@ -16,7 +16,7 @@ Span = tuple[int, int, int, int]
 
 
 class CropBatch(Sequence[Pixels]):
-    """R crops of a few images: a sequence of uint8 views (H, W, 3) that knows where they lie.
+    """R crops of a few images: a sequence of uint8 views (H, W, 3), and where each was cut.
 
     A teacher may take the views one by one like any other pixels, or, to send every image to
     its device once however much its crops overlap, `images` and `spans`: crop r is

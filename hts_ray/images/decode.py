@@ -1,8 +1,8 @@
-"""Image bytes to upright RGB pixels, with every way a file can be bad named.
+"""Image bytes to upright RGB pixels; every kind of bad file has a name.
 
-Only `ImageError` leaves this module, whatever the bytes are: a run over millions of web images
-meets every damage, and a damaged image must cost one row. Warnings of Pillow are not shown; what
-libtiff itself prints of damaged TIFFs is.
+This module raises only `ImageError`, for any bytes: among millions of web images every damage
+occurs, and it must cost no more than one row. Pillow's warnings are not shown, but libtiff prints
+lines of its own about damaged TIFFs.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def decode_image(
 ) -> DecodedImage:
     """Return the upright RGB pixels of an encoded image, the longer side at most `max_side`.
 
-    EXIF orientation is applied; transparency is laid on white, as a web page shows it; 16-bit
+    EXIF orientation is applied; transparency becomes white, as on a web page; 16-bit
     gray is scaled over its whole range; an animation gives its first frame. Raises ImageError:
     `too_small` for a side under `min_side`, `too_large` for more than `max_pixels` in the
     original, and the other kinds for bytes that cannot be decoded in full.

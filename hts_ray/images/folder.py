@@ -129,7 +129,7 @@ def _note_repeated(folder: str, path: str, found: _Found) -> None:
     target = os.path.realpath(path)
     inside = os.path.realpath(os.path.dirname(path))
     if os.path.commonpath([target, inside]) == target:
-        found.reject(f"{folder}/", path, "unreadable", "a link to a folder that it lies in: cut")
+        found.reject(f"{folder}/", path, "unreadable", "a link to a folder above it: not followed")
     else:
         found.skipped["repeated_folders"] += 1
 

@@ -77,8 +77,8 @@ def read_hico(
 def read_anno_table(path: str) -> pa.Table:
     """Return the annotations of an `anno.mat` as a manifest, without looking at images.
 
-    Both splits are read where both are there. `uri` is the file name, width and height are
-    null. Raises DataError when the file is not HICO's.
+    Reads the splits that the file has. `uri` is the file name, width and height are null. Raises
+    DataError when the file is not HICO's.
     """
     variables = _load(path)
     there = [s for s in SPLITS if f"anno_{s}" in variables or f"list_{s}" in variables]

@@ -57,7 +57,7 @@ def _answer(limit: int, names: Sequence[str]) -> None:
     warnings.simplefilter("error", MatReadWarning)
     data = sys.stdin.buffer.read()
     try:
-        # With a name that no file has, scipy reads on to the end and meets what is damaged there.
+        # With a name that no file has, scipy reads to the end and finds what is damaged there.
         found = scipy.io.loadmat(io.BytesIO(data), variable_names=[*names, "\0"])
     except Exception as error:  # whatever a damaged file leads to
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))

@@ -150,5 +150,5 @@ def _count_duplicates(
 def _digest(uri: str) -> bytes:
     try:
         return hashlib.sha256(read_image_bytes(uri)).digest()
-    except ImageError:  # the label stage will meet it again and say so
+    except ImageError:  # the label stage will report it
         return b""

@@ -83,8 +83,8 @@ def propose_regions(
     pixels. Boxes that repeat, boxes with a side under `config.min_side` and boxes without
     area are left out, and so is a pair or person that covers what another of the same margin
     does (NEAR_DUPLICATE). At most `config.max_regions` are kept, and at most `limit`, but
-    never less than one: the whole image stands in where nothing else is left. The result
-    depends on nothing but the arguments. Raises ValueError for an empty image.
+    never less than one: if nothing else is left, the whole image. The result depends on the
+    arguments alone. Raises ValueError for an empty image.
     """
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels has no region")
@@ -105,11 +105,6 @@ def propose_regions(
         first_of_box.setdefault(region.box, region)
     cap = config.max_regions if limit is None else max(1, min(limit, config.max_regions))
     return list(first_of_box.values())[:cap] or [whole]
-
-
-def iou(a: Box, b: Box) -> float:
-    """Return intersection over union of two boxes, in [0, 1]; 0 where neither has an area."""
-    return float(_ious(a, np.array([b], dtype=np.float64))[0])
 
 
 def union_box(a: Box, b: Box) -> Box:

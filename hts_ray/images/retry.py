@@ -16,13 +16,13 @@ from hts_ray.store import storage
 Result = TypeVar("Result")
 
 _HEAD_BYTES = 1 << 16  # where nearly every image has its size
-# Errors of local and mounted disks that another try may not meet, and those that every try will.
+# Errors of local and mounted disks that may go away, and those that will not.
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
 _LASTING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class ImageHeader(NamedTuple):
-    """What a header tells: upright width and height in pixels, the file's size in bytes."""
+    """What a header says: upright width and height in pixels, and the file's size in bytes."""
 
     width: int
     height: int
@@ -62,10 +62,10 @@ def read_patiently(
 ) -> Result:
     """Read an image's file, and again after growing pauses while its storage fails.
 
-    `retried` is called before each of the `retries`. An ImageError is raised for what is wrong
-    with this image. When its storage still fails, something else is asked of that storage: if
-    that fails as well it is no image's fault, and DataError ends the run, which can go on later,
-    instead of an outage that costs every image that was due.
+    `retried` is called before each of the `retries`. Raises ImageError if something is wrong with
+    this image. If its storage still fails, the storage is asked something else: when that fails
+    too, it is an outage and not this image. DataError then ends the run, which can be continued
+    later, so that no outage costs the images that were due.
     """
     try:
         return storage.retry(read, lambda error: _may_pass(error, uri), retries, retried)
@@ -77,7 +77,7 @@ def read_patiently(
 
 
 def _may_pass(error: Exception, uri: str) -> bool:
-    """Tell a storage error that another try may not meet: throttling, a lost connection."""
+    """Return whether a storage error may go away: throttling, a lost connection."""
     if not isinstance(error, ImageError) or error.kind != "unreadable":
         return False
     cause = error.__cause__

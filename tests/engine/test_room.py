@@ -150,7 +150,7 @@ def test_images_at_local_paths_are_found(tmp_path, monkeypatch):
     config = load_config(overrides=["run_dir=s3://b/r", f"ray.shared_paths=[{tmp_path}]"])
     manifest = open_manifest(path)
     for images in ({"manifest": manifest}, {"labels": table}):
-        with pytest.raises(ConfigError, match="lie at local paths"):
+        with pytest.raises(ConfigError, match="are at local paths"):
             preflight.check_joined(config, "label", **images)
     monkeypatch.setattr(preflight, "joined_cluster", lambda _: cluster(("a", 8, 0)))
     assert preflight.check_joined(config, "label", manifest=manifest, labels=table) == []
