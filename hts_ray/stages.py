@@ -162,14 +162,15 @@ def plan_training(
 def sweep(config: HtsConfig | Run, region_scores: StageFolder | str | None = None) -> StageFolder:
     """Try many settings of filter and training; `with_best` takes those that did best."""
     from hts_ray.sweep.plan import plan_sweep  # torch loads slowly
-    from hts_ray.sweep.progress import features_progress, sweep_progress  # torch loads slowly
+    from hts_ray.sweep.progress import trials_progress  # torch loads slowly
     from hts_ray.sweep.stage import run_sweep  # torch loads slowly
 
     run = _opened(config)
     plan = plan_sweep(run, found(run, region_scores, "region_scores", "label"))
     run.record()
-    with command_cluster(run.config, "sweep"), sweep_progress(plan) as on_trial:
-        return run_sweep(plan, on_trial=on_trial, on_features=features_progress())
+    with command_cluster(run.config, "sweep"), steps() as shown:
+        features = shown.images("sweep: features")
+        return run_sweep(plan, on_trial=trials_progress(plan, shown), on_features=features)
 
 
 def with_best(config: HtsConfig, sweep: StageFolder) -> HtsConfig:

@@ -29,6 +29,7 @@ from hts_ray.engine.console import (
     print_rows,
     print_stage,
     print_written,
+    steps,
 )
 from hts_ray.engine.run import Run
 from hts_ray.engine.session import command_cluster
@@ -267,7 +268,7 @@ def sweep(settings: Settings, region_scores: str | None) -> None:
     """Try many settings of filter and training over one teacher pass, and keep the best."""
     from hts_ray.sweep.estimate import estimate
     from hts_ray.sweep.plan import plan_sweep
-    from hts_ray.sweep.progress import features_progress, print_sweep, sweep_progress
+    from hts_ray.sweep.progress import print_sweep, trials_progress
     from hts_ray.sweep.stage import run_sweep
 
     run = settings.open()
@@ -280,8 +281,10 @@ def sweep(settings: Settings, region_scores: str | None) -> None:
         print_mapping("plan", {"read": plan.region_scores.path, **objective, **figures})
         return
     run.record()
-    with command_cluster(run.config, "sweep"), sweep_progress(plan) as on_trial:
-        stage = run_sweep(plan, on_trial=on_trial, on_features=features_progress(), tell=print_line)
+    with command_cluster(run.config, "sweep"), steps() as shown:
+        features = shown.images("sweep: features")
+        on_trial = trials_progress(plan, shown)
+        stage = run_sweep(plan, on_trial=on_trial, on_features=features, tell=print_line)
     print_stage("sweep", stage)
     print_sweep(stage)
     print_next("hts", "train", "--run-dir", run.config.run_dir, "--from-sweep", stage.path)

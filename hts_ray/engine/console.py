@@ -55,6 +55,17 @@ class Steps:
 
         return update
 
+    def counts(self, title: str, unit: str) -> Callable[[int, int, str], None]:
+        """Return a callback (done, total, note) for a step over anything that can be counted."""
+        pace = Pace()
+        tell = self._teller(title, unit, pace, _Plain(always=True))
+
+        def update(done: int, total: int, note: str) -> None:
+            pace.update(done, total)
+            tell(note)
+
+        return update
+
     def epochs(self, title: str, epochs: int) -> TrainingTold:
         """Return a callback for the progress of a training of `epochs` epochs.
 

@@ -26,8 +26,6 @@ Row = dict[str, Any]
 
 _TEMPLATE = Path(__file__).with_name("sweep.html.j2")
 TOP_SHARE = 0.1  # of the complete trials are drawn as the best
-_AXIS_STEP, _HEIGHT, _TOP = 92.0, 250.0, 96.0
-_SMALL_WIDTH, _SMALL_HEIGHT = 220.0, 120.0
 _LABEL_LENGTH = 16
 # Drawn in this order, so that what matters lies on top; each is a class of the style sheet.
 _LAYERS = ("stopped", "complete", "top", "own", "best")
@@ -70,6 +68,13 @@ class Axis:
             low, high, at = math.log(low), math.log(high), math.log(max(at, 1e-300))
         return min(max((at - low) / (high - low), 0.0), 1.0) if high > low else 0.5
 
+    def spread(self, row: Row) -> float | None:
+        """Return where a trial's dot lies; equal choices side by side, or they would hide."""
+        at = self.place(row[self.name])
+        if at is None or self.choices is None:
+            return at
+        return at + (row["trial"] * 0.618 % 1 - 0.5) * 0.6 / len(self.choices)
+
     def ticks(self) -> list[tuple[float, str]]:
         """Return the places that are named, with their names."""
         if self.choices is not None:
@@ -109,104 +114,31 @@ def render_sweep(
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     drawn = [row for row in rows if row["objective"] is not None]
-    layers = _layer_of(drawn, int(stats["best_trial"]))
-    objective = _objective_axis(drawn, str(stats["objective"]))
-    width = _AXIS_STEP * len(axes)
+    values = [row["objective"] for row in drawn] or [0.0]
     text = template.render(
         stats=stats,
         finalists=finalists,
         own=OWN,
-        counts=", ".join(f"{count} {name}" for name, count in stats["statuses"].items()),
-        size=(width + 150, _TOP + _HEIGHT + 24),
-        top=_TOP,
-        bottom=_TOP + _HEIGHT,
-        axes=_drawn_axes([*axes, objective]),
-        lines=_lines(drawn, [*axes, objective], layers),
-        small_size=(_SMALL_WIDTH, _SMALL_HEIGHT),
-        panels=[_panel(drawn, axis, objective, layers) for axis in axes],
-        layers=_LAYERS,
+        axes=axes,
+        objective=Axis("objective", min(values), max(values), False, None),
+        layers=_layers(drawn, int(stats["best_trial"])),
     )
     return Markup(text)  # noqa: S704 - rendered by a template that escapes what it is given
 
 
-def _layer_of(rows: Sequence[Row], best: int) -> dict[int, str]:
-    """Return how each trial is drawn, by its number."""
+def _layers(rows: Sequence[Row], best: int) -> dict[str, list[Row]]:
+    """Return the trials of each layer, in the order in which the layers are drawn."""
     complete = sorted(
         (row for row in rows if row["status"] == "complete"), key=lambda row: -row["objective"]
     )
     top = {row["trial"] for row in complete[: max(1, round(TOP_SHARE * len(complete)))]}
-    layers = {}
+    layers: dict[str, list[Row]] = {name: [] for name in _LAYERS}
     for row in rows:
-        number = row["trial"]
         layer = "complete" if row["status"] == "complete" else "stopped"
-        layer = "top" if number in top else layer
-        layer = "own" if number == OWN else layer
-        layers[number] = "best" if number == best else layer
+        layer = "top" if row["trial"] in top else layer
+        layer = "own" if row["trial"] == OWN else layer
+        layers["best" if row["trial"] == best else layer].append(row)
     return layers
-
-
-def _objective_axis(rows: Sequence[Row], name: str) -> Axis:
-    values = [row["objective"] for row in rows] or [0.0]
-    return Axis(name, min(values), max(values), False, None)
-
-
-def _y(place: float) -> float:
-    return _TOP + _HEIGHT * (1 - place)
-
-
-def _drawn_axes(axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    return [
-        {
-            "x": f"{20 + _AXIS_STEP * place:.0f}",
-            "name": axis.short,
-            "ticks": [(f"{_y(at):.1f}", text) for at, text in axis.ticks()],
-        }
-        for place, axis in enumerate(axes)
-    ]
-
-
-def _lines(
-    rows: Sequence[Row], axes: Sequence[Axis], layers: Mapping[int, str]
-) -> dict[str, list[dict[str, str]]]:
-    """Return one polyline a trial, by layer, past the axes that lack the trial's value."""
-    found: dict[str, list[dict[str, str]]] = {layer: [] for layer in _LAYERS}
-    for row in rows:
-        points = []
-        for number, axis in enumerate(axes):
-            at = axis.place(row["objective"] if number == len(axes) - 1 else row[axis.name])
-            if at is not None:
-                points.append(f"{20 + _AXIS_STEP * number:.0f},{_y(at):.1f}")
-        title = f"trial {row['trial']}: {row['objective']:.4f}"
-        found[layers[row["trial"]]].append({"points": " ".join(points), "title": title})
-    return found
-
-
-def _panel(
-    rows: Sequence[Row], axis: Axis, objective: Axis, layers: Mapping[int, str]
-) -> dict[str, Any]:
-    """Lay out the objective over one setting."""
-    dots: dict[str, list[tuple[str, str]]] = {layer: [] for layer in _LAYERS}
-    for row in rows:
-        x, y = axis.place(row[axis.name]), objective.place(row["objective"])
-        if x is None or y is None:
-            continue
-        if axis.choices is not None:  # side by side, or equal values would hide one another
-            x += (row["trial"] * 0.618 % 1 - 0.5) * 0.6 / len(axis.choices)
-        dots[layers[row["trial"]]].append(
-            (f"{x * _SMALL_WIDTH:.1f}", f"{(1 - y) * _SMALL_HEIGHT:.1f}")
-        )
-    return {
-        "name": axis.name,
-        "dots": dots,
-        "ticks": [(f"{at * _SMALL_WIDTH:.1f}", text, _anchor(at)) for at, text in axis.ticks()],
-        "slanted": axis.choices is not None and len(axis.choices) > 3,
-        "low": f"{objective.low:.3f}",
-        "high": f"{objective.high:.3f}",
-    }
-
-
-def _anchor(at: float) -> str:
-    return "start" if at == 0 else "end" if at == 1 else "middle"
 
 
 def _shown(value: Any) -> str:
