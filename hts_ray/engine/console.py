@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +57,7 @@ class Steps:
 
     def counts(self, title: str, unit: str) -> Callable[[int, int, str], None]:
         """Return a callback (done, total, note) for a step over anything that can be counted."""
-        pace = Pace()
-        tell = self._teller(title, unit, pace, _Plain(always=True))
-
-        def update(done: int, total: int, note: str) -> None:
-            pace.update(done, total)
-            tell(note)
-
-        return update
+        return _Step(self._bars, title, unit, always=True).update
 
     def epochs(self, title: str, epochs: int) -> TrainingTold:
         """Return a callback for the progress of a training of `epochs` epochs.

@@ -67,18 +67,6 @@ class SweepData:
     validation: Validation | None
     overrides: pa.Table | None
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the arrays in bytes, what the object store has to hold."""
-        reference, validation = self.reference, self.validation
-        arrays = [
-            *(self.regions.scores_GC, self.features_MD, self.flipped_MD, self.classifier_CD),
-            *(reference.consensus_NC, reference.calibrated_NC, reference.agreed_NC),
-            *(reference.views_2NC, reference.start_NC),
-            None if validation is None else validation.features_VD,
-        ]
-        return sum(array.nbytes for array in arrays if array is not None)
-
 
 def load_sweep_data(
     config: HtsConfig,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,27 +86,26 @@ def run_finalists(
     that of the labeled ones. So many trainings run at a time as the cluster holds. Raises what the
     training of the run's own settings raises.
     """
-    name = final_objective(plan.objective)
-    parts = _training_parts(plan, data, name)
+    final = _Final(plan, data, final_objective(plan.objective))
     train = plan.run.config.train
-    pool = _InTurn() if train.num_workers == 0 else ThreadPoolExecutor(training_slots(train))
-    found = []
-    try:
-        students = [
-            [pool.submit(_train, plan, t, ids, len(parts)) for ids in parts] for t in trials
-        ]
-        own_ap_C = None
+    students: list[list[Callable[[], StageFolder]]]
+    students = [[partial(final.train, trial, ids) for ids in final.parts] for trial in trials]
+    found: list[Finalist] = []
+    own_ap_C = None
+    with ExitStack() as stack:
+        if train.num_workers:  # those inside this process share its random state: one by one
+            pool = ThreadPoolExecutor(training_slots(train))
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            students = [[pool.submit(job).result for job in halves] for halves in students]
         for trial, halves in zip(trials, students, strict=True):
-            last, ap_C = _finalist(plan, data, trial, halves, parts, name)
+            last, ap_C = final.compare(trial, halves)
             if trial.number == OWN:
                 own_ap_C = ap_C
             elif ap_C is not None and own_ap_C is not None:
                 last = replace(last, gain_error=paired_error(ap_C, own_ap_C))
             found.append(last)
-            shown = last.message if last.value is None else f"{name} {last.value:.4f}"
+            shown = last.message if last.value is None else f"{last.objective} {last.value:.4f}"
             tell(f"finalist {trial.number}: {shown}, {last.seconds:.0f} s of training")
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 
@@ -118,18 +119,6 @@ def paired_error(ap_C: FloatArray, other_C: FloatArray) -> float:
     if len(difference_C) < 2:
         return float("inf")
     return float(difference_C.std(ddof=1) / np.sqrt(len(difference_C)))
-
-
-class _InTurn(Executor):
-    """Runs what it is given at once: trainings inside this process share its random state."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except UserError as error:
-            future.set_exception(error)
-        return future
 
 
 def training_slots(train: TrainConfig) -> int:
@@ -149,99 +138,87 @@ def training_slots(train: TrainConfig) -> int:
     return max(1, slots)
 
 
-def _training_parts(plan: Plan, data: SweepData, name: str) -> list[list[str]]:
-    """Return the ids of the images that each of a finalist's students is trained on."""
-    ids = data.regions.image_ids
-    if name != VALIDATION:
-        random = np.random.default_rng([plan.run.config.sweep.seed, 3])
-        fold_N = random.permutation(np.arange(len(ids)) % FOLDS)
-        return [ids[fold_N == fold].tolist() for fold in range(FOLDS)]
-    assert plan.validation is not None
-    return [ids[~labeled_among(ids, plan.validation, plan.run.config.sweep)].tolist()]
+class _Final:
+    """What all finalists share: `parts` are the ids of the images of each of their students."""
 
-
-def _train(plan: Plan, trial: Trial, image_ids: Sequence[str], parts: int) -> StageFolder:
-    """Filter with a trial's settings and train on the pseudo-labels of one of `parts` parts."""
-    config = trial_config(plan.run.config, trial.settings)
-    optim = {"restart_epochs": config.train.optim.restart_epochs * parts}
-    longer = {"epochs": config.train.epochs * parts, "optim": optim}
-    config = override(config, {"run_dir": plan.stage.file(FOLDER), "train": longer})
-    run = Run(config, plan.run.class_table)
-    source = plan_filter(run, plan.region_scores).run()
-    labels = training_labels(run, source, None)
-    assert labels is not None
-    labels = labels.filter(pc.is_in(labels["image_id"], pa.array(image_ids))).combine_chunks()
-    return plan_train(run, labels).run()
-
-
-def _finalist(
-    plan: Plan,
-    data: SweepData,
-    trial: Trial,
-    students: Sequence[Future[StageFolder]],
-    parts: Sequence[Sequence[str]],
-    name: str,
-) -> tuple[Finalist, FloatArray | None]:
-    """Return a finalist, and the AP (C,) on the labeled images where there are some."""
-    finalist = Finalist(trial.number, trial.settings, name, trial.objective, None, 0.0)
-    ap_C = None
-    try:
-        trained = [student.result() for student in students]
-        if name == VALIDATION:
-            ap_C = _labeled_ap(plan, trained[0])
-            value = mean_average_precision(ap_C)
+    def __init__(self, plan: Plan, data: SweepData, objective: str) -> None:
+        self._plan, self._data, self._objective = plan, data, objective
+        self._folder = plan.stage.file(FOLDER)
+        ids, sweep = data.regions.image_ids, plan.run.config.sweep
+        if plan.validation is not None and objective == VALIDATION:
+            self.parts = [ids[~labeled_among(ids, plan.validation, sweep)].tolist()]
         else:
-            value = _label_free(plan, data, trial, trained, parts, name)
-    except UserError as error:
-        if trial.number == OWN:
-            raise
-        return replace(finalist, message=str(error)), None
-    seconds = sum(float(student.stats["seconds"]) for student in trained)
-    return replace(finalist, value=value, seconds=seconds), ap_C
+            random = np.random.default_rng([sweep.seed, 3])
+            fold_N = random.permutation(np.arange(len(ids)) % FOLDS)
+            self.parts = [ids[fold_N == fold].tolist() for fold in range(FOLDS)]
 
+    def train(self, trial: Trial, image_ids: Sequence[str]) -> StageFolder:
+        """Filter with a trial's settings and train on the pseudo-labels of one of the parts."""
+        plan, parts = self._plan, len(self.parts)
+        config = trial_config(plan.run.config, trial.settings)
+        optim = {"restart_epochs": config.train.optim.restart_epochs * parts}
+        longer = {"epochs": config.train.epochs * parts, "optim": optim}
+        config = override(config, {"run_dir": self._folder, "train": longer})
+        run = Run(config, plan.run.class_table)
+        labels = training_labels(run, plan_filter(run, plan.region_scores).run(), None)
+        assert labels is not None
+        labels = labels.filter(pc.is_in(labels["image_id"], pa.array(image_ids)))
+        return plan_train(run, labels.combine_chunks()).run()
 
-def _label_free(
-    plan: Plan,
-    data: SweepData,
-    trial: Trial,
-    students: Sequence[StageFolder],
-    parts: Sequence[Sequence[str]],
-    name: str,
-) -> float:
-    """Return the objective of two students, each trained on one half of the images."""
-    ids = data.regions.image_ids.tolist()
-    logits_2NC = np.stack([_logits(plan, student, plan.images, ids) for student in students])
-    targets_NC = pseudo_label(data, trial_config(data.config, trial.settings)).targets_NC
-    fold_N = np.where(np.isin(ids, parts[0]), 0, 1).astype(np.int8)
-    outcome = Outcome(data.reference, fold_N, targets_NC, logits_2NC=logits_2NC)
-    return OBJECTIVES[name].compute(outcome)
+    def compare(
+        self, trial: Trial, students: Sequence[Callable[[], StageFolder]]
+    ) -> tuple[Finalist, FloatArray | None]:
+        """Return a finalist, and the AP (C,) on the labeled images where they decide."""
+        name, ap_C = self._objective, None
+        finalist = Finalist(trial.number, trial.settings, name, trial.objective, None, 0.0)
+        try:
+            trained = [student() for student in students]
+            if name == VALIDATION:
+                ap_C = self._labeled_ap(trained[0])
+                value = mean_average_precision(ap_C)
+            else:
+                value = self._label_free(trial, trained)
+        except UserError as error:
+            if trial.number == OWN:
+                raise
+            return replace(finalist, message=str(error)), None
+        seconds = sum(float(student.stats["seconds"]) for student in trained)
+        return replace(finalist, value=value, seconds=seconds), ap_C
 
+    def _label_free(self, trial: Trial, students: Sequence[StageFolder]) -> float:
+        """Return the objective of two students, each trained on one half of the images."""
+        data, images = self._data, self._plan.images
+        ids = data.regions.image_ids.tolist()
+        logits_2NC = np.stack([self._logits(student, images, ids) for student in students])
+        targets_NC = pseudo_label(data, trial_config(data.config, trial.settings)).targets_NC
+        fold_N = np.where(np.isin(ids, self.parts[0]), 0, 1).astype(np.int8)
+        outcome = Outcome(data.reference, fold_N, targets_NC, logits_2NC=logits_2NC)
+        return OBJECTIVES[self._objective].compute(outcome)
 
-def _labeled_ap(plan: Plan, student: StageFolder) -> FloatArray:
-    """Return the student's AP (C,) on the labeled images."""
-    assert plan.validation is not None
-    logits_VC = _logits(plan, student, plan.validation, plan.validation["image_id"].to_pylist())
-    labels_VC = label_matrix(plan.validation, plan.run.class_table)
-    return np.asarray(hico_average_precision(logits_VC, labels_VC))
+    def _labeled_ap(self, student: StageFolder) -> FloatArray:
+        """Return the student's AP (C,) on the labeled images."""
+        images = self._plan.validation
+        assert images is not None
+        logits_VC = self._logits(student, images, images["image_id"].to_pylist())
+        labels_VC = label_matrix(images, self._plan.run.class_table)
+        return np.asarray(hico_average_precision(logits_VC, labels_VC))
 
+    def _logits(self, student: StageFolder, images: pa.Table, ids: Sequence[str]) -> FloatArray:
+        """Return logits (N, C) of images by id; one that cannot be read is below all others."""
+        found, logits_MC = self._score(student, images)
+        row_of = {image_id: row for row, image_id in enumerate(found)}
+        rows = np.array([row_of.get(image_id, -1) for image_id in ids])
+        floor = np.float32(logits_MC.min() - 1)
+        return np.where((rows >= 0)[:, None], logits_MC[rows], floor)
 
-def _logits(plan: Plan, student: StageFolder, images: pa.Table, ids: Sequence[str]) -> FloatArray:
-    """Return logits (N, C) of images by id; one that cannot be read is below all others."""
-    found, logits_MC = _score(plan, student, images)
-    row_of = {image_id: row for row, image_id in enumerate(found)}
-    rows = np.array([row_of.get(image_id, -1) for image_id in ids])
-    floor = np.float32(logits_MC.min() - 1)
-    return np.where((rows >= 0)[:, None], logits_MC[rows], floor)
-
-
-def _score(plan: Plan, student: StageFolder, images: pa.Table) -> tuple[list[str], FloatArray]:
-    """Score images: few in this process, as features are, many as `hts predict` does."""
-    config = plan.run.config
-    if config.predict.pool.num_gpus == 0 and len(images) <= config.train.features.local_images:
-        return score_images(student.path, images, config.predict)
-    manifest = storage.join(plan.stage.file(FOLDER), "images.parquet")
-    write_table(manifest, images.select(IMAGE_COLUMNS))
-    values = {"run_dir": plan.stage.file(FOLDER), "predict": {"split": None}}
-    run = Run(override(config, values), plan.run.class_table)
-    stage = plan_predict(run, student.path, run.manifest(manifest)).run()
-    return read_predictions(stage.path, plan.run.class_table)
+    def _score(self, student: StageFolder, images: pa.Table) -> tuple[list[str], FloatArray]:
+        """Score images: few in this process, as features are, many as `hts predict` does."""
+        config, class_table = self._plan.run.config, self._plan.run.class_table
+        if config.predict.pool.num_gpus == 0 and len(images) <= config.train.features.local_images:
+            return score_images(student.path, images, config.predict)
+        manifest = storage.join(self._folder, "images.parquet")
+        write_table(manifest, images.select(IMAGE_COLUMNS))
+        values = {"run_dir": self._folder, "predict": {"split": None}}
+        run = Run(override(config, values), class_table)
+        stage = plan_predict(run, student.path, run.manifest(manifest)).run()
+        return read_predictions(stage.path, class_table)

@@ -73,7 +73,7 @@ class Axis:
         at = self.place(row[self.name])
         if at is None or self.choices is None:
             return at
-        return at + (row["trial"] * 0.618 % 1 - 0.5) * 0.6 / len(self.choices)
+        return at + (int(row["trial"]) * 0.618 % 1 - 0.5) * 0.6 / len(self.choices)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Return the places that are named, with their names."""

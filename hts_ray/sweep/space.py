@@ -11,6 +11,7 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import numpy as np
@@ -136,11 +137,10 @@ def build_space(config: HtsConfig, region_scores: str) -> Space:
         # Of the rates a trial feels the classifier's alone.
         trunk = parameter.name == "train.optim.lr" and config.train.optim.head_lr is not None
         if trunk or not feels(parameter.name):
-            raise ConfigError(
-                field="sweep.space",
-                value=parameter.name,
-                remedy="trials fit the classifier on the student's stored features, which this"
-                " setting does not change: train with each of its values instead",
+            raise _refusal(
+                parameter.name,
+                "trials fit the classifier on the student's stored features, which this setting"
+                " does not change: train with each of its values instead",
             )
     space = Space(config, tuple(parameters))
     problem = space.problem(space.draw(config.sweep.seed, 1))
@@ -256,88 +256,67 @@ def subsets(values: Sequence[Any]) -> tuple[Any, ...]:
 def _parameter(name: str, given: RangeConfig) -> Parameter:
     """Check a setting's name, and every value that is given for it."""
     info = field_of(name)
-    if info is None or not name.startswith(SWEPT):
-        _refuse_name(name, info)
-    assert info is not None
-    # The name stands for "nothing": without any constraint Annotated would miss an argument.
-    annotation: Any = Annotated[(info.annotation, name, *info.metadata)]
-    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+    declared: Any = Annotated[info.annotation, info]
+    adapter: TypeAdapter[Any] = TypeAdapter(declared)
+    union = get_origin(info.annotation) in {Union, types.UnionType}
+    numbers = {int, float}.intersection(get_args(info.annotation) if union else (info.annotation,))
+
+    def checked(value: Any) -> Any:
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(
+                field=f"sweep.space.{name}", value=value, remedy=str(error.errors()[0]["msg"])
+            ) from None
+
     if given.choices is not None:
-        choices = tuple(plain(_checked(adapter, name, value)) for value in given.choices)
-        return Parameter(name, choices=choices)
-    numbers = _members(info.annotation) & {int, float}
+        return Parameter(name, choices=tuple(plain(checked(value)) for value in given.choices))
     if not numbers:
         raise ConfigError(
             field=f"sweep.space.{name}", remedy="it is not a number: give choices: [...]"
         )
-    integer = float not in numbers
-    low, high = (
-        _checked(adapter, name, value) if not integer else _whole(adapter, name, value)
-        for value in (given.low, given.high)
-    )
-    return Parameter(name, low, high, given.log, integer)
+    ends: list[Any] = [given.low, given.high]
+    if numbers == {int}:
+        for end in ends:
+            if not float(end).is_integer():
+                raise ConfigError(
+                    field=f"sweep.space.{name}", value=end, remedy="give a whole number"
+                )
+        ends = [int(end) for end in ends]
+    low, high = (checked(end) for end in ends)
+    return Parameter(name, low, high, given.log, numbers == {int})
 
 
-def _refuse_name(name: str, info: FieldInfo | None) -> None:
-    if info is not None:
-        raise ConfigError(
-            field="sweep.space",
-            value=name,
-            remedy=f"only {' and '.join(f'{part}*' for part in SWEPT)} can be swept; other"
-            " settings need another teacher's pass or another student",
-        )
-    known = [dotted for dotted, _, _ in walk_fields() if dotted.startswith(SWEPT)]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:
-        last = name.rpartition(".")[2]
-        close = [dotted for dotted in known if dotted.rpartition(".")[2] == last]
-    hint = f"; did you mean {close[0]}?" if close else f": known are {', '.join(known)}"
-    raise ConfigError(field="sweep.space", value=name, remedy=f"unknown setting{hint}")
+def field_of(name: str) -> FieldInfo:
+    """Return the declaration of a dotted setting that can be swept.
 
-
-def _checked(adapter: TypeAdapter[Any], name: str, value: Any) -> Any:
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        raise ConfigError(
-            field=f"sweep.space.{name}", value=value, remedy=str(error.errors()[0]["msg"])
-        ) from None
-
-
-def _whole(adapter: TypeAdapter[Any], name: str, value: Any) -> int:
-    if float(value) != int(value):
-        raise ConfigError(field=f"sweep.space.{name}", value=value, remedy="give a whole number")
-    return int(_checked(adapter, name, int(value)))
-
-
-def _members(annotation: Any) -> set[Any]:
-    """Return the types of a union, or the type itself."""
-    if get_origin(annotation) in {Union, types.UnionType}:
-        return set(get_args(annotation))
-    return {annotation}
-
-
-def field_of(name: str) -> FieldInfo | None:
-    """Return the declaration of a dotted setting, or None when there is no such setting.
-
-    ConfigError for a setting that says how a stage runs and not what it answers.
+    ConfigError for an unknown setting, with the nearest name; for one that says how a stage runs
+    and not what it answers; and for one of another stage.
     """
     setting = find_setting(name)
     if setting is None or setting.section is not None:
-        return None
+        known = [dotted for dotted, _, _ in walk_fields() if dotted.startswith(SWEPT)]
+        last = name.rpartition(".")[2]
+        same_end = [dotted for dotted in known if dotted.rpartition(".")[2] == last]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or same_end
+        hint = f"; did you mean {close[0]}?" if close else f": known are {', '.join(known)}"
+        raise _refusal(name, f"unknown setting{hint}")
     if setting.execution:
-        raise ConfigError(
-            field="sweep.space", value=name, remedy="it says how a stage runs, not what it answers"
-        )
+        raise _refusal(name, "it says how a stage runs, not what it answers")
+    if not name.startswith(SWEPT):
+        swept = " and ".join(f"{section}*" for section in SWEPT)
+        other = "other settings need another teacher's pass or another student"
+        raise _refusal(name, f"only {swept} can be swept; {other}")
     return setting.info
+
+
+def _refusal(name: str, remedy: str) -> ConfigError:
+    return ConfigError(field="sweep.space", value=name, remedy=remedy)
 
 
 def value_of(config: HtsConfig, name: str) -> Any:
     """Return the value of a dotted setting."""
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+    return reduce(getattr, name.split("."), config)
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

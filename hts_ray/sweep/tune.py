@@ -108,7 +108,7 @@ def run_trials(
             num_samples=len(wanted),
             max_concurrent_trials=slots.concurrency,
             reuse_actors=True,
-            trial_dirname_creator=_folder_of,
+            trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             # A name of its own: an experiment of the same name would be overwritten in part.
@@ -300,25 +300,20 @@ class _Telling(tune.Callback):  # type: ignore[misc]
         self._ledger.tell(trial.config, {"status": "failed", "message": lines[-1]})
 
 
-def _folder_of(trial: Any) -> str:
-    return f"{trial.config['number']:06d}-{trial.trial_id}"
-
-
 @contextmanager
 def _environment() -> Iterator[None]:
     """Set what Tune reads from the environment, and its log level, while the block runs."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    before = {name: os.environ.pop(name, None) for name in _ENVIRONMENT}
     logger = logging.getLogger("ray.tune")
     level = logger.level
     os.environ.update(_ENVIRONMENT)
-    # What ends a sweep is told by the command, in a line; Tune would print a traceback before that.
+    # The command says in a line what ends a sweep; Tune would print a traceback before that.
     logger.setLevel(logging.ERROR if os.environ.get("HTS_DEBUG") else logging.CRITICAL)
     try:
         yield
     finally:
         logger.setLevel(level)
         for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
+            os.environ.pop(name)
+            if value is not None:
                 os.environ[name] = value

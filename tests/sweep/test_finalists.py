@@ -10,7 +10,7 @@ from scipy.stats import ttest_rel
 from hts_ray.config import TrainConfig
 from hts_ray.sweep.finalists import (
     HELD_OUT,
-    _training_parts,
+    _Final,
     final_objective,
     paired_error,
     training_slots,
@@ -32,9 +32,11 @@ def test_each_image_is_left_out_once():
     ids = np.array([f"image-{n:02d}" for n in range(21)])
     data = SimpleNamespace(regions=SimpleNamespace(image_ids=ids))
     plan = SimpleNamespace(
-        run=SimpleNamespace(config=SimpleNamespace(sweep=SimpleNamespace(seed=4)))
+        run=SimpleNamespace(config=SimpleNamespace(sweep=SimpleNamespace(seed=4))),
+        stage=SimpleNamespace(file=str),
+        validation=None,
     )
-    first, second = _training_parts(plan, data, DEFAULT_OBJECTIVE)
+    first, second = _Final(plan, data, DEFAULT_OBJECTIVE).parts
     assert sorted([*first, *second]) == ids.tolist()
     assert not set(first) & set(second)
     assert abs(len(first) - len(second)) <= 1

@@ -128,7 +128,8 @@ def test_every_default_parameter_is_a_setting():
     """Would catch a default whose setting was renamed."""
     for name in ("filter.quantile_floor", "train.loss_temperature", "train.optim.head_lr"):
         assert field_of(name) is not None
-    assert field_of("filter") is None
+    with pytest.raises(ConfigError, match="unknown setting"):
+        field_of("filter")
     assert value_of(HtsConfig(), "filter.top_k") == FilterConfig().top_k
 
 
