@@ -24,7 +24,7 @@ People and other tools
 Machines
   submit cluster Run a command as a job of a cluster: hts submit -- label --run-dir s3://...
   doctor cluster Check this machine, or all nodes of a cluster, and say what to change.
-  completion completion Print what makes a shell complete hts.
+  completion completion Print the script with which a shell completes hts.
 """
 # The names of the commands below each heading, and of each command the module and the short help.
 HEADINGS: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What shells run to complete `hts`: click's own scripts, and answers that fit them."""
+"""The scripts with which shells complete `hts`: click's own."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ VARIABLE = "_HTS_COMPLETE"
 
 
 class _Bash(BashComplete):
-    """Bash takes words apart at equals signs, and replaces only what follows the last one."""
+    """Bash splits words at equals signs, and replaces only what follows the last one."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """Put words like `train.loss=bce` together again."""
+        """Join words like `train.loss=bce` again."""
         current = int(os.environ["COMP_CWORD"])
         words: list[str] = []
         previous = ""
@@ -56,7 +56,7 @@ class _Fish(FishComplete):
 add_completion_class(_Bash)
 add_completion_class(_Fish)
 
-_HELP = """Print what makes a shell complete hts.
+_HELP = """Print the script with which a shell completes hts.
 
 \b
 bash: hts completion bash > ~/.local/share/bash-completion/completions/hts

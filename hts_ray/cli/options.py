@@ -80,8 +80,8 @@ def stage_command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options that all stages share, and hand it their `Settings`.
 
-    `from_sweep` adds that option, whose settings go below those of the command line. With `paths`
-    arguments that are no settings are handed over as `paths`.
+    With `from_sweep` there is that option too; settings of the command line win over the sweep's.
+    With `paths` the command also gets its arguments that are no settings, as `paths`.
     """
     shown = "[PATH]... [section.name=value]..." if paths else "[section.name=value]..."
     complete = complete_path_or_setting if paths else complete_setting
@@ -126,7 +126,7 @@ def stage_command(
 
 
 def split_settings(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Part arguments into settings, `section.name=value`, and paths, which may hold a `=` too."""
+    """Return the settings, `section.name=value`, and the paths, which may hold a `=` too."""
     settings = tuple(
         entry
         for entry in arguments

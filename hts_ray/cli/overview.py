@@ -30,7 +30,7 @@ _STAGES = {
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a run; `begun` tells of a folder that was never finished."""
+    """One stage of a run; `begun` where it has a folder, finished or not."""
 
     command: str
     purpose: str
@@ -117,4 +117,4 @@ def print_overview(run_dir: str | None) -> None:
         shown = [escape(path) for path in reversed(others)][:_MAX_RUNS]
         more = f" and {len(others) - len(shown)} more" if len(others) > len(shown) else ""
         console.print(f"other runs here (--run-dir): {', '.join(shown)}{more}")
-    console.print("`hts COMMAND --help` tells a command's options; `hts demo` needs no data.")
+    console.print("`hts COMMAND --help` lists a command's options; `hts demo` needs no data.")

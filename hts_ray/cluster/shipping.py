@@ -1,8 +1,8 @@
 """What travels to the cluster with a job: code and small settings, never data.
 
-The files of the working directory that no ignore file and no rule below leaves out, and this very
-package, become one zip whose bytes depend on nothing but their contents, so that an unchanged
-directory is uploaded once. Data belongs on storage that every node sees.
+The files of the working directory and this package become one zip. Its bytes depend on nothing but
+their contents, so that an unchanged directory is uploaded once. Data belongs on storage that every
+node sees.
 """
 
 from __future__ import annotations

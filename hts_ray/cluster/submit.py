@@ -1,8 +1,11 @@
-"""A stage as a job of a running cluster: checked here, shipped, followed, its exit code returned.
+"""A command of `hts` as a job of a running cluster.
 
-The client is Ray's own (its job API over HTTP, tokens included). What it lacks is added: checks
-before anything is uploaded, an upload without data, a log that is followed through lost
-connections, and an exit code that is the job's.
+The client is Ray's own (its job API over HTTP, tokens included). This module adds:
+
+- checks before anything is uploaded,
+- an upload without data,
+- a log that is followed through lost connections,
+- the job's exit code.
 """
 
 from __future__ import annotations
@@ -204,7 +207,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    """Return the line that says what is wrong, of a traceback that a server sent."""
+    """Return the line of a server's traceback that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if _NAMED_ERROR.match(line)]
     return (named or lines or [type(error).__name__])[-1][:500]
@@ -378,7 +381,7 @@ class _Log:
 
 async def _stream(client: JobSubmissionClient, job_id: str, log: _Log, tell: Tell) -> None:
     log.rewind()
-    waiting = asyncio.create_task(_tell_what_is_waited_for(client, job_id, tell))
+    waiting = asyncio.create_task(_tell_why_it_waits(client, job_id, tell))
     try:
         async for text in client.tail_job_logs(job_id):
             waiting.cancel()
@@ -387,7 +390,7 @@ async def _stream(client: JobSubmissionClient, job_id: str, log: _Log, tell: Tel
         waiting.cancel()
 
 
-async def _tell_what_is_waited_for(client: JobSubmissionClient, job_id: str, tell: Tell) -> None:
+async def _tell_why_it_waits(client: JobSubmissionClient, job_id: str, tell: Tell) -> None:
     """Say why a job has not started yet, whenever the reason changes."""
     told = None
     while True:
