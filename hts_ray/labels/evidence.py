@@ -22,9 +22,7 @@ from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.select import aggregate, region_probabilities, support
 from hts_ray.store import storage
-
-FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
+from hts_ray.store.aliases import BoolArray, FloatArray
 
 IMAGE_COLUMNS = ["image_id", "uri", "split"]
 _BATCH_ROWS = 256

@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hts_ray.store.aliases import BoolArray, FloatArray
+
 Aggregation = Literal["max", "mean", "top_k_mean", "noisy_or"]
-FloatArray = NDArray[np.floating[Any]]
-BoolArray = NDArray[np.bool_]
 
 # Why a candidate class, one at or above the negative threshold, did not become a positive.
 REASONS = ("ignored_band", "below_support", "over_cap")

@@ -25,14 +25,12 @@ from hts_ray.labels.corrections import read_overrides
 from hts_ray.labels.evidence import Evidence, Regions, aggregate_regions, pack_regions
 from hts_ray.labels.evidence import read_regions as read_blocks
 from hts_ray.metrics import POSITIVE
+from hts_ray.store.aliases import BoolArray, FloatArray
 from hts_ray.store.tables import read_table
 from hts_ray.student.features import Features, read_feature_table
 from hts_ray.student.head import head_logits
 from hts_ray.student.model import build_student
 from hts_ray.sweep.objectives import Reference, make_reference
-
-FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
 
 IMAGE_COLUMNS = ["image_id", "uri", "split"]
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.store.aliases import FloatArray
 
-FloatArray = NDArray[np.floating[Any]]
 Labels = NDArray[np.int8]
 
 # Classes ranked at a time, which bounds the memory of the sorted copies.

@@ -25,8 +25,9 @@ from hts_ray.labels.evidence import aggregate_regions
 from hts_ray.labels.select import Selection
 from hts_ray.labels.stage import choose_labels
 from hts_ray.metrics import hico_average_precision, mean_average_precision
+from hts_ray.store.aliases import BoolArray, FloatArray
 from hts_ray.student.head import HeadData, fit_head, head_logits
-from hts_ray.sweep.data import BoolArray, FloatArray, SweepData, image_logits
+from hts_ray.sweep.data import SweepData, image_logits
 from hts_ray.sweep.objectives import OBJECTIVES, VALIDATION, Outcome
 from hts_ray.sweep.space import trial_config
 
