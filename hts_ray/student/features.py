@@ -118,27 +118,20 @@ def plan_features(
         folder, FeatureEncoder, config.pool, _DECODING, config.batch_images, settings
     )
 
+    ids = images["image_id"].combine_chunks()
+    info = {"student": folder, "encoder": encoder, "decoding": decoding, "flipped": flipped}
+
     def work(progress: ImagesDone | None) -> object:
-        started = time.monotonic()
-        if config.pool.num_gpus == 0 and len(images) <= config.local_images:
-            storage.remove_tree(stage.path)  # what a run on Ray left would not fit to these files
-            write_table(stage.file("part-0.parquet"), task.here(images))
-        else:
+        if config.pool.num_gpus > 0 or len(images) > config.local_images:
             source = stage.file(_INPUT, "images.parquet")
             write_table(source, images)
-            task.on_ray(stage, partial(image_dataset, source), len(images), TABLE, progress)
-        return finish(
-            stage,
-            images["image_id"].combine_chunks(),
-            name=TABLE,
-            seconds=time.monotonic() - started,
-            table_info={
-                "student": folder,
-                "encoder": encoder,
-                "decoding": decoding,
-                "flipped": flipped,
-            },
-        )
+            read = partial(image_dataset, source)
+            return task.publish(stage, read, ids, TABLE, progress, info)
+        started = time.monotonic()
+        storage.remove_tree(stage.path)  # what a run on Ray left would not fit to these files
+        write_table(stage.file("part-0.parquet"), task.here(images))
+        seconds = time.monotonic() - started
+        return finish(stage, ids, name=TABLE, seconds=seconds, table_info=info)
 
     return Stage(stage, {"student": folder}, work)
 

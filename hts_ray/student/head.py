@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from hts_ray.config import TrainConfig
 from hts_ray.errors import DataError
-from hts_ray.losses import SignedLoss
 from hts_ray.store.aliases import FloatArray
 from hts_ray.student.model import CosineClassifier
 from hts_ray.student.optimizer import Optimizer, settings_loss
@@ -127,23 +125,79 @@ def fit_head(
             f"classifier_CD {start_CD.shape}: targets_NC {tuple(data.targets_NC.shape)} and"
             f" features_ND {tuple(data.features_ND.shape)} need as many classes and features"
         )
-    head = CosineClassifier(torch.tensor(start_CD), logit_scale)
-    if config.learn_logit_scale:
-        head.learn_logit_scale()
-    targets_NC = data.targets_NC.numpy()
-    order = np.arange(len(targets_NC))
-    if config.min_positives_per_class:
-        order = repeat_indices(targets_NC, config.min_positives_per_class)
-    counts_C = (targets_NC[order] == 1).sum(axis=0)
-    loss = settings_loss(config, class_weights(counts_C, config.class_balance), "none")
-    fit = _Fit(data, head, Optimizer.of(head, config), config, loss)
+    fit = _Fit(data, start_CD, logit_scale, config)
     history: list[dict[str, Any]] = []
     for epoch in range(config.epochs):
         with torch.enable_grad(), _suitable_threads(config.batch_size * start_CD.size):
-            history.append(_run_epoch(fit, order, seed, epoch))
+            history.append(fit.run_epoch(seed, epoch))
         if on_epoch is not None:
-            history[-1].update(on_epoch(_result(fit, history, logit_scale)) or {})
-    return _result(fit, history, logit_scale)
+            history[-1].update(on_epoch(fit.result(history)) or {})
+    return fit.result(history)
+
+
+class _Fit:
+    """What the epochs of a fit share."""
+
+    def __init__(
+        self, data: HeadData, start_CD: FloatArray, logit_scale: float, config: TrainConfig
+    ) -> None:
+        self._data, self._config, self._logit_scale = data, config, logit_scale
+        self._head = CosineClassifier(torch.tensor(start_CD), logit_scale)
+        if config.learn_logit_scale:
+            self._head.learn_logit_scale()
+        self._optimizer = Optimizer.of(self._head, config)
+        targets_NC = data.targets_NC.numpy()
+        self._order = np.arange(len(targets_NC))
+        if config.min_positives_per_class:
+            self._order = repeat_indices(targets_NC, config.min_positives_per_class)
+        counts_C = (targets_NC[self._order] == 1).sum(axis=0)
+        weights = class_weights(counts_C, config.class_balance)
+        self._loss = settings_loss(config, weights, "none")
+
+    def result(self, history: list[dict[str, Any]]) -> HeadFit:
+        """Return what would be published now."""
+        head = self._optimizer.published
+        gain = 1.0 if head.log_gain is None else head.log_gain.exp().item()
+        classifier_CD = head.classifier.detach().numpy().copy()
+        return HeadFit(classifier_CD, list(history), self._logit_scale * gain)
+
+    def run_epoch(self, seed: int, epoch: int) -> dict[str, Any]:
+        """Pass over the images once; all that is random in it follows from seed and epoch."""
+        started = time.monotonic()
+        random = np.random.default_rng([seed, epoch])
+        rows = torch.from_numpy(random.permutation(self._order))
+        flips = torch.from_numpy(random.random(len(rows)) < 0.5)
+        size = self._config.batch_size
+        steps = -(-len(rows) // size)
+        total, lr = 0.0, 0.0
+        for step in range(steps):
+            chosen = slice(step * size, (step + 1) * size)
+            loss = self._loss_of(rows[chosen], flips[chosen], epoch)
+            lr = self._optimizer.set_rates(epoch * steps + step, steps)
+            (loss / len(rows[chosen])).backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            total += loss.item()
+        return epoch_record(epoch, total, lr, len(rows), time.monotonic() - started)
+
+    def _loss_of(self, rows_B: Tensor, flips_B: Tensor, epoch: int) -> Tensor:
+        """Return the loss summed over a batch; DataError when it is not finite."""
+        data = self._data
+        features_BD = data.features_ND[rows_B]
+        if data.flipped_ND is not None and self._config.augment.flip:
+            features_BD[flips_B] = data.flipped_ND[rows_B[flips_B]]
+        weights_BC = None if data.weights_NC is None else data.weights_NC[rows_B]
+        loss_B = self._loss(self._head.logits(features_BD), data.targets_NC[rows_B], weights_BC)
+        total: Tensor = loss_B.sum()
+        if not math.isfinite(total.item()):
+            bad_B = ~torch.isfinite(loss_B)
+            # Losses may be finite each and overflow together.
+            names = data.names(rows_B[bad_B] if bad_B.any() else rows_B)
+            raise DataError(
+                f"the loss is not finite in epoch {epoch}; images {names}: lower"
+                " train.optim.head_lr or train.optim.lr, raise train.loss_temperature or set"
+                " train.optim.grad_clip"
+            )
+        return total
 
 
 @contextmanager
@@ -174,64 +228,6 @@ def head_logits(features_ND: ArrayLike, classifier_CD: ArrayLike, logit_scale: f
             " both need the same number of columns"
         )
     return np.asarray(np.float32(logit_scale) * (features @ classifier.T), dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What the epochs of a fit share."""
-
-    data: HeadData
-    head: CosineClassifier
-    optimizer: Optimizer
-    config: TrainConfig
-    loss: SignedLoss
-
-
-def _result(fit: _Fit, history: list[dict[str, Any]], logit_scale: float) -> HeadFit:
-    """Return what would be published now; `logit_scale` is what the fit started with."""
-    head = fit.optimizer.published
-    gain = 1.0 if head.log_gain is None else head.log_gain.exp().item()
-    return HeadFit(head.classifier.detach().numpy().copy(), list(history), logit_scale * gain)
-
-
-def _run_epoch(fit: _Fit, order: npt.NDArray[np.int64], seed: int, epoch: int) -> dict[str, Any]:
-    """Pass over the images once; everything random in it follows from the seed and the epoch."""
-    started = time.monotonic()
-    random = np.random.default_rng([seed, epoch])
-    rows = torch.from_numpy(random.permutation(order))
-    flips = torch.from_numpy(random.random(len(rows)) < 0.5)
-    size = fit.config.batch_size
-    steps = -(-len(rows) // size)
-    total, lr = 0.0, 0.0
-    for step in range(steps):
-        chosen = slice(step * size, (step + 1) * size)
-        loss = _loss_of(fit, rows[chosen], flips[chosen], epoch)
-        lr = fit.optimizer.set_rates(epoch * steps + step, steps)
-        (loss / len(rows[chosen])).backward()  # type: ignore[no-untyped-call]
-        fit.optimizer.step()
-        total += loss.item()
-    return epoch_record(epoch, total, lr, len(rows), time.monotonic() - started)
-
-
-def _loss_of(fit: _Fit, rows_B: Tensor, flips_B: Tensor, epoch: int) -> Tensor:
-    """Return the loss summed over a batch; DataError when it is not finite."""
-    data = fit.data
-    features_BD = data.features_ND[rows_B]
-    if data.flipped_ND is not None and fit.config.augment.flip:
-        features_BD[flips_B] = data.flipped_ND[rows_B[flips_B]]
-    weights_BC = None if data.weights_NC is None else data.weights_NC[rows_B]
-    loss_B = fit.loss(fit.head.logits(features_BD), data.targets_NC[rows_B], weights_BC)
-    total: Tensor = loss_B.sum()
-    if not math.isfinite(total.item()):
-        bad_B = ~torch.isfinite(loss_B)
-        # Losses may be finite each and overflow together.
-        raise DataError(
-            f"the loss is not finite in epoch {epoch};"
-            f" images {data.names(rows_B[bad_B] if bad_B.any() else rows_B)}: lower"
-            " train.optim.head_lr or train.optim.lr, raise train.loss_temperature or set"
-            " train.optim.grad_clip"
-        )
-    return total
 
 
 def _float_array(name: str, values: ArrayLike) -> FloatArray:

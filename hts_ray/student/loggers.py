@@ -82,6 +82,12 @@ class CurveLog:
                 self._trackers.remove(tracker)
                 self._give_up(tracker.name, error)
 
+    def log_step(self, totals: Any, lr: float, norm: Any, step: int) -> None:
+        """Write a step's summed loss and images, `totals` (2,), its rate and gradient's norm."""
+        loss_sum, images = totals.tolist()
+        values = {"train/loss": loss_sum / images, "train/lr": lr}
+        self.log(values if norm is None else {**values, "train/gradient_norm": float(norm)}, step)
+
     def log_epoch(self, record: Mapping[str, Any], step: int) -> None:
         """Write an epoch's record, which ends at an optimizer step."""
         shown = {f"epoch/{name}": record[name] for name in _OF_AN_EPOCH}

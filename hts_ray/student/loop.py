@@ -179,12 +179,12 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
         torch.manual_seed(_seed(worker, epoch, step))
         lr = worker.optimizer.set_rates(first + step, worker.steps_per_epoch)
         with worker.meter.busy():
-            result = _train_step(worker, batch, epoch)
+            step_totals, norm = _train_step(worker, batch, epoch)
         worker.meter.count(images=len(batch["rows"]))
         worker.held.tick()
-        totals += result.totals
+        totals += step_totals
         if worker.curves is not None and (first + step) % worker.config.log_every == 0:
-            worker.curves.log(result.values(lr), first + step)
+            worker.curves.log_step(step_totals, lr, norm, first + step)
         done = step + 1
         if worker.steps is not None and worker.steps.due:
             loss_sum, images = totals.tolist()  # this worker's, close enough for a display
@@ -285,24 +285,12 @@ def _collate(size: int, num_classes: int | None) -> Any:
     return Collate()
 
 
-@dataclass
-class _Step:
-    """The outcome of a step: this worker's summed loss and images, and the gradient's norm."""
-
-    totals: torch.Tensor
-    gradient_norm: Any
-
-    def values(self, lr: float) -> dict[str, float]:
-        loss_sum, images = self.totals.tolist()
-        values = {"train/loss": loss_sum / images, "train/lr": lr}
-        if self.gradient_norm is not None:
-            values["train/gradient_norm"] = float(self.gradient_norm)
-        return values
-
-
-def _train_step(worker: _Worker, batch: dict[str, torch.Tensor], epoch: int) -> _Step:
+def _train_step(
+    worker: _Worker, batch: dict[str, torch.Tensor], epoch: int
+) -> tuple[torch.Tensor, Any]:
     """Take one optimizer step, in `accumulation` forward passes.
 
+    Returns this worker's summed loss and images (2,), and the gradient's norm where it is clipped.
     Raises _BadLossError on every worker, before the step, when one worker's loss is not finite.
     """
     accelerator, size = worker.accelerator, len(batch["rows"])
@@ -323,7 +311,7 @@ def _train_step(worker: _Worker, batch: dict[str, torch.Tensor], epoch: int) -> 
     everywhere = accelerator.reduce(infinite.clone(), "sum") if worker.world > 1 else infinite
     if everywhere:
         _refuse(worker, batch["rows"], not infinite, epoch)
-    return _Step(totals, worker.optimizer.step())
+    return totals, worker.optimizer.step()
 
 
 def _refuse(worker: _Worker, rows: torch.Tensor, finite: bool, epoch: int) -> None:

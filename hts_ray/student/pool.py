@@ -9,6 +9,7 @@ Shape legend: N rows of a batch, G of them good, S image size, V numbers of a ro
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ import torch
 
 from hts_ray.config import ImagesConfig, PoolConfig
 from hts_ray.engine.decoding import decode_batch, stack_pixels
-from hts_ray.engine.image_pass import CHECKPOINT, OK, QUARANTINED, data_context, rows_per_block
+from hts_ray.engine.image_pass import (
+    CHECKPOINT,
+    OK,
+    QUARANTINED,
+    data_context,
+    finish,
+    rows_per_block,
+)
 from hts_ray.engine.mistakes import users_mistakes_unwrapped
 from hts_ray.engine.progress import row_progress
 from hts_ray.engine.telemetry import HeldGpus, Meter
@@ -142,19 +150,23 @@ class StudentPass:
             torch.set_num_threads(threads)  # the pool's threads are meant for workers
         return pa.concat_tables(parts)
 
-    def on_ray(
+    def publish(
         self,
         stage: StageFolder,
         read: Callable[[], ray.data.Dataset],
-        rows: int,
+        image_ids: pa.Array,
         name: str,
         progress: ImagesDone | None,
-    ) -> None:
-        """Append the rows that are not there yet to the stage's folder.
+        info: Mapping[str, Any],
+        **more_stats: Any,
+    ) -> dict[str, Any]:
+        """Append the rows that are not there yet to the stage's folder, on Ray, and publish it.
 
-        `read` makes the dataset of all `rows` images, with their `uri`; a run that was cut off
-        goes on after the last block that was written. `name` is the stage's in the metrics.
+        `read` makes the dataset of the images with these ids, with their `uri`; a run that was cut
+        off goes on after the last block that was written. `name` is the stage's in metrics and
+        quarantine, and `info` goes to `table.json`. Raises DataError when no image can be read.
         """
+        started, rows = time.monotonic(), len(image_ids)
         with data_context(stage.file(CHECKPOINT)):
             decoded = (
                 read()
@@ -169,6 +181,10 @@ class StudentPass:
         with row_progress(stage, rows, progress), users_mistakes_unwrapped():
             # Appending, because overwriting would delete what a resumed run counts as done.
             dataset.write_parquet(stage.path)
+        seconds = time.monotonic() - started
+        return finish(
+            stage, image_ids, name=name, seconds=seconds, table_info=info, more_stats=more_stats
+        )
 
     def _map(self, decoded: ray.data.Dataset, meter: Meter) -> ray.data.Dataset:
         from ray.data import ActorPoolStrategy, TaskPoolStrategy

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.config import PredictConfig
-from hts_ray.engine.image_pass import OK, finish, image_dataset
+from hts_ray.engine.image_pass import OK, image_dataset
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import Manifest
@@ -50,14 +50,11 @@ def plan_predict(run: Run, student: str, manifest: Manifest) -> Stage:
     folder = run.stage("predictions", key)
 
     def work(progress: ImagesDone | None) -> object:
-        started = time.monotonic()
         splits = None if config.split is None else (config.split,)
-        expected = manifest.rows(splits)["image_id"].combine_chunks()
+        ids = manifest.rows(splits)["image_id"].combine_chunks()
         task = _pass(config, student)
         read = partial(image_dataset, manifest.path, splits)
-        task.on_ray(folder, read, len(expected), "predict", progress)
-        seconds, info = time.monotonic() - started, student_info(task.folder)
-        return finish(folder, expected, name="predict", seconds=seconds, table_info=info)
+        return task.publish(folder, read, ids, "predict", progress, student_info(task.folder))
 
     return Stage(folder, {"student": student, "manifest": manifest.path}, work)
 

@@ -8,7 +8,6 @@ Shape legend: R regions, C classes, S image size.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 
 from hts_ray.config import PoolConfig
 from hts_ray.engine.decoding import decoded_image, squash
-from hts_ray.engine.image_pass import OK, QUARANTINED, finish
+from hts_ray.engine.image_pass import OK, QUARANTINED
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.images.crops import pixel_span
@@ -62,7 +61,6 @@ def plan_score(run: Run, student_path: str, region_scores: StageFolder) -> Stage
     )
 
     def work(progress: ImagesDone | None) -> object:
-        started = time.monotonic()
         regions = _regions(region_scores.path, split)
         source = stage.file(_INPUT, "regions.parquet")
         write_table(source, regions)
@@ -72,15 +70,10 @@ def plan_score(run: Run, student_path: str, region_scores: StageFolder) -> Stage
 
             return ray.data.read_parquet(source)
 
-        task.on_ray(stage, read, len(regions), TABLE, progress)
-        return finish(
-            stage,
-            regions["image_id"].combine_chunks(),
-            name=TABLE,
-            seconds=time.monotonic() - started,
-            table_info={**student_info(folder), "region_scores": region_scores.path},
-            more_stats={"regions": pc.sum(pc.list_value_length(regions["boxes"])).as_py()},
-        )
+        ids = regions["image_id"].combine_chunks()
+        count = pc.sum(pc.list_value_length(regions["boxes"])).as_py()
+        info = {**student_info(folder), "region_scores": region_scores.path}
+        return task.publish(stage, read, ids, TABLE, progress, info, regions=count)
 
     return Stage(stage, {"student": folder, "region_scores": region_scores.path}, work)
 
