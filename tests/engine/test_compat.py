@@ -6,8 +6,10 @@ A failure here after an upgrade says which name broke, before a run meets it.
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -138,3 +140,18 @@ def test_qwen_keeps_the_offset_of_its_positions():
         )
     # An image of 2 x 2 tokens takes two positions, and so the text after it is two nearer.
     assert compat.rope_deltas(model).tolist() == [[-2]]
+
+
+def test_ray_reads_the_variables_that_we_set():
+    """Would catch a renamed variable, with which Ray would start dozens of processes."""
+    import ray
+
+    from hts_ray.engine.session import _DEFAULT_ENVIRONMENT
+
+    ours = {name for name in _DEFAULT_ENVIRONMENT if re.fullmatch("RAY_[A-Z0-9_]+", name)}
+    ours |= {"RAY_DEDUP_LOGS_SKIP_REGEX", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_AUTH_MODE"}
+    for path in Path(ray.__file__).parent.rglob("*.py"):
+        if ours:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            ours = {name for name in ours if name.removeprefix("RAY_") not in text}
+    assert not ours
