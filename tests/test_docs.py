@@ -24,7 +24,6 @@ from documented import (
 
 from hts_ray.classes import hico_classes, read_class_csv
 from hts_ray.config import CaptionConfig, TeacherConfig, parse_config
-from hts_ray.teacher.builtin import builtin_folder
 from hts_ray.teacher.models.loading import load_captioner
 
 # Programs that are not ours, and why no test of this module runs them.
@@ -197,7 +196,7 @@ def test_the_written_teacher_teaches(plugins: Path, monkeypatch: pytest.MonkeyPa
     body = source[source.index("class ClipTeacher") :].strip().splitlines()
     assert len(body) <= 30
     (plugins / "clip_teacher.py").write_text(source)
-    folder = builtin_folder("builtin:world_clip", "open_clip_config.json")
+    folder = ROOT / "hts_ray/student/builtin/world_clip"
     monkeypatch.setenv("CLIP_TEACHER", f"local-dir:{folder}")
     teacher = load_captioner(TeacherConfig(model="import:clip_teacher:ClipTeacher"))
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)

@@ -25,7 +25,7 @@ from hts_ray.engine.compat import build_image_tower
 from hts_ray.engine.decoding import squash
 from hts_ray.errors import ConfigError
 from hts_ray.store.aliases import Pixels
-from hts_ray.teacher.builtin import BUILTIN, builtin_folder
+from hts_ray.store.packaged import BUILTIN, packaged_model
 
 Trainable = Literal["all", "head", "last"]
 ARCHITECTURE = ("model_cfg", "image_size", "image_mean", "image_std")
@@ -302,7 +302,7 @@ def resolve_name(config: StudentConfig) -> str:
     name = config.model
     if name.startswith(BUILTIN):
         try:
-            name = _LOCAL + str(builtin_folder(name, _CONFIG_FILE))
+            name = _LOCAL + str(packaged_model(Path(__file__).parent, name, _CONFIG_FILE))
         except FileNotFoundError as error:
             raise _no_model(config.model, str(error)) from error
     if name.startswith(_LOCAL):

@@ -10,10 +10,10 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from hts_ray.classes import hico_classes
 from hts_ray.store import storage
+from hts_ray.store.packaged import BUILTIN
 from hts_ray.store.run import finished_stages
 from hts_ray.student.checkpoints import description_of, student_fingerprint
 from hts_ray.student.model import Student
-from hts_ray.teacher.builtin import BUILTIN
 
 CARD = "README.md"
 

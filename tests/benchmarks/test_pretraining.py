@@ -10,9 +10,9 @@ import pretraining
 import pytest
 import torch
 
+import hts_ray
 from hts_ray.classes import hico_classes
 from hts_ray.demo import world as synthetic
-from hts_ray.teacher import builtin
 
 TINY = pretraining.PretrainSettings(
     num_scenes=24, crops_per_scene=2, batch_size=8, clip_epochs=1.0, captioner_epochs=0.5, workers=1
@@ -111,9 +111,9 @@ def test_alt_text_names_the_verb_of_few_classes() -> None:
         assert not rare.intersection(said)
 
 
-@pytest.mark.parametrize("name", ["world_captioner", "world_clip"])
+@pytest.mark.parametrize("name", ["teacher/builtin/world_captioner", "student/builtin/world_clip"])
 def test_the_packaged_models_are_small(name: str) -> None:
     """Catches weights stored in full precision, which would double the package."""
-    folder = Path(builtin.__file__).parent / name
+    folder = Path(hts_ray.__file__).parent / name
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert 100_000 < size < 6_000_000

@@ -15,7 +15,7 @@ from typing import Any
 
 from hts_ray.config import TeacherConfig
 from hts_ray.errors import ConfigError
-from hts_ray.teacher.builtin import BUILTIN, builtin_folder
+from hts_ray.store.packaged import BUILTIN, packaged_model
 from hts_ray.teacher.models.files import (
     MODEL_FILES,
     checked_settings,
@@ -26,6 +26,7 @@ from hts_ray.teacher.models.files import (
 
 IMPORT = "import:"
 DUMMY = f"{BUILTIN}dummy"
+_ROOM = Path(__file__).parents[1]
 FIELD = "label.teacher.model"
 
 # model_type in config.json: what is supported of it, and how its prompts are scored. How each is
@@ -119,7 +120,7 @@ def local_model_folder(config: TeacherConfig) -> Path | None:
     """
     if config.model.startswith(BUILTIN):
         try:
-            return builtin_folder(config.model, "config.json")
+            return packaged_model(_ROOM, config.model, "config.json")
         except FileNotFoundError as error:
             raise model_error(config, str(error), f"name a built-in model, e.g. {DUMMY}") from None
     return local_folder(config.model, partial(model_error, config))
