@@ -14,6 +14,7 @@ from hts_ray.engine.deaths import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.errors import DataError
 from hts_ray.images.decode import DecodedImage, ImageError, decode_image
 from hts_ray.images.retry import read_image_bytes
+from hts_ray.store import storage
 from hts_ray.store.aliases import Pixels
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def decode_batch(
     images: ImagesConfig,
     square: int | None = None,
     *,
+    retries: int = storage.RETRIES,
     attempts: Log | None = None,
     meter: Meter | None = None,
 ) -> pa.Table:
@@ -43,13 +45,14 @@ def decode_batch(
 
     Adds `pixels` (H * W * 3 bytes, RGB, row-major), `pixel_height`, `pixel_width`, the upright
     original's `width` and `height`, `error_kind` and `error`; a bad row has null pixels.
-    `square` squashes the pixels to `square` x `square`, which is all that a student looks at. With
-    a log of `attempts`, a batch that has killed its worker is decoded in another process. A `meter`
-    counts the reads that were tried again. Raises DataError when the storage fails and not an
-    image, see `hts_ray.images.retry.read_patiently`.
+    `square` squashes the pixels to `square` x `square`, which is all that a student looks at.
+    Storage that fails is asked again up to `retries` times. With a log of `attempts`, a batch that
+    has killed its worker is decoded in another process. A `meter` counts the reads that were tried
+    again. Raises DataError when the storage fails and not an image, see
+    `hts_ray.images.retry.read_patiently`.
     """
     uris = table["uri"].to_pylist()
-    work = partial(_decode_row, images=images, square=square, meter=meter)
+    work = partial(_decode_row, images=images, square=square, retries=retries, meter=meter)
     ids = [f"decode {image_id}" for image_id in table["image_id"].to_pylist()] if attempts else []
     if attempts is not None and attempts.begin(ids) is not None:
         rows = each_in_a_process(work, uris, _killed_by)
@@ -74,6 +77,7 @@ def _decode_row(
     uri: str | None,
     images: ImagesConfig,
     square: int | None,
+    retries: int,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
     def retried() -> None:
@@ -84,7 +88,7 @@ def _decode_row(
         if not uri:
             raise ImageError("missing", "the row has no uri")
         image = decode_image(
-            read_image_bytes(uri, retried=retried),
+            read_image_bytes(uri, retries, retried),
             max_pixels=images.max_pixels,
             min_side=images.min_side,
             max_side=images.max_side,

@@ -12,6 +12,7 @@ from hts_ray.engine import decoding
 from hts_ray.engine.deaths import Deaths
 from hts_ray.engine.decoding import decode_batch, squash, stack_pixels
 from hts_ray.errors import DataError
+from hts_ray.store import storage
 
 
 def test_decoding_keeps_bad_rows_with_their_reason(tmp_path):
@@ -69,12 +70,17 @@ def test_a_batch_that_killed_its_worker_is_decoded_apart(tmp_path):
 
 def test_a_storage_that_is_down_ends_the_batch_and_no_image(monkeypatch):
     """Catches an outage of the storage whose images all come out as bad ones."""
+    asked = []
 
-    def down(uri, retried):
+    def down(uri, retries, retried):
+        asked.append(retries)
         retried()
         raise DataError(f"{uri}: the storage fails or is throttling")
 
     monkeypatch.setattr(decoding, "read_image_bytes", down)
     table = pa.table({"image_id": ["a"], "uri": ["s3://bucket/x.png"]})
     with pytest.raises(DataError, match="throttling"):
+        decode_batch(table, ImagesConfig(), retries=7)
+    with pytest.raises(DataError, match="throttling"):
         decode_batch(table, ImagesConfig())
+    assert asked == [7, storage.RETRIES]
