@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 _SHOWN_DISAGREEMENTS = 10
 _SHOWN_CLASSES = 10
 _TABLE_IMAGES = 1000
-_CORRECTABLE = ("coco", "csv", "fiftyone", "label-studio")  # what import-labels reads again
 
 
 def predict_paths(
@@ -208,7 +207,7 @@ def export_command(
     print_mapping("counted", done.figures())
     for note in done.notes:
         print_line(note)
-    if form in _CORRECTABLE:
+    if FORMATS[form].correctable:
         run_dir = run.config.run_dir
         print_next("hts", "import-labels", "FILE", "--run-dir", run_dir, "--output", "corrected")
 

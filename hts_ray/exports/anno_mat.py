@@ -1,7 +1,7 @@
 """HICO's `anno.mat` (MATLAB v5), as the benchmark's and the paper's code read it.
 
-1 is positive, -1 negative, 0 ambiguous (of pseudo-labels: undecided), NaN unknown. Pseudo-labels
-know no unknowns: what the teacher gave no evidence for is -1. Of HICO's 600 classes those that a
+1 is positive, -1 negative, 0 ambiguous (in pseudo-labels: undecided), NaN unknown. Pseudo-labels
+have no unknowns: what the teacher gave no evidence for is -1. Those of HICO's 600 classes that a
 run leaves out are NaN. Source: Chao et al., "HICO", ICCV 2015, and the files of its download.
 """
 
@@ -28,7 +28,7 @@ def anno_variables(images: Iterable[LabeledImage], context: Context) -> dict[str
     """Return `list_action`, and `list_SPLIT` and `anno_SPLIT` of both splits.
 
     Raises ConfigError for classes that are not HICO's or splits other than train and test,
-    DataError when two images have the same file name, which is all that the format keeps of them.
+    DataError when two images have the same file name: the format keeps nothing else of them.
     """
     classes = hico_classes()
     _require_hico(context.class_table, classes)
@@ -50,7 +50,7 @@ def anno_variables(images: Iterable[LabeledImage], context: Context) -> dict[str
     for split in SPLITS:
         variables[f"list_{split}"] = _cells(files[split])
         variables[f"anno_{split}"] = _matrix(columns[split], len(classes))
-    # HICO's own file has both splits; a reader must not meet an empty one.
+    # HICO's own file has both splits; readers do not expect an empty one.
     for split in SPLITS:
         if not files[split]:
             del variables[f"list_{split}"], variables[f"anno_{split}"]
@@ -70,7 +70,7 @@ def write_anno_mat(images: Iterable[LabeledImage], context: Context, target: Pat
         scipy.io.savemat(stream, variables, format="5", do_compression=True)
 
 
-_UNKNOWN = 9  # stands for NaN, which bytes do not have
+_UNKNOWN = 9  # in bytes, which have no NaN
 
 
 def _codes(

@@ -1,19 +1,22 @@
-"""COCO JSON: an image-level label is a box around the whole image, a region's a box of its own.
+"""COCO JSON, as one file or as the folder that FiftyOne opens.
 
-Source: Lin et al., "Microsoft COCO", ECCV 2014 (data format); `neg_category_ids` as in Gupta et
-al., "LVIS", CVPR 2019. A category's id is the class id, which HICO counts from 0.
+An image-level label is a box around the whole image; a region has a box of its own. A category's id
+is the class id, which HICO counts from 0. Sources: Lin et al., "Microsoft COCO", ECCV 2014 (data
+format); `neg_category_ids` as in Gupta et al., "LVIS", CVPR 2019; FiftyOne's documentation of
+`fiftyone.types.COCODetectionDataset`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hts_ray.classes import HoiClass
-from hts_ray.exports.records import Context, LabeledImage
-from hts_ray.exports.urls import image_url
+from hts_ray.exports.image_files import FileNames
+from hts_ray.exports.records import Box, Context, LabeledImage
 
 IMAGE_LEVEL = "image"
 
@@ -55,6 +58,21 @@ def write_coco(images: Iterable[LabeledImage], context: Context, target: Path) -
     target.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
 
 
+def write_fiftyone(images: Iterable[LabeledImage], context: Context, target: Path) -> None:
+    """Write the images to `data/`, and to `labels.json` the COCO JSON that names them there."""
+    folder, names = target / "data", FileNames()
+    folder.mkdir(parents=True)
+
+    def stored() -> Iterator[LabeledImage]:
+        for image in images:
+            assert image.file is not None
+            name = names.of(image.image_id, image.file.suffix)
+            (folder / name).write_bytes(image.file.data)
+            yield replace(image, uri=name, file=None)
+
+    write_coco(stored(), replace(context, image_url_prefix=None), target / "labels.json")
+
+
 def _category(of_class: HoiClass) -> dict[str, Any]:
     category: dict[str, Any] = {"id": of_class.class_id, "name": of_class.name}
     if of_class.object:
@@ -75,7 +93,7 @@ def _image(number: int, image: LabeledImage, context: Context) -> dict[str, Any]
     if image.negative_ids is not None:
         entry["neg_category_ids"] = list(image.negative_ids)
     if context.image_url_prefix is not None:
-        entry["coco_url"] = image_url(image.uri, context.image_url_prefix, context.image_root)
+        entry["coco_url"] = context.url_of(image.uri)
     return entry
 
 
@@ -93,9 +111,7 @@ def _annotations(image: LabeledImage) -> Iterator[dict[str, Any]]:
         yield _annotation(region.class_id, region.box, region.kind, region.probability)
 
 
-def _annotation(
-    class_id: int, box: tuple[float, float, float, float], kind: str, score: float | None
-) -> dict[str, Any]:
+def _annotation(class_id: int, box: Box, kind: str, score: float | None) -> dict[str, Any]:
     left, top, right, bottom = (round(side, 2) for side in box)
     width, height = right - left, bottom - top
     annotation: dict[str, Any] = {

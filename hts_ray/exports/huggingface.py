@@ -1,28 +1,26 @@
 """A Hugging Face image folder: `SPLIT/NNNN/*.jpg`, `SPLIT/metadata.parquet` and a dataset card.
 
-`datasets.load_dataset(FOLDER)` opens it, and it may be pushed to the hub as it is. Parquet holds
-the metadata, because in JSON a column whose first lists are empty has no type.
+`datasets.load_dataset(FOLDER)` opens it, and it can be pushed to the hub as it is. The metadata is
+Parquet, because in JSON a column whose first lists are empty has no type.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hts_ray.exports.card import CARD, dataset_card
-from hts_ray.exports.files import FileNames
-from hts_ray.exports.records import Context, ImageFile, LabeledImage
-from hts_ray.exports.rows import label_columns, label_fields
+from hts_ray.exports.image_files import FileNames
+from hts_ray.exports.records import Context, LabeledImage
+from hts_ray.exports.tables import RowWriter, label_columns, label_fields
 
 METADATA = "metadata.parquet"
 CLASSES = "classes.csv"
-_ROWS = 1000
 
 _USE = """
 ## Use
@@ -38,78 +36,42 @@ print(dataset["{split}"][0]["labels"])
 """
 
 
-def write_huggingface(
-    images: Iterable[tuple[LabeledImage, ImageFile]],
-    context: Context,
-    target: Path,
-) -> None:
+def write_huggingface(images: Iterable[LabeledImage], context: Context, target: Path) -> None:
     """Write the images by split, their metadata and the card.
 
     Folders hold at most `shard_images` files each, because the hub allows 10,000.
     """
     target.mkdir(parents=True)
-    splits: dict[str, _Split] = {}
+    columns = [pa.field(name, pa.string()) for name in ("file_name", "image_id")]
+    schema = pa.schema([*columns, *label_fields(context)])
+    rows: dict[str, RowWriter] = {}
+    names: dict[str, FileNames] = {}  # taken in a split's last folder
+    counts: Counter[str] = Counter()
     with ExitStack() as stack:
-        for image, file in images:
-            name = split_name(image.split)
-            if name not in splits:
-                splits[name] = stack.enter_context(_Split(target / name, context))
-            splits[name].add(image, file)
+        for image in images:
+            assert image.file is not None
+            split = split_name(image.split)
+            part, first = divmod(counts[split], context.shard_images)
+            folder = target / split / f"{part:04d}"
+            if first == 0:
+                folder.mkdir(parents=True)
+                names[split] = FileNames()
+            if split not in rows:
+                rows[split] = stack.enter_context(RowWriter(target / split / METADATA, schema))
+            counts[split] += 1
+            name = names[split].of(image.image_id, image.file.suffix)
+            (folder / name).write_bytes(image.file.data)
+            row = {"file_name": f"{folder.name}/{name}", "image_id": image.image_id}
+            rows[split].add({**row, **label_columns(image, context)})
     context.class_table.to_csv(target / CLASSES)
     config = {
         "config_name": "default",
-        "data_files": [{"split": name, "path": f"{name}/**"} for name in sorted(splits)],
+        "data_files": [{"split": name, "path": f"{name}/**"} for name in sorted(rows)],
     }
-    use = _USE.format(split=next(iter(sorted(splits)), "train"))
+    use = _USE.format(split=min(rows, default="train"))
     (target / CARD).write_text(dataset_card(context, use, [config]), encoding="utf-8")
 
 
 def split_name(split: str) -> str:
     """Return a split's name as `datasets` allows it: letters, digits and underscores."""
     return re.sub(r"\W+", "_", split, flags=re.ASCII).strip("_") or "all"
-
-
-class _Split:
-    """One split's folder; its rows are written in groups as they come."""
-
-    def __init__(self, folder: Path, context: Context) -> None:
-        self._folder = folder
-        self._context = context
-        self._names = FileNames()
-        self._count = 0
-        self._rows: list[dict[str, Any]] = []
-        self._schema = pa.schema(
-            [
-                pa.field("file_name", pa.string()),
-                pa.field("image_id", pa.string()),
-                *label_fields(context),
-            ]
-        )
-
-    def __enter__(self) -> _Split:
-        self._folder.mkdir(parents=True)
-        self._writer = pq.ParquetWriter(self._folder / METADATA, self._schema)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._writer.close()
-
-    def add(self, image: LabeledImage, file: ImageFile) -> None:
-        """Write an image and keep its row for the next group."""
-        part = f"{self._count // self._context.shard_images:04d}"
-        if self._count % self._context.shard_images == 0:
-            (self._folder / part).mkdir()
-            self._names = FileNames()
-        self._count += 1
-        name = f"{part}/{self._names.of(image.image_id, file.suffix)}"
-        (self._folder / name).write_bytes(file.data)
-        row = {"file_name": name, "image_id": image.image_id}
-        self._rows.append({**row, **label_columns(image, self._context)})
-        if len(self._rows) >= _ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows = []

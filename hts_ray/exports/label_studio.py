@@ -1,8 +1,8 @@
 """Label Studio: tasks with the machine's labels as pre-annotations, and the labeling interface.
 
-A folder of `tasks.json`, which a project imports, and `labeling_config.xml`, which is pasted into
-its settings before. Source: Label Studio's documentation of tasks, predictions and the tags
-Choices, Filter and RectangleLabels.
+A folder of `tasks.json`, which a project imports, and `labeling_config.xml`, to be pasted into the
+project's settings before that. Source: Label Studio's documentation of tasks, predictions and the
+tags Choices, Filter and RectangleLabels.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from xml.etree import ElementTree
 
 from hts_ray.classes import ClassTable
 from hts_ray.exports.records import Context, LabeledImage, SupportRegion
-from hts_ray.exports.urls import image_url
 
 TASKS, INTERFACE = "tasks.json", "labeling_config.xml"
-# Names of the interface's controls; `hts import-labels` finds their results by them.
+# Names of the interface's controls, by which `hts import-labels` finds their results.
 LABELS, UNSURE, BOXES, IMAGE = "labels", "unsure", "boxes", "image"
-_MANY_CLASSES = 40  # from here on a list to search replaces a wall of boxes to tick
+_MANY_CLASSES = 40  # beyond these, a list to search replaces boxes to tick
 _UNDECIDED_SHOWN = 12
 
 
@@ -59,27 +58,25 @@ def _choices(
 def task(image: LabeledImage, context: Context) -> dict[str, Any]:
     """Return the task of an image whose width and height are known.
 
-    The machine's labels are its prediction, whose score is the least probability among them, so
-    that sorting by it brings the doubtful images first. Annotations are no prediction: they are
-    an annotation already.
+    The machine's labels are its prediction. Its score is the least probability among them, so
+    that sorting by it brings the doubtful images first. Annotations become an annotation.
     """
-    url = image_url(image.uri, context.image_url_prefix, context.image_root)
     result = _result(image, context)
     entry: dict[str, Any] = {
         "data": {
-            "image": url,
+            "image": context.url_of(image.uri),
             "image_id": image.image_id,
             "split": image.split,
             "undecided": _undecided(image, context),
         }
     }
-    if context.origin.kind == "annotations":
-        entry["annotations"] = [{"result": result, "ground_truth": True}]
-    else:
+    if context.is_machine:
         score = min(image.probability, default=0.0)
         entry["predictions"] = [
             {"model_version": context.origin.name, "score": round(score, 6), "result": result}
         ]
+    else:
+        entry["annotations"] = [{"result": result, "ground_truth": True}]
     return entry
 
 
@@ -111,7 +108,7 @@ def _result(image: LabeledImage, context: Context) -> list[dict[str, Any]]:
     result = []
     if image.positive_ids:
         result.append(_ticked(LABELS, context.names_of(image.positive_ids)))
-    if context.origin.kind == "annotations" and image.ignored_ids:
+    if not context.is_machine and image.ignored_ids:
         result.append(_ticked(UNSURE, context.names_of(image.ignored_ids)))
     for number, region in enumerate(image.regions):
         result.append(_box(f"box-{number}", region, image, context.name_of(region.class_id)))

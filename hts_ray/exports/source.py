@@ -14,7 +14,7 @@ from hts_ray.config import FilterConfig
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
-from hts_ray.images.manifest import open_manifest
+from hts_ray.images.manifest import Manifest, latest_manifest
 from hts_ray.labels.evidence import (
     class_probabilities,
     iter_region_rows,
@@ -24,57 +24,66 @@ from hts_ray.labels.evidence import (
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
-from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, check_table, read_table
+from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, check_table
+
+Regions = Mapping[str, tuple[SupportRegion, ...]]
 
 _BATCH_ROWS = 1024
-_COLUMNS = ("image_id", "uri", "split", "positive_ids", "ignored_ids", "probability", "support")
 
 
 @dataclass(frozen=True)
 class LabelRows:
-    """Labels of N images in a table, of which `images` makes records batch by batch.
+    """Labels of N images: rows of `pseudo_labels` with sizes, or annotated rows of a manifest.
 
-    `root` is the folder that the images were prepared from, where that is known; `notes` tell
-    what the user asked for and does not get.
+    - `class_ids` are the run's; labels of other classes are left out;
+    - `root` is the folder that the images were prepared from, where that is known;
+    - `notes` say what the user asked for and does not get.
     """
 
     table: pa.Table
     class_ids: frozenset[int]
     origin: Origin
-    regions: Mapping[str, tuple[SupportRegion, ...]] = field(default_factory=dict)
+    regions: Regions = field(default_factory=dict)
     root: str | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def are_local(self) -> bool:
+        """Whether the images are local paths, which a browser does not load."""
+        return not storage.is_remote(self.table["uri"][0].as_py())
+
     def images(self) -> Iterator[LabeledImage]:
-        """Yield the images in the table's order, with the run's classes only."""
+        """Yield the images in the table's order, batch by batch."""
         for batch in self.table.to_batches(max_chunksize=_BATCH_ROWS):
             for row in batch.to_pylist():
                 yield self._image(row)
 
     def _image(self, row: Mapping[str, Any]) -> LabeledImage:
         kept = [place for place, i in enumerate(row["positive_ids"]) if i in self.class_ids]
-        negatives = row["negative_ids"]
-        if negatives is None and self.origin.kind == "annotations":
-            negatives = ()
+        human = self.origin.kind == "annotations"
+
+        def of_positives(name: str) -> tuple[Any, ...]:
+            return () if human else tuple(row[name][place] for place in kept)
+
         return LabeledImage(
             image_id=row["image_id"],
             uri=row["uri"],
             split=row["split"],
             positive_ids=tuple(row["positive_ids"][place] for place in kept),
-            ignored_ids=self._known(row["ignored_ids"] or ()),
-            negative_ids=None if negatives is None else self._known(negatives),
-            probability=tuple(row["probability"][place] for place in kept if row["probability"]),
-            support=tuple(row["support"][place] for place in kept if row["support"]),
+            ignored_ids=self._known(row["ambiguous_ids" if human else "ignored_ids"]),
+            negative_ids=self._known(row["negative_ids"]) if human else None,
+            probability=of_positives("probability"),
+            support=of_positives("support"),
             width=row["width"],
             height=row["height"],
             regions=self.regions.get(row["image_id"], ()),
         )
 
-    def _known(self, ids: Sequence[int]) -> tuple[int, ...]:
-        return tuple(i for i in ids if i in self.class_ids)
+    def _known(self, ids: Sequence[int] | None) -> tuple[int, ...]:
+        return tuple(i for i in ids or () if i in self.class_ids)
 
 
 def read_labels(
@@ -95,58 +104,73 @@ def read_labels(
     if manifest is not None:
         if labels is not None:
             raise ConfigError(field="--labels", value=labels, remedy="give --labels or --manifest")
-        return _annotations(run, run.manifest(manifest or None).path, split, limit)
+        images = run.manifest(manifest or None)
+        annotated = images.annotated()
+        if not len(annotated):
+            raise DataError(f"{images.path} has no annotated image: export pseudo-labels instead")
+        origin = Origin("annotations", name=_name(images.path), details=_details(run))
+        return LabelRows(
+            _chosen(annotated, images.path, split, limit, run.config.seed),
+            frozenset(run.class_table.positions),
+            origin,
+            root=_root(images),
+        )
     if labels is None:
         stage = require_stage(run.run_dir, "pseudo_labels", "filter")
     else:
         stage = given_stage(labels, "pseudo_labels")
-    return _pseudo_labels(run, stage, split, limit, regions)
+    table = check_table(stage.read(), PSEUDO_LABELS_SCHEMA, stage.path).drop_columns(["dropped"])
+    table = _chosen(table, stage.path, split, limit, run.config.seed)
+    return _pseudo_labels(run, stage, table, regions)
 
 
-def _annotations(run: Run, path: str, split: str | None, limit: int | None) -> LabelRows:
-    table = open_manifest(path).table
-    table = table.filter(table["positive_ids"].is_valid())
-    if not len(table):
-        raise DataError(f"{path} has no annotated image: export pseudo-labels instead")
-    table = _chosen(table, path, split, limit, run.config.seed)
-    table = table.rename_columns(
-        ["ignored_ids" if name == "ambiguous_ids" else name for name in table.column_names]
-    )
-    for name in ("probability", "support"):
-        table = table.append_column(name, pa.nulls(len(table)))
-    origin = Origin("annotations", name=_name(path), details=_details(run))
-    return LabelRows(table, frozenset(run.class_table.positions), origin, root=_root(path))
-
-
-def _pseudo_labels(
-    run: Run, stage: StageFolder, split: str | None, limit: int | None, with_regions: bool
-) -> LabelRows:
-    table = check_table(
-        read_table(stage.path, columns=[*_COLUMNS, "dropped"]), PSEUDO_LABELS_SCHEMA, stage.path
-    )
-    table = _chosen(table.select(_COLUMNS), stage.path, split, limit, run.config.seed)
-    manifest = find_stage(stage.run_dir, "manifest") or find_stage(run.run_dir, "manifest")
-    path = None if manifest is None else manifest.file("manifest.parquet")
-    for name, values in zip(("width", "height"), _sizes(path, table["image_id"]), strict=True):
+def _pseudo_labels(run: Run, stage: StageFolder, table: pa.Table, with_regions: bool) -> LabelRows:
+    images = _images_of(run, stage)
+    for name, values in zip(("width", "height"), _sizes(images, table["image_id"]), strict=True):
         table = table.append_column(name, values)
-    table = table.append_column("negative_ids", pa.nulls(len(table), pa.list_(pa.int16())))
-    made = _made(stage)
+    made = storage.read_object(stage.file("table.json"))  # empty for folders of earlier versions
     scores = _region_scores(run, stage, made)
-    regions: Mapping[str, tuple[SupportRegion, ...]] = {}
+    settings = made.get("filter")
+    regions: Regions = {}
     notes: tuple[str, ...] = ()
     if run.config.export.region_boxes and with_regions:
         if scores is None:
             notes = ("no region boxes: the teacher pass of these labels is not in the run",)
         else:
-            regions = _regions_of(run, table, scores, made)
-    return LabelRows(
-        table,
-        frozenset(run.class_table.positions),
-        _origin(run, stage, scores, made, table),
-        regions,
-        None if path is None else _root(path),
-        notes,
+            config = (
+                run.config.filter if settings is None else FilterConfig.model_validate(settings)
+            )
+            ids, positives = table["image_id"].to_pylist(), table["positive_ids"].to_pylist()
+            regions = supporting_regions(
+                scores.path,
+                config,
+                dict(zip(ids, positives, strict=True)),
+                per_label=run.config.export.boxes_per_label,
+            )
+    info = {} if scores is None else read_info(scores.path)
+    if settings is None and scores is not None:
+        settings = run.config.filter.answer_settings()
+    teacher = str(info.get("model", ""))
+    origin = Origin(
+        "pseudo_labels",
+        name=f"{stage.table}-{stage.key}",
+        # A path on the machine that labeled means nothing to others.
+        teacher=teacher.rstrip("/").rsplit("/", 1)[-1] if _is_path(teacher) else teacher,
+        teacher_revision=str(info.get("model_fingerprint", "")).rpartition("@")[2],
+        settings=settings or {},
+        corrected=len(set(made.get("corrected_ids", ())) & set(table["image_id"].to_pylist())),
+        details={"settings hash": stage.key, **_details(run)},
     )
+    classes = frozenset(run.class_table.positions)
+    return LabelRows(table, classes, origin, regions, _root(images) if images else None, notes)
+
+
+def _images_of(run: Run, stage: StageFolder) -> Manifest | None:
+    """Return the latest manifest beside the labels, or else of the run; None without one."""
+    for run_dir in (stage.run_dir, run.run_dir):
+        if find_stage(run_dir, "manifest") is not None:
+            return run.manifest(latest_manifest(run_dir))
+    return None
 
 
 def _chosen(
@@ -163,24 +187,17 @@ def _chosen(
     return table
 
 
-def _sizes(manifest: str | None, image_ids: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
+def _sizes(manifest: Manifest | None, image_ids: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
     """Return widths and heights as a manifest has them, null where it has none."""
     if manifest is None:
         return pa.nulls(len(image_ids), pa.int32()), pa.nulls(len(image_ids), pa.int32())
-    known = read_table(manifest, columns=["image_id", "width", "height"]).combine_chunks()
+    known = manifest.table.combine_chunks()
     rows = pc.index_in(image_ids, value_set=known["image_id"].combine_chunks())
     return known["width"].take(rows), known["height"].take(rows)
 
 
-def _made(stage: StageFolder) -> Mapping[str, Any]:
-    """Return what the filter recorded of itself; empty for folders of earlier versions."""
-    path = stage.file("table.json")
-    found = storage.read_json(path) if storage.exists(path) else {}
-    return found if isinstance(found, dict) else {}
-
-
 def _region_scores(run: Run, stage: StageFolder, made: Mapping[str, Any]) -> StageFolder | None:
-    """Return the teacher pass that the labels were filtered from, where it is there."""
+    """Return the teacher pass that the labels were filtered from, where it still exists."""
     name = str(made.get("region_scores", ""))
     if name:
         scores = StageFolder(stage.run_dir, "region_scores", name.removeprefix("region_scores-"))
@@ -188,18 +205,6 @@ def _region_scores(run: Run, stage: StageFolder, made: Mapping[str, Any]) -> Sta
     latest = find_stage(stage.run_dir, "region_scores")
     same = latest is not None and plan_filter(run, latest).folder.key == stage.key
     return latest if same else None
-
-
-def _regions_of(
-    run: Run, table: pa.Table, scores: StageFolder, made: Mapping[str, Any]
-) -> dict[str, tuple[SupportRegion, ...]]:
-    recorded = made.get("filter")
-    config = run.config.filter if recorded is None else FilterConfig.model_validate(recorded)
-    ids = table["image_id"].to_pylist()
-    positives = dict(zip(ids, table["positive_ids"].to_pylist(), strict=True))
-    return supporting_regions(
-        scores.path, config, positives, per_label=run.config.export.boxes_per_label
-    )
 
 
 def supporting_regions(
@@ -232,53 +237,28 @@ def supporting_regions(
     return found
 
 
-def _origin(
-    run: Run,
-    stage: StageFolder,
-    scores: StageFolder | None,
-    made: Mapping[str, Any],
-    table: pa.Table,
-) -> Origin:
-    info = read_info(scores.path) if scores is not None else {}
-    teacher = str(info.get("model", ""))
-    fingerprint = str(info.get("model_fingerprint", ""))
-    settings = made.get("filter")
-    if settings is None and scores is not None:
-        settings = run.config.filter.answer_settings()
-    return Origin(
-        "pseudo_labels",
-        name=f"{stage.table}-{stage.key}",
-        # A path of the machine that labeled says nothing to others.
-        teacher=teacher.rstrip("/").rsplit("/", 1)[-1] if _is_path(teacher) else teacher,
-        teacher_revision=fingerprint.rpartition("@")[2],
-        settings=settings or {},
-        corrected=len(set(made.get("corrected_ids", ())) & set(table["image_id"].to_pylist())),
-        details={"settings hash": stage.key, **_details(run)},
-    )
-
-
 def _is_path(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or storage.is_remote(model)
 
 
 def _details(run: Run) -> dict[str, str]:
     """Return versions and commit as the run recorded them, and the hash of its classes."""
-    path = storage.join(run.run_dir, "provenance.json")
-    found = storage.read_json(path) if storage.exists(path) else {}
-    versions = found.get("versions", {}) if isinstance(found, dict) else {}
+    found = storage.read_object(storage.join(run.run_dir, "provenance.json"))
+    versions = found.get("versions", {})
     details = {"class list hash": run.class_table.fingerprint()[:12]}
     for name in ("hts_ray", "torch", "transformers", "ray"):
         if name in versions:
             details[name] = str(versions[name])
-    if isinstance(found, dict) and found.get("git_commit"):
+    if found.get("git_commit"):
         details["commit"] = str(found["git_commit"])
     return details
 
 
-def _root(manifest: str) -> str | None:
+def _root(manifest: Manifest) -> str | None:
     """Return the folder that a manifest was prepared from, as its stage recorded it."""
-    path = storage.join(manifest.rpartition("/")[0], "stats.json")
-    found = storage.read_json(path).get("root") if storage.exists(path) else None
+    found = storage.read_object(storage.join(manifest.path.rpartition("/")[0], "stats.json")).get(
+        "root"
+    )
     return found if isinstance(found, str) else None
 
 

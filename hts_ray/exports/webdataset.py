@@ -16,7 +16,7 @@ from pathlib import Path
 from hts_ray.exports.card import CARD, dataset_card
 from hts_ray.exports.huggingface import CLASSES, split_name
 from hts_ray.exports.records import Context, ImageFile, LabeledImage
-from hts_ray.exports.rows import label_columns
+from hts_ray.exports.tables import label_columns
 
 _USE = """
 ## Use
@@ -35,18 +35,15 @@ for image, labels in wds.WebDataset(shards, shardshuffle=False).decode("pil").to
 """
 
 
-def write_webdataset(
-    images: Iterable[tuple[LabeledImage, ImageFile]],
-    context: Context,
-    target: Path,
-) -> None:
+def write_webdataset(images: Iterable[LabeledImage], context: Context, target: Path) -> None:
     """Write `SPLIT-NNNNNN.tar` with `shard_images` samples each, the class list and the card."""
     target.mkdir(parents=True)
     shards: dict[str, tarfile.TarFile] = {}
     counts: Counter[str] = Counter()
     suffixes: Counter[str] = Counter()
     try:
-        for image, file in images:
+        for image in images:
+            assert image.file is not None
             split = split_name(image.split)
             number, first = divmod(counts[split], context.shard_images)
             if first == 0:
@@ -54,9 +51,9 @@ def write_webdataset(
                     shards[split].close()
                 path = target / f"{split}-{number:06d}.tar"
                 shards[split] = tarfile.open(path, "w")  # noqa: SIM115 - splits may be mixed
-            _add_sample(shards[split], f"{counts[split]:08d}", image, file, context)
+            _add_sample(shards[split], f"{counts[split]:08d}", image, image.file, context)
             counts[split] += 1
-            suffixes[file.suffix] += 1
+            suffixes[image.file.suffix] += 1
     finally:
         for shard in shards.values():
             shard.close()

@@ -4,56 +4,57 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hts_ray.config import ExportConfig
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.anno_mat import write_anno_mat
-from hts_ray.exports.coco import write_coco
-from hts_ray.exports.csv_file import write_csv
-from hts_ray.exports.fiftyone import write_fiftyone
-from hts_ray.exports.files import listed, measured, with_files
+from hts_ray.exports.coco import write_coco, write_fiftyone
 from hts_ray.exports.huggingface import write_huggingface
+from hts_ray.exports.image_files import with_files
 from hts_ray.exports.label_studio import write_label_studio
-from hts_ray.exports.parquet_file import write_parquet
-from hts_ray.exports.records import Context, ImageFile, LabeledImage, Tally
+from hts_ray.exports.records import Context, Format, Tally
 from hts_ray.exports.source import LabelRows
+from hts_ray.exports.tables import write_csv, write_parquet
 from hts_ray.exports.webdataset import write_webdataset
-from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
 
 MARKER = "hts_export.json"  # in every folder that an export makes: what it is and what it counted
 
-
-@dataclass(frozen=True)
-class Format:
-    """How a format is written; a suffix means one file, none a folder.
-
-    Of `labels`, `sized` and `files` one is set: what the images come with. `boxes` tells whether
-    it has a place for regions.
-    """
-
-    suffix: str = ""
-    boxes: bool = False
-    labels: Callable[[Iterable[LabeledImage], Context, Path], None] | None = None
-    sized: Callable[[Iterable[LabeledImage], Context, Path], None] | None = None
-    files: Callable[[Iterable[tuple[LabeledImage, ImageFile]], Context, Path], None] | None = None
-
-
 FORMATS: dict[str, Format] = {
-    "coco": Format(".json", boxes=True, sized=write_coco),
-    "fiftyone": Format(boxes=True, files=write_fiftyone),
-    "huggingface": Format(files=write_huggingface),
-    "webdataset": Format(files=write_webdataset),
-    "anno-mat": Format(".mat", labels=write_anno_mat),
-    "csv": Format(".csv", labels=write_csv),
-    "parquet": Format(".parquet", labels=write_parquet),
-    "label-studio": Format(boxes=True, sized=write_label_studio),
+    "coco": Format(write_coco, ".json", "sizes", boxes=True, correctable=True),
+    "fiftyone": Format(
+        write_fiftyone,
+        needs="files",
+        boxes=True,
+        notes=("fiftyone.Dataset.from_dir({output!r}, fiftyone.types.COCODetectionDataset)",),
+        correctable=True,
+    ),
+    "huggingface": Format(
+        write_huggingface,
+        needs="files",
+        notes=("datasets.load_dataset({output!r})", "{output}/README.md is its card"),
+    ),
+    "webdataset": Format(write_webdataset, needs="files"),
+    "anno-mat": Format(
+        write_anno_mat, ".mat", notes=("images go by their file names there, without folders",)
+    ),
+    "csv": Format(write_csv, ".csv", correctable=True),
+    "parquet": Format(write_parquet, ".parquet"),
+    "label-studio": Format(
+        write_label_studio,
+        needs="sizes",
+        boxes=True,
+        notes=("paste {output}/labeling_config.xml into the project, then import tasks.json",),
+        correctable=True,
+    ),
 }
+_SUFFIXES = tuple(entry.suffix for entry in FORMATS.values() if entry.suffix)
+_LOCAL_PATHS = (
+    "the images are local paths, which a browser does not load:"
+    " set export.image_url_prefix (docs/review.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,13 @@ def check_output(form: str, output: str, force: bool = False) -> None:
     """Raise ConfigError when `output` has another suffix than the format's files, or exists."""
     suffix = FORMATS[form].suffix
     name = output.rstrip("/").rsplit("/", 1)[-1]
+    remedy = ""
     if suffix and not name.endswith(suffix):
         remedy = f"--format {form} writes a file: end its name in {suffix}"
+    elif not suffix and name.endswith(_SUFFIXES):
+        remedy = f"--format {form} writes a folder: name one"
+    if remedy:
         raise ConfigError(field="--output", value=output, remedy=remedy)
-    if not suffix and name.endswith(
-        tuple(entry.suffix for entry in FORMATS.values() if entry.suffix)
-    ):
-        raise ConfigError(
-            field="--output", value=output, remedy=f"--format {form} writes a folder: name one"
-        )
     refuse_existing(output, replace=force, marker=MARKER)
 
 
@@ -105,7 +104,7 @@ def export_labels(
     written.
     """
     check_output(form, output, force)
-    config = run.config.export
+    config, chosen = run.config.export, FORMATS[form]
     context = Context(
         run.class_table,
         rows.origin,
@@ -114,45 +113,30 @@ def export_labels(
         shard_images=config.shard_images,
     )
     tally = context.tally
+    images = with_files(
+        rows.images(), chosen.needs, tally, config.workers, check=config.check_images
+    )
     with new_output(output, replace=force, marker=MARKER, last=MARKER) as target:
-        _write(FORMATS[form], rows, context, config, target)
+        chosen.write(images, context, target)
         _require_content(tally, output)
         if target.is_dir():
             (target / MARKER).write_text(_marker(form, rows, tally), encoding="utf-8")
+    notes = [note.format(output=output) for note in chosen.notes]
+    if form == "label-studio" and config.image_url_prefix is None and rows.are_local:
+        notes.append(_LOCAL_PATHS)
     return Exported(
         output,
         tally.images,
         tally.positives,
         sum(1 for count in tally.per_class.values() if count),
         tally.bad_images,
-        (*rows.notes, *_notes(form, output, rows, context), *tally.examples),
+        (*rows.notes, *notes, *tally.examples),
     )
-
-
-def _write(
-    form: Format,
-    rows: LabelRows,
-    context: Context,
-    config: ExportConfig,
-    target: Path,
-) -> None:
-    images, tally = rows.images(), context.tally
-    if form.files is not None:
-        form.files(with_files(images, tally, config.workers), context, target)
-        return
-    write = form.sized or form.labels
-    assert write is not None
-    if form.sized is not None or config.check_images:
-        known = not config.check_images
-        images = measured(images, tally, config.workers, known_sizes=known)
-    else:
-        images = listed(images, tally)
-    write(images, context, target)
 
 
 def _require_content(tally: Tally, output: str) -> None:
     if not tally.images:
-        reasons = ", ".join(f"{kind} {count}" for kind, count in tally.bad_images.most_common())
+        reasons = tally.reasons()
         first = f"; the first is {tally.examples[0]}" if tally.examples else ""
         raise DataError(f"no image is left to export to {output}: {reasons or 'none'}{first}")
     if not tally.positives:
@@ -176,24 +160,3 @@ def _marker(form: str, rows: LabelRows, tally: Tally) -> str:
         "bad_images": dict(tally.bad_images),
     }
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-
-def _notes(form: str, output: str, rows: LabelRows, context: Context) -> tuple[str, ...]:
-    """Say how to open what was written, and what will not work as it is."""
-    if form == "huggingface":
-        return (f"datasets.load_dataset({output!r})", f"{output}/README.md is its card")
-    if form == "fiftyone":
-        kind = "fiftyone.types.COCODetectionDataset"
-        return (f"fiftyone.Dataset.from_dir({output!r}, {kind})",)
-    if form == "anno-mat":
-        return ("images go by their file names there, without folders",)
-    if form == "label-studio":
-        notes = [f"paste {output}/labeling_config.xml into the project, then import tasks.json"]
-        local = next(iter(rows.table["uri"].to_pylist()[:1]), "")
-        if context.image_url_prefix is None and not storage.is_remote(local):
-            notes.append(
-                "the images are local paths, which a browser does not load:"
-                " set export.image_url_prefix (docs/review.md)"
-            )
-        return tuple(notes)
-    return ()

@@ -23,7 +23,6 @@ from hts_ray.report.results import (
     comparison_rows,
     last_part,
     precision_recall,
-    read_object,
     read_training,
 )
 from hts_ray.store import storage
@@ -55,7 +54,7 @@ def report_for_run(
     """
     found = read_run(run_dir, labels_stage)
     student = find_stage(run_dir, "student")
-    provenance = read_object(storage.join(run_dir, "provenance.json"))
+    provenance = storage.read_object(storage.join(run_dir, "provenance.json"))
     curves = {
         name: precision_recall(values, list(found.names)) for name, values in found.metrics.items()
     }

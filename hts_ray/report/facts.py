@@ -8,7 +8,7 @@ from typing import Any
 
 from hts_ray.config import HtsConfig, PoolConfig
 from hts_ray.report.content import StageRow
-from hts_ray.report.results import LABEL_SOURCES, number, read_object
+from hts_ray.report.results import LABEL_SOURCES, number
 from hts_ray.store import storage, tables
 from hts_ray.store.run import StageFolder, find_stage, finished_stages
 
@@ -133,7 +133,7 @@ def _data_facts(folder: StageFolder, config: HtsConfig) -> Values:
 
 
 def _teacher_facts(folder: StageFolder, config: HtsConfig) -> Values:
-    info = read_object(folder.file("table.json"))
+    info = storage.read_object(folder.file("table.json"))
     teacher = config.label.teacher
     same = info.get("model") in (None, teacher.model)  # else the settings have changed since
     return {
@@ -182,7 +182,7 @@ def _filter_facts(folder: StageFolder, config: HtsConfig) -> Values:
 
 
 def _student_facts(folder: StageFolder, config: HtsConfig) -> Values:
-    stored = read_object(folder.file("student.json"))
+    stored = storage.read_object(folder.file("student.json"))
     student, info = stored.get("student") or {}, stored.get("info") or {}
     train = info.get("train") or {}
     facts = {

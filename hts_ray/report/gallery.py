@@ -23,7 +23,6 @@ from hts_ray.report.content import GalleryItem, GalleryLabel, GalleryRegion, Ver
 from hts_ray.report.formatting import finite
 from hts_ray.report.label_quality import Row, judge
 from hts_ray.report.read_run import RunTables
-from hts_ray.report.results import read_object
 from hts_ray.store import storage, tables
 
 MAX_IGNORED_LABELS = 6
@@ -45,7 +44,7 @@ def run_gallery(found: RunTables, max_images: int) -> list[GalleryItem]:
     annotated = found.annotations
     judged = {name: judge(row, annotated.get(name)) for name, row in candidates.items()}
     chosen = choose_images(judged, max_images)
-    info = read_object(found.regions.file("table.json"))
+    info = storage.read_object(found.regions.file("table.json"))
     settings = found.config.filter
     if info.get("prior_log_likelihoods") is None:
         settings = settings.model_copy(update={"prior_alpha": 0.0})

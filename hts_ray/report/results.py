@@ -30,7 +30,7 @@ def read_evaluations(run_dir: str) -> dict[str, dict[str, Any]]:
     for folder in storage.list_names(run_dir):
         if not folder.startswith("evaluation-"):
             continue
-        values = read_object(storage.join(run_dir, folder, "metrics.json"))
+        values = storage.read_object(storage.join(run_dir, folder, "metrics.json"))
         if values:
             key = folder.removeprefix("evaluation-")
             values["student"] = _evaluated_student(run_dir, values)
@@ -111,7 +111,7 @@ def _evaluated_student(run_dir: str, metrics: Metrics) -> str:
     source = last_part(str(metrics.get("predictions") or ""))
     if source.startswith("student-"):  # it was scored without a table of predictions
         return storage.join(run_dir, source)
-    info = read_object(storage.join(run_dir, source, "table.json"))
+    info = storage.read_object(storage.join(run_dir, source, "table.json"))
     student = last_part(str(info.get("student") or ""))
     return storage.join(run_dir, student) if student else ""
 
@@ -120,7 +120,7 @@ def _student_name(folder: str) -> str:
     """Name a student by the labels it was trained on; empty where that is unknown."""
     if not folder:
         return ""
-    info = read_object(storage.join(folder, "student.json")).get("info") or {}
+    info = storage.read_object(storage.join(folder, "student.json")).get("info") or {}
     return LABEL_SOURCES.get((info.get("train") or {}).get("labels", ""), "")
 
 
@@ -198,12 +198,6 @@ def number(values: Metrics, key: str) -> float | None:
     """Return a finite number of a mapping, or None."""
     value = values.get(key)
     return float(value) if isinstance(value, (int, float)) and finite(value) else None
-
-
-def read_object(path: str) -> dict[str, Any]:
-    """Return a JSON object; empty when the file is missing or holds something else."""
-    value = storage.read_json(path) if storage.exists(path) else {}
-    return value if isinstance(value, dict) else {}
 
 
 def last_part(path: str) -> str:

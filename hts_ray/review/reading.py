@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hts_ray.errors import DataError
-from hts_ray.exports import csv_file, label_studio
+from hts_ray.exports import label_studio, tables
 from hts_ray.store import storage
 
 FORMATS = (
@@ -200,8 +200,8 @@ def read_csv(text: str, path: str = "the file") -> Read:
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}: check the quotes") from error
     header = [name.strip() for name in lines[0][1]] if lines else []
-    where = [name for name in (csv_file.IMAGE_ID, csv_file.URI) if name in header]
-    if not where or csv_file.POSITIVE not in header:
+    where = [name for name in (tables.IMAGE_ID, tables.URI) if name in header]
+    if not where or tables.POSITIVE not in header:
         raise DataError(
             f"{path} has the columns {', '.join(header) or 'none'}: it needs image_id (or uri) and"
             f" positive; otherwise give {FORMATS}"
@@ -209,18 +209,18 @@ def read_csv(text: str, path: str = "the file") -> Read:
     images, problems = [], []
     for line, cells in lines[1:]:
         row = dict(zip(header, cells, strict=False))
-        reference = row.get(csv_file.URI) or row.get(csv_file.IMAGE_ID) or ""
+        reference = row.get(tables.URI) or row.get(tables.IMAGE_ID) or ""
         if len(cells) != len(header):
             reason = f"line {line} has {len(cells)} cells, the header {len(header)}: quote commas"
             problems.append(Problem(reference, "bad_line", reason))
             continue
-        negative = _split(row[csv_file.NEGATIVE]) if csv_file.NEGATIVE in header else None
+        negative = _split(row[tables.NEGATIVE]) if tables.NEGATIVE in header else None
         images.append(
             ReadImage(
                 reference=reference,
-                image_id=row.get(csv_file.IMAGE_ID) or None,
-                positive=_split(row[csv_file.POSITIVE]),
-                ambiguous=_split(row.get(csv_file.IGNORED) or ""),
+                image_id=row.get(tables.IMAGE_ID) or None,
+                positive=_split(row[tables.POSITIVE]),
+                ambiguous=_split(row.get(tables.IGNORED) or ""),
                 negative=negative,
             )
         )
@@ -228,5 +228,5 @@ def read_csv(text: str, path: str = "the file") -> Read:
 
 
 def _split(cell: str) -> tuple[str, ...]:
-    names = (name.strip() for name in cell.split(csv_file.SEPARATOR))
+    names = (name.strip() for name in cell.split(tables.SEPARATOR))
     return tuple(dict.fromkeys(name for name in names if name))

@@ -332,6 +332,12 @@ def read_json(path: str) -> Any:
     return json.loads(read_bytes(path))
 
 
+def read_object(path: str) -> dict[str, Any]:
+    """Return a JSON object; empty when the file is missing or holds something else."""
+    value = read_json(path) if exists(path) else {}
+    return value if isinstance(value, dict) else {}
+
+
 def write_json(path: str, value: Any) -> None:
     """Write `value` as indented JSON, in one step."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

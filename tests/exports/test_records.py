@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hts_ray.classes import hico_classes
+from hts_ray.errors import ConfigError
 from hts_ray.exports.records import Context, LabeledImage, Origin, Tally
-
-
-def test_pseudo_labels_negatives_are_the_rest_and_annotations_only_what_is_listed():
-    """Catches unknown classes that an export turns into negatives."""
-    table = hico_classes().subset([18, 19, 20])
-    machine = LabeledImage("a", "/a.jpg", "train", (18,), ignored_ids=(20,))
-    assert machine.negatives(table) == (19,)
-    human = LabeledImage("a", "/a.jpg", "train", (18,), negative_ids=())
-    assert human.negatives(table) == ()
 
 
 def test_names_follow_the_ids():
@@ -34,3 +28,32 @@ def test_a_tally_counts_by_class_split_and_reason():
     assert tally.per_split == {"train": 1, "test": 1}
     assert tally.bad_images == {"missing": 7}
     assert len(tally.examples) == 5
+
+
+def image_url(uri, prefix, root):
+    context = Context(
+        hico_classes(), Origin("pseudo_labels"), image_url_prefix=prefix, image_root=root
+    )
+    return context.url_of(uri)
+
+
+def test_the_prefix_stands_for_the_root():
+    """Catches names with spaces or marks that break an address, and double quoting."""
+    prefix = "https://host/x/"
+    assert image_url("/d/photos/a b#1.jpg", prefix, "/d/photos/") == (
+        "https://host/x/a%20b%231.jpg"
+    )
+    assert image_url("s3://bucket/p/a%20b.jpg", prefix, "s3://bucket/p") == (
+        "https://host/x/a%20b.jpg"
+    )
+    local = "/data/local-files/?d=photos/"
+    assert image_url("/d/photos/sub/a.jpg", local, "/d/photos") == f"{local}sub/a.jpg"
+    assert image_url("/anything", None, None) == "/anything"
+
+
+def test_images_outside_the_root_are_told():
+    """Catches an address that is quietly wrong: /d/photos2 is not in /d/photos."""
+    with pytest.raises(ConfigError, match=r"export\.image_root"):
+        image_url("/d/photos2/a.jpg", "https://host/", "/d/photos")
+    with pytest.raises(ConfigError, match=r"set export\.image_root too"):
+        image_url("/d/a.jpg", "https://host/", None)

@@ -33,7 +33,7 @@ def test_pseudo_labels_come_with_sizes_regions_and_their_making(labeled):
         (19, (0, 0, 60, 40), "whole"),
         (19, (0, 0, 30, 40), "grid"),
     ]
-    assert two.negatives(labeled.class_table) == (74,)
+    assert two.negative_ids is None
     origin = rows.origin
     assert (origin.kind, origin.teacher, origin.teacher_revision) == (
         "pseudo_labels", "Some/captioner", "0123abc",
@@ -49,7 +49,7 @@ def test_annotations_are_known_positives_and_negatives(labeled):
     rows = read_labels(labeled, manifest="")
     images = list(rows.images())
     assert [image.image_id for image in images] == ["a/1", "a/2", "b/1", "b/2", "gone"]
-    assert images[0].negatives(labeled.class_table) == (19,)
+    assert images[0].negative_ids == (19,)
     assert images[0].probability == ()
     assert rows.origin.kind == "annotations"
     with pytest.raises(ConfigError, match="give --labels or --manifest"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hts_ray.exports.files import FileNames, image_suffix, measured, with_files
+from hts_ray.exports.image_files import FileNames, image_suffix, with_files
 from hts_ray.exports.records import LabeledImage, Tally
 
 
@@ -27,11 +28,24 @@ def test_names_are_unique_plain_and_stay_in_their_folder(image_ids):
         assert name.count(".") == 1  # WebDataset's keys end at the first dot
 
 
-def test_ten_thousand_equal_names_are_quick():
-    """Catches a search for a free name that starts over for each."""
+class Counting(set):
+    """A set that counts how often it is asked for a name."""
+
+    asked = 0
+
+    def __contains__(self, name):
+        self.asked += 1
+        return super().__contains__(name)
+
+
+@pytest.mark.parametrize("number", [100, 1000])
+def test_a_free_name_is_found_without_starting_over(number):
+    """Catches a search that tries all taken names again for each of the images that share one."""
     names = FileNames()
-    made = {names.of(f"{folder}/0.jpg", "jpg") for folder in range(10_000)}
-    assert len(made) == 10_000
+    names._taken = asked = Counting()
+    made = {names.of(f"{folder}/0.jpg", "jpg") for folder in range(number)}
+    assert len(made) == number
+    assert asked.asked < 3 * number
 
 
 @pytest.mark.parametrize(
@@ -54,21 +68,21 @@ def images(tmp_path):
 
 def test_what_is_no_image_is_counted_and_the_rest_goes_on(tmp_path):
     """Catches an export that fails at one lost file, or keeps a size that is not the file's."""
-    tally = Tally()
-    found = list(measured(images(tmp_path), tally, 2))
-    assert [(i.image_id, i.width, i.height) for i in found] == [("i0", 30, 20), ("i3", 30, 20)]
-    assert tally.bad_images == {"missing": 1, "not_an_image": 1}
-    assert tally.images == 2
-    tally = Tally()
-    pairs = list(with_files(images(tmp_path), tally, 2))
-    assert [image.image_id for image, _ in pairs] == ["i0", "i3"]
-    assert pairs[0][1].data == (tmp_path / "good.jpg").read_bytes()
-    assert tally.bad_images.total() == 2
+    for needs in ("labels", "sizes", "files"):
+        tally = Tally()
+        found = list(with_files(images(tmp_path), needs, tally, 2))
+        assert [(i.image_id, i.width, i.height) for i in found] == [("i0", 30, 20), ("i3", 30, 20)]
+        assert tally.bad_images == {"missing": 1, "not_an_image": 1}
+        assert tally.images == 2
+    assert found[0].file.data == (tmp_path / "good.jpg").read_bytes()
 
 
 def test_known_sizes_are_trusted_when_asked(tmp_path):
     """Catches a storage that is asked a million times although the manifest knows the sizes."""
     tally = Tally()
-    found = list(measured(images(tmp_path), tally, 2, known_sizes=True))
+    found = list(with_files(images(tmp_path), "sizes", tally, 2, check=False))
     assert [i.width for i in found] == [7] * 4
     assert not tally.bad_images
+    unknown = [replace(image, width=None) for image in images(tmp_path)]
+    found = list(with_files(unknown, "sizes", tally, 2, check=False))
+    assert [i.width for i in found] == [30, 30]
