@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from hts_ray import stages
-from hts_ray.cli.label_commands import predict_paths
 from hts_ray.cli.options import (
     Settings,
     argument,
@@ -18,6 +17,7 @@ from hts_ray.cli.options import (
     readable,
     stage_command,
 )
+from hts_ray.cli.predict_paths import predict_paths
 from hts_ray.engine.console import (
     busy,
     console,

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.io
 
 from hts_ray.classes import VERB_PHRASES, ClassTable, hico_classes
 from hts_ray.errors import ConfigError, DataError
@@ -59,6 +58,8 @@ def anno_variables(images: Iterable[LabeledImage], context: Context) -> dict[str
 
 def write_anno_mat(images: Iterable[LabeledImage], context: Context, target: Path) -> None:
     """Write `anno_variables`, compressed as HICO's file is."""
+    from scipy.io import savemat
+
     variables = anno_variables(images, context)
     for name, value in variables.items():
         if value.dtype == np.float64 and value.nbytes > _LARGEST_MATRIX:
@@ -67,7 +68,7 @@ def write_anno_mat(images: Iterable[LabeledImage], context: Context, target: Pat
                 " export the splits apart, or take another format"
             )
     with open(target, "wb") as stream:
-        scipy.io.savemat(stream, variables, format="5", do_compression=True)
+        savemat(stream, variables, format="5", do_compression=True)
 
 
 _UNKNOWN = 9  # in bytes, which have no NaN

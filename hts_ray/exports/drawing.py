@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from hts_ray.classifier import Box, Label
+from hts_ray.classifier import Box, Label, Prediction
+from hts_ray.errors import ConfigError
+from hts_ray.exports.image_files import FileNames
+from hts_ray.store import storage
 
-# Okabe and Ito's colours, which people with colour blindness tell apart.
+Color = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+# Okabe and Ito's colours, which people with colour blindness can tell apart.
 COLORS = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (86, 180, 233),
-    (230, 159, 0),
+    (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0),
     (240, 228, 66),
-)
+)  # fmt: skip
 _SMALLEST, _LARGEST = 480, 1280  # pixels of the drawn image's longer side
 _INK, _PAPER, _FAINT = (30, 30, 30), (255, 255, 255), (120, 120, 120)
+
+
+def require_empty(folder: str) -> None:
+    """Raise ConfigError when the folder to draw into holds something."""
+    if storage.list_names(folder):
+        raise ConfigError(
+            "the folder holds something already", field="--draw", value=folder,
+            remedy="name an empty or a new one",
+        )  # fmt: skip
+
+
+def draw_predictions(predictions: Iterable[Prediction], folder: str) -> Iterator[Prediction]:
+    """Draw every usable prediction as it passes, into a JPEG under the image's own name."""
+    names = FileNames()
+    for prediction in predictions:
+        if prediction.error is None and prediction.pixels is not None:
+            picture = draw_labels(
+                prediction.pixels, prediction.labels, prediction.width, prediction.height
+            )
+            sink = io.BytesIO()
+            picture.save(sink, "JPEG", quality=92)
+            name = names.of(prediction.source, "jpg")
+            storage.write_bytes(storage.join(folder, name), sink.getvalue())
+        yield prediction
 
 
 def draw_labels(
@@ -29,8 +55,8 @@ def draw_labels(
 ) -> Image.Image:
     """Return the uint8 image (H, W, 3) with its labels in a strip below and their boxes on it.
 
-    `width` and `height` are what the boxes refer to. Nothing is written over the image but the
-    boxes' outlines and their numbers. Labels that share a box share its outline.
+    The boxes are in a `width` x `height` image. Only their outlines and numbers cover the image.
+    Labels that share a box share its outline.
     """
     image = _scaled(Image.fromarray(pixels))
     size = max(13, image.width // 38)
@@ -45,7 +71,7 @@ def draw_labels(
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Bring small images to a size that text can be read beside, and large ones down."""
+    """Enlarge small images, so that text beside them is readable, and shrink large ones."""
     side = max(image.size)
     factor = _SMALLEST / side if side < _SMALLEST else min(1.0, _LARGEST / side)
     if factor == 1.0:
@@ -58,7 +84,7 @@ def _draw_boxes(
     image: Image.Image,
     labels: Sequence[Label],
     scale: tuple[float, float],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
     size: int,
 ) -> None:
     draw = ImageDraw.Draw(image)
@@ -89,7 +115,7 @@ def _area(box: Box) -> float:
 def _strip(
     labels: Sequence[Label],
     width: int,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
     size: int,
 ) -> Image.Image:
     """Draw the labels one below the other: number, name and score."""
@@ -117,7 +143,7 @@ def _cut(
     text: str,
     room: float,
     draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
 ) -> str:
     if draw.textlength(text, font) <= room:
         return text
@@ -126,11 +152,11 @@ def _cut(
     return text + "..."
 
 
-def _color(number: int) -> tuple[int, int, int]:
+def _color(number: int) -> Color:
     return COLORS[number % len(COLORS)]
 
 
-def _text_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return black or white, whichever is read more easily on a colour (ITU-R BT.601 luma)."""
+def _text_on(color: Color) -> Color:
+    """Return black or white, whichever is easier to read on a colour (ITU-R BT.601 luma)."""
     luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     return _INK if luma > 140 else _PAPER

@@ -1,28 +1,56 @@
-"""How far the machine's labels agree with people's, over the classes that people decided."""
+"""`hts review`: how far the machine's labels agree with people's, over what people decided.
+
+An agreement is JSON-able, as it is stored, printed and shown in the report:
+
+- `images` that both have labels of, `images_equal` of them without a difference, and
+  `images_without_machine_labels`;
+- `overall` and, by class, `per_class`: see `Counts`;
+- `disagreements`: every label that people changed, by image, the machine's most probable
+  mistakes first; `probability` is the machine's, where it was positive.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hts_ray.classes import ClassTable
+from hts_ray.engine.run import Run
 from hts_ray.errors import DataError
+from hts_ray.images.manifest import FILE as MANIFEST
+from hts_ray.labels.corrections import OVERRIDES, read_overrides
 from hts_ray.metrics import wilson_interval
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.store.tables import CORRECTIONS_SCHEMA
 
-Machine = Literal["positive", "ignored", "negative"]
+Row = Mapping[str, Any]
+
+TABLE = "review"
+AGREEMENT = "agreement.json"
+# What the machine and people said of a label that is counted as such.
+_SAID = {
+    "wrong": ("positive", "negative"),
+    "undecided": ("ignored", "positive"),
+    "missed": ("negative", "positive"),
+}
 
 
 @dataclass(frozen=True)
 class Counts:
     """Labels that people decided, by what the machine had said.
 
-    `confirmed` and `wrong` are the machine's positives that people call positive and negative;
-    `undecided` and `missed` people's positives that the machine ignored and called negative;
-    `absent` are negatives of both.
+    - `confirmed` and `wrong` are the machine's positives that people call positive and negative;
+    - `undecided` and `missed` are people's positives that the machine ignored and called negative;
+    - `absent` are negatives of both.
+
+    What the machine ignored is therefore not found where people see it, and no mistake where
+    they do not.
     """
 
     confirmed: int = 0
@@ -30,16 +58,6 @@ class Counts:
     undecided: int = 0
     missed: int = 0
     absent: int = 0
-
-    @property
-    def precision(self) -> float | None:
-        """Share of the machine's positives that are right; None without any."""
-        return _share(self.confirmed, self.confirmed + self.wrong)
-
-    @property
-    def recall(self) -> float | None:
-        """Share of people's positives that the machine has; what it ignored it does not have."""
-        return _share(self.confirmed, self.confirmed + self.undecided + self.missed)
 
     @property
     def kappa(self) -> float | None:
@@ -57,70 +75,30 @@ class Counts:
         return None if chance == 1 else (both / total - chance) / (1 - chance)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return counts and shares, with 95 % intervals, JSON-able."""
+        """Return counts, shares with 95 % intervals, and kappa; None for a share of nothing.
+
+        `precision` is the share of the machine's positives that are right, `recall` the share of
+        people's positives that the machine has.
+        """
         judged = self.confirmed + self.wrong
         present = self.confirmed + self.undecided + self.missed
         return {
             **asdict(self),
-            "precision": self.precision,
+            "precision": self.confirmed / judged if judged else None,
             "precision_interval": wilson_interval(self.confirmed, judged) if judged else None,
-            "recall": self.recall,
+            "recall": self.confirmed / present if present else None,
             "recall_interval": wilson_interval(self.confirmed, present) if present else None,
             "kappa": self.kappa,
         }
 
 
-@dataclass(frozen=True)
-class Disagreement:
-    """A label that people changed; `probability` is the machine's, where it was positive."""
-
-    image_id: str
-    uri: str
-    class_id: int
-    name: str
-    machine: Machine
-    human: Literal["positive", "negative"]
-    probability: float | None = None
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement over `images` that both have labels of; `images_equal` have no disagreement.
-
-    What the machine ignored counts as not found where people found it, and as no mistake where
-    they did not. `unlabeled` corrected images have no machine labels.
-    """
-
-    images: int
-    images_equal: int
-    unlabeled: int
-    overall: Counts
-    per_class: Mapping[int, Counts]
-    disagreements: tuple[Disagreement, ...]
-
-    def to_dict(self, class_table: ClassTable) -> dict[str, Any]:
-        """Return everything as JSON: overall, by class (those with a positive) and one by one."""
-        names = dict(zip(class_table.positions, class_table.names, strict=True))
-        return {
-            "images": self.images,
-            "images_equal": self.images_equal,
-            "images_without_machine_labels": self.unlabeled,
-            "overall": self.overall.to_dict(),
-            "per_class": [
-                {"class_id": class_id, "name": names[class_id], **counts.to_dict()}
-                for class_id, counts in self.per_class.items()
-            ],
-            "disagreements": [asdict(entry) for entry in self.disagreements],
-        }
-
-
 def measure_agreement(
     pseudo_labels: pa.Table, corrections: pa.Table, class_table: ClassTable
-) -> Agreement:
+) -> dict[str, Any]:
     """Compare rows of `pseudo_labels` with corrections (CORRECTIONS_SCHEMA) of the same images.
 
-    Only classes that a correction calls positive or negative count. Disagreements come by image,
-    the machine's most probable mistakes first. Raises DataError when no image is in both.
+    Only classes that a correction calls positive or negative count. Raises DataError when no
+    image is in both.
     """
     people = {row["image_id"]: row for row in corrections.to_pylist()}
     rows = [row for row in pseudo_labels.to_pylist() if row["image_id"] in people]
@@ -130,76 +108,107 @@ def measure_agreement(
             " pseudo-labels: the corrections belong to other labels"
         )
     names = dict(zip(class_table.positions, class_table.names, strict=True))
-    tallies: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    disagreements: list[Disagreement] = []
+    tallies: dict[int, Counter[str]] = defaultdict(Counter)
+    disagreements: list[dict[str, Any]] = []
     equal = 0
     for row in rows:
-        found = list(_compared(row, people[row["image_id"]], names))
-        changed = [entry for outcome, entry in found if outcome != "confirmed"]
-        for outcome, entry in found:
-            tallies[entry.class_id][outcome] += 1
-        for class_id in _absent(row, people[row["image_id"]], names):
-            tallies[class_id]["absent"] += 1
+        changed = []
+        for class_id, outcome in _outcomes(row, people[row["image_id"]]):
+            if class_id in names:
+                tallies[class_id][outcome] += 1
+                if outcome in _SAID:
+                    changed.append(_disagreement(row, class_id, names[class_id], outcome))
         equal += not changed
-        disagreements += sorted(changed, key=lambda entry: -(entry.probability or 0.0))
-    per_class = {i: Counts(**tallies[i]) for i in names if i in tallies}
-    overall = _sum(per_class.values())
-    return Agreement(
-        images=len(rows),
-        images_equal=equal,
-        unlabeled=len(people) - len(rows),
-        overall=overall,
-        per_class={i: counts for i, counts in per_class.items() if tallies[i].keys() - {"absent"}},
-        disagreements=tuple(disagreements),
-    )
+        disagreements += sorted(changed, key=lambda entry: -(entry["probability"] or 0.0))
+    return {
+        "images": len(rows),
+        "images_equal": equal,
+        "images_without_machine_labels": len(people) - len(rows),
+        "overall": Counts(**sum(tallies.values(), Counter[str]())).to_dict(),
+        "per_class": [
+            {"class_id": class_id, "name": name, **Counts(**tallies[class_id]).to_dict()}
+            for class_id, name in names.items()
+            if class_id in tallies and tallies[class_id].keys() - {"absent"}
+        ],
+        "disagreements": disagreements,
+    }
 
 
-def _compared(
-    row: Mapping[str, Any], correction: Mapping[str, Any], names: Mapping[int, str]
-) -> Iterable[tuple[str, Disagreement]]:
-    """Yield (name of a count, label) for every label that is positive for either side."""
-    probability = dict(zip(row["positive_ids"], row["probability"] or (), strict=False))
+def _outcomes(row: Row, correction: Row) -> Iterator[tuple[int, str]]:
+    """Yield (class id, name of its count) of the classes that people decided."""
     machine, ignored = set(row["positive_ids"]), set(row["ignored_ids"])
     present, absent = set(correction["positive_ids"]), set(correction["negative_ids"] or ())
-
-    def label(class_id: int, said: Machine, human: Literal["positive", "negative"]) -> Disagreement:
-        return Disagreement(
-            row["image_id"], row["uri"], class_id, names[class_id], said, human,
-            probability.get(class_id),
-        )  # fmt: skip
-
     for class_id in row["positive_ids"]:
-        if class_id in names and class_id in present:
-            yield "confirmed", label(class_id, "positive", "positive")
-        elif class_id in names and class_id in absent:
-            yield "wrong", label(class_id, "positive", "negative")
+        if class_id in present:
+            yield class_id, "confirmed"
+        elif class_id in absent:
+            yield class_id, "wrong"
     for class_id in sorted(present - machine):
-        if class_id not in names:
-            continue
-        if class_id in ignored:
-            yield "undecided", label(class_id, "ignored", "positive")
-        else:
-            yield "missed", label(class_id, "negative", "positive")
+        yield class_id, "undecided" if class_id in ignored else "missed"
+    for class_id in absent - machine - ignored:
+        yield class_id, "absent"
 
 
-def _absent(
-    row: Mapping[str, Any], correction: Mapping[str, Any], names: Mapping[int, str]
-) -> set[int]:
-    """Return the classes that both sides call negative."""
-    said = {*row["positive_ids"], *row["ignored_ids"]}
-    return (set(correction["negative_ids"] or ()) & names.keys()) - said
+def _disagreement(row: Row, class_id: int, name: str, outcome: str) -> dict[str, Any]:
+    machine, human = _SAID[outcome]
+    probability = dict(zip(row["positive_ids"], row["probability"] or (), strict=False))
+    return {
+        "image_id": row["image_id"],
+        "uri": row["uri"],
+        "class_id": class_id,
+        "name": name,
+        "machine": machine,
+        "human": human,
+        "probability": probability.get(class_id),
+    }
 
 
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+def corrections_of(path: str) -> pa.Table:
+    """Return all corrections of an import's folder, those for validation and those to apply.
+
+    `path` may also be one Parquet file of corrections or annotations.
+    """
+    if path.endswith(".parquet"):
+        return read_overrides(path)
+    overrides = read_overrides(storage.join(path, OVERRIDES))
+    manifest = storage.join(path, MANIFEST)
+    if not storage.exists(manifest):
+        return overrides
+    validation = read_overrides(manifest)
+    taken = set(overrides["image_id"].to_pylist())
+    more = [image_id not in taken for image_id in validation["image_id"].to_pylist()]
+    schema = pa.schema(CORRECTIONS_SCHEMA, metadata=None)
+    parts = [overrides.cast(schema), validation.filter(pa.array(more, pa.bool_())).cast(schema)]
+    return pa.concat_tables(parts).sort_by("image_id")
 
 
-def _sum(counts: Iterable[Counts]) -> Counts:
-    listed = list(counts)
-    return Counts(
-        confirmed=sum(entry.confirmed for entry in listed),
-        wrong=sum(entry.wrong for entry in listed),
-        undecided=sum(entry.undecided for entry in listed),
-        missed=sum(entry.missed for entry in listed),
-        absent=sum(entry.absent for entry in listed),
-    )
+def agreement_of(
+    class_table: ClassTable, corrections: pa.Table, labels: StageFolder
+) -> dict[str, Any]:
+    """Return the agreement of corrections with a pseudo_labels folder.
+
+    Images whose corrections the folder has applied are left out: they agree because they were
+    made to. If there are no others they count, and `applied` says so.
+    """
+    corrected = storage.read_object(labels.file("table.json")).get("corrected_ids", ())
+    applied = pc.is_in(corrections["image_id"], pa.array(corrected, pa.string()))
+    others = corrections.filter(pc.invert(applied))
+    judged = others if len(others) else corrections
+    columns = ["image_id", "uri", "positive_ids", "ignored_ids", "probability"]
+    return {
+        **measure_agreement(labels.read(columns), judged, class_table),
+        "pseudo_labels": f"{labels.table}-{labels.key}",
+        "left_out_as_applied": len(corrections) - len(judged),
+        "applied": len(others) == 0,
+    }
+
+
+def review(run: Run, path: str, labels: StageFolder) -> dict[str, Any]:
+    """Measure the corrections at `path`, publish `review-KEY/agreement.json` and return it."""
+    corrections = corrections_of(path)
+    found = agreement_of(run.class_table, corrections, labels)
+    stage = run.stage(TABLE, settings_hash(labels.key, content_hash(corrections)))
+    storage.write_json(stage.file(AGREEMENT), found)
+    rows = {"rows_in": len(corrections), "rows_out": found["images"], "quarantined": 0}
+    stage.publish({**rows, **found["overall"]})
+    return found

@@ -13,15 +13,16 @@ import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.manifest import FILE as MANIFEST
 from hts_ray.labels.corrections import OVERRIDES
-from hts_ray.review.matching import (
+from hts_ray.review.corrected_files import Problem, Read, ReadImage
+from hts_ray.review.lookup import (
     CONTRADICTION,
     REPEATED,
     UNKNOWN_CLASS,
     ClassNames,
     ImageIndex,
 )
-from hts_ray.review.reading import Problem, Read, ReadImage
 from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
 from hts_ray.store.tables import (
@@ -33,7 +34,6 @@ from hts_ray.store.tables import (
 )
 
 Unmarked = Literal["negative", "unknown"]
-MANIFEST = "manifest.parquet"
 STAGE = "import-labels"
 
 
@@ -41,9 +41,10 @@ STAGE = "import-labels"
 class Imported:
     """Corrections of N images of a run.
 
-    `corrections` has all of them. `manifest` has their annotations and lies in the split for
-    validation, `overrides` is what the filter is to apply; both hold all N unless they were
-    parted. `quarantine` holds entries that could not be used, `counts` how many of each kind.
+    - `corrections` has all of them;
+    - `manifest` has their annotations in the split for validation, `overrides` is what the filter
+      is to apply: both hold all N, unless the images were divided between them;
+    - `quarantine` holds entries that could not be used, `counts` how many of each kind.
     """
 
     corrections: pa.Table
@@ -65,16 +66,55 @@ def import_labels(
 ) -> Imported:
     """Find the images and classes that a file means in a run.
 
-    An entry with an unknown image or class is quarantined as a whole: a label that is lost would
-    turn into a negative. `unmarked` says what a class is that the file does not list; where it
-    lists negatives, the rest is unknown. `validation_share` in (0, 1) parts the images at random
-    (by `seed`) into the manifest and the overrides, otherwise both hold all. Raises ConfigError
-    for a share out of range, DataError when no entry can be used.
+    - An entry with an unknown image or class is quarantined as a whole: a label that is lost would
+      turn into a negative.
+    - `unmarked` is what a class is that the file does not list; where it lists negatives, the rest
+      is unknown.
+    - `validation_share` in (0, 1) divides the images at random (by `seed`) between the manifest and
+      the overrides; without it both hold all.
+
+    Raises ConfigError for a share out of range, DataError when no entry can be used.
     """
     if validation_share is not None and not 0 < validation_share < 1:
         raise ConfigError(
             field="--validation-share", value=validation_share, remedy="give a number in (0, 1)"
         )
+    labels, problems = _looked_up(read, manifest, class_table, unmarked)
+    if not labels:
+        raise DataError(_nothing(read, problems))
+    labeled = _labeled(manifest, labels, split)
+    corrections = labeled.select(CORRECTIONS_SCHEMA.names).replace_schema_metadata(
+        CORRECTIONS_SCHEMA.metadata
+    )
+    validating = applied = np.ones(len(labeled), dtype=bool)
+    if validation_share is not None:
+        count = min(max(1, round(validation_share * len(labeled))), len(labeled) - 1)
+        drawn = np.random.default_rng(seed).permutation(len(labeled))[:count]
+        validating = np.isin(np.arange(len(labeled)), drawn)
+        applied = ~validating
+    counts = {
+        "entries": len(read.images) + len(read.problems),
+        "images": len(labeled),
+        "validation_images": int(validating.sum()),
+        "override_images": int(applied.sum()),
+        "positive_labels": sum(len(ids["positive_ids"]) for ids in labels.values()),
+        "quarantined": len(problems),
+        **Counter(problem.kind for problem in problems),
+        **{name: count for name, count in read.counts.items() if count},
+    }
+    return Imported(
+        corrections,
+        labeled.filter(pa.array(validating)),
+        corrections.filter(pa.array(applied)),
+        _quarantine(problems),
+        counts,
+    )
+
+
+def _looked_up(
+    read: Read, manifest: pa.Table, class_table: ClassTable, unmarked: Unmarked
+) -> tuple[dict[int, dict[str, list[int]]], list[Problem]]:
+    """Return labels by row of the manifest, and the entries that cannot be used."""
     images = ImageIndex(manifest["image_id"].to_pylist(), manifest["uri"].to_pylist())
     names = ClassNames(class_table)
     labels: dict[int, dict[str, list[int]]] = {}
@@ -86,38 +126,11 @@ def import_labels(
             problems.append(found)
         elif row in labels:
             reason = "the file has this image more than once: its first entry counts"
-            problems.append(Problem(_called(entry), REPEATED, reason))
+            problems.append(Problem(entry.called, REPEATED, reason))
         else:
             assert isinstance(row, int)
             labels[row] = found
-    if not labels:
-        raise DataError(_nothing(read, problems))
-    labeled = _labeled(manifest, labels, split)
-    corrections = labeled.select(CORRECTIONS_SCHEMA.names).replace_schema_metadata(
-        CORRECTIONS_SCHEMA.metadata
-    )
-    validation = np.ones(len(labeled), dtype=bool)
-    if validation_share is not None:
-        count = min(max(1, round(validation_share * len(labeled))), len(labeled) - 1)
-        validation[np.random.default_rng(seed).permutation(len(labeled))[count:]] = False
-    kept = pa.array(~validation if validation_share is not None else validation)
-    counts = {
-        "entries": len(read.images) + len(read.problems),
-        "images": len(labeled),
-        "validation_images": int(validation.sum()),
-        "override_images": int(np.asarray(kept).sum()),
-        "positive_labels": sum(len(ids["positive_ids"]) for ids in labels.values()),
-        "quarantined": len(problems),
-        **Counter(problem.kind for problem in problems),
-        **{name: count for name, count in read.counts.items() if count},
-    }
-    return Imported(
-        corrections,
-        labeled.filter(pa.array(validation)),
-        corrections.filter(kept),
-        _quarantine(problems),
-        counts,
-    )
+    return labels, problems
 
 
 def write_import(
@@ -158,11 +171,11 @@ def _labels(
     negative, even_more = names.find(entry.negative or ())
     unknown += [*more, *even_more]
     if unknown:
-        return Problem(_called(entry), UNKNOWN_CLASS, "; ".join(unknown))
+        return Problem(entry.called, UNKNOWN_CLASS, "; ".join(unknown))
     both = set(positive) & {*ambiguous, *negative} | set(ambiguous) & set(negative)
     if both:
         name = class_table[class_table.index_of(min(both))].name
-        return Problem(_called(entry), CONTRADICTION, f"{name!r} is listed in two ways")
+        return Problem(entry.called, CONTRADICTION, f"{name!r} is listed in two ways")
     if entry.negative is None and unmarked == "negative":
         taken = {*positive, *ambiguous}
         negative = [i for i in class_table.positions if i not in taken]
@@ -185,10 +198,6 @@ def _labeled(
         columns[name] = pa.array([labels[row][name] for row in rows], pa.list_(pa.int16()))
     arrays = [columns[field.name].cast(field.type) for field in MANIFEST_SCHEMA]
     return pa.table(arrays, schema=MANIFEST_SCHEMA)
-
-
-def _called(entry: ReadImage) -> str:
-    return entry.image_id or entry.reference or "(no name)"
 
 
 def _quarantine(problems: Sequence[Problem]) -> pa.Table:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hts_ray.exports.source import read_labels
 from hts_ray.exports.writing import export_labels
-from hts_ray.review.reading import read_labels as read_back
+from hts_ray.review.corrected_files import read_labels as read_back
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from hts_ray.config import override
 from hts_ray.exports.label_studio import labeling_config
 from hts_ray.exports.source import read_labels
 from hts_ray.exports.writing import export_labels
-from hts_ray.review.reading import read_labels as read_back
+from hts_ray.review.corrected_files import read_labels as read_back
 
 
 def exported(run, target, **settings):

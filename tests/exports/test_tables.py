@@ -16,7 +16,7 @@ from hts_ray.exports.records import Context, LabeledImage, Origin
 from hts_ray.exports.source import read_labels
 from hts_ray.exports.tables import label_columns, label_fields, write_csv, write_parquet
 from hts_ray.exports.writing import export_labels
-from hts_ray.review.reading import read_labels as read_back
+from hts_ray.review.corrected_files import read_labels as read_back
 
 
 def test_csv_reads_back(labeled, own_classes, tmp_path):

@@ -8,8 +8,8 @@ from labeled_run import IDS
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluate import read_annotations
 from hts_ray.labels.corrections import read_overrides
+from hts_ray.review.corrected_files import Problem, Read, ReadImage
 from hts_ray.review.importing import import_labels, write_import
-from hts_ray.review.reading import Problem, Read, ReadImage
 from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA, read_table
 
 

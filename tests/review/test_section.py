@@ -11,9 +11,9 @@ from hts_ray import report
 from hts_ray.config import override
 from hts_ray.engine.run import open_run
 from hts_ray.labels.stage import plan_filter
+from hts_ray.review.agreement import review
+from hts_ray.review.corrected_files import Read, ReadImage
 from hts_ray.review.importing import import_labels, write_import
-from hts_ray.review.measuring import review
-from hts_ray.review.reading import Read, ReadImage
 from hts_ray.review.section import MAX_IMAGES, disagreed_images, review_sections
 from hts_ray.store import storage
 from hts_ray.store.run import require_stage
@@ -116,6 +116,6 @@ def test_images_with_mistakes_come_before_undecided_ones():
         {"image_id": "two", "uri": None, "name": "x", "machine": "negative", "probability": None},
         {"image_id": "two", "uri": None, "name": "y", "machine": "negative", "probability": None},
     ]
-    found = [image.image_id for image, _ in disagreed_images(entries)]
+    found = [labels[0]["image_id"] for labels in disagreed_images(entries)]
     assert found == ["two", "sure", "unsure", "open"]
     assert MAX_IMAGES > 1

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hts_ray.classes import hico_classes
-from hts_ray.review.matching import ClassNames, ImageIndex, Problem
-from hts_ray.review.reading import ReadImage
+from hts_ray.review.corrected_files import Problem, ReadImage
+from hts_ray.review.lookup import ClassNames, ImageIndex
 
 IDS = ["a/1.jpg", "b/1.jpg", "b/2.jpg", "HICO_train2015_00000001"]
 URIS = [

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hts_ray.errors import DataError
-from hts_ray.review.reading import read_coco, read_csv, read_label_studio, read_labels
+from hts_ray.review.corrected_files import read_coco, read_csv, read_label_studio, read_labels
 
 
 def ticked(control, *names):

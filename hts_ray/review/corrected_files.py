@@ -1,7 +1,7 @@
 """Files of corrected labels as other tools write them: Label Studio, COCO and CSV.
 
-Every reader returns what the file says, in its own words: images by the names it has for them,
-classes by their names. What they are in a run is found out by `hts_ray.review.matching`.
+Every reader returns what the file says: images by the names it has for them, classes by their
+names. `hts_ray.review.lookup` finds out what they are in a run.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FORMATS = (
 class ReadImage:
     """What a file says of one image.
 
-    `image_id` is the run's own id where the file carries it, `reference` a path or address;
-    `negative` is None where the file lists no negatives, so that the others' meaning is open.
+    `image_id` is the run's own id where the file has it, `reference` a path or address.
+    `negative` is None where the file lists no negatives, so that the other classes are open.
     """
 
     reference: str
@@ -37,6 +37,11 @@ class ReadImage:
     positive: tuple[str, ...]
     ambiguous: tuple[str, ...] = ()
     negative: tuple[str, ...] | None = None
+
+    @property
+    def called(self) -> str:
+        """How messages name the image."""
+        return self.image_id or self.reference or "(no name)"
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Read:
 
 
 def read_labels(path: str) -> Read:
-    """Read corrected labels; the content tells the format. Raises DataError for any other file."""
+    """Read corrected labels of any of `FORMATS`. Raises DataError for any other file."""
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
@@ -90,9 +95,9 @@ def _is_task(task: Any) -> bool:
 def read_label_studio(tasks: Sequence[Mapping[str, Any]]) -> Read:
     """Read exported tasks: the last annotation of each that was not cancelled counts.
 
-    One that was marked as ground truth comes before all others. What is ticked in the control
-    `unsure` is ambiguous, what is ticked elsewhere positive. Boxes count only in files that have
-    nothing ticked at all: where they stand for themselves.
+    - One that was marked as ground truth comes before all others.
+    - What is ticked in the control `unsure` is ambiguous, what is ticked elsewhere positive.
+    - Boxes count only in files that have nothing ticked at all.
     """
     chosen, counts = [], Counter({"not_reviewed": 0, "several_annotations": 0})
     for task in tasks:
@@ -113,7 +118,7 @@ def read_label_studio(tasks: Sequence[Mapping[str, Any]]) -> Read:
         images.append(
             ReadImage(
                 reference=_image_value(data),
-                image_id=data["image_id"] if isinstance(data.get("image_id"), str) else None,
+                image_id=_text(data.get("image_id")),
                 positive=_labels(result, ticked, unsure=False),
                 ambiguous=_labels(result, ticked, unsure=True),
             )

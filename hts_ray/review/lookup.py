@@ -1,4 +1,4 @@
-"""Which image and which class of a run a file means, when it has its own words for them."""
+"""Which image and which class of a run a file means by the names it uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice
 from urllib.parse import unquote, urlsplit
 
 from hts_ray.classes import ClassTable
-from hts_ray.review.reading import Problem, ReadImage
+from hts_ray.review.corrected_files import Problem, ReadImage
 
 UNKNOWN_IMAGE, AMBIGUOUS_IMAGE, UNKNOWN_CLASS = "unknown_image", "ambiguous_image", "unknown_class"
 CONTRADICTION, REPEATED = "contradiction", "repeated_image"
@@ -32,8 +32,8 @@ class ImageIndex:
     def find(self, image: ReadImage) -> int | Problem:
         """Return the image's row, or why there is none.
 
-        Of several images with the file's name, the one whose folders agree the furthest is meant;
-        where two agree as far, neither is taken.
+        Among several images with the file's name, the one that shares most of the folders is
+        taken; if two share as many, neither is.
         """
         for name in (image.image_id, image.reference):
             if name and name in self._ids:
@@ -42,10 +42,9 @@ class ImageIndex:
             return self._uris[image.reference]
         parts = _parts(image.reference)
         candidates = self._tails.get(parts[-1], []) if parts else []
-        called = image.image_id or image.reference or "(no name)"
         if not candidates:
-            hint = self._nearest(called)
-            return Problem(called, UNKNOWN_IMAGE, f"the manifest has no such image{hint}")
+            hint = self._nearest(image.called)
+            return Problem(image.called, UNKNOWN_IMAGE, f"the manifest has no such image{hint}")
         agreement = {row: 0 for _, row in candidates}
         for known, row in candidates:
             agreement[row] = max(agreement[row], _common_tail(known, parts))
@@ -53,7 +52,7 @@ class ImageIndex:
         rows = [row for row, length in agreement.items() if length == best]
         if len(rows) > 1:
             reason = f"{len(rows)} images of the manifest go by this name: write image ids"
-            return Problem(called, AMBIGUOUS_IMAGE, reason)
+            return Problem(image.called, AMBIGUOUS_IMAGE, reason)
         return rows[0]
 
     def _nearest(self, name: str) -> str:
