@@ -1,7 +1,7 @@
 """A trained student as a classifier of images: paths, folders, URIs or pixels in, labels out.
 
-It runs in this process, without Ray and without a run directory. Millions of images are what
-`hts predict --manifest` is for.
+It runs in this process, without Ray and without a run directory. For millions of images use
+`hts predict --manifest`.
 
 Shapes: N images, R regions of one image, C classes.
 """
@@ -21,7 +21,10 @@ import numpy.typing as npt
 
 from hts_ray.config import ImagesConfig, RegionsConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.crops import crop_region
 from hts_ray.images.decode import DecodedImage, ImageError, decode_image
+from hts_ray.images.folder import read_folder
+from hts_ray.images.regions import Region, propose_regions
 from hts_ray.images.retry import read_image_bytes
 from hts_ray.store import storage
 from hts_ray.store.aliases import Pixels
@@ -29,7 +32,6 @@ from hts_ray.store.aliases import Pixels
 if TYPE_CHECKING:
     from PIL import Image
 
-    from hts_ray.images.regions import Region
     from hts_ray.student.model import Student
 
     ImageLike = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
@@ -44,8 +46,8 @@ _IMAGES = ImagesConfig()
 class Label:
     """A class that an image has, with the student's logit.
 
-    `box` is where it shows most, xyxy in pixels of the upright image, and `box_score` the logit
-    there; both None unless regions were asked for.
+    `box` is the region where it scores most, xyxy in pixels of the upright image, and `box_score`
+    the logit there; both None unless regions were asked for.
     """
 
     class_id: int
@@ -54,14 +56,20 @@ class Label:
     box: Box | None = None
     box_score: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the label as JSON-able values."""
+        values = {"class_id": self.class_id, "name": self.name, "score": round(self.score, 4)}
+        if self.box is None:
+            return values
+        return {**values, "box": list(self.box), "box_score": round(self.box_score or 0.0, 4)}
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The labels of one image, best first; `source` is its path, or its number in the call.
 
-    `width` and `height` are those of the upright image. Of an image that could not be used
-    `error` tells why, and there are no labels. `pixels` are what was looked at, at most 2048 a
-    side.
+    `width` and `height` are those of the upright image. If the image could not be used, `error`
+    says why, and there are no labels. `pixels` are what the student saw, at most 2048 a side.
     """
 
     source: str
@@ -79,7 +87,7 @@ class Prediction:
             "image": self.source,
             "width": self.width,
             "height": self.height,
-            "labels": [_label_dict(label) for label in self.labels],
+            "labels": [label.to_dict() for label in self.labels],
         }
 
 
@@ -119,8 +127,8 @@ class Classifier:
         """Return the labels of images: paths, URIs, bytes, PIL images or uint8 arrays (H, W, 3).
 
         A label is kept among the `top_k` best (None: all) and from the logit `threshold` on.
-        `regions` scores a grid of crops too, some 14 times the work, and tells where each label
-        shows most. An image that cannot be used raises DataError naming it; with
+        `regions` scores a grid of crops too, some 14 times the work, and gives each label the crop
+        where it scores most. An image that cannot be used raises DataError naming it; with
         on_error="keep" its prediction has `error` instead.
         """
         if isinstance(images, str | Path | bytes | np.ndarray) or not isinstance(images, Iterable):
@@ -156,8 +164,9 @@ class Classifier:
             while batch := list(islice(numbered, batch_size)):
                 sources = [_source(image, number) for number, image in batch]
                 decoded = list(threads.map(_decoded, [image for _, image in batch]))
-                if on_error == "raise":
-                    _raise_first(sources, decoded)
+                for source, image in zip(sources, decoded, strict=True):
+                    if on_error == "raise" and isinstance(image, ImageError):
+                        raise DataError(f"{source} cannot be used: {image}") from image
                 yield from self._batch(sources, decoded, top_k, threshold, regions, batch_size)
 
     def _batch(
@@ -180,22 +189,12 @@ class Classifier:
                 yield Prediction(source, error="the student's logits are not finite")
                 continue
             chosen = _chosen(scores_C, top_k, threshold)
-            places = self._places(image, chosen, batch_size) if regions else None
-            labels = tuple(self._label(c, scores_C, places) for c in chosen)
+            places = self._places(image, chosen, batch_size) if regions else {}
+            labels = tuple(
+                Label(of_class.class_id, of_class.name, float(scores_C[c]), *places.get(c, ()))
+                for c, of_class in ((c, self._student.class_table[c]) for c in chosen)
+            )
             yield Prediction(source, labels, image.width, image.height, pixels=image.pixels)
-
-    def _label(
-        self,
-        column: int,
-        scores_C: npt.NDArray[np.float32],
-        places: dict[int, tuple[Box, float]] | None,
-    ) -> Label:
-        of_class = self._student.class_table[column]
-        score = float(scores_C[column])
-        if places is None:
-            return Label(of_class.class_id, of_class.name, score)
-        box, box_score = places[column]
-        return Label(of_class.class_id, of_class.name, score, box, box_score)
 
     def logits(self, images: Sequence[Pixels], batch_size: int = 32) -> npt.NDArray[np.float32]:
         """Return logits (N, C) of uint8 images (H, W, 3) of any size."""
@@ -214,39 +213,37 @@ class Classifier:
     def _places(
         self, image: DecodedImage, columns: Sequence[int], batch_size: int
     ) -> dict[int, tuple[Box, float]]:
-        """Return the crop in which each class scores highest, the whole image among them."""
-        from hts_ray.images.crops import crop_region
+        """Return box and logit of the crop in which each class scores highest.
 
+        The whole image is one of the crops.
+        """
         regions = grid(image.width, image.height)
         crops = [crop_region(image, region) for region in regions]
         scores_RC = self.logits(crops, batch_size)
-        best = {column: int(np.argmax(scores_RC[:, column])) for column in columns}
         return {
             column: (regions[row].box, float(scores_RC[row, column]))
-            for column, row in best.items()
+            for column, row in ((c, int(np.argmax(scores_RC[:, c]))) for c in columns)
         }
 
 
 def load(path: str, device: str | None = None) -> Classifier:
     """Return the student at `path` (run directory, student folder or export) as a classifier.
 
-    `device` is torch's name of one; a GPU where there is one, if not given. Raises DataError when
-    there is no student, ConfigError for a device that is not there.
+    `device` is torch's name of one; without it, a GPU is used if there is one. Raises DataError
+    when there is no student, ConfigError for a device that does not exist.
     """
-    from hts_ray.student import load_student
+    from hts_ray.student import load_student  # torch loads slowly
 
     return Classifier(load_student(str(path)), device)
 
 
 def find_images(paths: Sequence[str], *, workers: int = 16) -> tuple[list[str], list[Prediction]]:
-    """Return the images meant by files, folders and URIs, and those that are unusable already.
+    """Return the images at files, folders and URIs, and what cannot be used.
 
-    Folders are read with the folders below them, images in their order by name. A path where
-    nothing is, and a folder without images, is unusable. Raises DataError for a storage that
+    Folders are read with the folders below them, their images ordered by name. A path that does
+    not exist and a folder without images cannot be used. Raises DataError for a storage that
     cannot be opened.
     """
-    from hts_ray.images.folder import read_folder
-
     found: list[str] = []
     bad: list[Prediction] = []
     for path in paths:
@@ -267,9 +264,7 @@ def find_images(paths: Sequence[str], *, workers: int = 16) -> tuple[list[str], 
 
 
 def grid(width: int, height: int) -> list[Region]:
-    """Return the regions that are scored where labels are to be located: the teacher's grid."""
-    from hts_ray.images.regions import propose_regions
-
+    """Return the regions that are scored to locate labels: the teacher's default grid."""
     return propose_regions(width, height, RegionsConfig())
 
 
@@ -313,7 +308,7 @@ def _from_pixels(pixels: npt.NDArray[Any]) -> DecodedImage:
 
 
 def _encoded(image: Any) -> bytes:
-    """Write a PIL image as PNG, so that transparency, palettes and turns go one way for all."""
+    """Write a PIL image as PNG, so that it is decoded as files are: palettes, alpha, rotation."""
     from PIL import Image
 
     if not isinstance(image, Image.Image):
@@ -327,12 +322,6 @@ def _encoded(image: Any) -> bytes:
     return sink.getvalue()
 
 
-def _raise_first(sources: Sequence[str], decoded: Sequence[DecodedImage | ImageError]) -> None:
-    for source, image in zip(sources, decoded, strict=True):
-        if isinstance(image, ImageError):
-            raise DataError(f"{source} cannot be used: {image}") from image
-
-
 def _chosen(
     scores_C: npt.NDArray[np.float32], top_k: int | None, threshold: float | None
 ) -> list[int]:
@@ -340,15 +329,3 @@ def _chosen(
     if threshold is not None:
         order = order[scores_C[order] >= threshold]
     return [int(column) for column in order]
-
-
-def _label_dict(label: Label) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "class_id": label.class_id,
-        "name": label.name,
-        "score": round(label.score, 4),
-    }
-    if label.box is not None:
-        values["box"] = list(label.box)
-        values["box_score"] = round(label.box_score or 0.0, 4)
-    return values

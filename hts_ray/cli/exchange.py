@@ -83,7 +83,7 @@ def export_command(
         return
     done = export_labels(run, rows, form, output, force=force)
     print_written(f"export of {rows.origin.name}", done.path)
-    print_mapping("counted", done.figures())
+    print_mapping("counted", done.tally.figures())
     for note in done.notes:
         print_line(note)
     if LABEL_FORMATS[form].correctable:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hts_ray.classes import VERB_PHRASES, ClassTable, hico_classes
+from hts_ray.classes import NO_INTERACTION, VERB_PHRASES, ClassTable, hico_classes
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Context, LabeledImage
 from hts_ray.images.hico import SPLITS
@@ -42,17 +42,14 @@ def anno_variables(images: Iterable[LabeledImage], context: Context) -> dict[str
                 value="anno-mat",
                 remedy="export one with --split, or take another format",
             )
-        files[image.split].append(_file_name(image.uri))
+        files[image.split].append(image.uri.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1])
         columns[image.split].append(_codes(image, known, classes))
     _require_unique([name for names in files.values() for name in names])
     variables: dict[str, Any] = {"list_action": _actions(classes)}
     for split in SPLITS:
-        variables[f"list_{split}"] = _cells(files[split])
-        variables[f"anno_{split}"] = _matrix(columns[split], len(classes))
-    # HICO's own file has both splits; readers do not expect an empty one.
-    for split in SPLITS:
-        if not files[split]:
-            del variables[f"list_{split}"], variables[f"anno_{split}"]
+        if files[split]:  # readers do not expect an empty one
+            variables[f"list_{split}"] = _cells(files[split])
+            variables[f"anno_{split}"] = _matrix(columns[split])
     return variables
 
 
@@ -88,9 +85,7 @@ def _codes(
     return column
 
 
-def _matrix(columns: Sequence[npt.NDArray[np.int8]], rows: int) -> npt.NDArray[np.float64]:
-    if not columns:
-        return np.zeros((rows, 0))
+def _matrix(columns: Sequence[npt.NDArray[np.int8]]) -> npt.NDArray[np.float64]:
     matrix = np.stack(columns, axis=1).astype(np.float64)
     matrix[matrix == _UNKNOWN] = np.nan
     return matrix
@@ -98,22 +93,14 @@ def _matrix(columns: Sequence[npt.NDArray[np.int8]], rows: int) -> npt.NDArray[n
 
 def _actions(classes: ClassTable) -> npt.NDArray[np.void]:
     fields = [("nname", object), ("vname", object), ("vname_ing", object)]
-    rows = [(c.object, c.verb, _ing(c.verb or "")) for c in classes]
+    # HICO writes its own name where there is no interaction.
+    words = VERB_PHRASES | {NO_INTERACTION: NO_INTERACTION}
+    rows = [(c.object, c.verb, words[c.verb or ""].replace(" ", "_")) for c in classes]
     return np.array(rows, dtype=fields).reshape(len(classes), 1)
 
 
-def _ing(verb: str) -> str:
-    return verb if verb == "no_interaction" else VERB_PHRASES[verb].replace(" ", "_")
-
-
 def _cells(values: Sequence[str]) -> npt.NDArray[np.object_]:
-    cells = np.empty((len(values), 1), dtype=object)
-    cells[:, 0] = values
-    return cells
-
-
-def _file_name(uri: str) -> str:
-    return uri.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1]
+    return np.array(values, dtype=object).reshape(len(values), 1)
 
 
 def _require_hico(table: ClassTable, classes: ClassTable) -> None:

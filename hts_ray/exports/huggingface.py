@@ -22,19 +22,6 @@ from hts_ray.exports.tables import RowWriter, label_columns, label_fields
 METADATA = "metadata.parquet"
 CLASSES = "classes.csv"
 
-_USE = """
-## Use
-
-```python
-from datasets import load_dataset
-
-dataset = load_dataset("this-folder")  # or its name on the hub
-print(dataset["{split}"][0]["labels"])
-```
-
-`classes.csv` lists all classes with their prompts.
-"""
-
 
 def write_huggingface(images: Iterable[LabeledImage], context: Context, target: Path) -> None:
     """Write the images by split, their metadata and the card.
@@ -68,8 +55,8 @@ def write_huggingface(images: Iterable[LabeledImage], context: Context, target: 
         "config_name": "default",
         "data_files": [{"split": name, "path": f"{name}/**"} for name in sorted(rows)],
     }
-    use = _USE.format(split=min(rows, default="train"))
-    (target / CARD).write_text(dataset_card(context, use, [config]), encoding="utf-8")
+    card = dataset_card(context, "huggingface", [config], split=min(rows, default="train"))
+    (target / CARD).write_text(card, encoding="utf-8")
 
 
 def split_name(split: str) -> str:

@@ -8,10 +8,11 @@ tags Choices, Filter and RectangleLabels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+
+from jinja2 import Environment
 
 from hts_ray.classes import ClassTable
 from hts_ray.exports.records import Context, LabeledImage, SupportRegion
@@ -25,34 +26,16 @@ _UNDECIDED_SHOWN = 12
 
 def labeling_config(class_table: ClassTable, *, boxes: bool = True) -> str:
     """Return the interface: the image, its classes to tick, those to mark as unclear, and boxes."""
-    view = ElementTree.Element("View")
-    ElementTree.SubElement(view, "Image", name=IMAGE, value="$image", zoom="true")
-    ElementTree.SubElement(view, "Header", value="Tick every class that is in the image")
-    many = len(class_table) > _MANY_CLASSES
-    search, wall = {"layout": "select"}, {"showInline": "true"}
-    _choices(view, LABELS, class_table, search if many else wall)
-    ElementTree.SubElement(view, "Text", name="undecided", value="$undecided")
-    ElementTree.SubElement(view, "Header", value="Classes that nobody could tell")
-    _choices(view, UNSURE, class_table, search)
-    if boxes:
-        ElementTree.SubElement(view, "Header", value="Where the machine saw them (not imported)")
-        if many:
-            find = {"name": "filter", "toName": BOXES, "minlength": "0"}
-            ElementTree.SubElement(view, "Filter", {**find, "placeholder": "Search the classes"})
-        labels = ElementTree.SubElement(view, "RectangleLabels", name=BOXES, toName=IMAGE)
-        for name in class_table.names:
-            ElementTree.SubElement(labels, "Label", value=name)
-    ElementTree.indent(view)
-    return ElementTree.tostring(view, encoding="unicode") + "\n"
-
-
-def _choices(
-    view: ElementTree.Element, name: str, class_table: ClassTable, layout: dict[str, str]
-) -> None:
-    tags = {"name": name, "toName": IMAGE, "choice": "multiple", **layout}
-    choices = ElementTree.SubElement(view, "Choices", tags)
-    for class_name in class_table.names:
-        ElementTree.SubElement(choices, "Choice", value=class_name)
+    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    source = (Path(__file__).parent / "templates" / f"{INTERFACE}.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        names=class_table.names,
+        many=len(class_table) > _MANY_CLASSES,
+        image=IMAGE,
+        labels=LABELS,
+        unsure=UNSURE,
+        boxes=BOXES if boxes else "",
+    )
 
 
 def task(image: LabeledImage, context: Context) -> dict[str, Any]:
@@ -116,36 +99,34 @@ def _result(image: LabeledImage, context: Context) -> list[dict[str, Any]]:
 
 
 def _ticked(control: str, names: list[str]) -> dict[str, Any]:
-    return {
-        "id": control,
-        "from_name": control,
-        "to_name": IMAGE,
-        "type": "choices",
-        "value": {"choices": names},
-    }
+    return _answer(control, control, "choices", names)
 
 
 def _box(key: str, region: SupportRegion, image: LabeledImage, name: str) -> dict[str, Any]:
     assert image.width
     assert image.height
     left, top, right, bottom = region.box
-    value = {
+    place = {
         # Label Studio counts in percents of the image.
         "x": 100 * left / image.width,
         "y": 100 * top / image.height,
         "width": 100 * (right - left) / image.width,
         "height": 100 * (bottom - top) / image.height,
         "rotation": 0,
-        "rectanglelabels": [name],
     }
-    return {
-        "id": key,
-        "from_name": BOXES,
-        "to_name": IMAGE,
-        "type": "rectanglelabels",
-        "original_width": image.width,
-        "original_height": image.height,
-        "image_rotation": 0,
-        "score": round(region.probability, 6),
-        "value": value,
-    }
+    size = {"original_width": image.width, "original_height": image.height, "image_rotation": 0}
+    score = round(region.probability, 6)
+    return _answer(key, BOXES, "rectanglelabels", [name], place, **size, score=score)
+
+
+def _answer(
+    key: str,
+    control: str,
+    kind: str,
+    names: list[str],
+    place: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return an entry of a result; `place` and `more` say where it is."""
+    entry = {"id": key, "from_name": control, "to_name": IMAGE, "type": kind, **more}
+    return {**entry, "value": {**(place or {}), kind: names}}

@@ -100,6 +100,21 @@ class Tally:
         """Number of positive labels."""
         return self.per_class.total()
 
+    @property
+    def classes_with_positive(self) -> int:
+        """Number of classes that some image has."""
+        return sum(1 for count in self.per_class.values() if count)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the counts by name, for a table."""
+        return {
+            "images": self.images,
+            "positive labels": self.positives,
+            "classes with a positive": self.classes_with_positive,
+            "images left out": self.bad_images.total(),
+            **{f"left out: {kind}": count for kind, count in self.bad_images.most_common()},
+        }
+
     def reasons(self) -> str:
         """Return why images were left out, the most frequent reason first."""
         return ", ".join(f"{kind} {count}" for kind, count in self.bad_images.most_common())

@@ -18,22 +18,6 @@ from hts_ray.exports.huggingface import CLASSES, split_name
 from hts_ray.exports.records import Context, ImageFile, LabeledImage
 from hts_ray.exports.tables import label_columns
 
-_USE = """
-## Use
-
-```python
-import webdataset as wds
-
-shards = "{split}-{{000000..{last}}}.tar"
-for image, labels in wds.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple(
-    "{suffixes}", "json"
-):
-    print(labels["image_id"], labels["labels"])
-```
-
-`classes.csv` lists all classes with their prompts.
-"""
-
 
 def write_webdataset(images: Iterable[LabeledImage], context: Context, target: Path) -> None:
     """Write `SPLIT-NNNNNN.tar` with `shard_images` samples each, the class list and the card."""
@@ -59,12 +43,14 @@ def write_webdataset(images: Iterable[LabeledImage], context: Context, target: P
             shard.close()
     context.class_table.to_csv(target / CLASSES)
     split = min(counts, default="train")
-    use = _USE.format(
+    card = dataset_card(
+        context,
+        "webdataset",
         split=split,
         last=f"{max(counts[split] - 1, 0) // context.shard_images:06d}",
         suffixes=";".join(suffix for suffix, _ in suffixes.most_common()),
     )
-    (target / CARD).write_text(dataset_card(context, use), encoding="utf-8")
+    (target / CARD).write_text(card, encoding="utf-8")
 
 
 def _add_sample(

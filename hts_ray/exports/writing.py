@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
@@ -59,24 +57,11 @@ _LOCAL_PATHS = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: counts of images and labels, and of images that it left out."""
+    """What an export wrote to `path`, and what the user should know of it."""
 
     path: str
-    images: int
-    positives: int
-    classes_with_positive: int
-    bad_images: Counter[str]
+    tally: Tally
     notes: tuple[str, ...]
-
-    def figures(self) -> dict[str, Any]:
-        """Return the counts by name, for a table or JSON."""
-        return {
-            "images": self.images,
-            "positive labels": self.positives,
-            "classes with a positive": self.classes_with_positive,
-            "images left out": self.bad_images.total(),
-            **{f"left out: {kind}": count for kind, count in self.bad_images.most_common()},
-        }
 
 
 def check_output(form: str, output: str, force: bool = False) -> None:
@@ -124,14 +109,7 @@ def export_labels(
     notes = [note.format(output=output) for note in chosen.notes]
     if form == "label-studio" and config.image_url_prefix is None and rows.are_local:
         notes.append(_LOCAL_PATHS)
-    return Exported(
-        output,
-        tally.images,
-        tally.positives,
-        sum(1 for count in tally.per_class.values() if count),
-        tally.bad_images,
-        (*rows.notes, *notes, *tally.examples),
-    )
+    return Exported(output, tally, (*rows.notes, *notes, *tally.examples))
 
 
 def _require_content(tally: Tally, output: str) -> None:

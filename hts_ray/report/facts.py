@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from hts_ray.config import HtsConfig, PoolConfig
@@ -22,30 +21,16 @@ def _pool_gpus(pool: PoolConfig) -> float:
     return pool.max_size * pool.num_gpus
 
 
-@dataclass(frozen=True)
-class StageKind:
-    """A stage's table, how many GPUs a configuration gives it, and what its rows are.
-
-    `gpus` returns None where the number is unknown.
-    """
-
-    table: str
-    gpus: Callable[[HtsConfig], float | None] = lambda config: 0.0
-    unit: str = "images"
-
-
-STAGE_KINDS = (
-    StageKind("manifest"),
-    StageKind("region_scores", lambda config: _pool_gpus(config.label.pool)),
-    StageKind("pseudo_labels"),
-    StageKind("features", lambda config: _pool_gpus(config.train.features.pool)),
-    StageKind(
-        "student",
-        lambda config: float(max(1, config.train.num_workers)) if config.train.use_gpu else 0.0,
-    ),
-    StageKind("sweep", lambda config: None, "trials"),
-    StageKind("predictions", lambda config: _pool_gpus(config.predict.pool)),
-)
+# Of each table the number of GPUs that a configuration gives its stage; None where it is unknown.
+STAGE_GPUS: dict[str, Callable[[HtsConfig], float | None]] = {
+    "manifest": lambda config: 0.0,
+    "region_scores": lambda config: _pool_gpus(config.label.pool),
+    "pseudo_labels": lambda config: 0.0,
+    "features": lambda config: _pool_gpus(config.train.features.pool),
+    "student": lambda config: max(1.0, config.train.num_workers) * config.train.use_gpu,
+    "sweep": lambda config: None,
+    "predictions": lambda config: _pool_gpus(config.predict.pool),
+}
 
 
 def stage_rows(run_dir: str, config: HtsConfig) -> list[StageRow]:
@@ -55,23 +40,23 @@ def stage_rows(run_dir: str, config: HtsConfig) -> list[StageRow]:
     was smaller for a while used fewer.
     """
     rows = []
-    for kind in STAGE_KINDS:
-        folders = finished_stages(run_dir, kind.table)
+    for table, gpus_of in STAGE_GPUS.items():
+        folders = finished_stages(run_dir, table)
         if not folders:
             continue
         stats = folders[-1].stats
         counts = (number(stats, key) for key in ("rows_in", "rows_out", "quarantined"))
         rows_in, rows_out, bad = (None if value is None else int(value) for value in counts)
-        seconds, gpus = number(stats, "seconds"), kind.gpus(config)
+        seconds, gpus = number(stats, "seconds"), gpus_of(config)
         rows.append(
             StageRow(
-                name=kind.table.replace("_", " "),
+                name=table.replace("_", " "),
                 rows_in=rows_in,
                 rows_out=rows_out,
                 quarantined=bad,
                 seconds=seconds,
                 rate=number(stats, "rows_per_second"),
-                unit=kind.unit,
+                unit="trials" if table == "sweep" else "images",
                 gpu_hours=None if seconds is None or gpus is None else seconds * gpus / 3600,
                 note=_stage_note(stats, len(folders)),
             )
@@ -92,8 +77,8 @@ def _stage_note(stats: Values, folders: int) -> str:
 def read_quarantine(run_dir: str) -> list[dict[str, Any]]:
     """Return the quarantined images of every table's latest folder, an image once a stage."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for kind in STAGE_KINDS:
-        folder = find_stage(run_dir, kind.table)
+    for table in STAGE_GPUS:
+        folder = find_stage(run_dir, table)
         path = "" if folder is None else folder.file("quarantine")
         if not path or not storage.list_names(path):
             continue

@@ -155,37 +155,32 @@ def read_coco(document: Mapping[str, Any], path: str = "the file") -> Read:
     Our own `ignored_category_ids` of an image are ambiguous, LVIS's `neg_category_ids` negative.
     Raises DataError when entries lack what the format asks for.
     """
+
+    def named(ids: Iterable[Any] | None) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names.get(i, f"#{i}") for i in ids or ()))
+
     try:
         names = {entry["id"]: str(entry["name"]) for entry in document["categories"]}
         images = {entry["id"]: entry for entry in document["images"]}
-        positive: defaultdict[Any, dict[str, None]] = defaultdict(dict)
-        strays = 0
-        for annotation in document.get("annotations") or ():
-            if annotation["image_id"] in images:
-                name = names.get(annotation["category_id"], f"#{annotation['category_id']}")
-                positive[annotation["image_id"]][name] = None
-            else:
-                strays += 1
+        labels = [(a["image_id"], a["category_id"]) for a in document.get("annotations") or ()]
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is not COCO JSON: {type(error).__name__} {error}") from error
-
-    def named(ids: Iterable[Any] | None) -> tuple[str, ...]:
-        return tuple(names.get(i, f"#{i}") for i in ids or ())
-
+    positive: defaultdict[Any, list[Any]] = defaultdict(list)
+    for image_id, category_id in labels:
+        positive[image_id].append(category_id)
     read = []
     for key, entry in images.items():
-        mine = tuple(positive[key])
-        ignored = named(entry.get("ignored_category_ids"))
-        negatives = entry.get("neg_category_ids")
+        ignored, negatives = entry.get("ignored_category_ids"), entry.get("neg_category_ids")
         read.append(
             ReadImage(
                 reference=str(entry.get("file_name", "")),
                 image_id=_text(entry.get("hts_image_id")),
-                positive=mine,
-                ambiguous=tuple(name for name in ignored if name not in mine),
+                positive=named(positive[key]),
+                ambiguous=named(i for i in ignored or () if i not in positive[key]),
                 negative=None if negatives is None else named(negatives),
             )
         )
+    strays = sum(image_id not in images for image_id, _ in labels)
     return Read(tuple(read), counts={"annotations_without_image": strays})
 
 

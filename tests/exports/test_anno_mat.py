@@ -58,7 +58,7 @@ def test_the_command_writes_matlab_version_5(labeled, tmp_path):
     assert path.read_bytes().startswith(b"MATLAB 5.0")
     table = {row["image_id"]: row for row in read_anno_table(str(path)).to_pylist()}
     assert table["1"]["positive_ids"] == POSITIVES["a/1"]
-    assert done.bad_images == {"missing": 1}
+    assert done.tally.bad_images == {"missing": 1}
 
 
 def test_two_images_of_one_name_are_refused(labeled, tmp_path):

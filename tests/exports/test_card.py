@@ -23,7 +23,7 @@ def test_odd_names_do_not_break_the_table_or_the_header():
     table = ClassTable((HoiClass(0, "a|b: c", None, None, ("a",)),))
     context = Context(table, Origin("pseudo_labels", corrected=3))
     context.tally.count(LabeledImage("x", "/x.jpg", "a: b", (0,)))
-    card = dataset_card(context, "## Use", [{"config_name": "default"}])
+    card = dataset_card(context, "huggingface", [{"config_name": "default"}], split="train")
     assert "| 0 | a\\|b: c | 1 |" in card
     header = yaml.safe_load(card.split("---")[1])
     assert header["annotations_creators"] == ["machine-generated", "expert-generated"]

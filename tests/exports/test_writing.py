@@ -28,15 +28,16 @@ def test_lost_images_are_counted_and_nothing_is_written_over(form, labeled, tmp_
     """Catches one lost file that ends an export, and a second export that eats the first."""
     rows, target = rows_of(labeled, "a/1", "a/2", "gone"), tmp_path / NAMES[form]
     done = export_labels(labeled, rows, form, str(target))
-    assert (done.images, done.positives, done.classes_with_positive) == (2, 3, 2)
-    assert done.bad_images == {"missing": 1}
-    assert done.figures()["images left out"] == 1
+    assert (done.tally.images, done.tally.positives) == (2, 3)
+    assert done.tally.classes_with_positive == 2
+    assert done.tally.bad_images == {"missing": 1}
+    assert done.tally.figures()["images left out"] == 1
     assert any("gone" in note for note in done.notes)
     assert [path.name for path in tmp_path.iterdir()] == [NAMES[form]]
     with pytest.raises(ConfigError, match=r"something is there already.*--force"):
         export_labels(labeled, rows, form, str(target))
     again = export_labels(labeled, rows_of(labeled, "a/1"), form, str(target), force=True)
-    assert again.images == 1
+    assert again.tally.images == 1
     assert [path.name for path in tmp_path.iterdir()] == [NAMES[form]]
 
 
@@ -101,4 +102,4 @@ def test_images_need_not_be_looked_at(labeled, tmp_path):
     run = replace(labeled, config=config)
     for form in ("csv", "coco"):
         done = export_labels(run, rows_of(run, "a/1", "gone"), form, str(tmp_path / NAMES[form]))
-        assert done.images == 2
+        assert done.tally.images == 2
