@@ -1,10 +1,10 @@
-"""Errors that a user can mend; the command line prints their message and no traceback."""
+"""Errors that a user can fix; the command line prints their message without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake or a condition outside the program, told in one message."""
+    """A mistake of the user or a condition outside the program; the message says what to do."""
 
     exit_code = 1
 

@@ -300,7 +300,7 @@ def _interpolated_precision(labels_N: NDArray[np.int8], setting: Setting) -> Flo
 
 
 def _mean_precision(precision_T: FloatArray) -> float:
-    """AP as upstream adds it up, to the last bit, but 1 where it comes to 1.0000000000000002."""
+    """AP as upstream adds it up, to the last bit, but 1 where the sum is 1.0000000000000002."""
     # One by one: a pairwise sum could differ in the last bit. NaN stays NaN.
     total = float(np.add.accumulate(precision_T / 11)[-1])
     return total if math.isnan(total) else min(total, 1.0)

@@ -80,7 +80,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         value = yaml.safe_load(storage.read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(field="--config", value=path, remedy="no such file") from None
-    # Of dates and numbers that are none PyYAML raises ValueError, of deep nesting RecursionError.
+    # PyYAML raises ValueError for impossible dates, and RecursionError for deep nesting.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             field="--config", value=path, remedy=f"not readable as YAML: {error}"

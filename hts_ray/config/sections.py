@@ -472,7 +472,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 class ExportConfig(Section):
     """Labels in the formats of other tools."""
 
-    check_images: bool = setting(True, "open every image's header, leave out what is no image")
+    check_images: bool = setting(True, "open every image's header, leave out unreadable ones")
     region_boxes: bool = setting(True, "boxes of the regions that support a label")
     boxes_per_label: int = setting(3, "most boxes of a label", ge=1)
     image_url_prefix: str | None = setting(None, "what replaces image_root in URLs")

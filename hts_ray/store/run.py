@@ -30,13 +30,11 @@ def settings_hash(*parts: Any) -> str:
 
 def content_hash(table: pa.Table) -> str:
     """Return a hash of a table's rows, whatever its chunks and file layout."""
-    digest = hashlib.sha256()
     combined = table.combine_chunks().replace_schema_metadata(None)
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, combined.schema) as writer:
         writer.write_table(combined)
-    digest.update(sink.getvalue())
-    return digest.hexdigest()[:12]
+    return hashlib.sha256(sink.getvalue()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
