@@ -347,7 +347,7 @@ class _Reader:
         event.implicit = not event.subjects
 
     def _verb_list(self, i: int) -> bool:
-        """Whether this goes on a list: "washing, drying and petting"."""
+        """Whether this verb continues a list: "washing, drying and petting"."""
         return self.comma and i > 1 and isinstance(self.chunks[i - 2], VerbGroup)
 
     def _relative_subject(self, event: Event) -> None:

@@ -87,7 +87,7 @@ class Lexicon:
             found.sort(key=len, reverse=True)
 
     def kind_of(self, lemma: str, modifiers: Sequence[str] = ()) -> str:
-        """Return "person", "animal", "vehicle" or "thing", or "" for a noun that tells nothing."""
+        """Return "person", "animal", "vehicle" or "thing", or "" for an unknown noun."""
         last = lemma.rsplit(" ", 1)[-1]
         objects = self.nouns.get(lemma, {}).keys()
         if lemma in self.depictions or not _MATERIALS.isdisjoint(modifiers):

@@ -51,7 +51,7 @@ def match_captions(
     """Return one `{class_id: probability}` for each of N captions (HICO's 600 by default).
 
     See the module for what probabilities mean. Classes without a verb are stated by their
-    object or name being there, whoever does what. Raises TypeError for a single string or
+    object or name being there, whatever anybody does. Raises TypeError for a single string or
     entries that are no strings.
     """
     if isinstance(captions, (str, bytes)):

@@ -1,4 +1,4 @@
-"""Noun phrases and verb groups of a caption: what goes on together, and what it names.
+"""Noun phrases and verb groups of a caption: which words belong together, and what they name.
 
 A chunk is a noun phrase, a verb with its auxiliaries, or a word that joins phrases. "A slice of
 pizza" is one phrase, and so is "a photo of a zebra"; "nobody" and "not" make theirs negative.

@@ -5,7 +5,7 @@ looked up in the lexicon's surface phrases, scaled by how far its subject is a p
 far it happens. Then follow entailments, and `no_interaction` for what is left alone.
 
 Knows a table by its pairs alone: no ids but to write them out, no prompts, no classes without a
-verb. What the probabilities mean is told in `matching`.
+verb. For the meaning of the probabilities see `matching`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Words of a caption where they stand: tokens with part of speech, lemma and verb form.
+"""The words of a caption in their context: tokens with part of speech, lemma and verb form.
 
 What a word can be is `morphology`'s, set phrases and compounds ("hot dog", "wine glass") are the
 lexicon's; which of them a word is in its place is decided here, by rules for the plain English of
@@ -44,7 +44,7 @@ _COMPOUND_VERBS = {tuple(phrase.split()) for phrase in phrase_set("compound_verb
 
 @dataclass(slots=True)
 class Token:
-    """A word where it stands: its text, tag, lemma and, for a verb, form.
+    """A word in its context: its text, tag, lemma and, for a verb, form.
 
     Tags: D determiner, J adjective, N noun, R pronoun, Q number, V verb, X auxiliary, P
     preposition or particle, C coordinator, U subordinator, W relative, T "to" before a verb,
@@ -219,7 +219,7 @@ class Tagger:
             token.form = analyse(token.text).form
 
     def _starts_noun(self, after: str) -> bool:
-        """Whether the next word can go on a noun phrase."""
+        """Whether the next word can continue a noun phrase."""
         if not after or not after[0].isalnum() or after in CLOSED:
             return after in NUMBERS or after in ("back", "other")
         word = analyse(after)

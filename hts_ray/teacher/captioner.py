@@ -1,7 +1,7 @@
 """What a teacher is: something that gives log P(sentence | region) and writes captions.
 
-This module needs neither torch nor Ray, so that a teacher of your own needs neither; how the
-packaged ones are found and loaded is told in `hts_ray.teacher.models.loading`.
+This module needs neither torch nor Ray, so that a teacher of your own needs neither. The packaged
+ones are in `hts_ray.teacher.models`.
 
 Shape legend: R regions, P prompts, C classes, H x W pixels.
 """
@@ -194,7 +194,7 @@ def reduce_templates(
     starts = np.cumsum(sizes) - sizes
     if reduction == "max":
         return np.maximum.reduceat(values_RP, starts, axis=1)
-    with np.errstate(invalid="ignore"):  # NaN stays NaN; whoever reads the scores checks them
+    with np.errstate(invalid="ignore"):  # NaN stays NaN and is checked later
         if reduction == "mean":
             means: npt.NDArray[np.float64] = np.add.reduceat(values_RP, starts, axis=1) / sizes
             return means

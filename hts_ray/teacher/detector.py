@@ -1,8 +1,8 @@
 """Object detectors of the transformers library, which find the persons and objects of an image.
 
-Models with a fixed set of labels (DETR, RT-DETR, YOLOS, ...) and zero-shot ones, which are told
-what to look for (OWL-ViT, Grounding DINO, OmDet-Turbo). Nothing here needs torch until a model
-is loaded, so that a driver can check, name and hash a detector.
+Two kinds are supported: models with a fixed set of labels (DETR, RT-DETR, YOLOS, ...), and
+zero-shot models that look for given labels (OWL-ViT, Grounding DINO, OmDet-Turbo). Nothing here
+needs torch until a model is loaded, so that a driver can check, name and hash a detector.
 
 Shape legend: B images of a batch, Q boxes of an image, T tokens of the text, H x W pixels.
 """
@@ -201,7 +201,7 @@ def detector_queries(config: RegionsConfig, labels: Sequence[str]) -> list[str]:
 
 
 def detector_fingerprint(config: RegionsConfig) -> str:
-    """Return text that changes whenever the detector may answer otherwise; "" without one.
+    """Return text that changes whenever the detector may find other boxes; "" without one.
 
     Of a local model: a hash over its settings, tokenizer and weights (by content up to 64 MB a
     file, by name and size above). Of a hub id: `id@revision`, unread.

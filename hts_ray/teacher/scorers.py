@@ -50,7 +50,7 @@ class ClassScorer(Protocol):
     ) -> FloatArray:
         """Return class scores (R, C) float32 of R crops and the captions of each.
 
-        -inf is the score of a class that was left out, NaN one that is no answer.
+        -inf means that the class was left out, NaN that the model failed.
         """
 
 
@@ -296,12 +296,12 @@ def _in_original(detection: Detection, image: DecodedImage) -> Detection:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell by name, since torch may not even be loaded."""
+    """Return whether memory ran out; by the error's name, as torch may not be loaded."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def breaks_device(error: BaseException) -> bool:
-    """Tell errors after which a CUDA process answers nothing any more."""
+    """Return whether an error leaves the CUDA context of this process unusable."""
     if _is_out_of_memory(error):
         return False
     return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)

@@ -1,4 +1,4 @@
-"""How each family reads a region and goes on behind it: cross-attention, prefix, or both.
+"""How each family reads a region and then a prompt: by cross-attention, as a prefix, or both.
 
 Each class is `encode`, `forward` and `reference` of a `Decoder`.
 
@@ -114,7 +114,7 @@ class GitDecoder(Decoder):
         super().__init__(model, model.get_output_embeddings(), **rest)
 
     def context(self, image: Tensor) -> tuple[int, int]:
-        """Return the patches and start tokens, which all stand before the prompt."""
+        """Return the number of patches and start tokens in front of the prompt."""
         patch = self.model.config.vision_config.patch_size
         return image.numel() // 3 // (patch * patch) + 1 + len(self.start_ids), 0
 
@@ -175,7 +175,7 @@ class PrefixDecoder(Decoder):
         return output.past_key_values
 
     def prefix_positions(self, mask: Tensor) -> dict[str, Tensor]:
-        """Return the position ids of a prefix of which `mask` (R, L) tells what is no padding."""
+        """Return the position ids of a prefix; `mask` (R, L) is 0 for padding."""
         return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0) + self.first}
 
     def first_position(self, mask: Tensor) -> Tensor:
@@ -183,11 +183,11 @@ class PrefixDecoder(Decoder):
         return mask.sum(1) + self.first
 
     def position_ids(self, positions: Tensor) -> dict[str, Tensor]:
-        """Return what tells the model the positions (R, N) of prompt tokens."""
+        """Return the model's arguments for the positions (R, N) of prompt tokens."""
         return {"position_ids": positions}
 
     def joins(self, first: Mapping[str, Tensor], image: Mapping[str, Tensor]) -> bool:
-        """Tell whether two regions can be read together: padded, or of one length."""
+        """Return whether two regions can be read together: padded, or of one length."""
         # A batch of prompts has no mask for a prefix's padding.
         alike = first["input_ids"].shape == image["input_ids"].shape
         return alike or (self.pads and self.by_trie)
@@ -257,7 +257,7 @@ class QwenDecoder(PrefixDecoder):
         return {}
 
     def first_position(self, mask: Tensor) -> Tensor:
-        """Return where text goes on: an image takes fewer positions than it has tokens."""
+        """Return the next position: an image takes fewer positions than it has tokens."""
         return mask.sum(1) + rope_deltas(self.model)[:, 0].to(mask.device)
 
     def position_ids(self, positions: Tensor) -> dict[str, Tensor]:
@@ -266,7 +266,7 @@ class QwenDecoder(PrefixDecoder):
 
 
 class QFormerDecoder(PrefixDecoder):
-    """BLIP-2 and InstructBLIP: the language model goes on without the image's part."""
+    """BLIP-2 and InstructBLIP: the language model runs without the image's part."""
 
     pads = False  # a Q-Former's queries are as many for every image
 
@@ -321,7 +321,7 @@ class SequenceToSequenceDecoder(Decoder):
         return len(self.start_ids), len(image["input_ids"][0])
 
     def joins(self, first: Mapping[str, Tensor], image: Mapping[str, Tensor]) -> bool:
-        """Tell whether two regions can be read together: those of one length."""
+        """Return whether two regions can be read together: those of one length."""
         return first["input_ids"].shape == image["input_ids"].shape
 
     def encode(self, images: Sequence[Mapping[str, Tensor]]) -> Prefix:
@@ -388,7 +388,7 @@ class Florence2Decoder(SequenceToSequenceDecoder):
 
 @contextmanager
 def _positions_of(table: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Make a table of learned positions answer for `positions` (R, N) whatever it is asked.
+    """Make a table of learned positions return those of `positions` (R, N) for any input.
 
     BART counts rows. Correcting the embeddings for it would round twice at half precision and
     hold for as many nodes only as the table has rows.

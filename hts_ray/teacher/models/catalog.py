@@ -29,8 +29,8 @@ DUMMY = f"{BUILTIN}dummy"
 _ROOM = Path(__file__).parents[1]
 FIELD = "label.teacher.model"
 
-# model_type in config.json: what is supported of it, and how its prompts are scored. How each is
-# fed is told in `hts_ray.teacher.models.families`. Prefix families with a text model that takes
+# model_type in config.json: what is supported of it, and how its prompts are scored. For the inputs
+# of each see `hts_ray.teacher.models.families`. Prefix families with a text model that takes
 # no tree mask (sliding windows, linear attention) score by batched prompts.
 FAMILIES = {
     "blip": "BLIP captioning (trie)",
@@ -54,12 +54,12 @@ FAMILIES = {
 
 
 def is_dummy(config: TeacherConfig) -> bool:
-    """Tell the dummy teacher: `builtin:dummy`, or `builtin:dummy:SECONDS` a region."""
+    """Return whether it is the dummy: `builtin:dummy`, or `builtin:dummy:SECONDS` a region."""
     return config.model == DUMMY or config.model.startswith(f"{DUMMY}:")
 
 
 def needs_torch(config: TeacherConfig) -> bool:
-    """Tell whether the teacher is one of the packaged kinds that run on torch."""
+    """Return whether the teacher is one of the packaged kinds that run on torch."""
     return not is_dummy(config) and not config.model.startswith(IMPORT)
 
 
@@ -158,7 +158,7 @@ def model_folder(config: TeacherConfig) -> Path:
 
 
 def model_fingerprint(config: TeacherConfig) -> str:
-    """Return text that changes whenever the teacher may answer otherwise.
+    """Return text that changes whenever the teacher may give other scores.
 
     Of a local or built-in model: a hash over its settings, tokenizer and weights (by content
     up to 64 MB a file, by name and size above). Of a hub id: `id@revision`, unread. Of a

@@ -1,8 +1,10 @@
 """How a loaded model of each family becomes a captioner: decoder, instruction, tokens, pixels.
 
-What a prompt's tokens are is decided by what the model would see: behind an instruction the text
-is tokenized along with it, so that a word's leading space or none is the family's own; at the
-start of a decoder's text it stands alone. Capital letters and full stops stay as given.
+A prompt's tokens are those that the model would see:
+- Behind an instruction, prompt and instruction are tokenized together, so that a leading space is
+  written as the family writes it.
+- At the start of a decoder's text, the prompt is tokenized alone.
+Capital letters and full stops stay as given.
 
 | family | in front of the prompt, by default |
 |---|---|
@@ -94,7 +96,7 @@ class Loaded:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `from_pretrained` is told besides the folder."""
+        """The arguments of `from_pretrained` besides the folder."""
         return {
             "local_files_only": True,
             "trust_remote_code": self.config.trust_remote_code,
@@ -179,7 +181,7 @@ def tree_obstacle(text: Any) -> str | None:
 
 
 def behind(tokenizer: Any, context: str = "", glue: str = "") -> Encode:
-    """Return what makes tokens of prompts that stand behind `context`, after `glue`.
+    """Return what makes tokens of prompts that follow `context` and `glue`.
 
     Text and context are tokenized together and the context's tokens cut off. Where a prompt
     changes them it is tokenized alone, as the context's tokens are what the model has read.
@@ -346,7 +348,7 @@ def _chat(loaded: Loaded, kind: type[PrefixDecoder], *, tree: bool = True) -> Fa
 
 
 def _chat_text(processor: Any, words: str) -> tuple[str, str]:
-    """Return the text up to the answer, and what stands between it and the answer."""
+    """Return the text up to the answer, and what the template writes between the two."""
     from jinja2 import TemplateError
 
     asked: list[dict[str, Any]] = [

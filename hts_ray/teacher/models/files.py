@@ -20,7 +20,7 @@ from hts_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Larger weights are told apart by name and size: hashing them would cost more than it tells.
+# Larger files are hashed by name and size only: reading them would take too long.
 HASHED_BYTES = 64 << 20
 # What a model needs on disk, and what its fingerprint covers.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
@@ -100,7 +100,7 @@ def download(
 
 
 def _is_complete(folder: Path) -> bool:
-    """Tell whether a snapshot has its settings, its tokenizer and all of its weights."""
+    """Return whether a snapshot has its settings, its tokenizer and all of its weights."""
     index = folder / "model.safetensors.index.json"
     if not (folder / "config.json").is_file() or not any(folder.glob("*token*")):
         return False
@@ -114,13 +114,13 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Tell failures of network and server from answers that will not change."""
+    """Return whether an error of the network or the server may pass."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if isinstance(error, LocalEntryNotFoundError):  # how the client tells of an unreachable hub
+    if isinstance(error, LocalEntryNotFoundError):  # raised for an unreachable hub
         if not isinstance(error.__cause__, HfHubHTTPError):
             return True
         error = error.__cause__

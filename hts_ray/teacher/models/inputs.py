@@ -95,7 +95,7 @@ class RegionInputs(Sequence[dict[str, Tensor]]):
 def collate(regions: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
     """Join the inputs of R regions for one forward, tokens padded on the left.
 
-    `attention_mask` (R, L) tells padding. Pixels of unequal shape (a differing number of tiles)
+    `attention_mask` (R, L) is 0 for padding. Pixels of unequal shape (a differing number of tiles)
     are filled up with zeros behind, which the models that cut images into tiles leave out.
     """
     joined: dict[str, Tensor] = {}

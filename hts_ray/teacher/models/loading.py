@@ -21,7 +21,7 @@ from hts_ray.teacher.models.catalog import (
 def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     """Load the teacher that `config.model` names onto a torch device and check it.
 
-    `device` may be "auto" for a model that is laid out over all GPUs. The name is a hub id, a
+    `device` may be "auto" for a model that is spread over all GPUs. The name is a hub id, a
     local folder, `builtin:NAME` or `import:MODULE:CLASS`. Raises ConfigError naming
     label.teacher.model for a missing or incomplete model and for a family that is not supported.
     """
@@ -54,5 +54,5 @@ def load_on_device(config: LabelConfig) -> tuple[Captioner, str]:
             remedy="set it to 0, or use nodes with GPUs and a CUDA build of torch",
         )
     device = "cuda" if pool.num_gpus > 0 else "cpu"
-    # On several GPUs accelerate lays the model out.
+    # On several GPUs accelerate spreads the model.
     return load_captioner(config.teacher, "auto" if pool.num_gpus > 1 else device), device

@@ -76,7 +76,7 @@ class RowContinuation(Continuation):
         self.rows = select_regions(prefix, rows)
 
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
-        """Feed one token a row, after moving the caches of rows that others go on from."""
+        """Feed one token a row, after copying the caches of the rows that are continued."""
         regions, texts = tokens.shape
         if parents is not None:
             offsets = torch.arange(regions, device=parents.device)[:, None] * texts

@@ -1,8 +1,8 @@
 """How prompts are scored behind a region: as a tree in one forward, or as a padded batch.
 
-A decoder reads R regions, and whatever stands before every prompt, once (`encode`); its keys and
-values stay in a cache. Families whose attention takes a tree mask then score by trie, the others
-by batches of prompts. Every family also has a slow plain forward, `reference`, that the fast
+A decoder reads R regions and the text in front of every prompt once (`encode`); its keys and values
+stay in a cache. Families whose attention takes a tree mask then score by trie, the others by
+batches of prompts. Every family also has a slow plain forward, `reference`, that the fast
 path is checked against when a model loads. How each family is fed:
 `hts_ray.teacher.models.architectures`.
 
@@ -55,8 +55,8 @@ class Prefix:
     """What a decoder has read of R regions before any prompt token, and of the tree since.
 
     `root` (R, 1, D) is the hidden state that predicts the first prompt token. `first_position`
-    (R,) int64 is the position id of that token. `visible` (R, past) bool tells the cached
-    positions that are not padding; None where none is. `features` is what a decoder with
+    (R,) int64 is the position id of that token. `visible` (R, past) bool is False for
+    padding in the cache; None where none is. `features` is what a decoder with
     cross-attention looks at: tensors with R entries. `fed` counts the tokens in the cache behind
     the prefix.
     """
@@ -173,7 +173,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def encode(self, images: Any) -> Prefix:
-        """Read R prepared regions, and whatever stands before every prompt, once."""
+        """Read R prepared regions and the text in front of every prompt."""
 
     @abstractmethod
     def forward(
@@ -211,7 +211,7 @@ class Decoder(ABC):
         )
 
     def joins(self, first: Any, image: Any) -> bool:
-        """Tell whether two prepared regions can be read in one forward."""
+        """Return whether two prepared regions can be read in one forward."""
         return True
 
     def groups(
@@ -251,7 +251,7 @@ class Decoder(ABC):
         """Feed N tree nodes and return their hidden states (R, N, D) in front of the head.
 
         `tokens` and `depths` (1 below the root) are (N,) or (R, N); `visible`, (N, fed + N) or
-        (R, N, fed + N) bool, tells which fed nodes each one sees, itself included.
+        (R, N, fed + N) bool, says which fed nodes each one sees, itself included.
         """
         regions, nodes = len(prefix), tokens.shape[-1]
         device = prefix.root.device
@@ -288,7 +288,7 @@ class Decoder(ABC):
     # By batches
 
     def _by_batches(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
-        # Prompts of one length meet, for less padding.
+        # Prompts of equal length share a batch, for less padding.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         longest = len(sequences[order[-1]])
         rows = max(1, min(self.prompt_batch, self.workspace // self.row_bytes(prefix, longest)))

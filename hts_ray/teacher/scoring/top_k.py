@@ -3,8 +3,8 @@
 A prompt's log-likelihood is a sum of log-probabilities, so what is known of it after some
 tokens can only fall. A class whose bound lies below the k-th best of the complete classes is
 left out with its branch of the prompt tree; the classes that remain have the scores that
-scoring everything would give them. Every region walks the tree on its own: what it answers does
-not depend on the regions beside it.
+scoring everything would give them. Every region walks the tree on its own: its scores do not
+depend on the other regions of the batch.
 
 Shape legend: R regions, P prompts, C classes, N nodes of the prompt tree (0 the root), L tokens
 of the longest prompt, W nodes fed at a time, D hidden width.
@@ -36,7 +36,7 @@ GROW_EVERY = 4
 # A node is fed together with its children while no more than so many of them can still matter:
 # a chain of tokens costs one forward.
 AHEAD = 1
-# Once no more than this share of the regions goes on, the others are dropped from the batch.
+# Once no more than this share of the regions is unfinished, the others leave the batch.
 GOES_ON = 0.5
 # Bounds are compared with room for rounding, in nats: a class too many costs little.
 MARGIN = 1e-4
@@ -221,13 +221,13 @@ class _Classes:
         return self._gather(values_RP, -torch.inf).logsumexp(2) - self.sizes.log()
 
     def settled(self, upper_RP: Tensor, complete_RP: Tensor, lower_RC: Tensor) -> Tensor:
-        """Tell the prompts (R, P) that cannot change their class's score any more."""
+        """Return the prompts (R, P) that cannot change their class's score any more."""
         if self.reduction != "max":
             return complete_RP
         return upper_RP <= lower_RC[:, self.of_prompt]
 
     def all_of(self, flags_RP: Tensor) -> Tensor:
-        """Tell the classes (R, C) all of whose prompts are flagged."""
+        """Return the classes (R, C) all of whose prompts are flagged."""
         if self.prompts.shape[1] == 1:
             return flags_RP
         return self._gather(flags_RP.float(), 1.0).amin(2) > 0
@@ -295,7 +295,7 @@ class _Walk:
     """What R regions know of the tree, and the decoder's cache behind it.
 
     `edge_scores` (R, N) float32 are log P(node | parent, region), 0 until `known`; `unfed`
-    (R, N) tells the nodes with children whose log-probabilities are not known yet. `rows` are
+    (R, N) marks the nodes with children whose log-probabilities are not known yet. `rows` are
     the regions that are still walking; `nodes_fed` and `padded` count for all there were.
     """
 
