@@ -1,4 +1,4 @@
-"""Corrections as the filter applies them: what people decided replaces what the machine did.
+"""Corrections as the filter applies them: what people decided replaces the machine's labels.
 
 Shapes: N images, C classes.
 """
@@ -24,9 +24,10 @@ _VALUES = {"positive_ids": 1, "negative_ids": -1, "ambiguous_ids": 0}
 class Corrected:
     """Targets after the corrections, and what they changed.
 
-    `targets_NC` int8 in {1, 0, -1}: positive, ignored, negative; `decided_NC` bool: where a
-    person decided. `image_ids` were corrected, and so many `labels` differ from before; `unused`
-    corrections are of images that are not among the N.
+    - `targets_NC` int8 in {1, 0, -1}: positive, ignored, negative.
+    - `decided_NC`: where a person decided.
+    - `image_ids`: the images that were corrected; `labels`: how many labels that changed.
+    - `unused`: how many corrections belong to images that are not among the N.
     """
 
     targets_NC: npt.NDArray[np.int8]
@@ -48,7 +49,7 @@ def read_overrides(path: str) -> pa.Table:
     """Return the corrections at `path`, sorted by image: a folder of `hts import-labels` or a file.
 
     Any manifest with annotations will do; rows without are left out. Raises ConfigError when
-    nothing is there, DataError for other tables or images that stand twice.
+    nothing is there, DataError for another table or an image that is in it twice.
     """
     file = path if path.endswith(".parquet") else storage.join(path, OVERRIDES)
     if not storage.exists(file):
@@ -65,7 +66,7 @@ def read_overrides(path: str) -> pa.Table:
 
 
 def overrides_key(path: str) -> str:
-    """Return a hash of what the corrections at `path` say, wherever they lie."""
+    """Return a hash of what the corrections at `path` say, whatever the path is."""
     return content_hash(read_overrides(path))
 
 

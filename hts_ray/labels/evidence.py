@@ -20,13 +20,13 @@ import pyarrow.dataset as pads
 
 from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.labels.select import aggregate, region_probabilities, support
 from hts_ray.store import storage
 from hts_ray.store.aliases import BoolArray, FloatArray
 
-IMAGE_COLUMNS = ["image_id", "uri", "split"]
 _BATCH_ROWS = 256
-_BLOCK_BYTES = 8 << 20  # of scores that are turned into probabilities at a time
+_BLOCK_BYTES = 4 << 20  # of scores that are turned into probabilities at a time
 _IGNORED_PREFIXES = [".", "_", "checkpoint", "quarantine", "stats.json", "table.json"]
 
 
@@ -72,7 +72,7 @@ class Evidence:
         return ids
 
     def seen(self) -> Evidence:
-        """Return the images of which a region counts; itself where that is so of all."""
+        """Return the images with a region that counts; itself if all have one."""
         return self if self.seen_N.all() else self.take(np.flatnonzero(self.seen_N))
 
     def take(self, rows: npt.NDArray[np.intp]) -> Evidence:

@@ -212,7 +212,7 @@ def class_thresholds(
     rounded down: 0.98 claims none of 49 images. Its threshold falls from `positive_threshold` to
     its k-th largest probability, never rises above it, and never falls below `quantile_floor`. The
     floor keeps a class that is in no image from being forced on its k least unlikely ones. Its
-    default lies midway between both thresholds, and whatever is given is held between them.
+    default lies midway between both thresholds; a given one is raised to `negative_threshold`.
 
     ValueError for thresholds outside [0, 1] or out of order, or a quantile outside (0, 1).
     """

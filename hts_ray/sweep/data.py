@@ -21,6 +21,7 @@ from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, HtsConfig
 from hts_ray.errors import DataError
 from hts_ray.evaluate import label_matrix
+from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.labels.corrections import read_overrides
 from hts_ray.labels.evidence import Evidence, Regions, aggregate_regions, pack_regions
 from hts_ray.labels.evidence import read_regions as read_blocks
@@ -31,8 +32,6 @@ from hts_ray.student.features import Features, read_feature_table
 from hts_ray.student.head import head_logits
 from hts_ray.student.model import build_student
 from hts_ray.sweep.objectives import Reference, make_reference
-
-IMAGE_COLUMNS = ["image_id", "uri", "split"]
 
 
 @dataclass(frozen=True, eq=False)

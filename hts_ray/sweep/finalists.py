@@ -12,10 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -24,15 +22,17 @@ from hts_ray.config import TrainConfig, override
 from hts_ray.engine.run import Run
 from hts_ray.errors import UserError
 from hts_ray.evaluate import label_matrix, read_predictions
+from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.labels.stage import plan_filter
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
+from hts_ray.store.aliases import FloatArray
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import write_table
 from hts_ray.student.predict import plan_predict, score_images
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
-from hts_ray.sweep.data import IMAGE_COLUMNS, SweepData
+from hts_ray.sweep.data import SweepData
 from hts_ray.sweep.log import OWN, Trial
 from hts_ray.sweep.objectives import OBJECTIVES, VALIDATION, Outcome
 from hts_ray.sweep.plan import Plan, labeled_among
@@ -42,8 +42,6 @@ from hts_ray.sweep.trial import pseudo_label
 FOLDER = "finalists"
 HELD_OUT = "unseen_ap"
 FOLDS = 2
-
-FloatArray = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)

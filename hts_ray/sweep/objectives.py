@@ -33,7 +33,7 @@ _SURE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What is believed of N images whatever the setting: it stays the same for a whole sweep.
+    """What a sweep believes of N images; it does not depend on the settings that are tried.
 
     Probabilities (N, C) float32 in [0, 1]: `consensus_NC` of all stored regions; `calibrated_NC`
     the same, calibrated by the agreement of two disjoint halves of every image's regions;

@@ -14,10 +14,11 @@ from hts_ray.config import SweepConfig
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.hico import read_anno_table
+from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
 from hts_ray.student.model import source_fingerprint
-from hts_ray.sweep.data import IMAGE_COLUMNS, scored_images
+from hts_ray.sweep.data import scored_images
 from hts_ray.sweep.objectives import choose_objective
 from hts_ray.sweep.proposals import make_proposer
 from hts_ray.sweep.space import Space, build_space

@@ -1,4 +1,4 @@
-"""How a sweep stands while it runs, and what it found."""
+"""The progress of a sweep while it runs, and what it found."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from hts_ray.config import SweepConfig
 from hts_ray.errors import ConfigError
@@ -11,25 +11,15 @@ from hts_ray.sweep.log import OWN, Trial
 from hts_ray.sweep.space import TRIES, Parameter, Settings, Space
 
 
-class Proposer(Protocol):
-    """A source of settings. Trial `OWN` always gets the run's own."""
-
-    def propose(self, number: int) -> Settings:
-        """Return the settings of a trial."""
-
-    def tell(self, trial: Trial) -> None:
-        """Learn from a trial that ended."""
-
-
 def make_proposer(config: SweepConfig, space: Space, known: Sequence[Trial] = ()) -> Proposer:
     """Return the source of settings that `sweep.search` names; ConfigError without Optuna."""
     if config.search == "optuna":
         return OptunaProposer(space, config.seed, known)
-    return RandomProposer(space, config.seed)
+    return Proposer(space, config.seed)
 
 
-class RandomProposer:
-    """Draws every trial's settings by its number."""
+class Proposer:
+    """Draws every trial's settings by its number; trial `OWN` has the run's own."""
 
     def __init__(self, space: Space, seed: int) -> None:
         self._space, self._seed = space, seed
@@ -39,10 +29,10 @@ class RandomProposer:
         return self._space.own() if number == OWN else self._space.draw(self._seed, number)
 
     def tell(self, trial: Trial) -> None:
-        """Random draws learn nothing."""
+        """Take note of a trial that ended; random draws learn nothing from it."""
 
 
-class OptunaProposer:
+class OptunaProposer(Proposer):
     """Asks Optuna's TPE sampler, which learns from the trials that ended.
 
     `known` are trials of an earlier run. What was stopped or infeasible counts as pruned, which
@@ -58,8 +48,8 @@ class OptunaProposer:
                 value="optuna",
                 remedy="install it with `pip install hts-ray[optuna]`, or search at random",
             ) from None
+        super().__init__(space, seed)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space = space
         # A sampler that goes on with its first seed would propose its first settings again.
         sampler = optuna.samplers.TPESampler(seed=seed + len(known), constant_liar=True)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -69,18 +59,14 @@ class OptunaProposer:
             self.tell(trial)
 
     def propose(self, number: int) -> Settings:
-        """Return the settings of a trial; those that contradict one another are told as pruned."""
+        """Return the settings of a trial; contradictory ones count as pruned for Optuna."""
         from optuna.trial import TrialState
 
         if number == OWN:
             return self._space.own()
         for _ in range(TRIES):
             asked = self._study.ask(self._distributions)
-            settings = {
-                p.name: asked.params[p.name] if p.choices is None
-                else p.choices[asked.params[p.name]]
-                for p in self._space.parameters
-            }  # fmt: skip
+            settings = {p.name: p.value_at(asked.params[p.name]) for p in self._space.parameters}
             if self._space.problem(settings) is None:
                 break
             self._study.tell(asked, state=TrialState.PRUNED)
@@ -90,7 +76,7 @@ class OptunaProposer:
         return settings
 
     def tell(self, trial: Trial) -> None:
-        """Tell Optuna how a trial ended; errors of ours say nothing about its settings."""
+        """Tell Optuna how a trial ended; an error of ours says nothing about its settings."""
         from optuna.trial import TrialState, create_trial
 
         asked = self._asked.pop(trial.number, None)
@@ -102,7 +88,7 @@ class OptunaProposer:
         if asked is not None:
             self._study.tell(asked, value, state=state)
             return
-        places = {p.name: _place(p, trial.settings[p.name]) for p in self._space.parameters}
+        places = {p.name: p.place_of(trial.settings[p.name]) for p in self._space.parameters}
         if all(place is not None for place in places.values()):
             self._study.add_trial(
                 create_trial(
@@ -120,11 +106,3 @@ def _distribution(parameter: Parameter) -> Any:
     if parameter.integer:
         return distributions.IntDistribution(int(low), int(high), log=log)
     return distributions.FloatDistribution(low, high, log=log)
-
-
-def _place(parameter: Parameter, value: Any) -> Any:
-    """Return a value as Optuna knows it; None when it lies outside, as a run's own value may."""
-    if parameter.choices is not None:
-        return parameter.choices.index(value) if value in parameter.choices else None
-    inside = value is not None and parameter.low <= value <= parameter.high
-    return value if inside else None

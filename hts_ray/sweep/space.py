@@ -61,6 +61,16 @@ class Parameter:
         rounded = round(value) if self.integer else float(f"{value:.6g}")
         return min(max(rounded, self.low), self.high)
 
+    def place_of(self, value: Any) -> Any:
+        """Return a number itself, and a choice's place; None for what the parameter lacks."""
+        if self.choices is not None:
+            return self.choices.index(value) if value in self.choices else None
+        return value if value is not None and self.low <= value <= self.high else None
+
+    def value_at(self, place: Any) -> Any:
+        """Return the value that `place_of` gives this place."""
+        return place if self.choices is None else self.choices[place]
+
     def describe(self) -> str:
         """Return the range or the choices in words."""
         if self.choices is not None:
@@ -123,7 +133,7 @@ def build_space(config: HtsConfig, region_scores: str) -> Space:
     """Return the space of `config.sweep.space`, or the default one for these region scores.
 
     Raises ConfigError, naming the setting and the nearest right name, for unknown settings, for
-    settings that say how and not what or that a trial cannot feel, and for values that the setting
+    settings that change no answer or that a trial cannot feel, and for values that the setting
     refuses; also when no draw fits together.
     """
     ranges = config.sweep.space
@@ -170,7 +180,7 @@ def feels(name: str) -> bool:
     """Return whether a setting, by its dotted name, can change what a trial measures."""
     section, _, rest = name.partition(".")
     if name == "filter.overrides":
-        return False  # people's word is not for a sweep to choose
+        return False  # what people decided is no setting
     return section == "filter" or (section == "train" and _FELT.fullmatch(rest) is not None)
 
 

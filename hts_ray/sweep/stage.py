@@ -134,7 +134,7 @@ def start_student(plan: Plan, folder: str) -> str:
 def objectives_of(chosen: str) -> list[str]:
     """Return what a trial measures: all objectives but those that take students of half regions.
 
-    Those are the dearest, and are measured only where one of them is `chosen`.
+    Those cost the most, and are measured only if one of them is `chosen`.
     """
     return [
         name

@@ -1,9 +1,9 @@
-"""The trials of a sweep: asked for one after the other, run by Ray Tune, told when they end.
+"""The trials of a sweep, run by Ray Tune.
 
 A trial fits classifiers on stored features, which takes about a second, while starting a process
 for it would take several. So a few actors are kept and given one trial after the other, the data
 lies in the object store once, and a trial is a function that reports after each of its seeds. Tune
-only runs them: what is tried, who is stopped early and what is kept is decided here.
+only runs them. What is tried, which trials are stopped early and what is kept is decided here.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _run_trial(
     seed: int,
     **parameters: Any,
 ) -> None:
-    """Run a trial's seeds and report how it stands after each; runs in a Tune actor.
+    """Run a trial's seeds and report its results so far after each; runs in a Tune actor.
 
     A report is the trial's fields as text, because Tune reads dots in names as nesting.
     """
@@ -215,7 +215,7 @@ class Halving:
 
 
 class _Ledger:
-    """What was asked for and told: the wanted trials in turn, and the log of those that ended.
+    """Hands out the trials that are wanted, one by one, and logs those that ended.
 
     `failure` is why the log could not be written. It is not raised at once: Tune would take it for
     the trial's, run the trial again, and have it end as a failed one.
@@ -268,7 +268,7 @@ class _Asking(Searcher):  # type: ignore[misc]
         return self._ledger.ask() or str(Searcher.FINISHED)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Do nothing: `_Telling` knows more about the trial."""
+        """Do nothing: `_Telling` is given more about the trial."""
 
 
 class _Stopping(FIFOScheduler):  # type: ignore[misc]
@@ -291,11 +291,11 @@ class _Telling(tune.Callback):  # type: ignore[misc]
         self._ledger = ledger
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell of a trial that ran to its end or was stopped."""
+        """Log a trial that ran to its end or was stopped."""
         self._ledger.tell(trial.config, json.loads(trial.last_result["fields"]))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell of a trial whose process died each time."""
+        """Log a trial whose process died each time."""
         lines = str(trial.get_error()).strip().splitlines() or ["its process died"]
         self._ledger.tell(trial.config, {"status": "failed", "message": lines[-1]})
 

@@ -7,7 +7,7 @@ import pytest
 from hts_ray.config import SweepConfig, load_config
 from hts_ray.errors import ConfigError
 from hts_ray.sweep.log import OWN, Trial
-from hts_ray.sweep.proposals import OptunaProposer, RandomProposer, make_proposer
+from hts_ray.sweep.proposals import OptunaProposer, Proposer, make_proposer
 from hts_ray.sweep.space import Parameter, Space
 
 SPACE = Space(
@@ -28,7 +28,7 @@ def ended(number, settings, status="complete"):
 
 def test_random_settings_do_not_depend_on_what_ran_before():
     """Would catch a resumed sweep that tries other settings than an unbroken one."""
-    first, second = RandomProposer(SPACE, 3), RandomProposer(SPACE, 3)
+    first, second = Proposer(SPACE, 3), Proposer(SPACE, 3)
     first.propose(1)
     assert first.propose(7) == second.propose(7)
     assert first.propose(OWN) == SPACE.own()
