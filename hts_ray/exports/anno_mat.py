@@ -123,5 +123,5 @@ def _require_unique(files: Sequence[str]) -> None:
     if twice:
         raise DataError(
             f"{len(twice)} file names occur more than once ({twice[0]!r} is one), and anno.mat"
-            " tells images apart by their file names without suffix: take another format"
+            " knows images only by their file names without suffix: take another format"
         )

@@ -1,4 +1,4 @@
-"""The gallery: which images of a run to show, small enough to embed, and what stands beside each.
+"""The gallery: which images of a run to show, small enough to embed, and what to say beside each.
 
 Shapes: R regions of one image, C classes.
 """
@@ -223,8 +223,8 @@ def gallery_data(gallery: Sequence[GalleryItem]) -> dict[str, Any]:
                 [
                     text(region.kind),
                     text(region.caption),
-                    _corner_and_size(region),
-                    [[text(name), round(_clean(p), 3)] for name, p in region.best],
+                    _corner_and_size(*region.box),
+                    [[text(name), round(p, 3) if finite(p) else 0.0] for name, p in region.best],
                 ]
                 for region in item.regions
             ],
@@ -234,13 +234,9 @@ def gallery_data(gallery: Sequence[GalleryItem]) -> dict[str, Any]:
     return {"texts": list(numbers), "images": images}
 
 
-def _corner_and_size(region: GalleryRegion) -> list[int]:
-    x1, y1, x2, y2 = (round(_clean(value)) for value in region.box)
+def _corner_and_size(*box: float) -> list[int]:
+    x1, y1, x2, y2 = (round(side) for side in box)
     return [x1, y1, max(x2 - x1, 1), max(y2 - y1, 1)]
-
-
-def _clean(value: float) -> float:
-    return float(value) if finite(value) else 0.0
 
 
 def _best_region(p_RC: npt.NDArray[Any], column: int | None) -> tuple[int | None, float | None]:

@@ -17,10 +17,7 @@ from hts_ray.report.content import (
     VERDICTS,
     Confusion,
     FunnelStep,
-    GalleryItem,
     ReportData,
-    StageRow,
-    Verdict,
 )
 from hts_ray.report.gallery import gallery_classes, gallery_data
 from hts_ray.report.label_quality import expected_calibration_error
@@ -71,12 +68,13 @@ def render_report(data: ReportData) -> str:
             confused_pairs=_confused_pairs(data.confusions),
             open_confusions=OPEN_CONFUSIONS,
             training=training_charts(data.training, series),
-            totals=_totals(data.stages),
+            seconds=sum(row.seconds or 0.0 for row in data.stages),
+            gpu_hours=sum(row.gpu_hours or 0.0 for row in data.stages),
             kinds=Counter(row["error_kind"] for row in data.quarantine).most_common(),
             max_quarantine=MAX_QUARANTINE_ROWS,
             provenance=list(formatting.flat(data.provenance)),
-            verdicts=_used_verdicts(data.gallery),
-            all_verdicts=VERDICTS,
+            verdicts=VERDICTS,
+            shown_verdicts={label.verdict for item in data.gallery for label in item.labels},
             gallery_classes=gallery_classes(data.gallery),
             gallery_data=gallery_data(data.gallery),
         )
@@ -159,16 +157,3 @@ def _confused_pairs(confusions: Sequence[Confusion]) -> list[tuple[str, str, int
         if row != column and number
     ]
     return sorted(pairs, key=lambda pair: -pair[2])[:MAX_CONFUSED_PAIRS]
-
-
-def _totals(stages: Sequence[StageRow]) -> dict[str, float | None]:
-    hours = [row.gpu_hours for row in stages if row.gpu_hours is not None]
-    return {
-        "seconds": sum(row.seconds or 0.0 for row in stages),
-        "gpu_hours": sum(hours) if hours else None,
-    }
-
-
-def _used_verdicts(gallery: Sequence[GalleryItem]) -> list[tuple[Verdict, str, str]]:
-    used = {label.verdict for item in gallery for label in item.labels}
-    return [(name, mark, text) for name, (mark, text) in VERDICTS.items() if name in used]

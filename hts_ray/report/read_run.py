@@ -103,9 +103,16 @@ def _run_classes(path: str) -> ClassTable | None:
 
 
 def _run_config(text: str) -> HtsConfig:
-    """Return the run's settings; the defaults when an older version wrote them in another form."""
+    """Return the run's settings; a section that this version cannot read has its defaults."""
     try:
         values = yaml.safe_load(text)
-        return parse_config(values if isinstance(values, dict) else {})
-    except (yaml.YAMLError, ConfigError):
-        return parse_config({})
+    except yaml.YAMLError:
+        values = None
+    known = {}
+    for name, section in (values if isinstance(values, dict) else {}).items():
+        try:
+            parse_config({name: section})
+            known[name] = section
+        except ConfigError:  # an older version wrote it in another form
+            continue
+    return parse_config(known)

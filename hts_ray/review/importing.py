@@ -201,26 +201,24 @@ def _labeled(
 
 
 def _quarantine(problems: Sequence[Problem]) -> pa.Table:
-    return pa.table(
+    rows = [
         {
-            "image_id": [problem.reference for problem in problems],
-            "stage": [STAGE] * len(problems),
-            "uri": [problem.reference for problem in problems],
-            "error_kind": [problem.kind for problem in problems],
-            "error": [problem.error for problem in problems],
-        },
-        schema=QUARANTINE_SCHEMA,
-    )
+            "image_id": problem.reference,
+            "stage": STAGE,
+            "uri": problem.reference,
+            "error_kind": problem.kind,
+            "error": problem.error,
+        }
+        for problem in problems
+    ]
+    return pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
 
 
 def _nothing(read: Read, problems: Sequence[Problem]) -> str:
     if not problems:
         waiting = read.counts.get("not_reviewed", 0)
-        return (
-            f"no corrected label: {waiting} tasks are there, and none was reviewed"
-            if waiting
-            else "no corrected label: the file lists no image"
-        )
+        tasks = f"{waiting} tasks are there, and none was reviewed"
+        return f"no corrected label: {tasks if waiting else 'the file lists no image'}"
     kinds = Counter(problem.kind for problem in problems)
     counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
     first = problems[0]

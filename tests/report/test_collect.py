@@ -66,6 +66,14 @@ def test_report_for_unfinished_runs(run_dir, tmp_path):
     Page(report.render_report(data))
 
 
+def test_a_setting_of_an_older_version_costs_its_section_alone(run_dir):
+    """Catches a report that shows default thresholds for a run with settings of its own."""
+    path = f"{run_dir}/config.yaml"
+    text = storage.read_bytes(path).decode().replace("label:\n", "label:\n  gone: 1\n")
+    storage.write_bytes(path, text.encode())
+    assert report.report_for_run(run_dir, max_images=0).facts["Filter"]["prior"] == "alpha 0"
+
+
 def test_given_labels_beat_the_latest(run_dir):
     """Catches a demo whose report is about its last ablation."""
     other = StageFolder(run_dir, "pseudo_labels", "later")
