@@ -476,7 +476,7 @@ def test_the_trap_works(tmp_path):
 )
 def test_pickles_are_refused_and_not_run(tmp_path, read, reason):
     """Would catch code in somebody's file that runs when the file is read."""
-    trap, path = Trap(tmp_path / "sprung"), tmp_path / "file"
+    trap, path = Trap(tmp_path / "sprung"), tmp_path / "file.parquet"
     path.write_bytes(pickle.dumps(trap))
     with pytest.raises(UserError, match=reason):
         read(str(path))
