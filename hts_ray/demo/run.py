@@ -27,6 +27,7 @@ from hts_ray.labels.evidence import image_evidence
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
+from hts_ray.student.predict import score_images
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
 from hts_ray.teacher.stage import plan_label
@@ -182,8 +183,6 @@ def run_variant(
     watch: stages.Watch | None = None,
 ) -> Row:
     """Filter and train a variant, then score the test images in this process and evaluate."""
-    from hts_ray.student.predict import score_images  # torch loads slowly
-
     started = time.perf_counter()
     own = run.changed(variant.settings)
     labels = plan_filter(own, scores).run() if variant.uses_teacher else None
@@ -260,8 +259,8 @@ def write_demo_report(run: Run, rows: Sequence[Row]) -> str:
     )
     order = {row.name: number for number, row in enumerate(rows)}
 
-    def place(name: str) -> int:
-        return order.get(name, len(order))
+    def place(item: tuple[str, Any]) -> int:
+        return order.get(item[0], len(order))
 
     data = replace(
         found,
@@ -287,13 +286,11 @@ def write_demo_report(run: Run, rows: Sequence[Row]) -> str:
             for row in rows
         ],
         per_class=[
-            replace(entry, ap=dict(sorted(entry.ap.items(), key=lambda item: place(item[0]))))
+            replace(entry, ap=dict(sorted(entry.ap.items(), key=place)))
             for entry in found.per_class
         ],
-        precision_recall=dict(
-            sorted(found.precision_recall.items(), key=lambda item: place(item[0]))
-        ),
-        training=sorted(found.training, key=lambda curve: place(curve.name)),
+        precision_recall=dict(sorted(found.precision_recall.items(), key=place)),
+        training=sorted(found.training, key=lambda curve: place((curve.name, curve))),
     )
     path = storage.join(run.run_dir, "report.html")
     report.write_report(path, data)
