@@ -30,7 +30,7 @@ from hts_ray.captions.matching import match_captions
 from hts_ray.classes import hico_classes
 
 ROOT = Path(__file__).resolve().parent
-CAPTIONS = ROOT.parent / "tests" / "teacher" / "data" / "captions.jsonl"
+CAPTIONS = ROOT.parent / "tests" / "captions" / "data" / "captions.jsonl"
 # Micro precision and recall of the first run of each part: what new captions should expect.
 FIRST_COUNTS = {
     "dev, before tuning": {"precision": 0.951, "recall": 0.901},
