@@ -11,11 +11,11 @@ Knows verbs by their lemmas and nouns by their kinds: no lexicon, no objects, no
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hts_ray.captions.phrases import Chunk, Mark, NounPhrase, VerbGroup
-from hts_ray.captions.words import word_lists, word_set
+from hts_ray.captions.words import phrase_set, word_lists, word_set
 
 _ANIMAL_VERBS = word_set("animal_verbs")
 _DONE_TOGETHER = word_set("done_together")
@@ -26,6 +26,11 @@ _OBJECT_CONTROL = word_set("object_control")
 _SHOWN_BY_PREPARING = word_set("shown_by_preparing")
 _INTRANSITIVE = word_set("intransitive")
 _LOCATIVE_BY = word_set("locative_by")
+_BODY_PLACES = word_set("body_places")
+_SUPPOSING = phrase_set("supposing")
+_DOUBTED = word_set("doubted")
+_HINTING = word_set("hinting")
+_SUPPOSED = 0.3  # how far what is only supposed is said: "as if riding a horse"
 # How much of a verb is asserted by a verb that governs it, or by a word that leads to it.
 _GOVERNS: dict[str, float] = word_lists()["governs"]
 _LEADS: dict[str, float] = word_lists()["leads"]
@@ -94,6 +99,8 @@ class _Reader:
         self.event: Event | None = None
         self.last: NounPhrase | None = None
         self.gap: NounPhrase | None = None
+        self.supposed = ""  # the word that makes the rest of the sentence, or clause, unreal
+        self.denied = False
         self.leading: list[tuple[str, NounPhrase]] = []
         self.group: tuple[str, Any] | None = None
         self._clear()
@@ -113,32 +120,38 @@ class _Reader:
     # Marks
 
     def _mark(self, mark: Mark, i: int) -> None:
-        after = self._next(i)
         if mark.kind == "S":
             if mark.word in (".", "!", "?", "…", ";", ":", "\n", "|"):
                 self._reset()
         elif mark.kind == "K":
             self.comma, self.preps = True, []
+            self.supposed = self.supposed.replace("as if", "")
         elif mark.kind == "C":
             self.joint, self.preps = mark.word, []
         elif mark.kind == "U":
             self._clear()
             self.lead = mark.word
             self.outer = []
+            self.supposed = mark.word if mark.word in _SUPPOSING else self.supposed
         elif mark.kind == "W":
             self.relative, self.comma = mark.word, False
+            doubted = self.last is not None and self.last.negative and self.last.head in _DOUBTED
+            self.denied = self.denied or doubted  # "no indication that"
         elif mark.kind == "P":
-            if isinstance(after, VerbGroup) and after.lemma and not after.infinitive:
-                if self.preps:
-                    self._particles(self.preps)
-                self.preps, self.lead = [], mark.word
-                if mark.word not in _LEADS and self.event is not None:
-                    self._particles([mark.word])
-            elif isinstance(after, NounPhrase) or (isinstance(after, Mark) and after.kind == "P"):
-                self.preps.append(mark.word)
-            else:
-                self._particles([*self.preps, mark.word])
-                self.preps = []
+            self._preposition(mark, self._next(i))
+
+    def _preposition(self, mark: Mark, after: Chunk | None) -> None:
+        if isinstance(after, VerbGroup) and after.lemma and not after.infinitive:
+            if self.preps:
+                self._particles(self.preps)
+            self.preps, self.lead = [], mark.word
+            if mark.word not in _LEADS and self.event is not None:
+                self._particles([mark.word])
+        elif isinstance(after, NounPhrase) or (isinstance(after, Mark) and after.kind == "P"):
+            self.preps.append(mark.word)
+        else:
+            self._particles([*self.preps, mark.word])
+            self.preps = []
 
     def _particles(self, words: Iterable[str]) -> None:
         if self.event is not None:
@@ -149,6 +162,10 @@ class _Reader:
     def _noun(self, phrase: NounPhrase, i: int) -> None:
         phrase.position = len(self.phrases)
         self.phrases.append(phrase)
+        if phrase.of is not None:
+            phrase.of.position = phrase.position
+        if self.supposed or self.denied:
+            phrase.weight *= _SUPPOSED
         if self.negate:
             phrase.negative = True
         after_mark = (self.joint, self.comma, self.relative, self.lead)
@@ -164,7 +181,7 @@ class _Reader:
         elif lead and lead not in _LEADS:
             self._clause([phrase])
         elif (joint or comma) and not self._starts_clause(phrase, i):
-            self._join(phrase)
+            self._join(phrase, i)
         elif joint or comma:
             self._clause([phrase])
         else:
@@ -184,7 +201,7 @@ class _Reader:
                     self.subject.append(phrase)
                     self.group = ("subject", None)
                 else:
-                    self.group[1][0].attached.append((self.group[1][1], phrase))
+                    self._join(phrase, i)
             else:
                 self.subject.append(phrase)
                 self.group = ("subject", None)
@@ -204,25 +221,25 @@ class _Reader:
             event.subjects, event.implicit = [phrase], False
             self.subject = [phrase]
             return
-        if event.lemma == "be" and not event.adjuncts and not event.objects:
-            # "There is a man riding": the predicate is what the next verb is about.
-            person = any(s.kind in ("person", "name") for s in event.subjects)
-            if phrase.adjectival:
-                for subject in event.subjects if not event.negative else ():
-                    subject.modifiers = (*subject.modifiers, phrase.head)
-                return
-            if not person or phrase.kind == "person":
-                negative = event.negative
-                self._clause([phrase])
-                phrase.negative = phrase.negative or negative
-                return
-        if event.objects and self.last is not None and self._starts_clause(phrase, i):
-            gap, outer = self.last, self.subject
+        person = any(s.kind in ("person", "name") for s in event.subjects)
+        shown = event.lemma in _SHOWING and not (person or event.passive or event.objects)
+        named = event.lemma == "be" and not (event.adjuncts or event.objects)
+        if named and phrase.adjectival:
+            for subject in event.subjects if not event.negative else ():
+                subject.modifiers = (*subject.modifiers, phrase.head)
+            return
+        if shown or (named and (not person or phrase.kind == "person")):
+            # "There is a man riding", "the image shows a man, riding": the next verb is about him.
+            event.objects.extend([phrase] if shown else [])
+            phrase.negative = phrase.negative or event.negative
+            self._clause([phrase])
+            return
+        gapped = bool(event.objects) and self.last is not None
+        if (gapped or event.adjuncts) and self._starts_clause(phrase, i):
+            gapped = gapped or bool(phrase.pronoun)  # "lies on the bed that" or "the bed he made"
+            gap, outer = (self.last, self.subject) if gapped else (None, self.outer)
             self._clause([phrase])
             self.gap, self.outer = gap, outer
-            return
-        if event.adjuncts and self._starts_clause(phrase, i):
-            self._clause([phrase])
             return
         event.objects.append(phrase)
         self.group = ("object", event)
@@ -261,10 +278,18 @@ class _Reader:
         if relative != "whose":
             self.gap = antecedent
 
-    def _join(self, phrase: NounPhrase) -> None:
+    def _join(self, phrase: NounPhrase, i: int) -> None:
         if self.group is None:
             return
         kind, target = self.group
+        if kind == "adjunct" and target[0].objects and self._has_own_place(target[0].adjuncts, i):
+            # "a cup in one hand and a bag in the other"
+            event = target[0]
+            kind, target = "object", replace(event, objects=[], adjuncts=[], gap=None, shared=None)
+            self.events.append(target)
+            self.event, self.group = target, ("object", target)
+        elif kind == "attached" and self._has_own_place(target[0].attached, i):
+            target = (target[0], target[0].attached[0][0])
         if kind == "object":
             target.objects.append(phrase)
         elif kind == "adjunct":
@@ -273,6 +298,12 @@ class _Reader:
             target.agents.append(phrase)
         elif kind == "attached":
             target[0].attached.append((target[1], phrase))
+
+    def _has_own_place(self, places: Sequence[tuple[str, NounPhrase]], i: int) -> bool:
+        """Whether the phrase at `i` is in another hand than the one before: no place itself."""
+        own = self.chunks[i + 1 : i + 3]
+        again = len(own) > 1 and _is_mark(own[0], "P") and isinstance(own[1], NounPhrase)
+        return again and places[-1][1].head in _BODY_PLACES
 
     def _starts_clause(self, phrase: NounPhrase, i: int) -> bool:
         """Whether a verb follows for which this phrase would be the subject."""
@@ -315,12 +346,28 @@ class _Reader:
             bool(event.subjects) and all(s.negative for s in event.subjects)
         )
         event.passive = self._is_passive(group, event, i)
+        self._suppose(event, before, i)
         event.gap, self.gap = self.gap, None
         event.adjuncts, self.leading = [*self.leading, *event.adjuncts], []
         self.events.append(event)
         self.event = event
         self.group = None
         self._clear()
+
+    def _suppose(self, event: Event, before: Chunk | None, i: int) -> None:
+        """Weaken what is only supposed, and start what this verb makes so: "suggests that"."""
+        starts = before is None or _is_mark(before, "S")
+        if event.lemma == "have" and event.form == "past" and starts:
+            self.supposed = "if"  # "Had anyone sat there"
+        event.weight *= _SUPPOSED if self.supposed else 1.0
+        event.negative = event.negative or self.denied
+        after = self._next(i)
+        clause = isinstance(after, NounPhrase) and self._starts_clause(after, i + 1)
+        if event.lemma in _HINTING and (clause or _is_mark(after, "W")):
+            self.denied = event.negative
+            self.supposed = self.supposed or event.lemma
+        elif event.negative and isinstance(after, Mark) and after.word == "like":
+            self.denied = True  # "does not look like he is riding"
 
     def _find_subject(self, event: Event, group: VerbGroup, before: Chunk | None, i: int) -> None:
         current = self.event
@@ -352,7 +399,10 @@ class _Reader:
 
     def _relative_subject(self, event: Event) -> None:
         antecedent = self.last
-        if self.relative in ("who", "whom") and (antecedent is None or antecedent.kind != "person"):
+        people = ("person", "animal") if event.lemma in _ANIMAL_VERBS else ("person",)
+        if self.relative in ("who", "whom") and (
+            antecedent is None or antecedent.kind not in people
+        ):
             antecedent = next(
                 (p for p in reversed(self.phrases[-12:]) if p.kind == "person"), antecedent
             )
@@ -468,5 +518,5 @@ class _Reader:
                 event.objects = list(other.objects) or [p for _, p in other.adjuncts[:1]]
 
 
-def _is_mark(chunk: Chunk, kind: str) -> bool:
+def _is_mark(chunk: Chunk | None, kind: str) -> bool:
     return isinstance(chunk, Mark) and chunk.kind == kind

@@ -29,13 +29,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-from hts_ray.captions.clauses import Clauses, read_clauses
+from hts_ray.captions.clauses import read_clauses
 from hts_ray.captions.lexicon import STATED, Lexicon, Reading
-from hts_ray.captions.morphology import noun_key, split_words, verb_lemma
-from hts_ray.captions.phrases import Chunk, NounPhrase, PhraseReader, VerbGroup
+from hts_ray.captions.morphology import NEGATIONS, NO_ONE, noun_key, split_words, verb_lemma
+from hts_ray.captions.names import Facts, NamePattern
+from hts_ray.captions.phrases import PhraseReader
 from hts_ray.captions.statements import StatementReader
 from hts_ray.classes import NO_INTERACTION, OBJECT_PHRASES, ClassTable, hico_classes
 
@@ -80,28 +80,30 @@ class CaptionMatcher:
         self._ids, lexicon = _compiled(table)
         self._phrases = PhraseReader(lexicon)
         self._statements = StatementReader(lexicon, self._ids)
-        self._without_verb = [
-            (entry.class_id, _NamePattern(entry.object or entry.name, self._phrases))
+        self.named = [
+            (
+                entry.class_id,
+                NamePattern((not entry.verb and entry.object) or entry.name, self._phrases),
+            )
             for entry in table
-            if entry.verb is None
+            if entry.verb is None or _denies(entry.verb)
         ]
+        lexicon.verbs |= {verb for _, pattern in self.named for verb in pattern.verbs}
         self._prompts = {
             _normal(prompt): entry.class_id for entry in table for prompt in entry.prompts
         }
 
     def match(self, caption: str) -> dict[int, float]:
         """Return the probabilities of the classes that one caption states or hints at."""
-        chunks = self._phrases.chunks(caption)
-        clauses = read_clauses(chunks)
+        clauses = read_clauses(self._phrases.chunks(caption))
         scores = self._statements.score(clauses)
         found = scores.by_id()
         for pair in scores.denied:
             if found.get(self._ids[pair], 1.0) < 0.5:
                 del found[self._ids[pair]]
-        for class_id, pattern in self._without_verb:
-            trust = pattern.match(chunks, clauses)
-            if trust:
-                found[class_id] = trust
+        if self.named:
+            facts = Facts(clauses)
+            found.update((i, STATED) for i, p in self.named if p.stated_by(facts, caption))
         exact = self._prompts.get(_normal(caption))
         if exact is not None:
             found[exact] = max(_PROMPT, found.get(exact, 0.0))
@@ -159,115 +161,25 @@ def _object_key(obj: str, known: Iterable[str]) -> str:
     return key
 
 
+def _denies(text: str) -> bool:
+    """Whether a verb ("not wearing", which is no verb to look for) or a name holds a denial."""
+    words = {word.lower() for word in split_words(text)}
+    return text != NO_INTERACTION and not words.isdisjoint(NEGATIONS | NO_ONE)
+
+
+def negated_names(table: ClassTable) -> list[str]:
+    """Return the names that say what is not there or not done ("no helmet").
+
+    Captions can state them; to a model that scores prompts, "no helmet" is close to "helmet".
+    """
+    if not any(_denies(entry.verb or entry.name) for entry in table):
+        return []
+    negated = {class_id for class_id, pattern in _matcher(table).named if pattern.negated}
+    return [entry.name for entry in table if entry.class_id in negated]
+
+
 _SPACES = re.compile(r"[\W_]+")
 
 
 def _normal(text: str) -> str:
     return _SPACES.sub(" ", text).strip().casefold()
-
-
-# Classes without a verb
-
-
-class _NamePattern:
-    """A class known by a phrase: its words in order, with others only where they change nothing."""
-
-    def __init__(self, name: str, phrases: PhraseReader) -> None:
-        chunks = phrases.chunks(name)
-        self.keys = _name_keys(chunks)
-        relations = list(_relations(read_clauses(chunks)))
-        self.relation = relations[0] if len(relations) == 1 else None
-
-    def match(self, chunks: Sequence[Chunk], clauses: Clauses) -> float:
-        """Probability that the phrase is said."""
-        said = _name_keys(chunks)
-        if not self.keys or not said:
-            return 0.0
-        if any(self._matches_at(said, start) for start in range(len(said))):
-            return STATED
-        if self.relation is not None:
-            for relation in _relations(clauses):
-                if all(w.fits(s) for w, s in zip(self.relation, relation, strict=True)):
-                    return STATED
-        return 0.0
-
-    def _matches_at(self, said: list[_Key], start: int) -> bool:
-        i = start
-        for n, wanted in enumerate(self.keys):
-            while n and i < len(said) and said[i].optional and not wanted.fits(said[i]):
-                i += 1
-            if i >= len(said) or not wanted.fits(said[i]) or said[i].negative:
-                return False
-            i += 1
-        return True
-
-
-@dataclass(frozen=True)
-class _Key:
-    """A noun phrase, verb or preposition of a name or caption."""
-
-    kind: str
-    word: str
-    modifiers: frozenset[str] = frozenset()
-    objects: frozenset[str] = frozenset()
-    negative: bool = False
-    optional: bool = False
-
-    def fits(self, said: _Key) -> bool:
-        """Whether what is said is this, or a narrower case of it."""
-        if self.kind != said.kind:
-            return False
-        same = self.word == said.word or bool(self.objects & said.objects)
-        if self.kind == "person" and self.word in ("person", "people", "someone"):
-            same = True
-        return same and self.modifiers <= said.modifiers
-
-
-def _relations(clauses: Clauses) -> Iterator[tuple[_Key, _Key, _Key]]:
-    """Subject, verb (with preposition) and object of every event that is not denied."""
-    for event in clauses.events:
-        if event.negative or event.lemma == "be":
-            continue
-        subjects, objects = event.subjects, [("", o) for o in event.objects]
-        if event.passive:
-            subjects, objects = event.agents, [("", o) for o in event.subjects]
-        for prep, obj in (*objects, *event.adjuncts):
-            for subject in subjects:
-                if not (subject.negative or obj.negative):
-                    verb = _Key("verb", f"{event.lemma} {prep}".strip())
-                    yield _noun_key(subject), verb, _noun_key(obj)
-
-
-def _noun_key(phrase: NounPhrase, denied: bool = False) -> _Key:
-    return _Key(
-        "person" if phrase.kind == "person" else "noun",
-        phrase.head,
-        frozenset(phrase.modifiers),
-        frozenset(phrase.objects),
-        phrase.negative or denied,
-    )
-
-
-def _name_keys(chunks: Sequence[Chunk]) -> list[_Key]:
-    keys: list[_Key] = []
-    denied = False
-    for chunk in chunks:
-        if isinstance(chunk, NounPhrase):
-            phrase: NounPhrase | None = chunk
-            while phrase is not None:
-                keys.append(_noun_key(phrase, denied))
-                phrase = phrase.of
-            denied = False
-        elif isinstance(chunk, VerbGroup):
-            denied = chunk.negative
-            if chunk.lemma:
-                optional = chunk.lemma == "be"
-                keys.append(_Key("verb", chunk.lemma, negative=chunk.negative, optional=optional))
-        elif chunk.word in ("without", "instead of"):
-            denied = True
-        elif chunk.kind == "P":
-            keys.append(_Key("prep", chunk.word, optional=chunk.word in ("down", "along", "up")))
-        elif chunk.kind in ("S", "U"):
-            denied = False
-            keys.append(_Key("mark", chunk.word))
-    return [key for key in keys if key.kind != "mark" or len(keys) > 1]

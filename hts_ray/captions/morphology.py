@@ -31,6 +31,7 @@ BE = word_set("be")
 HAVE = word_set("have")
 DO = word_set("do")
 MODALS = word_set("modals")
+NEGATIONS = word_set("negations") | {"no", "without"}
 DETERMINERS = word_set("determiners")
 NUMBERS = word_set("numbers")
 PREPOSITIONS = word_set("prepositions")

@@ -19,6 +19,8 @@ from hts_ray.captions.words import word_set
 
 _PARTS = word_set("parts")
 _ASPECT_NOUNS = word_set("aspects")
+_UNSURE = word_set("unsure_modals")
+_MAY_BE = 0.45  # how far "might be riding" says that it is so
 
 
 @dataclass
@@ -176,6 +178,8 @@ class PhraseReader:
             owner = next(t for t in reversed(span) if t.lemma == modifiers[-1])
         if owner is not None and lemma in _PARTS and owner is not head:
             phrase.of = self._phrase([owner], owner, words, None)
+        elif lemma in _PARTS and any(t.lemma == "its" for t in span):
+            phrase.of = NounPhrase("it", "thing", pronoun="it")
         if head.tag == "R":
             phrase.pronoun = lemma
             phrase.kind = PRONOUNS.get(lemma, "person")
@@ -234,6 +238,8 @@ class PhraseReader:
             group.form = "s" if finite or have else "ing"
         elif auxiliaries and (have or be or group.weight == 1.0):
             group.form = "s"
+        if verb.lemma != "see" and any(t.text in _UNSURE for t in auxiliaries):
+            group.weight = min(group.weight, _MAY_BE)
 
     # Phrases of phrases
 
@@ -275,7 +281,7 @@ class PhraseReader:
                 return whole
             if whole.head not in self._lexicon.containers:
                 whole.objects = dict(part.objects)
-                whole.kind = part.kind
+                whole.kind = whole.kind if part.pronoun else part.kind  # "one of them"
             whole.plural = True
             whole.negative = whole.negative or part.negative
         return whole

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from hts_ray.captions.clauses import WATCHING, Clauses, Event
 from hts_ray.captions.lexicon import STATED, Lexicon, Reading
@@ -112,9 +113,10 @@ class StatementReader:
                 if prep == "with" and not phrase.negative and subject.kind == "person":
                     self._say_frame(key, phrase, clauses, say.scaled(0.8))
         said |= self._score_implied(event, say)
-        if not event.objects and not said:
-            self._score_list_object(event, clauses, say)
+        if not event.objects:
             self._score_each_other(event, say)
+            if not said:
+                self._score_list_object(event, clauses, say)
         for verb in self._verbs_alone & {event.lemma}:
             say((verb, ""), STATED)
 
@@ -165,6 +167,9 @@ class StatementReader:
     ) -> bool:
         if phrase.negative:
             say = say.denial()
+        for where, place in event.adjuncts if prep == "with" else ():
+            # "dries her hair with a dryer in her hand"
+            self._say_frame(f"be with _ {where} {place.head}", phrase, clauses, say)
         short = prep.rsplit(" ", 1)[-1] if prep not in ("in front of", "out of") else prep
         particles = " ".join(event.particles)
         heads = [" ".join((*o.modifiers[-1:], o.head)) for o in event.objects if o.modifiers]
@@ -194,7 +199,8 @@ class StatementReader:
         heads = [o.head for o in event.objects]
         heads += [f"{o.modifiers[-1]} {o.head}" for o in event.objects if o.modifiers]
         keys = [f"{verb} {head}" for verb in (base, event.lemma) for head in heads]
-        keys += [f"{event.lemma} {prep} {p.head}" for prep, p in event.adjuncts]
+        if not any(o.objects for o in event.objects):  # "swinging her racket at the ball"
+            keys += [f"{event.lemma} {prep} {p.head}" for prep, p in event.adjuncts]
         keys += [
             f"{event.lemma} {o.head} {prep} {p.head}"
             for o in event.objects
@@ -243,7 +249,8 @@ class StatementReader:
                 by_part = n > 0 and phrase.attached[n - 1][1].head in _LIMBS
                 here = say.denial() if other.negative else say
                 tight = False
-                for prep2, place in phrase.attached:
+                own = takewhile(lambda place: place[0] != "with", phrase.attached[n + 1 :])
+                for prep2, place in own if prep == "with" else phrase.attached:
                     key = f"be {prep} _ {prep2} {place.head}"
                     tight |= self._say_frame(key, other, clauses, here)
                     self._say_frame(f"be {prep} {other.head} {prep2}", place, clauses, here)
@@ -367,8 +374,9 @@ class StatementReader:
             for earlier in reversed(
                 clauses.phrases[max(0, phrase.position - 12) : phrase.position]
             ):
-                if earlier.objects and not earlier.negative and not earlier.pronoun:
-                    yield {obj: p * earlier.weight for obj, p in earlier.objects.items()}
+                whole = earlier.objects or (earlier.of.objects if earlier.of is not None else {})
+                if whole and not earlier.negative and not earlier.pronoun:
+                    yield {obj: p * earlier.weight for obj, p in whole.items()}
             if phrase.pronoun not in ("it", "itself"):
                 yield {"person": 0.6}
             return

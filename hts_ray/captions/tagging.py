@@ -38,6 +38,7 @@ _ACTIVITIES = {
     for noun in nouns.split()
 }
 _PERCEIVING = word_set("perceiving")
+_BEFORE_PREDICATES = word_set("before_predicates")
 # Verbs of two words; the second one is inflected.
 _COMPOUND_VERBS = {tuple(phrase.split()) for phrase in phrase_set("compound_verbs")}
 
@@ -164,7 +165,11 @@ class Tagger:
 
     def _tag_without_noun(self, tokens: list[Token], i: int, word: Word) -> None:
         token = tokens[i]
-        if word.adverb and not (word.adjective and self._noun_follows(tokens, i)):
+        before = tokens[i - 1] if i else Token("", "S")
+        after = tokens[i + 1].text if i + 1 < len(tokens) else "."
+        ends = after in PREPOSITIONS or not after[0].isalnum()
+        predicate = ends and before.tag in "VX" and before.lemma in _BEFORE_PREDICATES
+        if word.adverb and not (word.adjective and (predicate or self._noun_follows(tokens, i))):
             token.tag, token.lemma = "A", token.text
         elif word.adjective or word.verb:
             token.tag, token.lemma = "J", token.text
@@ -236,8 +241,9 @@ class Tagger:
         if after.text in CLOSED or not after.text[0].isalpha():
             return False
         word = analyse(after.text)
+        acts = word.form == "ing" and i + 2 < len(tokens) and tokens[i + 2].text in DETERMINERS
         return (word.noun is not None or word.adjective) and not (
-            word.form == "s" and word.verb in self._lexicon.verbs
+            (word.form == "s" or acts) and word.verb in self._lexicon.verbs
         )
 
     # Verb or not
@@ -262,7 +268,8 @@ class Tagger:
             "both",
         ):
             after = tokens[i + 1] if i + 1 < len(tokens) else Token("", "S")
-            verb = word.noun not in self._lexicon.nouns and self._may_start_argument(after)
+            known = word.noun in self._lexicon.nouns or word.noun in self._lexicon.people
+            verb = not known and self._may_start_argument(after)
         elif word.verb not in self._lexicon.verbs or before.tag in ("D", "J", "P", "I", "Q"):
             verb = False
         elif before.tag == "X":
@@ -364,7 +371,7 @@ class Tagger:
         if before.tag == "N" and self._is_compound_gerund(tokens, i, after):
             return False
         if before.tag == "S" and word.noun is not None and word.verb not in self._lexicon.verbs:
-            return False
+            return after.text in DETERMINERS
         return not (
             word.adjective
             and self._noun_follows(tokens, i)

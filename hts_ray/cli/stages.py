@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from hts_ray import stages
+from hts_ray.captions.matching import negated_names
 from hts_ray.cli.options import (
     Settings,
     argument,
@@ -77,6 +78,9 @@ def label(
     if preview and not settings.dry_run:
         raise ConfigError(field="--preview", value=preview, remedy="give --dry-run with it")
     run = settings.open()
+    negated = ", ".join(negated_names(run.class_table))
+    if negated and run.config.label.teacher.mode == "prompts":
+        console.print(f"negated classes need label.teacher.mode=captions, not prompts: {negated}")
     if settings.dry_run:
         _preview_label(stages.limited(run, limit), manifest, sample, preview)
         return

@@ -221,7 +221,7 @@ def test_a_limited_pass_is_not_remembered(tmp_path, capsys, ray_session):
     images.mkdir()
     for number in range(5):
         Image.new("RGB", (40, 30), (number * 40, 0, 0)).save(images / f"{number}.png")
-    (tmp_path / "classes.csv").write_text("name\na red thing\na blue thing\n")
+    (tmp_path / "classes.csv").write_text("name\na red thing\nno blue thing\n")
     run = tmp_path / "run"
     settings = ["label.teacher.model=builtin:dummy", f"classes.source={tmp_path / 'classes.csv'}"]
     code, _, err = hts(
@@ -236,6 +236,7 @@ def test_a_limited_pass_is_not_remembered(tmp_path, capsys, ray_session):
     assert code == 0, err
     assert "a red thing" in out
     assert "GPU-hours" in out
+    assert "mode=captions, not prompts: no blue thing" in out
     assert page.exists()
     assert not list(run.glob("region_scores-*"))
     code, out, err = hts("label", "--run-dir", str(run), "--limit", "3", capsys=capsys)
