@@ -90,7 +90,6 @@ def run_trials(
     wanted = [number for number in range(config.trials) if number not in known]
     if not wanted:
         return known
-    slots = trial_slots(config)
     ledger = _Ledger(config, space, log, known, wanted)
     trainable = tune.with_parameters(
         _run_trial,
@@ -100,25 +99,8 @@ def run_trials(
         seed=config.seed,
         **(parameters or {}),
     )
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": slots.cpus}),
-        tune_config=tune.TuneConfig(
-            search_alg=_Asking(ledger),
-            scheduler=_Stopping(Halving(config.repeats, config.reduction, known)),
-            num_samples=len(wanted),
-            max_concurrent_trials=slots.concurrency,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            # A name of its own: an experiment of the same name would be overwritten in part.
-            name=f"{time.time_ns():x}",
-            storage_path=storage.join(folder, "tune"),
-            callbacks=[_Telling(ledger)],
-            failure_config=tune.FailureConfig(max_failures=_LIVES),
-            verbose=0,
-        ),
-    )
+    scheduler = _Stopping(Halving(config.repeats, config.reduction, known))
+    tuner = _tuner(trainable, ledger, scheduler, trial_slots(config), storage.join(folder, "tune"))
     ledger.on_trial = on_trial  # only now: the Tuner has pickled what it was given
     with _environment():
         tuner.fit()
@@ -132,6 +114,31 @@ def run_trials(
             f"{missing} of {config.trials} trials were not run; the same command goes on"
         )
     return found
+
+
+def _tuner(
+    trainable: Any, ledger: _Ledger, scheduler: _Stopping, slots: Slots, folder: str
+) -> tune.Tuner:
+    """Return what runs the ledger's trials on a few actors, with its files in `folder`."""
+    return tune.Tuner(
+        tune.with_resources(trainable, {"cpu": slots.cpus}),
+        tune_config=tune.TuneConfig(
+            search_alg=_Asking(ledger),
+            scheduler=scheduler,
+            num_samples=ledger.wanted,
+            max_concurrent_trials=slots.concurrency,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            # A name of its own: an experiment of the same name would be overwritten in part.
+            name=f"{time.time_ns():x}",
+            storage_path=folder,
+            callbacks=[_Telling(ledger)],
+            failure_config=tune.FailureConfig(max_failures=_LIVES),
+            verbose=0,
+        ),
+    )
 
 
 def _run_trial(
@@ -233,6 +240,11 @@ class _Ledger:
         self.on_trial: OnTrial | None = None
         self._log, self._wanted = log, deque(wanted)
         self._proposer = make_proposer(config, space, [*known.values()])
+
+    @property
+    def wanted(self) -> int:
+        """How many trials are still to be asked for."""
+        return len(self._wanted)
 
     def ask(self) -> dict[str, Any] | None:
         """Return the number and the settings, as text, of the next trial; None after the last."""
