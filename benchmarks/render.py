@@ -385,6 +385,22 @@ def _caption_matching(report: Json) -> Iterator[Grid]:
     yield grid(columns, rows, f"Today, after all were read; {speed} captions a CPU second")
 
 
+def _caption_styles(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("texts", "set", lambda name: name.replace("_", " ")),
+        Column("half", "half"),
+        Column("texts counted", "texts"),
+        Column("right", "right"),
+        Column("wrong", "wrong"),
+        Column("missed", "missed"),
+        Column("precision", "precision", number(3)),
+        Column("recall", "recall", number(3)),
+    ]
+    first = str(report["first"]["date"])[:10]
+    yield grid(columns, report["first"]["rows"], f"First counts, {first}, before any change")
+    yield grid(columns, report["rows"], "With the grammar as it is")
+
+
 def _metrics_speed(report: Json) -> Iterator[Grid]:
     columns = [
         Column("scores", "scores"),
@@ -421,6 +437,7 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "sweep": ("Sweep", _sweep),
     "objectives": ("Objectives without labels", _objectives),
     "caption_matching": ("Captions to classes", _caption_matching),
+    "caption_styles": ("Captions by style", _caption_styles),
     "pipeline_efficiency": ("The teacher pass beside a bare loop", _pipeline_efficiency),
     "scale": ("Scale, by simulation", _scale),
     "node_loss": ("A node that dies", _node_loss),
