@@ -11,8 +11,8 @@ drawn with seed 14, was "held" until the grammar was finished; only mistakes of 
 "tune", were looked at. Both halves' first counts, with the grammar as it was before, stay in the
 results. One person wrote the texts, the labels and the changes, and some ten of the held texts
 have wordings that were known to be read wrongly (without them the rates of "held" move by at most
-0.012), so text of others may fare worse. Rates are micro-averaged at probability 0.5. The table goes to stdout; counts, hardware,
-versions and date go to benchmarks/results/caption_styles.json.
+0.012), so text of others may fare worse. Rates are micro-averaged at probability 0.5. The table
+goes to stdout; counts, hardware, versions and date go to benchmarks/results/caption_styles.json.
 """
 
 from __future__ import annotations

@@ -356,8 +356,8 @@ class _Reader:
 
     def _suppose(self, event: Event, before: Chunk | None, i: int) -> None:
         """Weaken what is only supposed, and start what this verb makes so: "suggests that"."""
-        starts = before is None or _is_mark(before, "S")
-        if event.lemma == "have" and event.form == "past" and starts:
+        first = before is None or _is_mark(before, "S")
+        if first and (event.lemma, event.form) == ("have", "past"):
             self.supposed = "if"  # "Had anyone sat there"
         event.weight *= _SUPPOSED if self.supposed else 1.0
         event.negative = event.negative or self.denied

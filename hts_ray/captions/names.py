@@ -114,10 +114,10 @@ class Facts:
             return
         verb = "" if event.lemma == "be" else event.lemma
         # "Picks it up": a name asks for "up" as well.
-        plain = [""] if not (self._name and event.particles) else []
+        preps = event.particles if self._name and event.particles else ("", *event.particles)
         for actor in actors or [None]:
             for found in objects or [None]:
-                for prep in (*plain, *event.particles):
+                for prep in preps:
                     self._relate(actor, verb, prep, found, negative)
         for actor in subjects or [None]:
             for prep, place in adjuncts:
@@ -131,10 +131,9 @@ class Facts:
         other: NounPhrase | None,
         negative: bool = False,
     ) -> None:
-        if other is not None and other.negative:
-            return
-        subject, other = self._meant(subject), self._meant(other)
-        self.relations.append(_Relation(subject, verb, prep, other, negative))
+        if other is None or not other.negative:
+            subject, other = self._meant(subject), self._meant(other)
+            self.relations.append(_Relation(subject, verb, prep, other, negative))
 
     def _meant(self, phrase: NounPhrase | None) -> NounPhrase | None:
         """The phrase, or what "it" or "them" stands for."""
@@ -187,11 +186,9 @@ class Facts:
         )
 
     def _person(self, name: Facts, wanted: NounPhrase | None, said: NounPhrase | None) -> bool:
-        if wanted is not None and said is not None:
-            return self._thing(name, wanted, said)
         if wanted is None:
             return said is None or said.kind in ("person", "name", "unknown")
-        return wanted.head in _ANY_PERSON
+        return wanted.head in _ANY_PERSON if said is None else self._thing(name, wanted, said)
 
     def _absence(
         self,
@@ -203,8 +200,7 @@ class Facts:
         narrower = self._properties[id(thing)] - name._properties[id(what)]
         if any(analyse(word).adjective for word in narrower):  # "no red helmet"
             return False
-        everyone = what.head in _ANY_PERSON
-        same = thing.head in _ANY_PERSON if everyone else _same_head(what, thing)
+        same = _same_head(what, thing) and (what.head in _ANY_PERSON) <= (thing.head in _ANY_PERSON)
         return same and (who is None or self._person(name, who, holder))
 
     def _thing(self, name: Facts, wanted: NounPhrase, said: NounPhrase | None) -> bool:

@@ -29,6 +29,7 @@ _STATIVE = word_set("stative")
 _CONTACT = word_set("contact")
 _LIMBS = word_set("limbs")
 _NO_CONTACT = word_set("no_contact")
+_HUGGED = word_set("each_other")
 _LEAVES_ALONE = word_set("leaves_alone")
 
 
@@ -114,7 +115,7 @@ class StatementReader:
                     self._say_frame(key, phrase, clauses, say.scaled(0.8))
         said |= self._score_implied(event, say)
         if not event.objects:
-            self._score_each_other(event, say)
+            self._score_each_other(event, say, said)
             if not said:
                 self._score_list_object(event, clauses, say)
         for verb in self._verbs_alone & {event.lemma}:
@@ -222,10 +223,10 @@ class StatementReader:
                 if phrase.kind != "person":
                     self._say_frame(event.lemma, phrase, clauses, say.scaled(0.65))
 
-    def _score_each_other(self, event: Event, say: _Say) -> None:
+    def _score_each_other(self, event: Event, say: _Say, said: bool) -> None:
         people = [s for s in event.subjects if s.kind == "person"]
         several = len(people) > 1 or any(s.plural for s in people)
-        if several and event.lemma in ("kiss", "hug", "embrace", "cuddle", "snuggle"):
+        if several and event.lemma in (_HUGGED if said else _HUGGED | {"cuddle", "snuggle"}):
             for reading in self._lexicon.frames.get(event.lemma, ()):
                 self._say_reading(reading, "person", 1.0, say)
 
