@@ -31,6 +31,13 @@ def served_autoscaler_status(client: Any) -> Any:
     return client._do_request("GET", "/api/cluster_status").json()["data"]["clusterStatus"]
 
 
+def reread_variables() -> None:
+    """Let an imported Ray read its environment again: it keeps RAY_AUTH_MODE from its import."""
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+
+
 def committed_writes(names: Iterable[str]) -> set[str]:
     """Return the writes that Ray Data's checkpoint has committed, from its folder's file names.
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hts_ray.config import HtsConfig, PoolConfig, RayConfig
+from hts_ray.engine.compat import reread_variables
 from hts_ray.engine.console import busy, print_note
 from hts_ray.engine.room import CPUS_BESIDE, check_joined
-from hts_ray.engine.telemetry import configured
+from hts_ray.engine.telemetry import configured, on_ray
 from hts_ray.errors import ConfigError, UserError
 from hts_ray.images.manifest import Manifest
 
@@ -32,6 +33,15 @@ _DEFAULT_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
+}
+_LOCAL_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    # Ray's C++ side calls every actor pool an error on the terminal, harmless as it is.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Ray runs workers at nice 15; here the driver computes too and would starve them.
+    "RAY_worker_niceness": "0",
+    # One machine is not preempted; the watcher would be one more process to start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 # What Ray's nodes print on a driver's terminal although nobody has to act on it: the traceback of
 # an attempt that Ray repeats (a lasting failure ends the command with a line), and that a local
@@ -57,22 +67,18 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
     debug = bool(os.environ.get("HTS_DEBUG"))
     if not debug:
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _NOISE)  # read when Ray is imported
-    joins = bool(config.address or os.environ.get("RAY_ADDRESS"))
-    if not joins:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        # Ray's C++ side calls every actor pool an error on the terminal, harmless as it is.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # Ray runs workers at nice 15; here the driver computes too and would starve them.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # One machine is not preempted; the watcher would be one more process to start.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    import ray
-    import ray.data  # sets its own log level when imported, so before the levels below
-
-    if ray.is_initialized():
+    if on_ray():
         with configured(config):
             yield
         return
+    joins = bool(config.address or os.environ.get("RAY_ADDRESS"))
+    if not joins:
+        for name, value in _LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    import ray
+    import ray.data  # sets its own log level when imported, so before the levels below
+
+    reread_variables()  # a script may have imported Ray before
     where = (
         {"address": config.address}
         if joins

@@ -97,7 +97,7 @@ class Meter:
             "hts_spend_estimate_total": gpu_hours * (self.gpu_hour_price or 0.0),
         }
         try:
-            if not _on_ray():
+            if not on_ray():
                 return
             for name, value in values.items():
                 if value > 0:
@@ -142,7 +142,7 @@ def run_tag(run_dir: str) -> str:
     return run_dir.rstrip("/").rpartition("/")[2] or "run"
 
 
-def _on_ray() -> bool:
+def on_ray() -> bool:
     """Return whether this process belongs to a cluster, without importing Ray."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())

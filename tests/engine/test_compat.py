@@ -6,6 +6,7 @@ A failure here after an upgrade says which name broke, before a run meets it.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -42,6 +43,20 @@ def test_ray_data_has_the_settings_that_we_change():
     for name in ("checkpoint_config", "enable_progress_bars", "execution_no_progress_timeout_s"):
         assert hasattr(context, name), name
     assert hasattr(context.execution_options, "preserve_order")
+
+
+def test_an_imported_ray_can_read_its_variables_again():
+    """Would catch a Ray that keeps what it read when it was imported, RAY_AUTH_MODE first."""
+    code = """
+import os, ray
+from ray._raylet import AuthenticationMode, get_authentication_mode
+from hts_ray.engine.compat import reread_variables
+os.environ["RAY_AUTH_MODE"] = "token"
+reread_variables()
+assert get_authentication_mode() == AuthenticationMode.TOKEN
+"""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_the_autoscaler_reports_where_we_ask(monkeypatch):

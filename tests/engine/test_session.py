@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -10,12 +12,14 @@ from hts_ray.engine.session import _NOISE, _local_cpus, _protect_token, ray_clus
 from hts_ray.errors import ConfigError, UserError
 
 
-def test_a_running_cluster_is_joined_and_left_running(ray_session):
-    """Would catch a stage that shuts down the cluster of its caller."""
+def test_a_running_cluster_is_joined_and_left_running(ray_session, monkeypatch):
+    """Would catch a stage that shuts down the cluster of its caller, or asks it for a token."""
     import ray
 
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with ray_cluster(RayConfig()):
         assert ray.is_initialized()
+        assert "RAY_AUTH_MODE" not in os.environ
     assert ray.is_initialized()
 
 
@@ -55,6 +59,26 @@ def test_local_clusters_ask_for_a_token(monkeypatch):
     assert seen["mode"] == "token"
     assert seen["include_dashboard"] is False
     assert seen["num_cpus"] == 3
+
+
+def test_a_script_may_use_ray_before_this_package(tmp_path):
+    """Would catch a local cluster that never starts: its nodes ask for tokens, its driver not."""
+    code = """
+import ray
+from hts_ray import stages
+started = ray.remote(lambda: True)
+stages.start(stages.settings("demo", run_dir="run", ray={"num_cpus": 5}))
+print(ray.get(started.remote()))
+"""
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env=environment
+    )
+    assert done.stdout.split() == ["True"], done.stderr
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(("debug", "level"), [("", logging.CRITICAL), ("1", logging.ERROR)])

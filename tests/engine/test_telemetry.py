@@ -100,7 +100,7 @@ def test_metrics_that_fail_do_not_fail_the_run(monkeypatch):
     def broken(name):
         raise RuntimeError("no agent")
 
-    monkeypatch.setattr("hts_ray.engine.telemetry._on_ray", lambda: True)
+    monkeypatch.setattr("hts_ray.engine.telemetry.on_ray", lambda: True)
     monkeypatch.setattr("hts_ray.engine.telemetry._counter", broken)
     Meter("label", "run").count(images=1)
 
