@@ -39,13 +39,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/vulture
 
-# docs/benchmarks.md from the results, docs/settings.md from the settings, and the reference of the
-# Python API; warnings fail.
+# docs/benchmarks.md from the results, docs/settings.md from the settings, the drawing of the rooms,
+# and the reference of the Python API; warnings fail.
 .PHONY: docs
 docs: install
 	$(BIN)/python benchmarks/render.py
 	$(BIN)/python docs/settings_page.py
+	$(BIN)/python docs/architecture.py
 	$(BIN)/python docs/api.py build/docs
 
 format: install
