@@ -225,8 +225,8 @@ def fine_tune(
         result[str(i)] = {"mAP": row.metrics["mAP"]}
         if halves:
             outcome = finalist_outcome(world, settings[i], row.student.path)
-            for name in ("unseen_ap", "seen_ap", "blended_ap"):
-                result[str(i)][name] = OBJECTIVES[name].compute(outcome)
+            for name, compute in OBJECTIVES.items():
+                result[str(i)][name] = compute(outcome)
     return result
 
 
@@ -253,9 +253,8 @@ def finalist_outcome(world: World, settings: Settings, student: str) -> Outcome:
         half = labels.filter(pc.is_in(labels["image_id"], pa.array(ids[fold_N == fold])))
         halves.append(logits(plan_train(run, half.combine_chunks()).run().path))
     return Outcome(
-        data.reference,
+        data.reference_NC,
         fold_N.astype(np.int8),
-        pseudo_label(data, config).targets_NC,
         logits_2NC=np.stack(halves),
         whole_NC=logits(student),
     )
@@ -419,7 +418,7 @@ def try_settings(config: HtsConfig, seed: int, trials: int) -> dict[str, Any]:
     for teacher in TEACHERS:
         data = with_noise(world.data, teacher, seed)
         annotated = np.where(world.train.labels_NC == metrics.POSITIVE, 1, -1)
-        ap_C = metrics.hico_average_precision(data.reference.consensus_NC, annotated)
+        ap_C = metrics.hico_average_precision(data.reference_NC, annotated)
         print(f"seed {seed}, teacher {teacher.name}: mAP {100 * np.nanmean(ap_C):.1f}", flush=True)
         measured[teacher.name] = {
             name: {"teacher_map": float(np.nanmean(ap_C)), **measure(world, data, settings, seed)}

@@ -68,8 +68,7 @@ def draw() -> str:
             f'<rect x="{_LEFT}" y="{y}" width="110" height="{_ROW - 5}" rx="3" fill="#e8eef7"'
             ' stroke="#4a6fa5"/>',
             f'<text x="{_LEFT + 10}" y="{y + 17}" {_TEXT}>{escape(room)}</text>',
-            f'<text x="{_LEFT + 122}" y="{y + 17}" {_SMALL}>'
-            f"{escape(_cut(purpose(room)))}</text>",
+            f'<text x="{_LEFT + 122}" y="{y + 17}" {_SMALL}>{escape(_cut(purpose(room)))}</text>',
         ]
     parts += _flow()
     return "\n".join([*parts, "</svg>", ""])
@@ -80,8 +79,7 @@ def _flow() -> list[str]:
     for number, (command, room, table) in enumerate(FLOW):
         y = 40 + number * step
         parts += [
-            f'<text x="{_FLOW_LEFT + 130}" y="{y + 16}" {_SMALL}>hts {command}'
-            f" ({room})</text>",
+            f'<text x="{_FLOW_LEFT + 130}" y="{y + 16}" {_SMALL}>hts {command} ({room})</text>',
             f'<path d="M{_FLOW_LEFT + 110} {y} v{step - _ROW - 14}" stroke="#a5744a"'
             ' stroke-width="1.5"/>',
             f'<path d="M{_FLOW_LEFT + 105} {y + step - _ROW - 14} l5 9 l5 -9 z" fill="#a5744a"/>',

@@ -31,7 +31,7 @@ from hts_ray.store.tables import read_table
 from hts_ray.student.features import Features, read_feature_table
 from hts_ray.student.head import head_logits
 from hts_ray.student.model import build_student
-from hts_ray.sweep.objectives import Reference, make_reference
+from hts_ray.sweep.objectives import make_reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,21 +46,20 @@ class Validation:
 class SweepData:
     """Everything a trial reads: arrays and the run's own settings, which a trial's replace.
 
-    - `regions` are the teacher's scores of N images, in the order of their ids; `view_G` int8 in
-      {0, 1} halves every image's regions at random.
+    - `regions` are the teacher's scores of N images, in the order of their ids.
     - `feature_row_N` is an image's row of `features_MD`, or -1 where it has no features.
     - `flipped_MD` are the features of the mirrored images, None where none are stored.
     - `classifier_CD` is the zero-shot classifier, `overrides` the rows of `filter.overrides`.
+    - `reference_NC` is the evidence that objectives compare with, see `make_reference`.
     """
 
     config: HtsConfig
     regions: Regions
-    view_G: npt.NDArray[np.int8]
     feature_row_N: npt.NDArray[np.int64]
     features_MD: FloatArray
     flipped_MD: FloatArray | None
     classifier_CD: FloatArray
-    reference: Reference
+    reference_NC: FloatArray
     validation: Validation | None
     overrides: pa.Table | None
 
@@ -77,8 +76,8 @@ def load_sweep_data(
 
     `validation` has annotated rows of a manifest (of any split); their features must be stored
     too, and only `mAP_validation` ever sees their labels. `max_images` takes a sample by
-    `sweep.seed`. Memory: 4 N R C bytes of scores and 24 N C of reference (38,116 x 15 x 600: 1.4 +
-    0.5 GB). Raises DataError when no image has scores and features, when classes differ, or when
+    `sweep.seed`. Memory: 4 N R C bytes of scores and 4 N C of reference (38,116 x 15 x 600: 1.4 +
+    0.1 GB). Raises DataError when no image has scores and features, when classes differ, or when
     no labeled image has features.
     """
     split = config.train.split
@@ -117,18 +116,15 @@ def make_data(
 
     Raises DataError when the teacher expects no positive of any class.
     """
-    view_G = halve_regions(np.diff(regions.offsets_N1), config.sweep.seed)
-    start_NC = image_logits(config, features_MD, feature_row_N, classifier_CD)
     overrides = config.filter.overrides
     return SweepData(
         config=config,
         regions=regions,
-        view_G=view_G,
         feature_row_N=feature_row_N,
         features_MD=features_MD,
         flipped_MD=flipped_MD,
         classifier_CD=classifier_CD,
-        reference=_reference(config.filter, regions, view_G, feature_row_N >= 0, start_NC),
+        reference_NC=_reference(config, regions, feature_row_N >= 0),
         validation=validation,
         overrides=None if overrides is None else read_overrides(overrides),
     )
@@ -192,25 +188,20 @@ def zero_shot_classifier(config: HtsConfig, class_table: ClassTable) -> FloatArr
     return np.asarray(classifier.detach().cpu().numpy(), dtype=np.float32)
 
 
-def _reference(
-    config: FilterConfig,
-    regions: Regions,
-    view_G: npt.NDArray[np.int8],
-    has_features_N: BoolArray,
-    start_NC: FloatArray,
-) -> Reference:
+def _reference(config: HtsConfig, regions: Regions, has_features_N: BoolArray) -> FloatArray:
     """Read the teacher's evidence in fixed ways, from all regions and from each half of them.
 
     An image without features is scored by no student: it must not count against any.
     """
-    consensus = _consensus(regions, config, None)
+    view_G = halve_regions(np.diff(regions.offsets_N1), config.sweep.seed)
+    consensus = _consensus(regions, config.filter, None)
     consensus.probabilities_NC[~has_features_N] = 0
     views = []
     for view in (0, 1):
-        half = _consensus(regions, config, view_G == view)
+        half = _consensus(regions, config.filter, view_G == view)
         half.probabilities_NC[~(half.seen_N & has_features_N)] = np.nan
         views.append(half.probabilities_NC)
-    return make_reference(consensus.probabilities_NC, np.stack(views), start_NC)
+    return make_reference(consensus.probabilities_NC, np.stack(views))
 
 
 _READINGS: tuple[dict[str, Any], ...] = (

@@ -34,10 +34,9 @@ from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
 from hts_ray.sweep.data import SweepData
 from hts_ray.sweep.log import OWN, Trial
-from hts_ray.sweep.objectives import OBJECTIVES, VALIDATION, Outcome
+from hts_ray.sweep.objectives import VALIDATION, Outcome, unseen_ap
 from hts_ray.sweep.plan import Plan, labeled_among
 from hts_ray.sweep.space import Settings, trial_config
-from hts_ray.sweep.trial import pseudo_label
 
 FOLDER = "finalists"
 HELD_OUT = "unseen_ap"
@@ -63,14 +62,11 @@ class Finalist:
 
 
 def final_objective(name: str) -> str:
-    """Return what finalists are compared by: the sweep's objective, if held-out images decide it.
+    """Return what finalists are compared by: labels, or else held-out images alone.
 
-    Others give way to `HELD_OUT`: those of pseudo-labels alone, and those that would take further
-    trainings, on half of the regions or on all images at once.
+    The other objectives would take a further training, on all images at once.
     """
-    if name == VALIDATION:
-        return name
-    return name if OBJECTIVES[name].needs == {"logits_2NC"} else HELD_OUT
+    return name if name == VALIDATION else HELD_OUT
 
 
 def run_finalists(
@@ -175,7 +171,7 @@ class _Final:
                 ap_C = self._labeled_ap(trained[0])
                 value = mean_average_precision(ap_C)
             else:
-                value = self._label_free(trial, trained)
+                value = self._label_free(trained)
         except UserError as error:
             if trial.number == OWN:
                 raise
@@ -183,15 +179,13 @@ class _Final:
         seconds = sum(float(student.stats["seconds"]) for student in trained)
         return replace(finalist, value=value, seconds=seconds), ap_C
 
-    def _label_free(self, trial: Trial, students: Sequence[StageFolder]) -> float:
+    def _label_free(self, students: Sequence[StageFolder]) -> float:
         """Return the objective of two students, each trained on one half of the images."""
         data, images = self._data, self._plan.images
         ids = data.regions.image_ids.tolist()
         logits_2NC = np.stack([self._logits(student, images, ids) for student in students])
-        targets_NC = pseudo_label(data, trial_config(data.config, trial.settings)).targets_NC
         fold_N = np.where(np.isin(ids, self.parts[0]), 0, 1).astype(np.int8)
-        outcome = Outcome(data.reference, fold_N, targets_NC, logits_2NC=logits_2NC)
-        return OBJECTIVES[self._objective].compute(outcome)
+        return unseen_ap(Outcome(data.reference_NC, fold_N, logits_2NC))
 
     def _labeled_ap(self, student: StageFolder) -> FloatArray:
         """Return the student's AP (C,) on the labeled images."""

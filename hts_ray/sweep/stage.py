@@ -67,7 +67,7 @@ def run_sweep(
         one_trial,
         plan.objective,
         folder=stage.path,
-        parameters={"data": data, "names": objectives_of(plan.objective)},
+        parameters={"data": data, "names": list(OBJECTIVES)},
         on_trial=on_trial,
     )
     require_results(trials)
@@ -129,18 +129,6 @@ def start_student(plan: Plan, folder: str) -> str:
     """Store the zero-shot student in a folder of its own, and return its path."""
     run = plan.run.changed({"run_dir": folder, "train": {"labels": "none"}})
     return plan_train(run, None).run().path
-
-
-def objectives_of(chosen: str) -> list[str]:
-    """Return what a trial measures: all objectives but those that take students of half regions.
-
-    Those cost the most, and are measured only if one of them is `chosen`.
-    """
-    return [
-        name
-        for name, objective in OBJECTIVES.items()
-        if name == chosen or "view_logits_2NC" not in objective.needs
-    ]
 
 
 def one_trial(

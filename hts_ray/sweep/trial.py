@@ -84,17 +84,14 @@ def run_trial(
     return {**result, "seconds": time.perf_counter() - started}
 
 
-def pseudo_label(
-    data: SweepData, config: HtsConfig, chosen_G: BoolArray | None = None
-) -> TrialLabels:
+def pseudo_label(data: SweepData, config: HtsConfig) -> TrialLabels:
     """Filter the stored evidence as `hts filter` does, without writing anything.
 
-    `chosen_G` narrows the regions that count. Unlike there, nothing is raised when no positive is
-    left.
+    Unlike there, nothing is raised when no positive is left.
     """
-    evidence = aggregate_regions(data.regions, config.filter, chosen_G)
+    evidence = aggregate_regions(data.regions, config.filter)
     seen_N, seen = evidence.seen_N, evidence.seen()
-    if not seen_N.any() and chosen_G is None:
+    if not seen_N.any():
         raise ConfigError(
             field="filter.region_kinds",
             value=config.filter.region_kinds,
@@ -153,35 +150,23 @@ def _judge(
     data: SweepData, config: HtsConfig, labels: TrialLabels, seed: int, names: Sequence[str]
 ) -> dict[str, float]:
     """Fit what the objectives and the labeled images ask for, and measure them."""
-    needs = frozenset[str]().union(*(OBJECTIVES[name].needs for name in names))
     half = np.arange(len(data.feature_row_N)) % 2
     fold_N = np.asarray(np.random.default_rng([seed, 2]).permutation(half), dtype=np.int8)
 
-    def fit(labels: TrialLabels, chosen_N: BoolArray | None = None) -> FloatArray:
+    def fit(chosen_N: BoolArray | None = None) -> FloatArray:
         return fit_classifier(data, config.train, labels, seed, chosen_N)
 
     def logits(classifier_CD: FloatArray) -> FloatArray:
         return image_logits(data.config, data.features_MD, data.feature_row_N, classifier_CD)
 
-    def of_folds(labels: Sequence[TrialLabels]) -> FloatArray:
-        """Logits (2, N, C) of two students, student f trained on labels f of fold f alone."""
-        return np.stack([logits(fit(labels[fold], fold_N == fold)) for fold in (0, 1)])
-
-    parts: dict[str, Any] = {}
-    views: list[TrialLabels] = []
-    whole_CD = None
-    if data.validation is not None or "whole_NC" in needs:
-        whole_CD = fit(labels)
-        parts["whole_NC"] = logits(whole_CD)
-    if needs & {"view_targets_2NC", "view_logits_2NC"}:
-        views = [pseudo_label(data, config, data.view_G == view) for view in (0, 1)]
-        parts["view_targets_2NC"] = np.stack([view.targets_NC for view in views])
-    if "logits_2NC" in needs:
-        parts["logits_2NC"] = of_folds([labels, labels])
-    if "view_logits_2NC" in needs:
-        parts["view_logits_2NC"] = of_folds(views)
-    outcome = Outcome(data.reference, fold_N, labels.targets_NC, **parts)
-    result = {name: OBJECTIVES[name].compute(outcome) for name in names}
+    whole_CD = logits_2NC = None
+    if data.validation is not None or {"blended_ap", "seen_ap"}.intersection(names):
+        whole_CD = fit()
+    if {"blended_ap", "unseen_ap"}.intersection(names):
+        logits_2NC = np.stack([logits(fit(fold_N == fold)) for fold in (0, 1)])
+    whole_NC = None if whole_CD is None else logits(whole_CD)
+    outcome = Outcome(data.reference_NC, fold_N, logits_2NC, whole_NC)
+    result = {name: OBJECTIVES[name](outcome) for name in names}
     if data.validation is not None and whole_CD is not None:
         scale = config.student.logit_scale
         logits_VC = head_logits(data.validation.features_VD, whole_CD, scale)

@@ -44,7 +44,7 @@ def test_the_section_holds_every_trial_with_a_value_and_escapes_text():
             (3, "infeasible", None, 1e-2, ["whole"]),
         ]
     ]  # fmt: skip
-    stats = {"verdict": "trial 1 beats <all>", "rows_in": 4, "objective": "calibrated_ap",
+    stats = {"verdict": "trial 1 beats <all>", "rows_in": 4, "objective": "unseen_ap",
              "statuses": {"complete": 2, "stopped": 1, "infeasible": 1},
              "best_trial": 1}  # fmt: skip
     finalists = [
@@ -53,7 +53,7 @@ def test_the_section_holds_every_trial_with_a_value_and_escapes_text():
             "trial_value": 0.4,
             "value": 0.6,
             "message": "",
-            "objective": "calibrated_ap",
+            "objective": "unseen_ap",
         },
         {"number": 1, "trial_value": 0.5, "value": None, "message": "<b>", "objective": "x"},
     ]

@@ -22,8 +22,8 @@ TRIALS = [
 def test_the_best_is_a_complete_trial():
     """Would catch a best value that a stopped trial had after one lucky seed."""
     trials = {trial.number: trial for trial in TRIALS}
-    assert describe(trials, "calibrated_ap") == (
-        "best calibrated_ap 0.6000 (trial 2), own settings 0.4000, 1 infeasible, 1 stopped"
+    assert describe(trials, "unseen_ap") == (
+        "best unseen_ap 0.6000 (trial 2), own settings 0.4000, 1 infeasible, 1 stopped"
     )
     assert describe({OWN: TRIALS[0]}, "seen_ap") == "best seen_ap 0.4000 (own settings)"
     assert describe({}, "seen_ap") == ""

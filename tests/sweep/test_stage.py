@@ -71,7 +71,7 @@ def swept(swept_run, ray_session):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"sweep": {"objective": "calibrated"}}, "sweep.objective = 'calibrated'"),
+        ({"sweep": {"objective": "blended"}}, "sweep.objective = 'blended'"),
         ({"sweep": {"objective": VALIDATION}}, "needs sweep.validation"),
         ({"train": {"labels": "annotations"}}, "train.labels=pseudo"),
         ({"sweep": {"space": {"filter.top": {"choices": [1]}}}}, "filter.top_k"),
@@ -96,7 +96,7 @@ def test_every_input_names_another_folder(swept_run, with_sweep, tmp_path):
         {"sweep": TINY},
         {"filter": {"top_k": 1}},
         {"train": {"epochs": 2}},
-        {"sweep": {"objective": "label_f1"}},
+        {"sweep": {"objective": "seen_ap"}},
         {"sweep": {"validation": manifest}},
         {"sweep": {"validation": other}},
     ]
@@ -117,7 +117,7 @@ def test_a_sweep_publishes_trials_finalists_and_the_best(swept):
     assert own["status"] == "complete"
     for name, value in plan.space.own().items():
         assert own[name] == value
-    for name in (DEFAULT_OBJECTIVE, "label_f1", "positives_per_image"):
+    for name in (DEFAULT_OBJECTIVE, "seen_ap", "positives_per_image"):
         assert own[name] > 0
     assert set(table["filter.min_support"].unique().to_pylist()) <= {1, 2}
     finalists = storage.read_json(stage.file(FINALISTS_FILE))
