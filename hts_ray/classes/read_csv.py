@@ -7,7 +7,9 @@ import difflib
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,17 @@ _FEW_SHOT = {f"few_{level}": level for level in (1, 5, 10)}
 _KNOWN_COLUMNS = {"class_id", "name", "verb", "object", "prompts", "prompt", *_FEW_SHOT}
 _PROMPT_COLUMN = re.compile(r"prompts?_?(\d+)?")
 
-Row = Mapping[str, str]  # column name -> cell
+
+@dataclass(frozen=True)
+class _Row:
+    """One class of a file: the line it begins at, and its cells by column."""
+
+    file: str
+    line: int
+    cells: Mapping[str, str]
+
+    def wrong(self, problem: str) -> DataError:
+        return DataError(f"{self.file}, line {self.line}: {problem}")
 
 
 @lru_cache(maxsize=1)
@@ -82,63 +94,64 @@ def parse_class_csv(data: bytes, name: str) -> ClassTable:
     rows = _read_rows(_decode(data, name), name)
     if len(rows) > MAX_CLASS_ID + 1:
         raise DataError(f"{name} has {len(rows)} classes: at most {MAX_CLASS_ID + 1} are possible")
-    classes = [
-        _class_of(row, class_id, f"{name}, line {line}")
-        for (line, row), class_id in zip(rows, _class_ids(rows, name), strict=True)
-    ]
-    _refuse_repeats(classes, [line for line, _ in rows], name)
-    present = [column for column in _FEW_SHOT if column in rows[0][1]]
-    return ClassTable(
-        tuple(classes), {_FEW_SHOT[column]: _flags(rows, column, name) for column in present}
-    )
+    classes = tuple(map(_class_of, rows, _class_ids(rows)))
+    for label, values, remedy in (
+        ("class", [c.name for c in classes], "every class needs its own name"),
+        ("prompt", [c.prompts[0] for c in classes], "no teacher could tell these classes apart"),
+    ):
+        twice = first_repeat(values)
+        if twice is not None:
+            first, second = (rows[place] for place in twice)
+            value = values[twice[1]]
+            raise second.wrong(f"{label} {value!r} is in line {first.line} too: {remedy}")
+    present = [column for column in _FEW_SHOT if column in rows[0].cells]
+    return ClassTable(classes, {_FEW_SHOT[column]: _flags(rows, column) for column in present})
 
 
 def _decode(data: bytes, name: str) -> str:
+    remedy = "save it as UTF-8 ('CSV UTF-8' in a spreadsheet)"
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{name} is UTF-16: save it as UTF-8 ('CSV UTF-8' in a spreadsheet)")
+        raise DataError(f"{name} is UTF-16: {remedy}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{name}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8:"
-            " save it as UTF-8 ('CSV UTF-8' in a spreadsheet)"
-        ) from error
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        problem = f"byte 0x{byte:02x} is not UTF-8: {remedy}"
+        raise DataError(f"{name}, line {line}: {problem}") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(f"{name}, line {line}: holds a zero byte: this is not a text file")
     return text
 
 
-def _read_rows(text: str, name: str) -> list[tuple[int, Row]]:
-    """Return the line number and the cells of every row that is not blank, header excepted."""
+def _read_rows(text: str, name: str) -> list[_Row]:
+    """Return every row that is not blank, header excepted."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     found: list[tuple[int, list[str]]] = []
     line = 1
     try:
         for raw in reader:
-            cells = [" ".join(cell.split()) for cell in raw]
-            if any(cells):
-                found.append((line, cells))
+            found.append((line, [" ".join(cell.split()) for cell in raw]))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{name}, line {line}: {error}: check the quotes, a quote inside a cell is doubled"
         ) from error
+    found = [(line, cells) for line, cells in found if any(cells)]
     if not found:
         raise DataError(f"{name} is empty: it needs a header such as class_id,verb,object")
     header = [cell.casefold() for cell in found[0][1]]
     _check_header(header, f"{name}, line 1")
-    rows: list[tuple[int, Row]] = []
+    rows = []
     for line, cells in found[1:]:
-        extra = [cell for cell in cells[len(header) :] if cell]
-        if extra:
-            raise DataError(
-                f"{name}, line {line}: {extra[0]!r} is beyond the last column"
-                f" ({len(header)} in the header): quote cells that contain a comma"
+        row = _Row(name, line, dict(zip_longest(header, cells[: len(header)], fillvalue="")))
+        extra = next(filter(None, cells[len(header) :]), None)
+        if extra is not None:
+            raise row.wrong(
+                f"{extra!r} is beyond the last column ({len(header)} in the header): quote cells"
+                " that contain a comma"
             )
-        padded = cells + [""] * (len(header) - len(cells))
-        rows.append((line, dict(zip(header, padded, strict=False))))
+        rows.append(row)
     if not rows:
         raise DataError(f"{name} has a header but no classes: add one row a class")
     return rows
@@ -162,34 +175,31 @@ def _check_header(header: Sequence[str], place: str) -> None:
         )
 
 
-def _class_ids(rows: Sequence[tuple[int, Row]], name: str) -> list[int]:
-    if "class_id" not in rows[0][1]:
+def _class_ids(rows: Sequence[_Row]) -> list[int]:
+    if "class_id" not in rows[0].cells:
         return list(range(len(rows)))
-    ids: dict[int, int] = {}
-    for line, row in rows:
-        value = row["class_id"]
+    lines: dict[int, int] = {}
+    for row in rows:
+        value = row.cells["class_id"]
         if not re.fullmatch(r"[0-9]{1,5}", value) or int(value) > MAX_CLASS_ID:
-            raise DataError(
-                f"{name}, line {line}: class_id {value!r} is not a whole number from 0 to"
-                f" {MAX_CLASS_ID}: correct it, or drop the column to number the rows"
+            raise row.wrong(
+                f"class_id {value!r} is not a whole number from 0 to {MAX_CLASS_ID}: correct it,"
+                " or drop the column to number the rows"
             )
-        if int(value) in ids:
-            raise DataError(
-                f"{name}, line {line}: class_id {value} is taken by line {ids[int(value)]}:"
-                " give every class its own"
-            )
-        ids[int(value)] = line
-    return list(ids)
+        taken = lines.setdefault(int(value), row.line)
+        if taken != row.line:
+            raise row.wrong(f"class_id {value} is taken by line {taken}: give every class its own")
+    return list(lines)
 
 
-def _class_of(row: Row, class_id: int, place: str) -> HoiClass:
-    name, verb, obj = (row.get(column, "") for column in ("name", "verb", "object"))
+def _class_of(row: _Row, class_id: int) -> HoiClass:
+    name, verb, obj = (row.cells.get(column, "") for column in ("name", "verb", "object"))
     if not (name or verb or obj):
-        raise DataError(f"{place}: no name, verb or object: fill one in")
+        raise row.wrong("no name, verb or object: fill one in")
     alone = phrase_key(verb) == NO_INTERACTION
     if alone and not obj:
-        raise DataError(f"{place}: verb {verb!r} needs an object: fill it in")
-    prompts = _given_prompts(row)
+        raise row.wrong(f"verb {verb!r} needs an object: fill it in")
+    prompts = _given_prompts(row.cells)
     if not prompts:
         if verb and obj:
             prompts = pair_prompts(verb, obj)
@@ -202,34 +212,20 @@ def _class_of(row: Row, class_id: int, place: str) -> HoiClass:
     return HoiClass(class_id, name, verb or None, obj or None, prompts)
 
 
-def _given_prompts(row: Row) -> tuple[str, ...]:
+def _given_prompts(cells: Mapping[str, str]) -> tuple[str, ...]:
     numbered = []
-    for column, cell in row.items():
+    for column, cell in cells.items():
         match = _PROMPT_COLUMN.fullmatch(column)
         if match:
             # Only the unnumbered cell is split, so that csv_bytes can keep a "|" in a prompt.
-            cells = cell.split("|") if match[1] is None else [cell]
-            numbered.append((int(match[1] or 0), cells))
-    found = [cell.strip() for _, cells in sorted(numbered) for cell in cells]
-    return tuple(dict.fromkeys(prompt for prompt in found if prompt))
+            parts = cell.split("|") if match[1] is None else [cell]
+            numbered.append((int(match[1] or 0), parts))
+    found = [part.strip() for _, parts in sorted(numbered) for part in parts]
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
-def _refuse_repeats(classes: Sequence[HoiClass], lines: Sequence[int], name: str) -> None:
-    for label, values, remedy in (
-        ("class", [c.name for c in classes], "every class needs its own name"),
-        ("prompt", [c.prompts[0] for c in classes], "no teacher could tell these classes apart"),
-    ):
-        twice = first_repeat(values)
-        if twice is not None:
-            first, second = twice
-            raise DataError(
-                f"{name}, line {lines[second]}: {label} {values[second]!r} is in line"
-                f" {lines[first]} too: {remedy}"
-            )
-
-
-def _flags(rows: Sequence[tuple[int, Row]], column: str, name: str) -> npt.NDArray[np.bool_]:
-    for line, row in rows:
-        if row[column] not in ("0", "1"):
-            raise DataError(f"{name}, line {line}: {column} {row[column]!r}: write 0 or 1")
-    return np.array([row[column] == "1" for _, row in rows], dtype=bool)
+def _flags(rows: Sequence[_Row], column: str) -> npt.NDArray[np.bool_]:
+    for row in rows:
+        if row.cells[column] not in ("0", "1"):
+            raise row.wrong(f"{column} {row.cells[column]!r}: write 0 or 1")
+    return np.array([row.cells[column] == "1" for row in rows], dtype=bool)

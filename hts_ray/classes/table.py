@@ -85,10 +85,7 @@ class ClassTable:
         return self.classes[position]
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ClassTable):
-            return NotImplemented
-        one, two = ({n: mask.tolist() for n, mask in t.few_shot.items()} for t in (self, other))
-        return self.classes == other.classes and one == two
+        return isinstance(other, ClassTable) and self.csv_bytes() == other.csv_bytes()
 
     def __hash__(self) -> int:
         return hash(self.classes)

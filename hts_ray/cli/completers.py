@@ -49,7 +49,7 @@ def complete_setting(
 ) -> list[CompletionItem[str]]:
     """Complete `section.name=value`, one part after the other."""
     name, equals, _ = incomplete.partition("=")
-    settings = {dotted: text for dotted, text, _ in walk_fields() if dotted.startswith(name)}
+    settings = {s.name: s.description for s in walk_fields() if s.name.startswith(name)}
     if equals:
         values = _values(name) if name in settings else ()
         return _matching((f"{name}={value}" for value in values), incomplete)

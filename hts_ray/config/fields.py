@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 _EXECUTION = "execution"
@@ -27,6 +27,17 @@ class Section(BaseModel):
     """A group of settings: unknown keys are errors, values are immutable once set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        """Yield pairs: whether some settings contradict each other, and what to say then."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Section:
+        for wrong, message in self._contradictions():
+            if wrong:
+                raise ValueError(message)
+        return self
 
     def answer_settings(self) -> dict[str, Any]:
         """Return the settings that change the stage's answer, JSON-able, for hashing."""

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from hts_ray.config.fields import Section, Setting, walk_settings
+from hts_ray.config.fields import Setting, walk_settings
 from hts_ray.config.sections import HtsConfig
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
@@ -38,30 +38,33 @@ def load_config(
     `extra` is a nested mapping applied last (command-line options such as --run-dir). Raises
     ConfigError naming field, value and remedy.
     """
+    layers = [] if preset is None else [_read_preset(preset)]
+    layers += [] if file is None else [_read_yaml(file)]
+    return parse_config(*layers, *map(_parse_override, overrides), extra or {})
+
+
+def parse_config(*layers: Mapping[str, Any]) -> HtsConfig:
+    """Merge nested values, the later ones over the earlier ones, and validate them.
+
+    Raises ConfigError naming every wrong field, its value and the remedy.
+    """
     values: dict[str, Any] = {}
-    if preset is not None:
-        _merge(values, _read_preset(preset))
-    if file is not None:
-        _merge(values, _read_yaml(file))
-    for override in overrides:
-        _merge(values, _parse_override(override))
-    _merge(values, extra or {})
-    return parse_config(values)
-
-
-def parse_config(values: Mapping[str, Any]) -> HtsConfig:
-    """Validate nested values; ConfigError naming every wrong field, its value and the remedy."""
     try:
+        for layer in layers:
+            _merge(values, layer)
         return HtsConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
+    except RecursionError:
+        raise ConfigError(
+            "a section of the settings holds itself: write it without the YAML anchor, &name and"
+            " *name, that leads back to it"
+        ) from None
 
 
 def override(config: HtsConfig, values: Mapping[str, Any]) -> HtsConfig:
     """Return the configuration with nested values changed and everything validated again."""
-    merged = config.model_dump()
-    _merge(merged, values)
-    return parse_config(merged)
+    return parse_config(config.model_dump(), values)
 
 
 def _read_preset(name: str) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def _describe(item: Mapping[str, Any]) -> str:
 
 def _unknown_hint(key: str, names: Sequence[str]) -> str:
     """Return the nearest known name, of this section's `names` or of any other section."""
-    elsewhere = [name for name, _, _ in walk_fields() if name.split(".")[-1] == key]
+    elsewhere = [found.name for found in walk_fields() if found.name.split(".")[-1] == key]
     hint = _nearest_hint(key, names) or (f"; did you mean {elsewhere[0]}?" if elsewhere else "")
     return hint + (f" (known here: {', '.join(names)})" if names else "")
 
@@ -163,10 +166,6 @@ def find_setting(name: str) -> Setting | None:
     return next((found for found in walk_settings(HtsConfig) if found.name == name), None)
 
 
-def walk_fields(
-    section: type[Section] = HtsConfig, prefix: str = ""
-) -> Iterator[tuple[str, str, Any]]:
-    """Yield (dotted name, description, default) of every setting."""
-    for found in walk_settings(section, prefix):
-        if found.section is None:
-            yield found.name, found.description, found.info.get_default()
+def walk_fields() -> Iterator[Setting]:
+    """Yield every setting, without the sections."""
+    return (found for found in walk_settings(HtsConfig) if found.section is None)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 from hts_ray.config.fields import Section, execution, setting
 
@@ -70,21 +70,19 @@ class RegionsConfig(Section):
     max_regions: int = setting(64, "most regions of an image", ge=1)
     budget: int | None = setting(None, "most regions of the whole run, shared evenly", ge=1)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> RegionsConfig:
-        if len(self.grid_scales) != len(self.grid_steps):
-            raise ValueError("grid_scales and grid_steps must have one entry a scale each")
-        if any(not 0 < scale <= 1 for scale in self.grid_scales):
-            raise ValueError("grid_scales must lie in (0, 1]")
-        if any(steps < 1 for steps in self.grid_steps):
-            raise ValueError("grid_steps must be at least 1")
-        if not self.margins or any(not 0 <= margin <= 4 for margin in self.margins):
-            raise ValueError("margins needs at least one number, each in [0, 4]")
-        if len(set(self.margins)) != len(self.margins):
-            raise ValueError("margins must not repeat")
-        if not (self.whole or self.grid_scales or self.boxes or self.detector):
-            raise ValueError("no region is left: set whole=true or name a grid scale")
-        return self
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        scales, steps, margins = self.grid_scales, self.grid_steps, self.margins
+        in_range = bool(margins) and all(0 <= margin <= 4 for margin in margins)
+        some = self.whole or scales or self.boxes or self.detector
+        yield (
+            len(scales) != len(steps),
+            "grid_scales and grid_steps must have one entry a scale each",
+        )
+        yield not all(0 < scale <= 1 for scale in scales), "grid_scales must lie in (0, 1]"
+        yield min(steps, default=1) < 1, "grid_steps must be at least 1"
+        yield not in_range, "margins needs at least one number, each in [0, 4]"
+        yield len(set(margins)) != len(margins), "margins must not repeat"
+        yield not some, "no region is left: set whole=true or name a grid scale"
 
 
 class CaptionConfig(Section):
@@ -98,13 +96,11 @@ class CaptionConfig(Section):
     max_tokens: int = setting(30, "longest caption, in tokens", ge=1)
     seed: int = setting(0, "of sampling, mixed with the image and region", ge=0)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> CaptionConfig:
-        if self.decoding == "greedy" and self.count != 1:
-            raise ValueError(f"count={self.count} needs decoding=beam or decoding=sample")
-        if self.decoding == "beam" and self.count > self.num_beams:
-            raise ValueError(f"count={self.count} is more than num_beams={self.num_beams}")
-        return self
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        several = self.decoding == "greedy" and self.count != 1
+        yield several, f"count={self.count} needs decoding=beam or decoding=sample"
+        too_many = self.decoding == "beam" and self.count > self.num_beams
+        yield too_many, f"count={self.count} is more than num_beams={self.num_beams}"
 
 
 class TeacherConfig(Section):
@@ -151,18 +147,17 @@ class TeacherConfig(Section):
         ge=16,
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> TeacherConfig:
-        if self.search != "all" and self.length_normalize:
-            raise ValueError(
-                "length_normalize=true needs search=all: a branch of the prompt tree can be left"
-                " early only while sums of log-probabilities can but fall"
-            )
-        if self.search_alpha and self.prior == "none":
-            raise ValueError(f"search_alpha={self.search_alpha} needs a prior: prior=plain")
-        if self.search != "all" and self.mode == "captions":
-            raise ValueError("mode=captions scores no prompts: use search=all")
-        return self
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        top_k, no_prior = self.search != "all", self.prior == "none"
+        yield (
+            top_k and self.length_normalize,
+            "length_normalize=true needs search=all: a branch of the prompt tree can be left early"
+            " only while sums of log-probabilities can but fall",
+        )
+        alpha = self.search_alpha
+        yield alpha and no_prior, f"search_alpha={alpha} needs a prior: prior=plain"
+        captions = self.mode == "captions"
+        yield top_k and captions, "mode=captions scores no prompts: use search=all"
 
 
 class PoolConfig(Section):
@@ -181,11 +176,8 @@ class PoolConfig(Section):
         """Logical CPUs that an actor holds: Ray gives one to every actor that asks for a GPU."""
         return 1.0 if self.num_gpus else self.num_cpus
 
-    @model_validator(mode="after")
-    def _ordered(self) -> PoolConfig:
-        if self.max_size < self.min_size:
-            raise ValueError("max_size must be at least min_size")
-        return self
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        yield self.max_size < self.min_size, "max_size must be at least min_size"
 
 
 class LabelConfig(Section):
@@ -230,14 +222,10 @@ class FilterConfig(Section):
     )
     overrides: str | None = execution(None, "corrections by people, from `hts import-labels`")
 
-    @model_validator(mode="after")
-    def _ordered(self) -> FilterConfig:
-        if self.negative_threshold > self.positive_threshold:
-            raise ValueError(
-                "negative_threshold must not be above positive_threshold"
-                f" ({self.negative_threshold} > {self.positive_threshold})"
-            )
-        return self
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        low, high = self.negative_threshold, self.positive_threshold
+        message = f"negative_threshold must not be above positive_threshold ({low} > {high})"
+        yield low > high, message
 
 
 class StudentConfig(Section):
@@ -284,13 +272,11 @@ class AugmentConfig(Section):
     crop_ratio: tuple[float, float] = setting((0.7, 1.3), "aspect ratio of the random crop")
     color_jitter: float = setting(0.4, "strength for brightness and contrast", ge=0.0, le=1.0)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> AugmentConfig:
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError("crop_scale must be (low, high) with 0 < low <= high <= 1")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError("crop_ratio must be (low, high) with 0 < low <= high")
-        return self
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        scale, ratio = self.crop_scale, self.crop_ratio
+        is_share = 0 < scale[0] <= scale[1] <= 1
+        yield not is_share, "crop_scale must be (low, high) with 0 < low <= high <= 1"
+        yield not 0 < ratio[0] <= ratio[1], "crop_ratio must be (low, high) with 0 < low <= high"
 
 
 # Field of TrainConfig -> parameter, of each loss that has some of its own.
@@ -380,16 +366,15 @@ class TrainConfig(Section):
             )
         return value
 
-    @model_validator(mode="after")
-    def _loss_has_its_settings(self) -> TrainConfig:
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
         for loss, settings in _LOSS_SETTINGS.items():
             for name in settings if loss != self.loss else ():
                 value = getattr(self, name)
-                if value != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"{name}={value} has no effect with loss={self.loss}: set loss={loss}"
-                    )
-        return self
+                changed = value != type(self).model_fields[name].default
+                yield (
+                    changed,
+                    f"{name}={value} has no effect with loss={self.loss}: set loss={loss}",
+                )
 
 
 class PredictConfig(Section):
@@ -417,16 +402,16 @@ class RangeConfig(Section):
     log: bool = setting(False, "draw evenly in the logarithm")
     choices: tuple[Any, ...] | None = setting(None, "values to choose from; may hold null")
 
-    @model_validator(mode="after")
-    def _range_or_choices(self) -> RangeConfig:
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        low, high = self.low, self.high
         if self.choices is not None:
-            if not self.choices or self.low is not None or self.high is not None or self.log:
-                raise ValueError("give choices: [...] with a value or more, or low and high")
-        elif self.low is None or self.high is None or not self.low < self.high:
-            raise ValueError("give low and high, with low below high, or choices: [...]")
-        elif self.log and self.low <= 0:
-            raise ValueError(f"log: true needs low above 0, not {self.low}")
-        return self
+            alone = low is None and high is None and not self.log
+            message = "give choices: [...] with a value or more, or low and high"
+            yield not (self.choices and alone), message
+        else:
+            ordered = low is not None and high is not None and low < high
+            yield not ordered, "give low and high, with low below high, or choices: [...]"
+            yield self.log and (low or 0.0) <= 0, f"log: true needs low above 0, not {low}"
 
 
 class SweepConfig(Section):

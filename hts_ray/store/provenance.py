@@ -31,11 +31,13 @@ def versions() -> dict[str, str]:
 def hardware() -> dict[str, Any]:
     """Return processor, cores, memory and GPUs of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ours = hasattr(os, "sched_getaffinity")  # else the system does not say which cores are ours
+    gpus = command_output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
     return {
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": len(os.sched_getaffinity(0)) if ours else os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),
-        "gpus": _gpus(),
+        "gpus": (gpus or "").splitlines(),
     }
 
 
@@ -44,18 +46,8 @@ def git_commit() -> str | None:
     root = Path(hts_ray.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    commit = command_output(["git", "-C", str(root), "rev-parse", "HEAD"])
-    if commit is None:
-        return None
-    status = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
-    dirty = command_output(status)
-    return commit + ("+changes" if dirty else "")
-
-
-def _cores() -> int | None:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    return command_output(["git", "-C", str(root), *describe])
 
 
 def _processor() -> str:
@@ -66,12 +58,6 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    listed = command_output(query)
-    return listed.splitlines() if listed else []
 
 
 def command_output(command: list[str]) -> str | None:

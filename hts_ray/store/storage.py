@@ -14,6 +14,7 @@ pyarrow is imported inside functions, because it loads slowly and `hts --help` n
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -23,9 +24,9 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from hts_ray.errors import DataError
@@ -294,37 +295,28 @@ def read_bytes(path: str) -> bytes:
 
 def write_bytes(path: str, data: bytes) -> None:
     """Write a file so that no reader ever sees a part of it; folders are made as needed."""
+    _write(path, lambda: io.BytesIO(data))
+
+
+def copy_in(source: Path, path: str) -> None:
+    """Copy a local file of any size as `write_bytes` writes one."""
+    _write(path, partial(io.FileIO, source))
+
+
+def _write(path: str, opened: Callable[[], IO[bytes]]) -> None:
     filesystem, inner = resolve(path)
-    parent, in_place = os.path.dirname(inner), _shows_whole_objects(path)
+    parent, in_place = os.path.dirname(inner), urlsplit(path).scheme in _OBJECT_STORES
     target = inner if in_place else os.path.join(parent, f".{uuid.uuid4().hex}.tmp")
 
     def write() -> None:
         if not in_place:
             filesystem.create_dir(parent, recursive=True)
-        with filesystem.open_output_stream(target) as stream:
-            stream.write(data)
+        with opened() as source, filesystem.open_output_stream(target) as sink:
+            shutil.copyfileobj(source, sink, _COPY_BYTES)
         if not in_place:
             filesystem.move(target, inner)
 
     patiently(path, write)
-
-
-def copy_in(source: Path, path: str) -> None:
-    """Copy a local file of any size to a path or URI; folders are made as needed."""
-    filesystem, inner = resolve(path)
-
-    def copy() -> None:
-        if not _shows_whole_objects(path):
-            filesystem.create_dir(os.path.dirname(inner), recursive=True)
-        with open(source, "rb") as stream, filesystem.open_output_stream(inner) as sink:
-            shutil.copyfileobj(stream, sink, _COPY_BYTES)
-
-    patiently(path, copy)
-
-
-def _shows_whole_objects(path: str) -> bool:
-    """Return whether objects appear when complete; such stores have no folders to be made."""
-    return urlsplit(path).scheme in _OBJECT_STORES
 
 
 def read_json(path: str) -> Any:

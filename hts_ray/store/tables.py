@@ -21,7 +21,7 @@ STATS_FILE = "stats.json"
 _NO_ROWS = [*"._", "checkpoint", STATS_FILE, "table.json", "quarantine", "overrides", "agreement"]
 
 
-def _schema(name: str, fields: list[pa.Field]) -> pa.Schema:
+def _schema(name: str, *fields: pa.Field) -> pa.Schema:
     return pa.schema(fields, metadata={"hts_table": name, "hts_version": SCHEMA_VERSION})
 
 
@@ -41,6 +41,7 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
 _ID = _required("image_id", pa.string())
 _URI = pa.field("uri", pa.string())
 _SPLIT = pa.field("split", pa.string())
+_IMAGE = [_ID, _URI, _SPLIT]
 _SIZE = [pa.field("width", pa.int32()), pa.field("height", pa.int32())]
 _OUTCOME = [
     _required("status", pa.string()),  # ok or quarantined
@@ -52,72 +53,46 @@ ANNOTATION_COLUMNS = ("positive_ids", "negative_ids", "ambiguous_ids")
 _ANNOTATIONS = [pa.field(name, CLASS_IDS) for name in ANNOTATION_COLUMNS]
 
 MANIFEST_SCHEMA = _schema(
-    "manifest",
-    [
-        _ID,
-        _required("uri", pa.string()),
-        *_SIZE,
-        _required("split", pa.string()),
-        *_ANNOTATIONS,
-    ],
+    "manifest", _ID, _URI.with_nullable(False), *_SIZE, _SPLIT.with_nullable(False), *_ANNOTATIONS
 )
-
-CORRECTIONS_SCHEMA = _schema("corrections", [_ID, *_ANNOTATIONS])
-
+CORRECTIONS_SCHEMA = _schema("corrections", _ID, *_ANNOTATIONS)
 REGION_SCORES_SCHEMA = _schema(
     "region_scores",
-    [
-        _ID,
-        _URI,
-        _SPLIT,
-        *_SIZE,
-        pa.field("boxes", pa.list_(BOX)),  # R boxes, xyxy, pixels of the upright original
-        # R kinds: whole, grid, person, union, given; and the context around each, share of a side
-        pa.field("region_kinds", pa.list_(pa.string())),
-        pa.field("margins", pa.list_(pa.float32())),
-        pa.field("captions", pa.list_(pa.list_(pa.string()))),  # R lists, empty if not asked for
-        # R x C log-likelihoods, row-major; -inf for a class that was left out
-        pa.field("scores", pa.list_(pa.float32())),
-        pa.field("problems", pa.list_(pa.string())),  # boxes that could not be used, and why
-        *_OUTCOME,
-    ],
+    *_IMAGE,
+    *_SIZE,
+    pa.field("boxes", pa.list_(BOX)),  # R boxes, xyxy, pixels of the upright original
+    # R kinds: whole, grid, person, union, given; and the context around each, share of a side
+    pa.field("region_kinds", pa.list_(pa.string())),
+    pa.field("margins", pa.list_(pa.float32())),
+    pa.field("captions", pa.list_(pa.list_(pa.string()))),  # R lists, empty if not asked for
+    # R x C log-likelihoods, row-major; -inf for a class that was left out
+    pa.field("scores", pa.list_(pa.float32())),
+    pa.field("problems", pa.list_(pa.string())),  # boxes that could not be used, and why
+    *_OUTCOME,
 )
-
 PSEUDO_LABELS_SCHEMA = _schema(
     "pseudo_labels",
-    [
-        _ID,
-        _URI,
-        _SPLIT,
-        _required("positive_ids", CLASS_IDS),
-        _required("ignored_ids", CLASS_IDS),
-        _required("probability", pa.list_(pa.float32())),  # of each positive id
-        _required("support", pa.list_(pa.int16())),  # agreeing regions, of each positive id
-        _required("dropped", pa.map_(pa.string(), pa.int32())),  # reason: classes
-    ],
+    *_IMAGE,
+    _required("positive_ids", CLASS_IDS),
+    _required("ignored_ids", CLASS_IDS),
+    _required("probability", pa.list_(pa.float32())),  # of each positive id
+    _required("support", pa.list_(pa.int16())),  # agreeing regions, of each positive id
+    _required("dropped", pa.map_(pa.string(), pa.int32())),  # reason: classes
 )
-
 QUARANTINE_SCHEMA = _schema(
     "quarantine",
-    [
-        _ID,
-        _required("stage", pa.string()),
-        _URI,
-        _required("error_kind", pa.string()),
-        pa.field("error", pa.string()),
-    ],
+    _ID,
+    _required("stage", pa.string()),
+    _URI,
+    _required("error_kind", pa.string()),
+    pa.field("error", pa.string()),
 )
-
 STUDENT_SCORES_SCHEMA = _schema(
     "student_scores",
-    [
-        _ID,
-        _URI,
-        _SPLIT,
-        # R x C logits, row-major, the regions being those of region_scores in their order
-        pa.field("scores", pa.list_(pa.float32())),
-        *_OUTCOME,
-    ],
+    *_IMAGE,
+    # R x C logits, row-major, the regions being those of region_scores in their order
+    pa.field("scores", pa.list_(pa.float32())),
+    *_OUTCOME,
 )
 
 
@@ -127,7 +102,7 @@ def predictions_schema(num_classes: int) -> pa.Schema:
     They are null when quarantined.
     """
     scores = pa.field("scores", pa.list_(pa.float32(), num_classes))
-    return _schema("predictions", [_ID, _URI, _SPLIT, scores, *_OUTCOME])
+    return _schema("predictions", *_IMAGE, scores, *_OUTCOME)
 
 
 def features_schema(dimension: int, flipped: bool) -> pa.Schema:
@@ -137,7 +112,7 @@ def features_schema(dimension: int, flipped: bool) -> pa.Schema:
     """
     names = ["features", "flipped"] if flipped else ["features"]
     vectors = [pa.field(name, pa.list_(pa.float32(), dimension)) for name in names]
-    return _schema("features", [_ID, _URI, _SPLIT, *vectors, *_OUTCOME])
+    return _schema("features", *_IMAGE, *vectors, *_OUTCOME)
 
 
 def trials_schema(settings: Mapping[str, pa.DataType], metrics: Iterable[str]) -> pa.Schema:
@@ -147,16 +122,14 @@ def trials_schema(settings: Mapping[str, pa.DataType], metrics: Iterable[str]) -
     """
     return _schema(
         "trials",
-        [
-            _required("trial", pa.int32()),  # 0 has the run's own settings
-            _required("status", pa.string()),  # complete, stopped, ...
-            pa.field("objective", pa.float64()),  # null where nothing could be compared
-            _required("reports", pa.list_(pa.float64())),  # after each seed
-            _required("seconds", pa.float64()),
-            _required("message", pa.string()),
-            *(pa.field(name, kind) for name, kind in settings.items()),
-            *(pa.field(name, pa.float64()) for name in metrics),
-        ],
+        _required("trial", pa.int32()),  # 0 has the run's own settings
+        _required("status", pa.string()),  # complete, stopped, ...
+        pa.field("objective", pa.float64()),  # null where nothing could be compared
+        _required("reports", pa.list_(pa.float64())),  # after each seed
+        _required("seconds", pa.float64()),
+        _required("message", pa.string()),
+        *(pa.field(name, kind) for name, kind in settings.items()),
+        *(pa.field(name, pa.float64()) for name in metrics),
     )
 
 

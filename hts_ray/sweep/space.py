@@ -305,7 +305,7 @@ def field_of(name: str) -> FieldInfo:
     """
     setting = find_setting(name)
     if setting is None or setting.section is not None:
-        known = [dotted for dotted, _, _ in walk_fields() if dotted.startswith(SWEPT)]
+        known = [found.name for found in walk_fields() if found.name.startswith(SWEPT)]
         last = name.rpartition(".")[2]
         same_end = [dotted for dotted in known if dotted.rpartition(".")[2] == last]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or same_end

@@ -60,7 +60,7 @@ def test_no_section_and_no_setting_is_offered_alone():
     assert completed("label", "train.augment.fl") == [
         "train.augment.flip=true", "train.augment.flip=false"
     ]  # fmt: skip
-    for dotted, _, _ in walk_fields():
+    for dotted in (setting.name for setting in walk_fields()):
         assert len(completed("label", dotted)) > 1, dotted
 
 

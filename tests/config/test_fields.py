@@ -23,7 +23,7 @@ def test_only_settings_that_change_the_answer_are_hashed():
 
 def test_every_setting_can_be_named_on_the_command_line():
     """Would catch a field that dotted overrides cannot reach."""
-    names = [name for name, _, _ in walk_fields()]
+    names = [setting.name for setting in walk_fields()]
     assert len(names) == len(set(names)) > 80
     assert "label.teacher.model" in names
 

@@ -82,6 +82,18 @@ def test_unknown_preset_and_missing_file_are_told(tmp_path):
         load_config(file=str(bad))
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["&a {run_dir: *a}", "train: &a {optim: *a}", "sweep: {space: &a {filter: *a}}"],
+)
+def test_a_section_that_holds_itself_is_told(tmp_path, text):
+    """Would catch a RecursionError's traceback for a YAML anchor that leads back to itself."""
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"holds itself.*anchor"):
+        load_config(file=str(path))
+
+
 def test_printed_config_reads_back_equal(tmp_path):
     """Would catch a value that does not survive --print-config > file, --config file."""
     for name in preset_names():

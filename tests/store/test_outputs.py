@@ -63,14 +63,14 @@ def test_remote_folders_get_their_marker_last(tmp_path, monkeypatch):
     written = []
 
     class Recording:
-        """A bucket in a local folder that remembers the order of its objects."""
+        """A remote store in a local folder that remembers the order in which files appear."""
 
         def __init__(self):
             self.inner = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
 
-        def open_output_stream(self, path):
-            written.append(path)
-            return self.inner.open_output_stream(path)
+        def move(self, path, target):
+            written.append(target)
+            self.inner.move(path, target)
 
         def __getattr__(self, name):
             return getattr(self.inner, name)
