@@ -1,6 +1,6 @@
 """The student's folder: a description, weights and classes, enough to rebuild it anywhere.
 
-`student.json` (architecture, preprocessing, settings, hashes of the other two files),
+`student.json` (architecture, preprocessing, settings, hashes of itself and the other two files),
 `model.safetensors` and `classes.csv`. The description is written last, so a folder holds a
 whole student or none. Nothing is pickled.
 """
@@ -34,7 +34,7 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
     """
     weights = state_bytes(student)
     classes = student.class_table.csv_bytes()
-    description = {
+    description: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "student": student.config.model_dump(mode="json"),
@@ -47,6 +47,7 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
         "sha256": {WEIGHTS: _sha256(weights), CLASSES: _sha256(classes)},
         "info": dict(info or {}),
     }
+    description["sha256"][DESCRIPTION] = _description_hash(description)
     target = storage.join(path, DESCRIPTION)
     if storage.exists(target):  # an old description must not describe new weights
         storage.delete_file(target)
@@ -93,9 +94,7 @@ def find_student(path: str) -> str:
 
 def student_fingerprint(path: str) -> str:
     """Return 12 hexadecimal digits of what a stored student computes."""
-    folder = find_student(path)
-    description = {key: value for key, value in description_of(folder).items() if key != "info"}
-    return _sha256(json.dumps(description, sort_keys=True).encode())[:12]
+    return _description_hash(description_of(find_student(path)))[:12]
 
 
 def state_bytes(module: nn.Module) -> bytes:
@@ -129,9 +128,19 @@ def description_of(folder: str) -> dict[str, Any]:
     missing = sorted(needed - description.keys())
     if missing:
         raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
-    if not isinstance(description["sha256"], dict):
+    hashes = description["sha256"]
+    own = _description_hash(description) if isinstance(hashes, dict) else None
+    # Some earlier versions wrote no hash of the description itself.
+    if own is None or hashes.get(DESCRIPTION, own) != own:
         raise DataError(f"{path} was changed or damaged: copy or train the student again")
     return description
+
+
+def _description_hash(description: Mapping[str, Any]) -> str:
+    """Return a hash of what a description says, `info` and this hash itself left out."""
+    hashes = {name: value for name, value in description["sha256"].items() if name != DESCRIPTION}
+    kept = {name: value for name, value in description.items() if name != "info"}
+    return _sha256(json.dumps({**kept, "sha256": hashes}, sort_keys=True).encode())
 
 
 def _checked(folder: str, name: str, description: Mapping[str, Any]) -> bytes:
