@@ -41,7 +41,7 @@ from hts_ray.evaluate import label_matrix
 from hts_ray.images.manifest import open_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store.run import StageFolder
-from hts_ray.student.features import ensure_features, read_feature_table
+from hts_ray.student.features import plan_features, read_feature_table
 from hts_ray.student.head import head_logits
 from hts_ray.student.predict import score_images
 from hts_ray.student.targets import training_labels
@@ -123,13 +123,13 @@ def open_world(config: HtsConfig, seed: int) -> World:
     scores = plan_label(run, run.manifest(manifest)).run()
     zero_shot = train_here(run, manifest, scores, ZERO_SHOT).student
     assert zero_shot is not None
-    features = ensure_features(
+    features = plan_features(
         run.config.train.features,
-        run_dir=run.run_dir,
-        student_path=zero_shot.path,
-        images=open_manifest(manifest).rows(),
+        run.run_dir,
+        zero_shot.path,
+        open_manifest(manifest).rows(),
         flipped=True,
-    )
+    ).run()
     data = load_sweep_data(run.config, run.class_table, scores.path, features.path)
     space = build_space(run.config, scores.path)
     stored = read_feature_table(features.path)

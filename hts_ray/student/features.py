@@ -13,6 +13,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +21,13 @@ import pyarrow.compute as pc
 import safetensors.torch
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
+from hts_ray.engine.decoding import stack_pixels
 from hts_ray.engine.image_pass import OK, finish, image_dataset
 from hts_ray.engine.run import Stage
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
-from hts_ray.store.aliases import FloatArray, ImagesDone, Pixels
+from hts_ray.store.aliases import FloatArray, ImagesDone
 from hts_ray.store.run import StageFolder, content_hash, finished_stages, settings_hash
 from hts_ray.store.tables import features_schema, read_table, require_unique_ids, write_table
 from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, student_fingerprint
@@ -78,50 +80,36 @@ def _matrix(column: pa.ChunkedArray) -> FloatArray:
     return np.concatenate(parts).reshape(len(column), column.type.list_size)
 
 
-def ensure_features(
+def plan_features(
     config: FeaturesConfig,
-    *,
     run_dir: str,
     student_path: str,
     images: pa.Table,
+    *,
     flipped: bool = False,
-    progress: ImagesDone | None = None,
-) -> StageFolder:
-    """Return a finished features folder of the run with these images; compute it if there is none.
-
-    `images` has image_id, uri and split, as `Manifest.rows` returns them. A folder of more images
-    serves as well. Raises what `plan_features` and its work raise.
-    """
-    found = find_features(run_dir, student_path, images, flipped=flipped)
-    if found is not None:
-        return found
-    return plan_features(config, run_dir, student_path, images, flipped=flipped).run(progress)
-
-
-def plan_features(
-    config: FeaturesConfig, run_dir: str, student_path: str, images: pa.Table, *, flipped: bool
 ) -> Stage:
-    """Plan encoding images with a stored student's tower.
+    """Plan encoding images with a stored student's tower, unless the run has their features.
 
-    `images` has image_id, uri and split. The work writes one row of `features_schema` per image;
-    images that cannot be read have null features and are listed in the quarantine. Many images,
-    and any with a GPU in the pool, go through Ray Data, where a run that was cut off goes on after
-    the last block that was written; few are encoded in this process. Raises DataError when there
-    is no student or no image; the work does when no image can be read.
+    `images` has image_id, uri and split, as `Manifest.rows` returns them. A finished folder of
+    more images serves as well. The work writes one row of `features_schema` per image; images that
+    cannot be read have null features and are listed in the quarantine. Many images, and any with a
+    GPU in the pool, go through Ray Data, where a run that was cut off goes on after the last block
+    that was written; few are encoded in this process. Raises DataError when there is no student or
+    no image; the work does when no image can be read.
     """
     images, folder = _checked(images), find_student(student_path)
-    encoder, decoding = encoder_fingerprint(folder), _DECODING.answer_settings()
-    key = settings_hash(encoder, decoding, flipped, content_hash(images.sort_by("image_id")))
+    made_by = {"encoder": encoder_fingerprint(folder), "decoding": _DECODING.answer_settings()}
+    key = settings_hash(*made_by.values(), flipped, content_hash(images.sort_by("image_id")))
     stage = StageFolder(storage.absolute(run_dir), TABLE, key)
+    stage = _find(run_dir, made_by, images, flipped) or stage
     settings = (("flipped", flipped),)
     task = StudentPass(
         folder, FeatureEncoder, config.pool, _DECODING, config.batch_images, settings
     )
 
-    ids = images["image_id"].combine_chunks()
-    info = {"student": folder, "encoder": encoder, "decoding": decoding, "flipped": flipped}
-
     def work(progress: ImagesDone | None) -> object:
+        ids = images["image_id"].combine_chunks()
+        info = {"student": folder, **made_by, "flipped": flipped}
         if config.pool.num_gpus > 0 or len(images) > config.local_images:
             source = stage.file(_INPUT, "images.parquet")
             write_table(source, images)
@@ -136,20 +124,15 @@ def plan_features(
     return Stage(stage, {"student": folder}, work)
 
 
-def find_features(
-    run_dir: str, student_path: str, images: pa.Table, *, flipped: bool
+def _find(
+    run_dir: str, made_by: dict[str, Any], images: pa.Table, flipped: bool
 ) -> StageFolder | None:
     """Return a finished features folder of the run that holds all these images, or None."""
-    wanted = _named(_checked(images))
-    known = {
-        "encoder": encoder_fingerprint(student_path),
-        "decoding": _DECODING.answer_settings(),
-    }
+    wanted = _named(images)
     for stage in finished_stages(run_dir, TABLE):
         info = storage.read_json(stage.file("table.json"))
-        if any(info[name] != value for name, value in known.items()):
-            continue
-        if (info["flipped"] or not flipped) and wanted <= _named(stage.read(["image_id", "uri"])):
+        fits = made_by.items() <= info.items() and (info["flipped"] or not flipped)
+        if fits and wanted <= _named(stage.read(["image_id", "uri"])):
             return stage
     return None
 
@@ -181,20 +164,22 @@ def _encoder_fingerprint(folder: str, fingerprint: str) -> str:
 
 
 class FeatureEncoder(StudentWorker):
-    """Encodes decoded batches, and their mirror images where `flipped` asks for them."""
+    """Turns rows with `pixels` into rows of `features`; `flipped` has mirror images encoded too."""
+
+    problem = "the student's features are not finite"
 
     def __init__(self, folder: str, pool: PoolConfig, *, flipped: bool = False) -> None:
         super().__init__(folder, pool)
         self._flipped = flipped
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Turn rows with `pixels` into rows of `features`."""
-        schema = features_schema(self.student.classifier.shape[1], self._flipped)
-        return self.vector_rows(
-            table, self._encode, schema, "the student's features are not finite"
-        )
+    @property
+    def schema(self) -> pa.Schema:
+        """The table's schema, for the tower's features."""
+        return features_schema(self.student.classifier.shape[1], self._flipped)
 
-    def _encode(self, pixels: Pixels) -> dict[str, FloatArray]:
+    def vectors(self, table: pa.Table) -> dict[str, FloatArray]:
+        """Return the features, and those of the mirror images."""
+        pixels = stack_pixels(table, self.student.image_size)
         found = {TABLE: self.run(self.student.visual, pixels)}
         if self._flipped:
             mirrored = np.ascontiguousarray(pixels[:, :, ::-1])

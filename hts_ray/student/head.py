@@ -1,8 +1,9 @@
 """Fitting the student's classifier alone, on features that were computed once.
 
 With the tower frozen an image's features never change, so an epoch is a matrix product: what
-takes hours of forward passes takes seconds here, and a sweep can afford a fit for every trial. No
-Ray, no images, no tower: arrays in, a classifier out.
+takes hours of forward passes takes seconds here, and a sweep can afford a fit for every trial.
+`fit_head` takes arrays and returns a classifier; `fit_on_features` is `train.trainable=head`,
+which computes the features of a training's images first.
 
 Shapes: N images, B images of a batch, D features, C classes.
 """
@@ -12,22 +13,39 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import safetensors.torch
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from hts_ray.config import TrainConfig
+from hts_ray.engine.image_pass import OK
 from hts_ray.errors import DataError
+from hts_ray.metrics import hico_average_precision, mean_average_precision
+from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray
+from hts_ray.store.tables import write_table
+from hts_ray.student.checkpoints import WEIGHTS
+from hts_ray.student.features import Features, plan_features, read_feature_table
+from hts_ray.student.loggers import CurveLog
 from hts_ray.student.model import CosineClassifier
 from hts_ray.student.optimizer import Optimizer, settings_loss
 from hts_ray.student.progress import epoch_record
-from hts_ray.student.targets import class_weights, repeat_indices
+from hts_ray.student.targets import (
+    Task,
+    class_weights,
+    dense_targets,
+    dense_weights,
+    repeat_indices,
+    validation_due,
+)
 
 OnEpoch = Callable[["HeadFit"], Mapping[str, Any] | None]
 
@@ -241,3 +259,98 @@ def _unit(array_ND: FloatArray) -> FloatArray:
     """Return rows of length 1; rows of zeros and of NaN stay what they are."""
     lengths_N1 = np.sqrt(np.einsum("nd,nd->n", array_ND, array_ND))[:, None]
     return np.asarray(array_ND / np.maximum(lengths_N1, _EPSILON), dtype=np.float32)
+
+
+def fit_on_features(task: Task) -> dict[str, Any]:
+    """Fit the classifier of the task's student; returns history, rows and weights (bytes).
+
+    Features that the run has of these images already are used again. Raises DataError when no
+    image can be read or the loss stops being finite.
+    """
+    config, classes = task.config, len(task.run.class_table)
+    found = _features(task, "train", task.data.table, config.split, flipped=config.augment.flip)
+    state = safetensors.torch.load(storage.read_bytes(storage.join(task.initial, WEIGHTS)))
+    first = _first_rows(task.data.table)
+    table = task.data.table.take(pa.array([first[image_id] for image_id in found.image_ids]))
+    positive, ignored = table["positive"], table["ignored"]
+    soft = "weight" in table.column_names
+    data = HeadData(
+        found.features_ND,
+        dense_targets(positive, ignored, classes),
+        label_weights_NC=dense_weights(positive, table["weight"], classes) if soft else None,
+        flipped_ND=found.flipped_ND,
+        image_ids=found.image_ids,
+    )
+    validate = _validator(task)
+    settings = config.model_dump(mode="json")
+    log = CurveLog(config.loggers, folder=task.stage.file("curves"), settings=settings)
+
+    def on_epoch(fit: HeadFit) -> Mapping[str, Any]:
+        record = {**fit.history[-1], "validation_mAP": validate(fit)}
+        log.log_epoch(record, len(fit.history) * -(-record["images"] // config.batch_size))
+        if task.progress is not None:
+            task.progress(record)
+        return record
+
+    with closing(log):
+        fit = fit_head(
+            data,
+            state["classifier"].numpy(),
+            logit_scale=float(state["logit_scale"]),
+            config=config,
+            seed=task.run.config.seed,
+            on_epoch=on_epoch,
+        )
+    state["classifier"] = torch.from_numpy(fit.classifier_CD)
+    state["logit_scale"] = torch.tensor(fit.logit_scale)
+    weights = safetensors.torch.save(state)
+    return {"history": fit.history, "rows": fit.history[-1]["images"], "weights": weights}
+
+
+def _validator(task: Task) -> Callable[[HeadFit], float | None]:
+    """Return what measures a fit on the validation images, in the epochs where that is due."""
+    validation, config = task.validation, task.config
+    if validation is None:
+        return lambda fit: None
+    split = config.validation_split or "validation"
+    found = _features(task, "validation", validation.table, split, flipped=False)
+    first = _first_rows(validation.table)
+    annotations_NC = validation.annotations_NC[[first[image_id] for image_id in found.image_ids]]
+
+    def validate(fit: HeadFit) -> float | None:
+        if not validation_due(config, len(fit.history) - 1):
+            return None
+        logits_NC = head_logits(found.features_ND, fit.classifier_CD, fit.logit_scale)
+        return mean_average_precision(hico_average_precision(logits_NC, annotations_NC))
+
+    return validate
+
+
+def _features(task: Task, images: str, table: pa.Table, split: str, *, flipped: bool) -> Features:
+    """Return the features of a table's images, each once; the bad ones go to the task's folder."""
+    rows = table.take(pa.array(sorted(_first_rows(table).values()))).select(["image_id", "uri"])
+    rows = rows.append_column("split", pa.array([split] * len(rows), pa.string()))
+    settings, run_dir = task.config.features, task.stage.run_dir
+    planned = plan_features(settings, run_dir, task.initial, rows, flipped=flipped)
+
+    def told(done: int, of: int, bad: int) -> None:
+        if task.progress is not None:
+            task.progress({"encoded": done, "of": of, "quarantined": bad})
+
+    stage = planned.run(told if task.progress else None)
+    wanted = rows["image_id"].combine_chunks()
+    stored = stage.read(["image_id", "uri", "status", "error_kind", "error"])
+    bad = stored.filter(
+        pc.and_(pc.not_equal(stored["status"], OK), pc.is_in(stored["image_id"], wanted))
+    )
+    if len(bad):
+        path = storage.join(task.bad_folder(images), "features.parquet")
+        write_table(path, bad.drop_columns(["status"]))
+    found = read_feature_table(stage.path)
+    return found.take(sorted(set(found.image_ids).intersection(wanted.to_pylist())))
+
+
+def _first_rows(table: pa.Table) -> dict[str, int]:
+    """Return the first row of every image id: a table of a training repeats rare images."""
+    ids = table["image_id"].to_pylist()
+    return {image_id: row for row, image_id in reversed(list(enumerate(ids)))}

@@ -3,7 +3,7 @@
 One student a worker process, on that process's device: an actor pool with GPUs, or plain tasks
 without, whose processes keep the student between batches. Few images can be done in this process.
 
-Shape legend: N rows of a batch, G of them good, S image size, V numbers of a row.
+Shape legend: N rows of a batch, G of them good, S image size.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from hts_ray.config import ImagesConfig, PoolConfig
-from hts_ray.engine.decoding import decode_batch, stack_pixels
+from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.image_pass import (
     CHECKPOINT,
     OK,
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
 class StudentWorker(ABC):
     """A stored student on this process's device, which turns batches into rows of a table."""
 
+    problem = "the student's logits are not finite"
+
     def __init__(self, folder: str, pool: PoolConfig) -> None:
         self._gpu = pool.num_gpus > 0 and torch.cuda.is_available()
         if pool.num_gpus > 0 and not self._gpu:
@@ -53,10 +54,6 @@ class StudentWorker(ABC):
             torch.set_num_threads(pool.threads)
         self.student = load_student(folder)
         self.student.to("cuda" if self._gpu else "cpu")
-
-    @abstractmethod
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Turn N decoded rows into N rows of the table that the stage writes."""
 
     def run(self, module: Callable[[torch.Tensor], torch.Tensor], pixels: Pixels) -> FloatArray:
         """Return what the student, or a part of it, computes of uint8 images (N, S, S, 3)."""
@@ -68,44 +65,34 @@ class StudentWorker(ABC):
         result: FloatArray = answer.float().cpu().numpy()
         return result
 
-    def vector_rows(
-        self,
-        table: pa.Table,
-        vectors: Callable[[Pixels], Mapping[str, FloatArray]],
-        schema: pa.Schema,
-        problem: str,
-    ) -> pa.Table:
-        """Return N rows of `schema` with the vectors that are computed of every good row's pixels.
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Turn N decoded rows into N rows of `schema`, with the vectors of every good row.
 
-        `vectors` returns the columns (G, V) that hold a vector a row; it is not asked where no row
-        is good. A row with a number that is not finite is quarantined as well, as `problem`.
-        Other columns are the decoded rows' own; `status`, `error_kind` and `error` are filled in.
+        A row with a number that is not finite is quarantined as well, as `problem`.
         """
-        good = np.asarray(table["error_kind"].is_null())
-        found: Mapping[str, FloatArray] = {}
-        if good.any():
-            found = vectors(stack_pixels(table.filter(pa.array(good)), self.student.image_size))
-        broken = np.zeros(len(table), dtype=bool)
-        for values_GV in found.values():
-            broken[good] |= ~np.isfinite(values_GV).all(axis=1)
-        null = ~good | broken
-        columns: dict[str, Any] = {name: table[name] for name in ("image_id", "uri", "split")}
-        columns["status"] = pa.array(np.where(null, QUARANTINED, OK))
-        for name, text in (("error_kind", "not_finite"), ("error", problem)):
-            columns[name] = pc.if_else(pa.array(broken), text, table[name])
-        for name, values_GV in found.items():
-            filled = np.zeros((len(table), values_GV.shape[1]), np.float32)
-            filled[good] = values_GV
-            columns[name] = pa.FixedSizeListArray.from_arrays(
-                pa.array(filled.ravel()), filled.shape[1], mask=pa.array(null)
-            )
-        arrays = [
-            columns[field.name].cast(field.type)
-            if field.name in columns
-            else pa.nulls(len(table), field.type)
-            for field in schema
-        ]
-        return pa.table(arrays, schema=schema)
+        rows = table.select(["image_id", "uri", "split", "error_kind", "error"]).to_pylist()
+        good = [i for i, row in enumerate(rows) if row["error_kind"] is None]
+        found: Mapping[str, FloatArray | Sequence[FloatArray]] = {}
+        if good:
+            found = self.vectors(table if len(good) == len(rows) else table.take(good))
+        for row in rows:
+            row["status"] = QUARANTINED
+        for place, i in enumerate(good):
+            vectors = {name: values[place] for name, values in found.items()}
+            if all(np.isfinite(vector).all() for vector in vectors.values()):
+                rows[i].update(vectors, status=OK)
+            else:
+                rows[i].update(error_kind="not_finite", error=self.problem)
+        return pa.Table.from_pylist(rows, schema=self.schema)
+
+    @property
+    @abstractmethod
+    def schema(self) -> pa.Schema:
+        """The schema of the table that the stage writes."""
+
+    @abstractmethod
+    def vectors(self, table: pa.Table) -> Mapping[str, FloatArray | Sequence[FloatArray]]:
+        """Return the columns (G,) that hold a vector a row, for G >= 1 rows with pixels."""
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.config import PredictConfig
+from hts_ray.engine.decoding import stack_pixels
 from hts_ray.engine.image_pass import OK, image_dataset
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
-from hts_ray.store.aliases import ImagesDone
+from hts_ray.store.aliases import FloatArray, ImagesDone
 from hts_ray.store.run import settings_hash
 from hts_ray.store.tables import predictions_schema
 from hts_ray.student.checkpoints import (
@@ -75,7 +75,7 @@ def _pass(config: PredictConfig, student_path: str) -> StudentPass:
 
 def score_images(
     student_path: str, images: pa.Table, config: PredictConfig
-) -> tuple[list[str], npt.NDArray[np.float32]]:
+) -> tuple[list[str], FloatArray]:
     """Score a few images in this process, without Ray: ids and logits (N, C) of what decodes.
 
     `images` has image_id, uri and split. The scores are those of a predictions table. Raises
@@ -86,7 +86,7 @@ def score_images(
     if good is None or not len(good):
         raise DataError(f"none of {len(images)} images can be used")
     scores = good["scores"].combine_chunks()
-    flat: npt.NDArray[np.float32] = scores.flatten().to_numpy(zero_copy_only=False)
+    flat: FloatArray = scores.flatten().to_numpy(zero_copy_only=False)
     return good["image_id"].to_pylist(), flat.reshape(len(good), -1)
 
 
@@ -122,13 +122,13 @@ def estimate(
 
 
 class StudentScorer(StudentWorker):
-    """Scores decoded batches."""
+    """Turns rows with `pixels` into rows of `predictions`."""
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Turn rows with `pixels` into rows of `predictions`."""
-        return self.vector_rows(
-            table,
-            lambda pixels: {"scores": self.run(self.student, pixels)},
-            predictions_schema(len(self.student.class_table)),
-            "the student's logits are not finite",
-        )
+    @property
+    def schema(self) -> pa.Schema:
+        """The table's schema, for the student's classes."""
+        return predictions_schema(len(self.student.class_table))
+
+    def vectors(self, table: pa.Table) -> dict[str, FloatArray]:
+        """Return the logits."""
+        return {"scores": self.run(self.student, stack_pixels(table, self.student.image_size))}

@@ -18,7 +18,7 @@ from typing import Any
 
 from hts_ray.engine.progress import ProgressPoller
 from hts_ray.store import storage
-from hts_ray.store.aliases import ImagesDone, TrainingTold
+from hts_ray.store.aliases import TrainingTold
 
 _INTERVAL_S = 2.0  # between the steps that are reported
 _LOOK_S = 1.0
@@ -37,13 +37,6 @@ def epoch_record(
         "seconds": seconds,
         "validation_mAP": None,
     }
-
-
-def encoding_progress(progress: TrainingTold | None) -> ImagesDone | None:
-    """Return a callback that reports to `progress` how many images are encoded."""
-    if progress is None:
-        return None
-    return lambda done, of, bad: progress({"encoded": done, "of": of, "quarantined": bad})
 
 
 class StepLog:

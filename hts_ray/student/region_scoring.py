@@ -11,18 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.config import PoolConfig
 from hts_ray.engine.decoding import decoded_image, squash
-from hts_ray.engine.image_pass import OK, QUARANTINED
+from hts_ray.engine.image_pass import OK
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.images.crops import pixel_span
 from hts_ray.images.regions import Region
-from hts_ray.store.aliases import ImagesDone
+from hts_ray.store.aliases import FloatArray, ImagesDone
 from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import STUDENT_SCORES_SCHEMA, read_table, write_table
 from hts_ray.student.checkpoints import find_student, student_fingerprint
@@ -91,29 +90,22 @@ def _regions(path: str, split: str | None) -> pa.Table:
 
 
 class StudentRegionScorer(StudentWorker):
-    """Scores the regions of decoded images, `batch_regions` in one forward."""
+    """Turns rows with `pixels` and `boxes` into rows of `student_scores`.
+
+    `batch_regions` of an image go through the student in one forward pass.
+    """
+
+    schema = STUDENT_SCORES_SCHEMA
 
     def __init__(self, folder: str, pool: PoolConfig, *, batch_regions: int) -> None:
         super().__init__(folder, pool)
         self._batch_regions = batch_regions
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Turn rows with `pixels` and `boxes` into rows of `student_scores`."""
-        rows = [self._row(table, row) for row in range(len(table))]
-        return pa.Table.from_pylist(rows, schema=STUDENT_SCORES_SCHEMA)
+    def vectors(self, table: pa.Table) -> dict[str, list[FloatArray]]:
+        """Return the logits of each image's regions, row-major."""
+        return {"scores": [self._scores(table, row).ravel() for row in range(len(table))]}
 
-    def _row(self, table: pa.Table, row: int) -> dict[str, Any]:
-        names = ("image_id", "uri", "split", "error_kind", "error")
-        output = {name: table[name][row].as_py() for name in names}
-        if output["error_kind"] is not None:
-            return {**output, "status": QUARANTINED}
-        scores_RC = self._scores(table, row)
-        if not np.isfinite(scores_RC).all():
-            failed = {"error_kind": "not_finite", "error": "the student's logits are not finite"}
-            return {**output, **failed, "status": QUARANTINED}
-        return {**output, "scores": scores_RC.ravel(), "status": OK}
-
-    def _scores(self, table: pa.Table, row: int) -> npt.NDArray[np.float32]:
+    def _scores(self, table: pa.Table, row: int) -> FloatArray:
         """Return logits (R, C) of one image's regions."""
         image, size = decoded_image(table, row), self.student.image_size
         boxes, step = table["boxes"][row].as_py(), self._batch_regions

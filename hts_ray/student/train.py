@@ -29,7 +29,7 @@ from hts_ray.store.aliases import TrainingTold
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
 from hts_ray.student.augment import stored_size
 from hts_ray.student.checkpoints import DESCRIPTION, description_of, load_student, save_student
-from hts_ray.student.dataset import decoded_images, gather_quarantine
+from hts_ray.student.head import fit_on_features
 from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import train_loop
 from hts_ray.student.model import (
@@ -54,12 +54,13 @@ from hts_ray.student.targets import (
     Task,
     ValidationSet,
     class_weights,
+    decoded_images,
+    gather_quarantine,
     initial_folder,
     positive_counts,
     training_set,
     work_folder,
 )
-from hts_ray.student.train_head import fit_on_features
 
 if TYPE_CHECKING:
     import ray.data

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store.run import StageFolder
-from hts_ray.student.features import ensure_features, find_features
+from hts_ray.student.features import plan_features
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import estimate as estimate_training
 from hts_ray.sweep.data import load_sweep_data, read_regions
@@ -60,22 +60,14 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
     run, scores = plan.run, plan.region_scores.path
     seed, split = run.config.sweep.seed, run.config.train.split
     student = start_student(plan, folder)
-    stored = find_features(
-        run.run_dir,
-        student,
-        plan.images,
-        flipped=plan.flipped,
-    )
+    settings, flipped = run.config.train.features, plan.flipped
+    found = plan_features(settings, run.run_dir, student, plan.images, flipped=flipped).folder
+    stored = found.finished
     ids = read_regions(scores, split, seed, sample).image_ids.tolist()
     images = plan.images.filter(pc.is_in(plan.images["image_id"], pa.array(ids)))
     started = time.monotonic()
-    found = stored or ensure_features(
-        run.config.train.features,
-        run_dir=folder,
-        student_path=student,
-        images=images.combine_chunks(),
-        flipped=plan.flipped,
-    )
+    if not stored:
+        found = plan_features(settings, folder, student, images, flipped=flipped).run()
     share = len(plan.images) / len(images)
     features_seconds = 0.0 if stored else (time.monotonic() - started) * share
     data = load_sweep_data(run.config, run.class_table, scores, found.path, max_images=sample)

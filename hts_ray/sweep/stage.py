@@ -24,7 +24,7 @@ from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, given_stage, require_stage
 from hts_ray.store.tables import trials_schema, write_table
-from hts_ray.student.features import ensure_features
+from hts_ray.student.features import plan_features
 from hts_ray.student.train import plan_train
 from hts_ray.sweep.data import SweepData, load_sweep_data
 from hts_ray.sweep.finalists import FOLDER, Finalist, run_finalists
@@ -112,14 +112,13 @@ def load_data(
 ) -> SweepData:
     """Compute the image features that are missing, and read everything that trials need."""
     config = plan.run.config
-    features = ensure_features(
+    features = plan_features(
         config.train.features,
-        run_dir=plan.run.run_dir,
-        student_path=start_student(plan, plan.stage.file(START)),
-        images=plan.all_images(),
+        plan.run.run_dir,
+        start_student(plan, plan.stage.file(START)),
+        plan.all_images(),
         flipped=plan.flipped,
-        progress=progress,
-    )
+    ).run(progress)
     tell(f"features of {features.stats['rows_out']} images -> {features.path}")
     scores, classes = plan.region_scores.path, plan.run.class_table
     return load_sweep_data(config, classes, scores, features.path, plan.validation)

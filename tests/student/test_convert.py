@@ -18,9 +18,8 @@ from hts_ray.store.run import StageFolder
 from hts_ray.student import convert as export
 from hts_ray.student import load_student
 from hts_ray.student.checkpoints import save_student, student_fingerprint
-from hts_ray.student.convert import export_student
+from hts_ray.student.convert import export_student, model_card
 from hts_ray.student.model import Student, build_student
-from hts_ray.student.model_card import model_card
 from hts_ray.student.official import import_checkpoint
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

@@ -14,13 +14,11 @@ from hts_ray.engine.decoding import decode_batch
 from hts_ray.errors import DataError
 from hts_ray.store import storage
 from hts_ray.store.tables import features_schema, read_table, write_table
-from hts_ray.student import load_student
+from hts_ray.student import features, load_student
 from hts_ray.student.checkpoints import save_student
 from hts_ray.student.features import (
     FeatureEncoder,
     encoder_fingerprint,
-    ensure_features,
-    find_features,
     plan_features,
     read_feature_table,
 )
@@ -114,33 +112,26 @@ def test_a_rerun_after_a_crash_encodes_the_rest_only(ray_session, plan, images):
 
 
 def test_features_are_found_again_where_they_fit_and_nowhere_else(
-    tmp_path, student_path, images, student_config, color_table, resnet_path
+    tmp_path, student_path, images, student_config, color_table, resnet_path, monkeypatch
 ):
     """Catches features of another tower, file, decoding or side served as these images' own."""
-    settings = {"run_dir": str(tmp_path), "student_path": student_path}
-    stage = ensure_features(FeaturesConfig(), images=images, **settings)
     few = images.slice(5, 9)
-    assert ensure_features(FeaturesConfig(), images=few, **settings) == stage
-    found = {"flipped": False}
-    assert find_features(**settings, images=few, flipped=True) is None
-    info = storage.read_json(stage.file("table.json"))
-    smaller = {**info, "decoding": {**info["decoding"], "max_side": 16}}
-    storage.write_json(stage.file("table.json"), smaller)
-    assert find_features(**settings, images=few, flipped=False) is None
-    storage.write_json(stage.file("table.json"), info)
     moved = few.set_column(1, "uri", pa.array([f"/elsewhere/{i}" for i in range(9)]))
-    assert find_features(**settings, images=moved, **found) is None
     other = str(tmp_path / "student-other")
     config = student_config.model_copy(update={"model": f"local-dir:{resnet_path}"})
     save_student(build_student(config, color_table), other)
-    assert find_features(str(tmp_path), other, few, **found) is None
 
-    def features_folder(path, table, flipped):
+    def folder(path, table, flipped=False, run="run"):
         config = FeaturesConfig()
-        return plan_features(config, str(tmp_path), path, table, flipped=flipped).folder
+        return plan_features(config, str(tmp_path / run), path, table, flipped=flipped).folder
 
+    stage = plan_features(FeaturesConfig(), str(tmp_path / "run"), student_path, images).run()
+    assert folder(student_path, few) == folder(student_path, images) == stage
+    assert not folder(student_path, few, flipped=True).finished
+    assert not folder(student_path, moved).finished
+    assert not folder(other, few).finished
     keys = {
-        features_folder(path, table, flipped).key
+        folder(path, table, flipped, run="empty").key
         for path, table, flipped in [
             (student_path, images, False),
             (student_path, images, True),
@@ -151,7 +142,12 @@ def test_features_are_found_again_where_they_fit_and_nowhere_else(
     }
     assert len(keys) == 5
     shuffled = images.take(pa.array(range(47, -1, -1)))
-    assert features_folder(student_path, shuffled, False) == stage
+    assert folder(student_path, shuffled, run="empty").key == stage.key
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "_DECODING", ImagesConfig(max_side=16))
+        assert folder(student_path, few) != stage
+        assert folder(student_path, images).key not in keys
+    assert folder(student_path, few) == stage
 
 
 def test_other_classes_share_their_tower(tmp_path, student_path, student_config, color_table):
