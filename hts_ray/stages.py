@@ -37,7 +37,7 @@ from hts_ray.evaluate import evaluate_predictions
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.report import Section, report_for_run, write_report
-from hts_ray.review.section import review_sections
+from hts_ray.review.agreement import review_sections
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone, TrainingTold
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage

@@ -1,6 +1,6 @@
-"""`hts review`: how far the machine's labels agree with people's, over what people decided.
+"""`hts review` and its section of the report: how far the machine's labels agree with people's.
 
-An agreement is JSON-able, as it is stored, printed and shown in the report:
+An agreement is over what people decided, and JSON-able, as it is stored, printed and shown:
 
 - `images` that both have labels of, `images_equal` of them without a difference, and
   `images_without_machine_labels`;
@@ -12,21 +12,32 @@ An agreement is JSON-able, as it is stored, printed and shown in the report:
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from markupsafe import Markup
 
 from hts_ray.classes import ClassTable
 from hts_ray.engine.run import Run
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import FILE as MANIFEST
+from hts_ray.images.thumbnail import stored_thumbnail
 from hts_ray.labels.corrections import OVERRIDES, read_overrides
 from hts_ray.metrics import wilson_interval
+from hts_ray.report.content import Section, Verdict
+from hts_ray.report.page import environment
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.store.run import (
+    StageFolder,
+    content_hash,
+    find_stage,
+    finished_stages,
+    settings_hash,
+)
 from hts_ray.store.tables import CORRECTIONS_SCHEMA
 
 Row = Mapping[str, Any]
@@ -39,6 +50,11 @@ _SAID = {
     "undecided": ("ignored", "positive"),
     "missed": ("negative", "positive"),
 }
+# What the page calls a label that people changed, by what the machine had said.
+_VERDICTS: dict[str, Verdict] = {"positive": "wrong", "negative": "missed", "ignored": "ignored"}
+MAX_IMAGES = 24
+_TEMPLATES = Path(__file__).parent
+_THUMBNAIL = (360, 12_000)  # pixels of a side, bytes
 
 
 @dataclass(frozen=True)
@@ -212,3 +228,47 @@ def review(run: Run, path: str, labels: StageFolder) -> dict[str, Any]:
     rows = {"rows_in": len(corrections), "rows_out": found["images"], "quarantined": 0}
     stage.publish({**rows, **found["overall"]})
     return found
+
+
+def review_sections(run_dir: str) -> list[Section]:
+    """Return the report's section about a run's latest `hts review`; none without one."""
+    files = [stage.file(AGREEMENT) for stage in finished_stages(run_dir, TABLE)]
+    files = [file for file in files if storage.exists(file)]  # not all folders review-* are ours
+    if not files:
+        return []
+    history = [storage.read_json(file) for file in files]
+    found, latest = history[-1], find_stage(run_dir, "pseudo_labels")
+    labels = None if latest is None else f"{latest.table}-{latest.key}"
+    images = disagreed_images(found["disagreements"])
+    by_class = sorted(
+        found["per_class"], key=lambda row: (-(row["wrong"] + row["missed"]), row["name"])
+    )
+    html = environment(_TEMPLATES).get_template("review.html.j2").render(
+        found=found,
+        rows=[{**found["overall"], "name": "all classes"}, *by_class],
+        file=files[-1],
+        images=[(stored_thumbnail(of[0]["uri"] or "", *_THUMBNAIL), of)
+                for of in images[:MAX_IMAGES]],
+        verdicts=_VERDICTS,
+        differing=len(images),
+        history=history if len(history) > 1 else [],
+        newer=None if labels == found["pseudo_labels"] else labels,
+    )  # fmt: skip
+    return [Section("review", "Agreement with people", Markup(html))]  # noqa: S704 - escaped there
+
+
+def disagreed_images(disagreements: Iterable[Row]) -> list[list[Row]]:
+    """Return the disagreements of each image that has some, the worst image first.
+
+    Wrong and missed labels come before those that the machine left undecided: only they teach
+    the student something wrong.
+    """
+    images: dict[str, list[Row]] = defaultdict(list)
+    for entry in disagreements:
+        images[entry["image_id"]].append(entry)
+    return sorted(images.values(), key=_badness, reverse=True)
+
+
+def _badness(entries: list[Row]) -> tuple[int, int, float]:
+    mistakes = sum(entry["machine"] != "ignored" for entry in entries)
+    return mistakes, len(entries), max(entry["probability"] or 0.0 for entry in entries)

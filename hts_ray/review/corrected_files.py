@@ -1,7 +1,7 @@
 """Files of corrected labels as other tools write them: Label Studio, COCO and CSV.
 
 Every reader returns what the file says: images by the names it has for them, classes by their
-names. `hts_ray.review.lookup` finds out what they are in a run.
+names. `hts_ray.review.importing` finds out what they are in a run.
 """
 
 from __future__ import annotations

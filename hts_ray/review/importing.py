@@ -1,31 +1,32 @@
-"""`hts import-labels`: corrected labels in, a labeled manifest and overrides for the filter out."""
+"""`hts import-labels`: corrected labels in, a labeled manifest and overrides for the filter out.
+
+The names that a file uses are looked up here: which image and which class of the run they mean.
+"""
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
 
 from hts_ray.classes import ClassTable
+from hts_ray.classes.prompts import phrase_key
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.manifest import FILE as MANIFEST
 from hts_ray.labels.corrections import OVERRIDES
 from hts_ray.review.corrected_files import Problem, Read, ReadImage
-from hts_ray.review.lookup import (
-    CONTRADICTION,
-    REPEATED,
-    UNKNOWN_CLASS,
-    ClassNames,
-    ImageIndex,
-)
 from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
 from hts_ray.store.tables import (
+    ANNOTATION_COLUMNS,
     CORRECTIONS_SCHEMA,
     MANIFEST_SCHEMA,
     QUARANTINE_SCHEMA,
@@ -34,7 +35,7 @@ from hts_ray.store.tables import (
 )
 
 Unmarked = Literal["negative", "unknown"]
-STAGE = "import-labels"
+_HINTS, _SEARCHED_IDS = 20, 20_000
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,82 @@ class Imported:
     overrides: pa.Table
     quarantine: pa.Table
     counts: Mapping[str, int]
+
+
+class ImageIndex:
+    """Finds images by their id, by their uri, or by the end of a path or address."""
+
+    def __init__(self, image_ids: Sequence[str], uris: Sequence[str]) -> None:
+        self._hints_left = _HINTS
+        self._ids = {image_id: row for row, image_id in enumerate(image_ids)}
+        self._uris = {uri: row for row, uri in enumerate(uris)}
+        self._by_file: defaultdict[str, list[tuple[list[str], int]]] = defaultdict(list)
+        for row, names in enumerate(zip(image_ids, uris, strict=True)):
+            for parts in filter(None, map(_parts, names)):
+                self._by_file[parts[0]].append((parts, row))
+
+    def find(self, image: ReadImage) -> int | Problem:
+        """Return the image's row, or why there is none.
+
+        Among several images with the file's name, the one that shares most of the folders is
+        taken; if two share as many, neither is.
+        """
+        for name in (image.image_id, image.reference):
+            if name and name in self._ids:
+                return self._ids[name]
+        if image.reference in self._uris:
+            return self._uris[image.reference]
+        parts = _parts(image.reference)
+        shared: dict[int, int] = {}
+        for known, row in self._by_file.get(parts[0], ()) if parts else ():
+            same = [a == b for a, b in zip(known, parts, strict=False)]
+            shared[row] = max(shared.get(row, 0), [*same, False].index(False))
+        if not shared:
+            reason = f"the manifest has no such image{self._hint(image.called)}"
+            return Problem(image.called, "unknown_image", reason)
+        best = max(shared.values())
+        rows = [row for row, length in shared.items() if length == best]
+        if len(rows) > 1:
+            reason = f"{len(rows)} images of the manifest go by this name: write image ids"
+            return Problem(image.called, "ambiguous_image", reason)
+        return rows[0]
+
+    def _hint(self, name: str) -> str:
+        """Suggest an image for the first few unknown names only: the search takes long."""
+        self._hints_left -= 1
+        some = list(islice(self._ids, _SEARCHED_IDS if self._hints_left >= 0 else 0))
+        near = difflib.get_close_matches(name, some, n=1, cutoff=0.8)
+        return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _parts(reference: str) -> list[str]:
+    """Return the parts of a path or address, the last one first.
+
+    Of a query such as `/data/local-files/?d=photos/a.jpg` they are those of its last value.
+    """
+    split = urlsplit(reference)
+    if len(split.scheme) > 1 or (reference.startswith("/data/") and "?d=" in reference):
+        _, equals, value = split.query.rpartition("&")[2].partition("=")
+        reference = unquote(value if equals else split.path)
+    parts = reference.replace("\\", "/").split("/")
+    return [part for part in reversed(parts) if part not in ("", ".")]
+
+
+class ClassNames:
+    """Finds class ids by display name; case, underscores and extra spaces do not count."""
+
+    def __init__(self, class_table: ClassTable) -> None:
+        self._classes = {phrase_key(of_class.name): of_class for of_class in class_table}
+
+    def find(self, names: Sequence[str]) -> tuple[list[int], list[str]]:
+        """Return the ids of the names that are known, and what to say of each that is not."""
+        found = [(name, self._classes.get(phrase_key(name))) for name in names]
+        unknown = [f"no class {name!r}{self._hint(name)}" for name, known in found if known is None]
+        return [known.class_id for _, known in found if known is not None], unknown
+
+    def _hint(self, name: str) -> str:
+        near = difflib.get_close_matches(phrase_key(name), list(self._classes), n=1, cutoff=0.6)
+        return f", did you mean {self._classes[near[0]].name!r}?" if near else ""
 
 
 def import_labels(
@@ -83,9 +160,7 @@ def import_labels(
     if not labels:
         raise DataError(_nothing(read, problems))
     labeled = _labeled(manifest, labels, split)
-    corrections = labeled.select(CORRECTIONS_SCHEMA.names).replace_schema_metadata(
-        CORRECTIONS_SCHEMA.metadata
-    )
+    corrections = labeled.select(CORRECTIONS_SCHEMA.names).cast(CORRECTIONS_SCHEMA)
     validating = applied = np.ones(len(labeled), dtype=bool)
     if validation_share is not None:
         count = min(max(1, round(validation_share * len(labeled))), len(labeled) - 1)
@@ -126,7 +201,7 @@ def _looked_up(
             problems.append(found)
         elif row in labels:
             reason = "the file has this image more than once: its first entry counts"
-            problems.append(Problem(entry.called, REPEATED, reason))
+            problems.append(Problem(entry.called, "repeated_image", reason))
         else:
             assert isinstance(row, int)
             labels[row] = found
@@ -166,24 +241,19 @@ def write_import(
 def _labels(
     entry: ReadImage, names: ClassNames, class_table: ClassTable, unmarked: Unmarked
 ) -> dict[str, list[int]] | Problem:
-    positive, unknown = names.find(entry.positive)
-    ambiguous, more = names.find(entry.ambiguous)
-    negative, even_more = names.find(entry.negative or ())
-    unknown += [*more, *even_more]
-    if unknown:
-        return Problem(entry.called, UNKNOWN_CLASS, "; ".join(unknown))
+    lists = (entry.positive, entry.negative or (), entry.ambiguous)
+    (positive, negative, ambiguous), unknown = zip(*map(names.find, lists), strict=True)
+    if any(unknown):
+        return Problem(entry.called, "unknown_class", "; ".join(chain(*unknown)))
     both = set(positive) & {*ambiguous, *negative} | set(ambiguous) & set(negative)
     if both:
         name = class_table[class_table.index_of(min(both))].name
-        return Problem(entry.called, CONTRADICTION, f"{name!r} is listed in two ways")
+        return Problem(entry.called, "contradiction", f"{name!r} is listed in two ways")
     if entry.negative is None and unmarked == "negative":
         taken = {*positive, *ambiguous}
         negative = [i for i in class_table.positions if i not in taken]
-    return {
-        "positive_ids": sorted(positive),
-        "negative_ids": sorted(negative),
-        "ambiguous_ids": sorted(ambiguous),
-    }
+    ids = map(sorted, (positive, negative, ambiguous))
+    return dict(zip(ANNOTATION_COLUMNS, ids, strict=True))
 
 
 def _labeled(
@@ -191,27 +261,16 @@ def _labeled(
 ) -> pa.Table:
     """Return the manifest's rows with these labels, in the manifest's order."""
     rows = sorted(labels)
-    chosen = manifest.take(pa.array(rows))
-    columns = {name: chosen[name] for name in ("image_id", "uri", "width", "height")}
-    columns["split"] = pa.array([split] * len(rows))
-    for name in ("positive_ids", "negative_ids", "ambiguous_ids"):
-        columns[name] = pa.array([labels[row][name] for row in rows], pa.list_(pa.int16()))
-    arrays = [columns[field.name].cast(field.type) for field in MANIFEST_SCHEMA]
-    return pa.table(arrays, schema=MANIFEST_SCHEMA)
+    chosen = manifest.select(["image_id", "uri", "width", "height"]).take(pa.array(rows))
+    decided = [{"split": split, **labels[row]} for row in rows]
+    images = zip(chosen.to_pylist(), decided, strict=True)
+    return pa.Table.from_pylist([image | labeled for image, labeled in images], MANIFEST_SCHEMA)
 
 
 def _quarantine(problems: Sequence[Problem]) -> pa.Table:
-    rows = [
-        {
-            "image_id": problem.reference,
-            "stage": STAGE,
-            "uri": problem.reference,
-            "error_kind": problem.kind,
-            "error": problem.error,
-        }
-        for problem in problems
-    ]
-    return pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
+    rows = [(p.reference, "import-labels", p.reference, p.kind, p.error) for p in problems]
+    named = [dict(zip(QUARANTINE_SCHEMA.names, row, strict=True)) for row in rows]
+    return pa.Table.from_pylist(named, QUARANTINE_SCHEMA)
 
 
 def _nothing(read: Read, problems: Sequence[Problem]) -> str:

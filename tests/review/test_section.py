@@ -11,10 +11,9 @@ from hts_ray import report
 from hts_ray.config import override
 from hts_ray.engine.run import open_run
 from hts_ray.labels.stage import plan_filter
-from hts_ray.review.agreement import review
+from hts_ray.review.agreement import MAX_IMAGES, disagreed_images, review, review_sections
 from hts_ray.review.corrected_files import Read, ReadImage
 from hts_ray.review.importing import import_labels, write_import
-from hts_ray.review.section import MAX_IMAGES, disagreed_images, review_sections
 from hts_ray.store import storage
 from hts_ray.store.run import require_stage
 
