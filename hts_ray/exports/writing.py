@@ -9,13 +9,12 @@ from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.anno_mat import write_anno_mat
 from hts_ray.exports.coco import write_coco, write_fiftyone
-from hts_ray.exports.huggingface import write_huggingface
+from hts_ray.exports.hub import write_huggingface, write_webdataset
 from hts_ray.exports.image_files import with_files
 from hts_ray.exports.label_studio import write_label_studio
 from hts_ray.exports.records import Context, Format, Tally
 from hts_ray.exports.source import LabelRows
 from hts_ray.exports.tables import write_csv, write_parquet
-from hts_ray.exports.webdataset import write_webdataset
 from hts_ray.store.outputs import new_output, refuse_existing
 
 MARKER = "hts_export.json"  # in every folder that an export makes: what it is and what it counted
