@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -21,13 +20,7 @@ from hts_ray.config import RegionsConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.regions import Detection
 from hts_ray.store.aliases import Pixels
-from hts_ray.teacher.models.files import (
-    MODEL_FILES,
-    checked_settings,
-    download,
-    folder_fingerprint,
-    local_folder,
-)
+from hts_ray.teacher.models.files import NamedModel
 
 FIELD = "label.regions.detector"
 # Images in one forward: detectors work at 640 to 1333 pixels.
@@ -59,8 +52,9 @@ _SHOWN_LABELS = 12
 _BUFFERS = ("num_batches_tracked", "position_ids")
 _NO_LABELS = ("", "n/a")
 
-# From the images' tensors and sizes (height, width) to (scores, labels, boxes) of each image.
-Found = tuple[list[float], list[str], list[list[float]]]
+# Scores, labels and boxes of an image. A Forward finds them for each image of a batch, of the
+# images' tensors and sizes (height, width).
+Found = list[tuple[float, str, list[float]]]
 Forward = Callable[[dict[str, Any], list[tuple[int, int]]], list[Found]]
 
 
@@ -74,17 +68,13 @@ class Detector(Protocol):
 class TransformersDetector:
     """A detector of transformers; see `Detector`.
 
-    `prepare` makes the tensors of one image, each with a first dimension of 1; `forward` runs
-    the model on a batch of equal shapes.
+    `forward` runs the model on a batch of images that `image_processor` makes equal in shape.
     """
 
     def __init__(
-        self,
-        prepare: Callable[[Pixels], dict[str, Any]],
-        forward: Forward,
-        person_labels: Iterable[str],
+        self, image_processor: Any, forward: Forward, person_labels: Iterable[str]
     ) -> None:
-        self.prepare = prepare
+        self.image_processor = image_processor
         self.forward = forward
         self.person_labels = frozenset(map(clean_label, person_labels))
 
@@ -95,7 +85,9 @@ class TransformersDetector:
         model sees at one shape share a forward; none is padded to the size of another, which
         would change what is found. Raises DataError when a score is not a number.
         """
-        inputs = [self.prepare(image) for image in images]
+        import torch
+
+        inputs = [self._prepared(image) for image in images]
         groups: dict[Any, list[int]] = {}
         for index, tensors in enumerate(inputs):
             shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
@@ -105,17 +97,23 @@ class TransformersDetector:
             for start in range(0, len(indices), BATCH):
                 chosen = indices[start : start + BATCH]
                 sizes = [(images[i].shape[0], images[i].shape[1]) for i in chosen]
-                found = self.forward(_stack([inputs[i] for i in chosen]), sizes)
-                for index, of_image in zip(chosen, found, strict=True):
-                    results[index] = self._detections(of_image)
+                batch = {
+                    name: torch.cat([inputs[i][name] for i in chosen]) for name in inputs[chosen[0]]
+                }
+                for index, found in zip(chosen, self.forward(batch, sizes), strict=True):
+                    results[index] = [
+                        Detection((x0, y0, x1, y1), label, score, label in self.person_labels)
+                        for score, label, (x0, y0, x1, y1) in found
+                        if label not in _NO_LABELS
+                    ]
         return results
 
-    def _detections(self, found: Found) -> list[Detection]:
-        return [
-            Detection((box[0], box[1], box[2], box[3]), label, score, label in self.person_labels)
-            for score, label, box in zip(*found, strict=True)
-            if label not in _NO_LABELS
-        ]
+    def _prepared(self, image: Pixels) -> dict[str, Any]:
+        # Alone, an image is not padded to the size of others.
+        prepared = self.image_processor(
+            images=image, input_data_format="channels_last", return_tensors="pt"
+        )
+        return {name: prepared[name] for name in ("pixel_values", "pixel_mask") if name in prepared}
 
 
 def clean_label(text: str) -> str:
@@ -123,9 +121,10 @@ def clean_label(text: str) -> str:
     return " ".join(text.replace("_", " ").lower().split())
 
 
-def detector_error(config: RegionsConfig, message: str, remedy: str = "") -> ConfigError:
-    """Return the ConfigError that names the detector."""
-    return ConfigError(message, field=FIELD, value=config.detector, remedy=remedy)
+def _named(config: RegionsConfig) -> NamedModel:
+    assert config.detector is not None
+    field = "label.regions.detector_revision"
+    return NamedModel(config.detector, config.detector_revision, FIELD, field)
 
 
 def check_detector(config: RegionsConfig) -> None:
@@ -133,46 +132,38 @@ def check_detector(config: RegionsConfig) -> None:
 
     Raises ConfigError as loading would, so that a driver can refuse before any worker starts.
     """
-    if config.detector is not None and local_detector_folder(config) is not None:
-        detector_folder(config)
+    if config.detector is not None and _named(config).local() is not None:
+        _checked_files(config)
 
 
-def local_detector_folder(config: RegionsConfig) -> Path | None:
-    """Return the folder of a local detector, None for a hub id; ConfigError for neither."""
-    assert config.detector is not None
-    return local_folder(config.detector, partial(detector_error, config))
+def _checked_files(config: RegionsConfig) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the settings of a detector, downloading a hub id.
 
-
-def detector_folder(config: RegionsConfig) -> Path:
-    """Return the folder of a detector that has passed a look at its files, downloading a hub id.
-
-    Raises ConfigError when a file is missing, the family is not supported, no label is a
-    person's, or the hub cannot be reached.
+    Raises ConfigError as `NamedModel.files`, and when the family is not supported or no label is
+    a person's.
     """
-    assert config.detector is not None
-    refuse = partial(detector_error, config)
-    folder = local_detector_folder(config) or download(
-        config.detector,
-        config.detector_revision,
-        list(MODEL_FILES),
-        refuse,
-        "label.regions.detector_revision",
-    )
-    settings = checked_settings(folder, refuse)
+    folder, settings = _named(config).files()
     family = settings.get("model_type")
     if family not in (*FIXED, *ZERO_SHOT):
-        raise detector_error(
-            config,
+        raise _named(config).error(
             f"family {family!r} is no object detector that is supported",
             f"supported: {', '.join((*FIXED, *ZERO_SHOT))}",
         )
-    if family in FIXED:
-        named = settings.get("id2label")
-        labels = map(str, named.values()) if isinstance(named, dict) else ()
-        _require_person(config, labels)
-    else:
+    if family in ZERO_SHOT:
         detector_queries(config, ())
-    return folder
+        return folder, settings
+    named = settings.get("id2label")
+    labels = map(str, named.values()) if isinstance(named, dict) else ()
+    known = list(dict.fromkeys(map(clean_label, labels)))
+    persons = list(map(clean_label, config.person_labels))
+    if not set(known) & set(persons):
+        shown = ", ".join(known[:_SHOWN_LABELS]) or "none that are named"
+        more = f" and {len(known) - _SHOWN_LABELS} more" if len(known) > _SHOWN_LABELS else ""
+        raise _named(config).error(
+            f"it finds no persons ({', '.join(persons)}): its labels are {shown}{more}",
+            "choose another detector, or name its label in label.regions.person_labels",
+        )
+    return folder, settings
 
 
 def detector_queries(config: RegionsConfig, labels: Sequence[str]) -> list[str]:
@@ -201,17 +192,8 @@ def detector_queries(config: RegionsConfig, labels: Sequence[str]) -> list[str]:
 
 
 def detector_fingerprint(config: RegionsConfig) -> str:
-    """Return text that changes whenever the detector may find other boxes; "" without one.
-
-    Of a local model: a hash over its settings, tokenizer and weights (by content up to 64 MB a
-    file, by name and size above). Of a hub id: `id@revision`, unread.
-    """
-    if config.detector is None:
-        return ""
-    folder = local_detector_folder(config)
-    if folder is None:
-        return f"{config.detector}@{config.detector_revision or 'main'}"
-    return folder_fingerprint(folder)
+    """Return the fingerprint of the detector, see `NamedModel`; "" without one."""
+    return "" if config.detector is None else _named(config).fingerprint()
 
 
 def load_detector(
@@ -226,104 +208,58 @@ def load_detector(
     """
     import torch
     import transformers
-    from transformers.utils import logging as library_logging
 
-    library_logging.disable_progress_bar()
-    folder = detector_folder(config)
-    settings = checked_settings(folder, partial(detector_error, config))
+    folder, settings = _checked_files(config)
     family = settings["model_type"]
     fixed = family in FIXED
     # One processor holds the image and the text part of a zero-shot model.
     tool = transformers.AutoImageProcessor if fixed else transformers.AutoProcessor
     kind = "AutoModelForObjectDetection" if fixed else "AutoModelForZeroShotObjectDetection"
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        processor = tool.from_pretrained(folder, **options)
-        if _asks_for_backbone(settings):
-            options["config"] = transformers.AutoConfig.for_model(**_with_backbone(settings))
-        model, loading = getattr(transformers, kind).from_pretrained(
+        processor = tool.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = _named(config).load(
+            kind,
             folder,
+            lambda weight: weight.endswith(_BUFFERS),
             dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+            **_backbone_without_hub(settings),
         )
-        model = model.to(device).eval().requires_grad_(False)
+        model = model.to(device)
+    except ConfigError:
+        raise
     except Exception as error:  # damaged files and settings raise nearly every type
         reason = f"{type(error).__name__}: {error}"
-        raise detector_error(config, f"does not load: {reason}") from error
-    # The library fills in random numbers.
-    missing = sorted(key for key in loading["missing_keys"] if not key.endswith(_BUFFERS))
-    if missing:
-        raise detector_error(
-            config, f"its files lack {len(missing)} weights, e.g. {missing[0]}", "save it again"
-        )
-    if fixed:
-        forward = _fixed_forward(config, model, processor)
-        return TransformersDetector(_preparation(processor), forward, config.person_labels)
-    queries = detector_queries(config, labels)
-    build = _owl_forward if family in OWL else _grounding_forward
-    if family in OMDET:
-        build = _omdet_forward
+        raise _named(config).error(f"does not load: {reason}") from error
+    build = _grounding_forward if family in GROUNDING else _forward
+    queries = [] if fixed else detector_queries(config, labels)
     return TransformersDetector(
-        _preparation(processor.image_processor),
+        processor if fixed else processor.image_processor,
         build(config, model, processor, queries),
         config.person_labels,
     )
 
 
-def _asks_for_backbone(settings: Mapping[str, Any]) -> bool:
-    """Return whether transformers would ask the hub what kind of backbone this is.
+def _backbone_without_hub(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of `from_pretrained` for models whose backbone transformers asks the hub for.
 
-    Models that were saved by transformers 4 with `backbone_kwargs` name a timm backbone, and
-    the library looks for a repository of that name, even for a local model.
+    Those that were saved by transformers 4 with `backbone_kwargs` name a timm backbone, and the
+    library looks for a repository of that name, even for a local model.
     """
-    named = settings.get("backbone") and settings.get("backbone_config") is None
-    return bool(named and settings.get("use_timm_backbone") and settings.get("backbone_kwargs"))
+    from transformers import AutoConfig
 
-
-def _with_backbone(settings: Mapping[str, Any]) -> dict[str, Any]:
-    old = ("backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone")
-    backbone = {
-        **settings["backbone_kwargs"],
+    names = ("backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone")
+    backbone, kwargs, from_timm, _ = (settings.get(name) for name in names)
+    if not (backbone and kwargs and from_timm) or settings.get("backbone_config") is not None:
+        return {}
+    changed = {name: value for name, value in settings.items() if name not in names}
+    changed["use_timm_backbone"] = False
+    changed["backbone_config"] = {
+        **kwargs,
         "model_type": "timm_backbone",
-        "backbone": settings["backbone"],
+        "backbone": backbone,
         "use_pretrained_backbone": False,
     }
-    kept = {name: value for name, value in settings.items() if name not in old}
-    return {**kept, "backbone_config": backbone, "use_timm_backbone": False}
-
-
-def _require_person(config: RegionsConfig, labels: Iterable[str]) -> None:
-    """Raise ConfigError unless the model has a label that counts as a person."""
-    known = list(dict.fromkeys(map(clean_label, labels)))
-    persons = list(map(clean_label, config.person_labels))
-    if set(known) & set(persons):
-        return
-    shown = ", ".join(known[:_SHOWN_LABELS]) or "none that are named"
-    more = f" and {len(known) - _SHOWN_LABELS} more" if len(known) > _SHOWN_LABELS else ""
-    raise detector_error(
-        config,
-        f"it finds no persons ({', '.join(persons)}): its labels are {shown}{more}",
-        "choose another detector, or name its label in label.regions.person_labels",
-    )
-
-
-def _stack(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    import torch
-
-    return {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
-
-
-def _preparation(image_processor: Any) -> Callable[[Pixels], dict[str, Any]]:
-    def prepare(image: Pixels) -> dict[str, Any]:
-        # Alone, an image is not padded to the size of others.
-        prepared = image_processor(
-            images=image, input_data_format="channels_last", return_tensors="pt"
-        )
-        return {name: prepared[name] for name in ("pixel_values", "pixel_mask") if name in prepared}
-
-    return prepare
+    return {"config": AutoConfig.for_model(**changed)}
 
 
 def _run(model: Any, inputs: Mapping[str, Any], kept: Sequence[str]) -> SimpleNamespace:
@@ -354,77 +290,67 @@ def _run(model: Any, inputs: Mapping[str, Any], kept: Sequence[str]) -> SimpleNa
 
 
 def _found(result: dict[str, Any], labels: Sequence[str]) -> Found:
-    return result["scores"].tolist(), list(labels), result["boxes"].tolist()
+    scores, boxes = result["scores"].tolist(), result["boxes"].tolist()
+    return list(zip(scores, labels, boxes, strict=True))
 
 
-def _fixed_forward(config: RegionsConfig, model: Any, processor: Any) -> Forward:
-    names = {int(key): clean_label(str(text)) for key, text in model.config.id2label.items()}
-    _require_person(config, names.values())
+def _forward(config: RegionsConfig, model: Any, processor: Any, queries: Sequence[str]) -> Forward:
+    """Models with labels of their own, and zero-shot ones that read one text a query."""
+    import torch
+
+    family = model.config.model_type
+    kept: tuple[str, ...] = ("logits", "pred_boxes")
+    options: dict[str, Any] = {"threshold": config.detector_threshold}
+    if family in OMDET:
+        kept = ("decoder_coord_logits", "decoder_class_logits", "classes_structure")
+        options["nms_threshold"] = config.nms_iou
+    names: dict[int, str] = {}
+    text: dict[str, Any] = {}
+    if family in FIXED:
+        post_process = processor.post_process_object_detection
+        names = {int(key): clean_label(str(name)) for key, name in model.config.id2label.items()}
+    else:
+        post_process = processor.post_process_grounded_object_detection
+        text = (_omdet_text if family in OMDET else _owl_text)(processor, queries)
 
     def forward(inputs: dict[str, Any], sizes: list[tuple[int, int]]) -> list[Found]:
-        outputs = _run(model, inputs, ("logits", "pred_boxes"))
-        results = processor.post_process_object_detection(
-            outputs, threshold=config.detector_threshold, target_sizes=sizes
-        )
+        count = len(sizes)
+        repeated = {name: torch.cat([tensor] * count) for name, tensor in text.items()}
+        outputs = _run(model, {**inputs, **repeated}, kept)
+        asked = {"text_labels": [list(queries)] * count} if queries else {}
+        results = post_process(outputs, target_sizes=sizes, **options, **asked)
         return [
-            _found(result, [names.get(label, "") for label in result["labels"].tolist()])
+            _found(
+                result,
+                result["text_labels"]
+                if queries
+                else [names.get(label, "") for label in result["labels"].tolist()],
+            )
             for result in results
         ]
 
     return forward
 
 
-def _owl_forward(
-    config: RegionsConfig, model: Any, processor: Any, queries: Sequence[str]
-) -> Forward:
+def _owl_text(processor: Any, queries: Sequence[str]) -> dict[str, Any]:
     """OWL-ViT and OWLv2 compare boxes with one short text a query."""
     prompts = [f"a photo of {noun_phrase(query)}" for query in queries]
     text = processor(text=prompts, truncation=True, return_tensors="pt")
-
-    def forward(inputs: dict[str, Any], sizes: list[tuple[int, int]]) -> list[Found]:
-        repeated = {
-            name: text[name].repeat(len(sizes), 1) for name in ("input_ids", "attention_mask")
-        }
-        outputs = _run(model, {**inputs, **repeated}, ("logits", "pred_boxes"))
-        results = processor.post_process_grounded_object_detection(
-            outputs,
-            threshold=config.detector_threshold,
-            target_sizes=sizes,
-            text_labels=[list(queries)] * len(sizes),
-        )
-        return [_found(result, result["text_labels"]) for result in results]
-
-    return forward
+    return {name: text[name] for name in ("input_ids", "attention_mask")}
 
 
-def _omdet_forward(
-    config: RegionsConfig, model: Any, processor: Any, queries: Sequence[str]
-) -> Forward:
+def _omdet_text(processor: Any, queries: Sequence[str]) -> dict[str, Any]:
     """OmDet-Turbo is given a task and one text a query, and merges overlaps by itself."""
+    import torch
+
     options = dict(processor.text_kwargs, return_tensors="pt")
     task = processor.tokenizer([f"Detect {', '.join(queries)}."], **options)
     names = processor.tokenizer(list(queries), **options)
-    kept = ("decoder_coord_logits", "decoder_class_logits", "classes_structure")
-
-    def forward(inputs: dict[str, Any], sizes: list[tuple[int, int]]) -> list[Found]:
-        import torch
-
-        text = {
-            **{f"tasks_{name}": tensor.repeat(len(sizes), 1) for name, tensor in task.items()},
-            **{f"classes_{name}": tensor.repeat(len(sizes), 1) for name, tensor in names.items()},
-            "classes_structure": torch.full((len(sizes),), len(queries)),
-        }
-        outputs = _run(model, {**inputs, **text}, kept)
-        results = processor.post_process_grounded_object_detection(
-            outputs,
-            text_labels=[list(queries)] * len(sizes),
-            threshold=config.detector_threshold,
-            nms_threshold=config.nms_iou,
-            target_sizes=sizes,
-        )
-        return [_found(result, result["text_labels"]) for result in results]
-
-    return forward
+    return {
+        **{f"tasks_{name}": tensor for name, tensor in task.items()},
+        **{f"classes_{name}": tensor for name, tensor in names.items()},
+        "classes_structure": torch.tensor([len(queries)]),
+    }
 
 
 def _grounding_forward(
@@ -441,7 +367,7 @@ def _grounding_forward(
     ]
 
     def forward(inputs: dict[str, Any], sizes: list[tuple[int, int]]) -> list[Found]:
-        results: list[Found] = [([], [], []) for _ in sizes]
+        results: list[Found] = [[] for _ in sizes]
         for text, labels_T, chunk in chunks:
             tokens = processor.tokenizer(
                 [text] * len(sizes), return_token_type_ids=True, return_tensors="pt"
@@ -461,10 +387,7 @@ def _grounding_forward(
             for image, result in enumerate(processed):
                 is_found = outputs.logits[image].sigmoid().amax(-1) > config.detector_threshold
                 names = [chunk[int(labels_T[token])] for token in best_BQ[image][is_found]]
-                scores, found_labels, boxes = _found(result, names)
-                results[image][0].extend(scores)
-                results[image][1].extend(found_labels)
-                results[image][2].extend(boxes)
+                results[image] += _found(result, names)
         return results
 
     return forward

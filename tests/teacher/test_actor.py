@@ -11,7 +11,7 @@ from assignments import CLASSES, plan, rows
 
 from hts_ray.teacher.actor import region_scorer, table_info
 from hts_ray.teacher.captioner import DummyCaptioner
-from hts_ray.teacher.models import catalog
+from hts_ray.teacher.models.files import NamedModel
 from hts_ray.teacher.prior import prior_log_likelihoods
 from hts_ray.teacher.scorers import CaptionVotes, TopPrompts
 
@@ -53,7 +53,7 @@ def test_an_actor_hashes_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Catches every actor reading all files of a model again to know its name."""
     settings = {"model": "builtin:world_captioner", "search": "top_k", "search_alpha": 0.5}
     assignment = plan(tmp_path, rows(tmp_path, 1), **settings)
-    monkeypatch.setattr(catalog, "folder_fingerprint", lambda folder: pytest.fail("hashed"))
+    monkeypatch.setattr(NamedModel, "fingerprint", lambda named: pytest.fail("hashed"))
     info = table_info(DummyCaptioner(), assignment)
     region_scorer(DummyCaptioner(), assignment, "cpu")
     assert info["model_fingerprint"] == assignment.fingerprint == "model@1"

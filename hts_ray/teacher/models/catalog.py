@@ -9,20 +9,13 @@ import hashlib
 import importlib
 import math
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hts_ray.config import TeacherConfig
 from hts_ray.errors import ConfigError
 from hts_ray.store.packaged import BUILTIN, packaged_model
-from hts_ray.teacher.models.files import (
-    MODEL_FILES,
-    checked_settings,
-    download,
-    folder_fingerprint,
-    local_folder,
-)
+from hts_ray.teacher.models.files import MODEL_FILES, NamedModel
 
 IMPORT = "import:"
 DUMMY = f"{BUILTIN}dummy"
@@ -99,9 +92,28 @@ def imported_class(config: TeacherConfig) -> Any:
     return found
 
 
+class TeacherModel(NamedModel):
+    """The model that a teacher's settings name: a folder, a hub id or `builtin:NAME`."""
+
+    @classmethod
+    def of(cls, config: TeacherConfig) -> TeacherModel:
+        """Return the model of these settings."""
+        patterns = (*MODEL_FILES, "*.py") if config.trust_remote_code else MODEL_FILES
+        return cls(config.model, config.revision, FIELD, "label.teacher.revision", patterns)
+
+    def local(self) -> Path | None:
+        """Return the folder that the name leads to, None for a hub id; ConfigError for neither."""
+        if not self.name.startswith(BUILTIN):
+            return super().local()
+        try:
+            return packaged_model(_ROOM, self.name, "config.json")
+        except FileNotFoundError as error:
+            raise self.error(str(error), f"name a built-in model, e.g. {DUMMY}") from None
+
+
 def model_error(config: TeacherConfig, message: str, remedy: str = "") -> ConfigError:
     """Return the ConfigError that names the teacher."""
-    return ConfigError(message, field=FIELD, value=config.model, remedy=remedy)
+    return TeacherModel.of(config).error(message, remedy)
 
 
 def supported_families() -> str:
@@ -113,19 +125,6 @@ def supported_families() -> str:
     )
 
 
-def local_model_folder(config: TeacherConfig) -> Path | None:
-    """Return the folder of a local or built-in model, None for a hub id.
-
-    Raises ConfigError when a path or a built-in name leads nowhere.
-    """
-    if config.model.startswith(BUILTIN):
-        try:
-            return packaged_model(_ROOM, config.model, "config.json")
-        except FileNotFoundError as error:
-            raise model_error(config, str(error), f"name a built-in model, e.g. {DUMMY}") from None
-    return local_folder(config.model, partial(model_error, config))
-
-
 def check_teacher(config: TeacherConfig) -> None:
     """Look at a local or built-in teacher's files without loading it; a hub id passes unread.
 
@@ -135,7 +134,7 @@ def check_teacher(config: TeacherConfig) -> None:
         dummy_seconds(config)
     elif config.model.startswith(IMPORT):
         imported_class(config)
-    elif local_model_folder(config) is not None:
+    elif TeacherModel.of(config).local() is not None:
         model_folder(config)
 
 
@@ -145,12 +144,7 @@ def model_folder(config: TeacherConfig) -> Path:
     Raises ConfigError when a file is missing, the family is not supported or the hub
     cannot be reached.
     """
-    patterns = [*MODEL_FILES, "*.py"] if config.trust_remote_code else list(MODEL_FILES)
-    refuse = partial(model_error, config)
-    folder = local_model_folder(config) or download(
-        config.model, config.revision, patterns, refuse, "label.teacher.revision"
-    )
-    settings = checked_settings(folder, refuse)
+    folder, settings = TeacherModel.of(config).files()
     family = settings.get("model_type")
     if family not in FAMILIES and not config.trust_remote_code:
         raise model_error(config, f"family {family!r} is not supported", supported_families())
@@ -160,21 +154,12 @@ def model_folder(config: TeacherConfig) -> Path:
 def model_fingerprint(config: TeacherConfig) -> str:
     """Return text that changes whenever the teacher may give other scores.
 
-    Of a local or built-in model: a hash over its settings, tokenizer and weights (by content
-    up to 64 MB a file, by name and size above). Of a hub id: `id@revision`, unread. Of a
-    class of your own: a hash of its module's source.
+    Of a class of your own: a hash of its module's source; of a model, see `NamedModel`.
     """
     if is_dummy(config):
         return f"{DUMMY}@1"
-    if config.model.startswith(IMPORT):
-        return _source_fingerprint(config)
-    folder = local_model_folder(config)
-    if folder is None:
-        return f"{config.model}@{config.revision or 'main'}"
-    return folder_fingerprint(folder)
-
-
-def _source_fingerprint(config: TeacherConfig) -> str:
+    if not config.model.startswith(IMPORT):
+        return TeacherModel.of(config).fingerprint()
     module = sys.modules[imported_class(config).__module__]
     source = getattr(module, "__file__", None)
     content = Path(source).read_bytes() if source else b""

@@ -1,7 +1,6 @@
-"""Where the files of a model are, a local folder or a hub's cache; their check and their hash.
+"""The files of a model in a local folder or a hub's cache: found, checked, hashed and loaded.
 
-For captioners and detectors alike. `refuse` makes the ConfigError that names the setting, of a
-message and a remedy.
+For captioners and detectors alike. Needs no torch until weights are loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,77 +27,134 @@ HASHED_BYTES = 64 << 20
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 # Seconds before each new attempt at a hub that failed.
 RETRY_WAITS = (1.0, 4.0, 16.0)
-Refuse = Callable[..., ConfigError]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def local_folder(name: str, refuse: Refuse) -> Path | None:
-    """Return the folder that a name leads to, None for a hub id; `refuse` makes the error."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or not _HUB_ID.fullmatch(name):
-        raise refuse("no such folder", "give a folder made by save_pretrained, or a hub id")
-    return None
+@dataclass(frozen=True)
+class NamedModel:
+    """A model of the transformers library that a setting names: a local folder or a hub id.
 
-
-def checked_settings(folder: Path, refuse: Refuse) -> dict[str, Any]:
-    """Return the config.json of a folder that has weights; raise `refuse(...)` where it has not."""
-    if not (folder / "config.json").is_file():
-        raise refuse(f"{folder} holds no config.json", "use a transformers model")
-    if not any(folder.glob("*.safetensors")):
-        raise refuse(
-            f"{folder} holds no .safetensors weights",
-            "convert them with save_pretrained; pickled weights are not loaded",
-        )
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise refuse(f"config.json is not readable: {error}") from None
-    if not isinstance(settings, dict):
-        raise refuse("config.json is not an object")
-    return settings
-
-
-def download(
-    name: str, revision: str | None, patterns: list[str], refuse: Refuse, revision_field: str
-) -> Path:
-    """Return a hub model's folder in the hub's cache, fetching what is not there.
-
-    A full commit that lies there complete is taken without a look at the network. The hub's
-    client locks every file, so that one actor of a node fetches and the others wait. Failures
-    that may pass are tried again; then `refuse(...)` is raised, naming `revision_field`.
+    `field` is the setting and `revision_field` that of the revision, for the errors. `patterns`
+    are the files to fetch from the hub.
     """
-    from huggingface_hub import snapshot_download
 
-    def fetch(*, local: bool = False) -> Path:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=patterns,
-                local_files_only=local,
+    name: str
+    revision: str | None
+    field: str
+    revision_field: str
+    patterns: tuple[str, ...] = MODEL_FILES
+
+    def error(self, message: str, remedy: str = "") -> ConfigError:
+        """Return the ConfigError that names the setting."""
+        return ConfigError(message, field=self.field, value=self.name, remedy=remedy)
+
+    def local(self) -> Path | None:
+        """Return the folder that the name leads to, None for a hub id; ConfigError for neither."""
+        path = Path(self.name).expanduser()
+        if path.is_dir():
+            return path
+        if path.is_absolute() or not _HUB_ID.fullmatch(self.name):
+            raise self.error("no such folder", "give a folder made by save_pretrained, or a hub id")
+        return None
+
+    def files(self) -> tuple[Path, dict[str, Any]]:
+        """Return the folder and its config.json, downloading a hub id.
+
+        Raises ConfigError when the hub cannot be reached, settings or weights are missing, or the
+        settings are not readable.
+        """
+        folder = self.local() or self._download()
+        path = folder / "config.json"
+        if not path.is_file():
+            raise self.error(f"{folder} holds no config.json", "use a transformers model")
+        if not any(folder.glob("*.safetensors")):
+            raise self.error(
+                f"{folder} holds no .safetensors weights",
+                "convert them with save_pretrained; pickled weights are not loaded",
             )
-        )
-
-    if revision is not None and _COMMIT.fullmatch(revision):
-        with contextlib.suppress(OSError, ValueError):
-            folder = fetch(local=True)
-            if _is_complete(folder):
-                return folder
-    for wait in (*RETRY_WAITS, None):
         try:
-            return fetch()
-        except Exception as error:
-            if wait is None or not _is_transient(error):
-                raise refuse(
-                    f"not a local folder, and not to be had from the hub: {error}",
-                    f"check the id and {revision_field}, or copy the model to a folder",
-                ) from error
-            logger.warning("the hub failed, trying again in %g s: %s", wait, error)
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise self.error(f"config.json is not readable: {error}") from None
+        if not isinstance(settings, dict):
+            raise self.error("config.json is not an object")
+        return folder, settings
+
+    def fingerprint(self) -> str:
+        """Return text that changes whenever the model may.
+
+        Of a local model: its folder's name and a hash over settings, tokenizer and weights (by
+        content up to 64 MB a file, by name and size above). Of a hub id: `id@revision`, unread.
+        """
+        folder = self.local()
+        if folder is None:
+            return f"{self.name}@{self.revision or 'main'}"
+        digest = hashlib.sha256()
+        for path in sorted({path for pattern in MODEL_FILES for path in folder.rglob(pattern)}):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)}:{size};".encode())
+            if size < HASHED_BYTES:
+                digest.update(path.read_bytes())
+        return f"{folder.name}@{digest.hexdigest()[:12]}"
+
+    def load(self, kind: str, folder: Path, optional: Callable[[str], bool], **options: Any) -> Any:
+        """Load the weights with an Auto class of transformers, from safetensors only.
+
+        `optional` says which weights the files may lack. Raises ConfigError for others that they
+        lack, and for files that do not load; torch.OutOfMemoryError passes.
+        """
+        import torch
+        import transformers
+        from transformers.utils import logging as library_logging
+
+        library_logging.disable_progress_bar()
+        options = {"local_files_only": True, "trust_remote_code": False, **options}
+        try:
+            model, loading = getattr(transformers, kind).from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **options
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # damaged files and settings raise nearly every type
+            raise self.error(f"does not load: {type(error).__name__}: {error}") from error
+        # The library fills in random numbers.
+        missing = sorted(key for key in loading["missing_keys"] if not optional(key))
+        if missing:
+            raise self.error(
+                f"its files lack {len(missing)} weights, e.g. {missing[0]}", "save it again"
+            )
+        return model.eval().requires_grad_(False)
+
+    def _download(self) -> Path:
+        """Return the model's folder in the hub's cache, fetching what is not there.
+
+        A full commit that lies there complete is taken without a look at the network. The hub's
+        client locks every file, so that one actor of a node fetches and the others wait. Failures
+        that may pass are tried again.
+        """
+        from huggingface_hub import snapshot_download
+
+        fetch = partial(
+            snapshot_download, self.name, revision=self.revision, allow_patterns=[*self.patterns]
+        )
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            with contextlib.suppress(OSError, ValueError):
+                folder = Path(fetch(local_files_only=True))
+                if _is_complete(folder):
+                    return folder
+        for wait in (*RETRY_WAITS, None):
+            try:
+                return Path(fetch(local_files_only=False))
+            except Exception as error:
+                if wait is None or not _is_transient(error):
+                    raise self.error(
+                        f"not a local folder, and not to be had from the hub: {error}",
+                        f"check the id and {self.revision_field}, or copy the model to a folder",
+                    ) from error
+                logger.warning("the hub failed, trying again in %g s: %s", wait, error)
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -131,14 +189,3 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
         network
     )
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Return a folder's name and a hash of the model files in it; see `model_fingerprint`."""
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in MODEL_FILES for path in folder.rglob(pattern)}):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size};".encode())
-        if size < HASHED_BYTES:
-            digest.update(path.read_bytes())
-    return f"{folder.name}@{digest.hexdigest()[:12]}"

@@ -14,11 +14,9 @@ import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from hts_ray.config import CaptionConfig, TeacherConfig
 from hts_ray.errors import DataError
@@ -31,7 +29,7 @@ from hts_ray.teacher.captioner import (
     class_scores,
     keep_top,
 )
-from hts_ray.teacher.models.catalog import model_error, supported_families
+from hts_ray.teacher.models.catalog import TeacherModel, model_error, supported_families
 from hts_ray.teacher.models.families import Family, Loaded, build_family
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.captioning import write_captions
@@ -189,7 +187,16 @@ def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> Transfo
     Weights are converted to `config.dtype` whatever precision they are stored in.
     """
     dtype: torch.dtype = getattr(torch, config.dtype)
-    model = _load_model(config, folder, dtype, device)
+    # With a device map weights go from the file to their device one by one. No captioner reads
+    # the poolers.
+    model = TeacherModel.of(config).load(
+        "AutoModelForImageTextToText",
+        folder,
+        lambda weight: "pooler" in weight,
+        dtype=dtype,
+        device_map="auto" if device == "auto" else {"": device},
+        trust_remote_code=config.trust_remote_code,
+    )
     family = build_family(Loaded(config, folder, model))
     captioner = TransformersCaptioner(family, append_eos=config.append_eos)
     captioner.decoder.workspace = _workspace(config, model.device)
@@ -226,34 +233,3 @@ def _workspace(config: TeacherConfig, device: torch.device) -> int:
 def _remedy(config: TeacherConfig) -> str:
     precise = "" if config.dtype == "float32" else "label.teacher.dtype=float32, or "
     return f"{precise}another model. {supported_families()}"
-
-
-def _load_model(config: TeacherConfig, folder: Path, dtype: torch.dtype, device: str) -> Any:
-    from transformers import AutoModelForImageTextToText
-    from transformers.utils import logging as library_logging
-
-    library_logging.disable_progress_bar()
-    try:
-        # With a device map weights go from the file to their device one by one.
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map="auto" if device == "auto" else {"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (
-        OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError
-    ) as error:  # fmt: skip
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise model_error(config, f"does not load: {error}") from error
-    # The library fills in random numbers; no captioner reads the poolers.
-    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise model_error(
-            config, f"its files lack {len(missing)} weights, e.g. {missing[0]}", "save it again"
-        )
-    return model.eval().requires_grad_(False)
