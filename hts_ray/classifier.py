@@ -24,6 +24,7 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.crops import crop_region
 from hts_ray.images.decode import DecodedImage, ImageError, decode_image
 from hts_ray.images.folder import read_folder
+from hts_ray.images.prepared import inspect_images
 from hts_ray.images.regions import Region, propose_regions
 from hts_ray.images.retry import read_image_bytes
 from hts_ray.store import storage
@@ -254,7 +255,7 @@ def find_images(paths: Sequence[str], *, workers: int = 16) -> tuple[list[str], 
             found.append(path)
         if kind != "Directory":
             continue
-        prepared = read_folder(path, workers=workers)
+        prepared = inspect_images(read_folder(path), workers=workers)
         for row in prepared.quarantine.to_pylist():
             bad.append(Prediction(row["uri"], error=row["error"]))
         if not len(prepared.manifest) and not len(prepared.quarantine):

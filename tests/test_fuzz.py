@@ -48,6 +48,7 @@ from hts_ray.images.decode import ERROR_KINDS
 from hts_ray.images.folder import read_folder
 from hts_ray.images.hico import read_anno_table
 from hts_ray.images.manifest import open_manifest
+from hts_ray.images.prepared import inspect_images
 from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 
 PEAK_GIB = 1.5  # that reading a small hostile file may add to the process
@@ -142,7 +143,7 @@ def test_a_folder_of_damaged_images_loses_none(tmp_path):
     for number in range(40):
         _, data = make_image(random.Random(f"folder {FIRST + number}"))
         (tmp_path / f"{number}.jpg").write_bytes(data)
-    prepared = read_folder(str(tmp_path))
+    prepared = inspect_images(read_folder(str(tmp_path)))
     ids = [*prepared.manifest["uri"].to_pylist(), *prepared.quarantine["uri"].to_pylist()]
     assert sorted(ids) == sorted(str(path) for path in tmp_path.iterdir())
     assert all(reason.strip() for reason in prepared.quarantine["error"].to_pylist())

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs as pafs
 
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.images.prepared import Candidate, Prepared, Rejected, inspect_images
+from hts_ray.images.prepared import Candidate, Found, Rejected
 from hts_ray.store import storage
-from hts_ray.store.aliases import ImagesDone
 
 _ENDINGS = "jpg jpeg jpe jfif png gif webp avif bmp tif tiff ppm jp2"
 EXTENSIONS = tuple(f".{ending}" for ending in _ENDINGS.split())
@@ -27,17 +26,14 @@ def read_folder(
     *,
     extensions: Iterable[str] = EXTENSIONS,
     follow_symlinks: bool = True,
-    workers: int = 16,
-    progress: ImagesDone | None = None,
-) -> Prepared:
-    """Read the images in a folder and the folders below it, without annotations.
+) -> Found:
+    """Find the images in a folder and the folders below it, without annotations.
 
     `image_id` is the path relative to `root`, `/` between its parts; rows are sorted by it.
     Names that begin with a dot are skipped, other extensions too (`hidden` and `other_files` in
     the counts). Links to files are read; links to folders with `follow_symlinks`, each folder
-    once. What cannot be read becomes a quarantine row. `progress(done, total, quarantined)` is
-    called after every image. Raises DataError when `root` is no readable folder, ConfigError for
-    an extension without a dot.
+    once. Raises DataError when `root` is no readable folder, ConfigError for an extension without
+    a dot.
     """
     wanted = frozenset(extension.lower() for extension in extensions)
     for extension in wanted:
@@ -45,33 +41,32 @@ def read_folder(
             raise ConfigError(field="extensions", value=extension, remedy=f"write '.{extension}'")
     if root.startswith("file://"):
         root = unquote(urlsplit(root).path)
-    found = _Found(split, wanted)
+    found = _Walk(split=split, extensions=wanted)
     if storage.is_remote(root):
         _read_remote(root.rstrip("/"), found)
     else:
         _read_local(os.path.abspath(os.path.expanduser(root)), follow_symlinks, found)
     found.images.sort(key=lambda candidate: candidate.image_id)
     found.rejected.sort(key=lambda row: row.image_id)
-    prepared = inspect_images(found.images, found.rejected, workers=workers, progress=progress)
-    return Prepared(prepared.manifest, prepared.quarantine, {**prepared.counts, **found.skipped})
+    return found
 
 
-@dataclass
-class _Found:
-    """What a walk over folders has met so far; `skipped` counts what it left out."""
+@dataclass(kw_only=True)
+class _Walk(Found):
+    """What a walk over folders has met so far; `counts` has what it left out."""
 
     split: str
     extensions: frozenset[str]
-    images: list[Candidate] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=lambda: Counter({"hidden": 0, "other_files": 0}))
+
+    def __post_init__(self) -> None:
+        self.counts.update(hidden=0, other_files=0)
 
     def is_wanted(self, relative: str) -> bool:
         """Return whether a file may be an image by its name, and count it if not."""
         if any(part.startswith(".") for part in relative.split("/")):
-            self.skipped["hidden"] += 1
+            self.counts["hidden"] += 1
         elif PurePosixPath(relative).suffix.lower() not in self.extensions:
-            self.skipped["other_files"] += 1
+            self.counts["other_files"] += 1
         else:
             return True
         return False
@@ -85,7 +80,7 @@ class _Found:
         self.rejected.append(Rejected(relative, uri, kind, reason))
 
 
-def _read_local(root: str, follow_symlinks: bool, found: _Found) -> None:
+def _read_local(root: str, follow_symlinks: bool, found: _Walk) -> None:
     try:
         if not stat.S_ISDIR(os.stat(root).st_mode):  # noqa: PTH116
             raise DataError(f"{root} is not a folder: give the folder that holds the images")
@@ -122,22 +117,22 @@ def _read_local(root: str, follow_symlinks: bool, found: _Found) -> None:
             elif follow_symlinks:
                 links.append(relative)
             else:
-                found.skipped["linked_folders"] += 1
+                found.counts["linked_folders"] += 1
 
 
-def _note_repeated(folder: str, path: str, found: _Found) -> None:
+def _note_repeated(folder: str, path: str, found: _Walk) -> None:
     target = os.path.realpath(path)
     inside = os.path.realpath(os.path.dirname(path))
     if os.path.commonpath([target, inside]) == target:
         found.reject(f"{folder}/", path, "unreadable", "a link to a folder above it: not followed")
     else:
-        found.skipped["repeated_folders"] += 1
+        found.counts["repeated_folders"] += 1
 
 
-def _is_folder(entry: os.DirEntry[str], relative: str, found: _Found) -> bool:
+def _is_folder(entry: os.DirEntry[str], relative: str, found: _Walk) -> bool:
     """Return whether an entry is a folder to read; what else it is goes where it belongs."""
     if entry.name.startswith("."):
-        found.skipped["hidden"] += 1
+        found.counts["hidden"] += 1
         return False
     try:
         mode = entry.stat().st_mode
@@ -161,7 +156,7 @@ def _is_folder(entry: os.DirEntry[str], relative: str, found: _Found) -> bool:
     return False
 
 
-def _read_remote(root: str, found: _Found) -> None:
+def _read_remote(root: str, found: _Walk) -> None:
     filesystem, base = storage.resolve(root)
     try:
         infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))

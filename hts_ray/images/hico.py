@@ -6,6 +6,7 @@ ICCV 2015.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,8 @@ import pyarrow as pa
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.mat5 import Mat5Error, read_mat5
-from hts_ray.images.prepared import Candidate, Prepared, inspect_images, manifest_table
+from hts_ray.images.prepared import Candidate, Found, manifest_table
 from hts_ray.store import storage
-from hts_ray.store.aliases import ImagesDone
 
 SPLITS = ("train", "test")
 ANNO_FILE = "anno.mat"
@@ -28,21 +28,13 @@ LABELS = (1, -1, 0)  # positive, negative, ambiguous; NaN is unknown
 _LAYOUT = "expected anno.mat, images/train2015 and images/test2015"
 
 
-def read_hico(
-    root: str,
-    splits: Sequence[str] = SPLITS,
-    *,
-    workers: int = 16,
-    progress: ImagesDone | None = None,
-) -> Prepared:
+def read_hico(root: str, splits: Sequence[str] = SPLITS) -> Found:
     """Read a HICO download: `root` holds `anno.mat` and `images/{train,test}2015`.
 
-    `image_id` is the file name without its extension. Images that `anno.mat` names and that are
-    not there, or whose header is damaged, become quarantine rows. `counts` has `unlisted`, the
-    files of the image folders that `anno.mat` does not name, and `class_order_unchecked`, 1 for
-    an `anno.mat` without `list_action`. `progress(done, total, quarantined)` is called after every
-    image. Raises DataError when the layout or `anno.mat` is not HICO's, ConfigError for other
-    splits.
+    `image_id` is the file name without its extension. `counts` has `unlisted`, the files of the
+    image folders that `anno.mat` does not name, and `class_order_unchecked`, 1 for an `anno.mat`
+    without `list_action`. Raises DataError when the layout or `anno.mat` is not HICO's,
+    ConfigError for other splits.
     """
     if not splits or not set(splits) <= set(SPLITS):
         raise ConfigError(field="splits", value=list(splits), remedy="choose train, test or both")
@@ -55,8 +47,8 @@ def read_hico(
         )
     variables = _load(path)
     chosen = list(dict.fromkeys(splits))
-    unlisted = 0
-    found: list[Candidate] = []
+    found = Found(counts=Counter(unlisted=0))
+    found.counts["class_order_unchecked"] = int("list_action" not in variables)
     for split, candidates in _read_splits(variables, chosen, path).items():
         folder = storage.join(root, "images", f"{split}2015")
         if not storage.exists(folder):
@@ -64,14 +56,12 @@ def read_hico(
                 f"no folder {folder} ({_LAYOUT}): unpack the images there, or leave"
                 f" {split!r} out of splits"
             )
-        unlisted += len(set(storage.list_names(folder)) - {image.uri for image in candidates})
-        found += [replace(image, uri=storage.join(folder, image.uri)) for image in candidates]
-    prepared = inspect_images(found, workers=workers, progress=progress)
-    extra = {
-        "unlisted": unlisted,
-        "class_order_unchecked": int("list_action" not in variables),
-    }
-    return Prepared(prepared.manifest, prepared.quarantine, {**prepared.counts, **extra})
+        listed = {image.uri for image in candidates}
+        found.counts["unlisted"] += len(set(storage.list_names(folder)) - listed)
+        found.images += [
+            replace(image, uri=storage.join(folder, image.uri)) for image in candidates
+        ]
+    return found
 
 
 def read_anno_table(path: str) -> pa.Table:

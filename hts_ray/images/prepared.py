@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -24,7 +24,8 @@ class Prepared:
 
     `manifest` has MANIFEST_SCHEMA, `quarantine` QUARANTINE_SCHEMA. `counts` holds `images`
     (found or listed), `usable`, `quarantined`, one count for each kind of error, `duplicates`
-    (usable images whose content another one had before; they are kept) and `annotated`.
+    (usable images whose content another one had before; they are kept), `annotated`, and what the
+    reader counted.
     """
 
     manifest: pa.Table
@@ -50,82 +51,69 @@ class Rejected:
 
     image_id: str
     uri: str
-    kind: str
-    reason: str
+    error_kind: str
+    error: str
+
+
+@dataclass
+class Found:
+    """What a reader found: images to be looked at, those that were bad before, more counts."""
+
+    images: list[Candidate] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def inspect_images(
-    candidates: Sequence[Candidate],
-    rejected: Iterable[Rejected] = (),
-    *,
-    workers: int = 16,
-    progress: ImagesDone | None = None,
+    found: Found, *, workers: int = 16, progress: ImagesDone | None = None
 ) -> Prepared:
-    """Read every candidate's header in `workers` threads and sort the good from the bad.
+    """Read every image's header in `workers` threads and sort the good from the bad.
 
-    Rows keep the order of the candidates. `rejected` are those that were bad before.
-    `progress(done, total, quarantined)` is called after every image.
+    Rows keep their order. `progress(done, total, quarantined)` is called after every image.
     """
-    bad = list(rejected)
-    before = len(bad)
+    bad = list(found.rejected)
+    total = len(found.images) + len(bad)
     kept: list[tuple[Candidate, ImageHeader]] = []
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        headers = pool.map(_header_or_error, candidates)
-        for candidate, header in zip(candidates, headers, strict=True):
+        headers = pool.map(_header_or_error, found.images)
+        for image, header in zip(found.images, headers, strict=True):
             if isinstance(header, ImageError):
-                bad.append(Rejected(candidate.image_id, candidate.uri, header.kind, header.message))
+                bad.append(Rejected(image.image_id, image.uri, header.kind, header.message))
             else:
-                kept.append((candidate, header))
+                kept.append((image, header))
             if progress is not None:
-                progress(len(kept) + len(bad), len(candidates) + before, len(bad))
+                progress(len(kept) + len(bad), total, len(bad))
         duplicates = _count_duplicates(kept, pool)
     counts = {
-        "images": len(kept) + len(bad),
+        "images": total,
         "usable": len(kept),
         "quarantined": len(bad),
         "missing": 0,
         "unreadable": 0,
-        **Counter(row.kind for row in bad),
+        **Counter(row.error_kind for row in bad),
         "duplicates": duplicates,
-        "annotated": sum(candidate.positive_ids is not None for candidate, _ in kept),
+        "annotated": sum(image.positive_ids is not None for image, _ in kept),
+        **found.counts,
     }
-    return Prepared(manifest_table(kept), quarantine_table(bad), counts)
+    rows = [{**_in_utf8(row), "stage": STAGE} for row in bad]
+    quarantine = pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
+    return Prepared(manifest_table(kept), quarantine, counts)
 
 
 def manifest_table(rows: Sequence[tuple[Candidate, ImageHeader | None]]) -> pa.Table:
     """Return a manifest; width and height are null where there is no header."""
-    return pa.table(
-        {
-            "image_id": [c.image_id for c, _ in rows],
-            "uri": [c.uri for c, _ in rows],
-            "width": [header.width if header else None for _, header in rows],
-            "height": [header.height if header else None for _, header in rows],
-            "split": [c.split for c, _ in rows],
-            "positive_ids": [c.positive_ids for c, _ in rows],
-            "negative_ids": [c.negative_ids for c, _ in rows],
-            "ambiguous_ids": [c.ambiguous_ids for c, _ in rows],
-        },
-        schema=MANIFEST_SCHEMA,
+    return pa.Table.from_pylist(
+        [{**vars(image), **(header._asdict() if header else {})} for image, header in rows],
+        MANIFEST_SCHEMA,
     )
 
 
-def quarantine_table(rows: Sequence[Rejected]) -> pa.Table:
-    """Return the quarantine of the prepare stage."""
-    return pa.table(
-        {
-            "image_id": [_utf8(row.image_id) for row in rows],
-            "stage": [STAGE] * len(rows),
-            "uri": [_utf8(row.uri) for row in rows],
-            "error_kind": [row.kind for row in rows],
-            "error": [_utf8(row.reason) for row in rows],
-        },
-        schema=QUARANTINE_SCHEMA,
-    )
-
-
-def _utf8(text: str) -> str:
-    """Spell out the bytes of a file name that is not UTF-8, which Arrow cannot store."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def _in_utf8(row: Rejected) -> dict[str, str]:
+    """Spell out the bytes of file names that are not UTF-8, which Arrow cannot store."""
+    return {
+        name: text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        for name, text in vars(row).items()
+    }
 
 
 def _header_or_error(candidate: Candidate) -> ImageHeader | ImageError:

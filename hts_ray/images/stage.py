@@ -7,7 +7,7 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.folder import read_folder
 from hts_ray.images.hico import read_hico
 from hts_ray.images.manifest import FILE
-from hts_ray.images.prepared import Prepared
+from hts_ray.images.prepared import inspect_images
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, content_hash
@@ -26,7 +26,13 @@ def prepare_manifest(
     The folder is named by the manifest's content, so it is known only when every image was looked
     at. Raises DataError when no image is usable, ConfigError for another source.
     """
-    prepared = _read(config, source, root, progress)
+    if source == "hico":
+        found = read_hico(root, config.splits)
+    elif source == "folder":
+        found = read_folder(root, config.split, follow_symlinks=config.follow_symlinks)
+    else:
+        raise ConfigError(field="source", value=source, remedy="choose hico or folder")
+    prepared = inspect_images(found, workers=config.workers, progress=progress)
     stage = StageFolder(run_dir, "manifest", content_hash(prepared.manifest))
     if not stage.finished:
         write_table(stage.file(FILE), prepared.manifest)
@@ -45,19 +51,3 @@ def prepare_manifest(
         }
     )
     return stage
-
-
-def _read(
-    config: PrepareConfig,
-    source: str,
-    root: str,
-    progress: ImagesDone | None,
-) -> Prepared:
-    if source == "hico":
-        return read_hico(root, splits=config.splits, workers=config.workers, progress=progress)
-    if source == "folder":
-        links, workers = config.follow_symlinks, config.workers
-        return read_folder(
-            root, config.split, follow_symlinks=links, workers=workers, progress=progress
-        )
-    raise ConfigError(field="source", value=source, remedy="choose hico or folder")

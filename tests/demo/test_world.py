@@ -13,6 +13,7 @@ from hts_ray.classes import hico_classes
 from hts_ray.demo import world as synthetic
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.hico import read_hico
+from hts_ray.images.prepared import inspect_images
 
 
 def test_seed_and_split_change_the_scene() -> None:
@@ -92,7 +93,7 @@ def test_the_world_reads_back_as_hico(tmp_path: Path) -> None:
     assert anno["list_train"].shape == (30, 1)
     assert anno["list_action"].shape == (600, 1)
     assert anno["list_action"]["nname"][18, 0][0] == "bicycle"
-    prepared = read_hico(str(root))
+    prepared = inspect_images(read_hico(str(root)))
     assert prepared.manifest.num_rows == 42
     spec = synthetic.sample_scene(4, "train", 2)
     row = prepared.manifest.slice(2, 1).to_pylist()[0]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.folder import read_folder
+from hts_ray.images.prepared import inspect_images
 from hts_ray.images.retry import read_image_bytes
 from hts_ray.store.tables import MANIFEST_SCHEMA
 
@@ -37,7 +38,9 @@ def test_nested_folders(tmp_path):
     picture(tmp_path / ".cache/x.png")
     (tmp_path / "notes.txt").write_text("x")
     told = []
-    prepared = read_folder(str(tmp_path), "test", progress=lambda *counts: told.append(counts))
+    prepared = inspect_images(
+        read_folder(str(tmp_path), "test"), progress=lambda *counts: told.append(counts)
+    )
     assert told == [(done, 5, 0) for done in range(1, 6)]
     assert prepared.manifest.schema.equals(MANIFEST_SCHEMA)
     assert ids(prepared) == sorted(
@@ -52,14 +55,16 @@ def test_nested_folders(tmp_path):
     assert prepared.counts["hidden"] == 2
     assert prepared.counts["other_files"] == 1
     assert prepared.counts["annotated"] == 0
-    assert ids(read_folder(tmp_path.as_uri())) == ids(prepared)
+    assert ids(inspect_images(read_folder(tmp_path.as_uri()))) == ids(prepared)
 
 
 def test_relative_roots_become_absolute(tmp_path, monkeypatch):
     """A worker in another directory would find nothing."""
     picture(tmp_path / "in/a.png")
     monkeypatch.chdir(tmp_path)
-    assert read_folder("in").manifest["uri"].to_pylist() == [str(tmp_path / "in/a.png")]
+    assert inspect_images(read_folder("in")).manifest["uri"].to_pylist() == [
+        str(tmp_path / "in/a.png")
+    ]
 
 
 def test_bad_files_are_rows(tmp_path):
@@ -76,7 +81,9 @@ def test_bad_files_are_rows(tmp_path):
     # cut behind its header: only decoding finds it, in the label stage
     (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[:-20])
     told = []
-    prepared = read_folder(str(tmp_path), progress=lambda *counts: told.append(counts))
+    prepared = inspect_images(
+        read_folder(str(tmp_path)), progress=lambda *counts: told.append(counts)
+    )
     assert told[-1] == (9, 9, 7)
     assert ids(prepared) == ["cut.jpg", "good.jpg"]
     assert rejected(prepared) == {
@@ -103,11 +110,11 @@ def test_links_to_folders(tmp_path):
     (root / "0again").symlink_to(root / "a")
     (root / "linked").symlink_to(outside)
     (root / "file.png").symlink_to(outside / "o.png")
-    prepared = read_folder(str(root))
+    prepared = inspect_images(read_folder(str(root)))
     assert ids(prepared) == ["a/x.png", "file.png", "linked/o.png"]
     assert rejected(prepared) == {"a/up/": "unreadable"}
     assert prepared.counts["repeated_folders"] == 1
-    still = read_folder(str(root), follow_symlinks=False)
+    still = inspect_images(read_folder(str(root), follow_symlinks=False))
     assert ids(still) == ["a/x.png", "file.png"]
     assert still.counts["linked_folders"] == 3
 
@@ -124,7 +131,7 @@ def test_forbidden_folders_are_rows(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr("os.scandir", guarded)
-    prepared = read_folder(str(tmp_path))
+    prepared = inspect_images(read_folder(str(tmp_path)))
     assert ids(prepared) == ["open/a.png"]
     assert rejected(prepared) == {"shut/": "unreadable"}
 
@@ -134,7 +141,7 @@ def test_duplicates_are_counted_and_kept(tmp_path):
     for name in ("a.bmp", "b.bmp", "c/d.bmp"):
         picture(tmp_path / name)
     picture(tmp_path / "other.bmp", color="blue")
-    prepared = read_folder(str(tmp_path))
+    prepared = inspect_images(read_folder(str(tmp_path)))
     assert len({Path(u).stat().st_size for u in prepared.manifest["uri"].to_pylist()}) == 1
     assert prepared.counts["duplicates"] == 2
     assert len(prepared.manifest) == 4
@@ -144,7 +151,7 @@ def test_extensions(tmp_path):
     """Case, and a list that forgets the dot and so finds nothing."""
     picture(tmp_path / "a.JPG")
     picture(tmp_path / "b.png")
-    assert ids(read_folder(str(tmp_path), extensions=[".jpg"])) == ["a.JPG"]
+    assert ids(inspect_images(read_folder(str(tmp_path), extensions=[".jpg"]))) == ["a.JPG"]
     with pytest.raises(ConfigError, match=r"extensions = 'jpg'.*'\.jpg'"):
         read_folder(str(tmp_path), extensions=["jpg"])
 
@@ -159,7 +166,7 @@ def test_roots_that_are_no_folders(tmp_path):
         read_folder("nosuchscheme://bucket/images")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert len(read_folder(str(empty)).manifest) == 0
+    assert len(inspect_images(read_folder(str(empty))).manifest) == 0
 
 
 def test_remote_folders(tmp_path, monkeypatch):
@@ -175,7 +182,7 @@ def test_remote_folders(tmp_path, monkeypatch):
     (bucket / "data/notes.txt").write_text("x")
     remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     monkeypatch.setattr(storage, "resolve", lambda uri: (remote, unquote(uri[5:])))
-    prepared = read_folder("s3://bucket/data")
+    prepared = inspect_images(read_folder("s3://bucket/data"))
     assert ids(prepared) == ["a.png", "b c/50% #1?.png"]
     assert prepared.manifest["uri"].to_pylist()[1] == "s3://bucket/data/b%20c/50%25%20%231%3F.png"
     assert rejected(prepared) == {"broken.png": "empty"}

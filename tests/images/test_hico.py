@@ -14,6 +14,7 @@ from PIL import Image
 from hts_ray.classes import hico_classes
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.hico import read_anno_table, read_hico
+from hts_ray.images.prepared import inspect_images
 from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA
 
 SIZES = {"train": 3, "test": 2}
@@ -66,7 +67,7 @@ def build(root: Path, content: dict[str, np.ndarray] | bytes | None = None) -> P
 
 def test_annotations_and_sizes(tmp_path):
     """Transposed labels, ids off by one (MATLAB counts from 1), NaN taken for 0."""
-    prepared = read_hico(str(build(tmp_path)))
+    prepared = inspect_images(read_hico(str(build(tmp_path))))
     table = prepared.manifest
     assert table.schema.equals(MANIFEST_SCHEMA)
     assert prepared.quarantine.schema.equals(QUARANTINE_SCHEMA)
@@ -87,7 +88,7 @@ def test_annotations_and_sizes(tmp_path):
     assert [r["split"] for r in rows] == ["train"] * 3 + ["test"] * 2
     expected = {"images": 5, "usable": 5, "annotated": 5, "quarantined": 0, "duplicates": 0}
     assert prepared.counts.items() >= expected.items()
-    only = read_hico(str(tmp_path), splits=["test"])
+    only = inspect_images(read_hico(str(tmp_path), splits=["test"]))
     assert only.manifest["split"].to_pylist() == ["test"] * 2
 
 
@@ -115,7 +116,7 @@ def test_other_writers_of_the_same_content(tmp_path, turned):
         [{"nname": c.object, "vname": c.verb} for c in hico_classes()], dtype=object
     )
     content["list_train"] = np.array(names("train")) if turned else cells(names("train")).T
-    assert len(read_hico(str(build(tmp_path, content))).manifest) == 5
+    assert len(inspect_images(read_hico(str(build(tmp_path, content)))).manifest) == 5
 
 
 def test_bad_images_are_quarantined(tmp_path):
@@ -127,7 +128,7 @@ def test_bad_images_are_quarantined(tmp_path):
     (folder / second).write_bytes(b"not a picture")
     (folder / third).write_bytes(b"")
     (folder / "extra.jpg").write_bytes(b"x")
-    prepared = read_hico(str(tmp_path))
+    prepared = inspect_images(read_hico(str(tmp_path)))
     rows = prepared.quarantine.to_pylist()
     assert [(r["image_id"], r["error_kind"]) for r in rows] == [
         (first[:-4], "missing"),
@@ -147,7 +148,7 @@ def test_duplicates_are_counted_and_kept(tmp_path):
     data = (folder / names("train")[0]).read_bytes()
     (tmp_path / "images/test2015" / names("test")[0]).write_bytes(data)
     (folder / names("train")[1]).write_bytes(data)
-    prepared = read_hico(str(tmp_path))
+    prepared = inspect_images(read_hico(str(tmp_path)))
     assert prepared.counts["duplicates"] == 2
     assert len(prepared.manifest) == 5
 
@@ -208,7 +209,7 @@ def test_a_missing_class_list_is_counted(tmp_path):
     """Without list_action nobody can tell whether the rows are in HICO's order."""
     content = variables()
     del content["list_action"]
-    prepared = read_hico(str(build(tmp_path, content)))
+    prepared = inspect_images(read_hico(str(build(tmp_path, content))))
     assert prepared.counts["class_order_unchecked"] == 1
     assert len(prepared.manifest) == 5
 
@@ -272,4 +273,4 @@ def test_layout(tmp_path):
     (inner / "images/test2015").rename(inner / "images/elsewhere")
     with pytest.raises(DataError, match="'test' out of splits"):
         read_hico(str(inner))
-    assert len(read_hico(str(inner), splits=["train"]).manifest) == 3
+    assert len(inspect_images(read_hico(str(inner), splits=["train"])).manifest) == 3
