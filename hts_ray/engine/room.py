@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.config import HtsConfig, PoolConfig, RayConfig, TrainConfig
+from hts_ray.config import HtsConfig, PoolConfig, RayConfig
 from hts_ray.engine.compat import autoscaler_status
 from hts_ray.errors import ConfigError
 from hts_ray.images.manifest import Manifest
@@ -144,13 +144,15 @@ class Demand:
 def demands(config: HtsConfig, command: str) -> list[Demand]:
     """Return what a command needs at the least; none for what runs in the driver alone."""
     train = config.train
+    gpus = 1.0 if train.use_gpu else 0.0
+    trainers = Demand("train.num_workers", train.num_workers, train.cpus_per_worker, gpus, beside=1)
+    if train.trainable == "head":
+        trainers = _pool("train.features.pool", train.features.pool)
     found = {
-        "label": _actors("label.pool", config.label.pool),
-        "predict": _students("predict.pool", config.predict.pool),
-        "score": _students("score.pool", config.score.pool),
-        "train": _students("train.features.pool", train.features.pool)
-        if train.trainable == "head"
-        else _trainers(train),
+        "label": _pool("label.pool", config.label.pool, actors=True),
+        "predict": _pool("predict.pool", config.predict.pool),
+        "score": _pool("score.pool", config.score.pool),
+        "train": trainers,
     }
     return [found[stage] for stage in _stages(command) if stage in found]
 
@@ -160,24 +162,14 @@ def _stages(command: str) -> tuple[str, ...]:
     return ("label", "train", "predict") if command in {"pipeline", "demo"} else (command,)
 
 
-def _actors(section: str, pool: PoolConfig) -> Demand:
+def _pool(section: str, pool: PoolConfig, *, actors: bool = False) -> Demand:
+    """Return the least that a pool needs; without GPUs students are tasks, which come and go."""
     memory = (pool.memory_gib or 0.0) * _GIB
-    return Demand(f"{section}.min_size", pool.min_size, pool.actor_cpus, pool.num_gpus, memory)
-
-
-def _students(section: str, pool: PoolConfig) -> Demand:
-    demand = _actors(section, pool)
-    if pool.num_gpus:
-        return demand
-    # Without GPUs these are tasks, which come and go; only the filter holds its CPU.
-    return Demand(f"{section}.num_cpus", 1, pool.num_cpus, 0.0, demand.memory, beside=1)
-
-
-def _trainers(train: TrainConfig) -> Demand:
-    if not train.num_workers:  # the driver trains
-        return Demand("train.num_workers", 0, 0.0, beside=1)
-    gpus = 1.0 if train.use_gpu else 0.0
-    return Demand("train.num_workers", train.num_workers, train.cpus_per_worker, gpus, beside=1)
+    if actors or pool.num_gpus:
+        setting = f"{section}.min_size"
+        return Demand(setting, pool.min_size, pool.actor_cpus, pool.num_gpus, memory)
+    # Only the filter of a resumed run holds its CPU beside the tasks.
+    return Demand(f"{section}.num_cpus", 1, pool.num_cpus, 0.0, memory, beside=1)
 
 
 def check_room(cluster: Cluster, needed: Iterable[Demand]) -> list[str]:
@@ -190,52 +182,43 @@ def check_room(cluster: Cluster, needed: Iterable[Demand]) -> list[str]:
         lack = _lack(cluster, demand)
         if lack is None:
             continue
+        field, value, message, remedy = lack
         if not cluster.autoscaling:
             raise ConfigError(
-                f"{lack.message}: it would wait for ever",
-                field=lack.field,
-                value=lack.value,
-                remedy=f"{lack.remedy}; if nodes come by themselves, set ray.autoscaling=true",
+                f"{message}: it would wait for ever",
+                field=field,
+                value=value,
+                remedy=f"{remedy}; if nodes come by themselves, set ray.autoscaling=true",
             )
-        notes.append(f"{lack.field}={lack.value}: {lack.message}; waiting for more nodes")
+        notes.append(f"{field}={value}: {message}; waiting for more nodes")
     return notes
 
 
-class _Lack(NamedTuple):
-    field: str
-    value: object
-    message: str
-    remedy: str
-
-
-def _lack(cluster: Cluster, demand: Demand) -> _Lack | None:
-    """Return what is missing and what to do about it, None when the demand can be met."""
-    room, count = demand.room(cluster), demand.workers
+def _lack(cluster: Cluster, demand: Demand) -> tuple[str, object, str, str] | None:
+    """Return (field, value, message, remedy) of what is missing, None when nothing is."""
+    room, count, setting = demand.room(cluster), demand.workers, demand.setting
     if room < count:
-        workers = _count(count, "worker")
-        message = f"{workers} of {demand.worker()} wanted, and {cluster} can hold {room}"
-        section = demand.setting.rpartition(".")[0]
-        if demand.gpus and not cluster.total("GPU") and section == "train":
-            remedy = "add nodes with GPUs, or set it to false"
-            return _Lack("train.use_gpu", True, message, remedy)
+        wanted = f"{_count(count, 'worker')} of {demand.worker()} wanted"
+        message = f"{wanted}, and {cluster} can hold {room}"
         if demand.gpus and not cluster.total("GPU"):
-            remedy = "add nodes with GPUs, or set it to 0"
-            return _Lack(f"{section}.num_gpus", demand.gpus, message, remedy)
+            trains = setting == "train.num_workers"
+            field = "train.use_gpu" if trains else f"{setting.rpartition('.')[0]}.num_gpus"
+            value, off = (True, "false") if trains else (demand.gpus, "0")
+            return field, value, message, f"add nodes with GPUs, or set it to {off}"
         remedy = "ask for less in one worker than the largest node has, or add larger nodes"
         if room:
-            remedy = f"set {demand.setting} to {room} or less, or add nodes"
-        return _Lack(demand.setting, count, message, remedy)
+            remedy = f"set {setting} to {room} or less, or add nodes"
+        return setting, count, message, remedy
     taken, cpus = count * demand.cpus, cluster.total("CPU")
-    wanted = taken + demand.beside
-    if wanted <= cpus:
+    total = taken + demand.beside
+    if total <= cpus:
         return None
     message = (
         f"the workers take {taken:g} CPUs, and reading, decoding and resuming {demand.beside}"
-        f" more, {wanted:g} in all; there are {cpus:g} ({cluster})"
+        f" more, {total:g} in all; there are {cpus:g} ({cluster})"
     )
-    remedy = f"start Ray with more (logical) CPUs, `ray start --num-cpus={wanted:g}`"
-    remedy += f", or set {demand.setting} to less" if count > 1 else ""
-    return _Lack(demand.setting, count, message, remedy)
+    remedy = f"start Ray with more (logical) CPUs, `ray start --num-cpus={total:g}`"
+    return setting, count, message, remedy + (f", or set {setting} to less" if count > 1 else "")
 
 
 def is_shared(path: str, prefixes: Sequence[str]) -> bool:
@@ -248,16 +231,9 @@ def is_shared(path: str, prefixes: Sequence[str]) -> bool:
 
 def check_paths(cluster: Cluster, shared: Sequence[str], paths: Iterable[tuple[str, str]]) -> None:
     """Raise ConfigError for the first of (field, path) that only one machine of several has."""
-    if not cluster.several_hosts:
-        return
-    for field, path in paths:
+    for field, path in paths if cluster.several_hosts else ():
         if not is_shared(path, shared):
-            raise ConfigError(
-                f"is a local path, and workers run on other machines too ({_machines(cluster)})",
-                field=field,
-                value=path,
-                remedy=_shared_remedy(path),
-            )
+            raise _not_shared(cluster, field, path, "is a local path")
 
 
 def check_uris(
@@ -267,33 +243,29 @@ def check_uris(
 
     `source` names the table that the URIs are from.
     """
-    uris = pc.unique(column).drop_null()
     # Only folders differ in whether they are shared; images are many.
-    folders = {uri.rpartition("/")[0]: uri for uri in uris.to_pylist()}
-    bad = [uri for folder, uri in folders.items() if not is_shared(folder or uri, shared)]
-    if bad:
-        raise ConfigError(
-            f"the images of {source} are at local paths, and workers run on other machines too"
-            f" ({_machines(cluster)})",
-            field="uri",
-            value=bad[0],
-            remedy=_shared_remedy(bad[0])
-            + "; `hts prepare` with the new root writes a manifest of it",
-        )
+    folders = {uri.rpartition("/")[0]: uri for uri in pc.unique(column).drop_null().to_pylist()}
+    for folder, uri in folders.items():
+        if not is_shared(folder or uri, shared):
+            more = "; `hts prepare` with the new root writes a manifest of it"
+            what = f"the images of {source} are at local paths"
+            raise _not_shared(cluster, "uri", uri, what, more)
 
 
-def _machines(cluster: Cluster) -> str:
+def _not_shared(
+    cluster: Cluster, field: str, path: str, what: str, more_remedy: str = ""
+) -> ConfigError:
     hosts = len({node.host for node in cluster.nodes})
-    return f"the cluster has {hosts}" + (", and adds more" if cluster.autoscaling else "")
-
-
-def _shared_remedy(path: str) -> str:
+    machines = f"the cluster has {hosts}" + (", and adds more" if cluster.autoscaling else "")
     place = Path(storage.resolve(path)[1])
     # The mount is more likely what somebody means than a folder deep below it.
     prefix = place.parents[-2] if len(place.parents) > 1 else place
-    return (
-        "use storage that all nodes reach (s3://, gs://), or, if every node sees this path (NFS, a"
-        f" folder of the image), say so: ray.shared_paths=[{prefix}]"
+    return ConfigError(
+        f"{what}, and workers run on other machines too ({machines})",
+        field=field,
+        value=path,
+        remedy="use storage that all nodes reach (s3://, gs://), or, if every node sees this path"
+        f" (NFS, a folder of the image), say so: ray.shared_paths=[{prefix}]{more_remedy}",
     )
 
 
