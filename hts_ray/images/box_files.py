@@ -12,7 +12,15 @@ from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 from hts_ray.images.regions import Box
 
@@ -34,16 +42,17 @@ class LayoutError(Exception):
 
 @dataclass
 class BoxedImage:
-    """An image of a file, its boxes with label (None for none) and score.
-
-    `size` is (width, height) in pixels, 0 if the file has none. A box is (left, top, right,
-    bottom) in pixels, NaN for what is no box.
-    """
+    """An image of a file and its boxes; `width` and `height` in pixels, 0 if the file has none."""
 
     path: str
     image_id: str | None = None
-    size: tuple[int, int] = (0, 0)
-    boxes: list[tuple[Box, str | None, float]] = field(default_factory=list)
+    width: int = 0
+    height: int = 0
+    boxes: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, box: Box, label: str | None, score: float = 1.0) -> None:
+        """Add a box (left, top, right, bottom) in pixels, NaN for what is no box."""
+        self.boxes.append({"box": box, "label": label, "score": score})
 
 
 def read_box_file(data: bytes) -> list[BoxedImage]:
@@ -57,12 +66,56 @@ def read_box_file(data: bytes) -> list[BoxedImage]:
     return images
 
 
-Text = Annotated[str, Field(min_length=1)]
+def clean_label(text: str) -> str:
+    """Return a label in lower case, with single spaces for spaces and underscores."""
+    return " ".join(text.replace("_", " ").lower().split())
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _side(value: Any) -> int:
+    """Return a side in pixels, 0 if it is unknown."""
+    number = _number(value)
+    return int(number) if 1 <= number < 1 << 31 else 0
+
+
+def _size(value: Any) -> tuple[int, int]:
+    return (_side(value[0]), _side(value[1])) if len(value) == 2 else (0, 0)
+
+
+def _box(value: Any) -> Box:
+    """Return four numbers unchanged; NaN for anything else."""
+    if not isinstance(value, list) or len(value) != 4:
+        return _NOT_A_BOX
+    left, top, right, bottom = map(_number, value)
+    return (left, top, right, bottom)
+
+
+def _box_from_1(value: Any) -> Box:
+    """Bring pixels counted from 1, the last one included, to corners counted from 0."""
+    left, top, right, bottom = _box(value)
+    return (left - 1, top - 1, right, bottom)
+
+
+# A bad box, score or size costs no more than itself, so none of these validators raises.
 Key = int | str
+Text = Annotated[str, Field(min_length=1)]
+Label = Annotated[str, AfterValidator(clean_label)]
+Side = Annotated[int, PlainValidator(_side)]
+Corners = Annotated[Box, PlainValidator(_box)]
+CornersFrom1 = Annotated[Box, PlainValidator(_box_from_1)]
+Score = Annotated[float, PlainValidator(lambda score: 1.0 if score is None else _number(score))]
 
 
 class _Part(BaseModel):
-    """A part of a JSON file. Boxes are not checked here: a bad one costs no more than itself."""
+    """A part of a JSON file."""
 
     model_config = ConfigDict(strict=True)
 
@@ -70,21 +123,21 @@ class _Part(BaseModel):
 class _CocoImage(_Part):
     id: Key
     file_name: Text
-    width: Any = 0
-    height: Any = 0
+    width: Side = 0
+    height: Side = 0
 
 
 class _CocoBox(_Part):
     image_id: Key
     category_id: Key | None = None
-    bbox: Any = None
-    score: Any = None
+    bbox: Corners = _NOT_A_BOX
+    score: Score = 1.0
     iscrowd: Any = 0
 
 
 class _CocoCategory(_Part):
     id: Key
-    name: Text
+    name: Annotated[Text, AfterValidator(clean_label)]
 
 
 class _Coco(_Part):
@@ -95,21 +148,19 @@ class _Coco(_Part):
 
 class _ListedBox(_Part):
     category_id: Key
-    bbox: Any = None
+    bbox: Corners = _NOT_A_BOX
 
 
 class _ListedImage(_Part):
+    """Of trainval_hico.json (PPDM, QPIC): boxes as corners, COCO's category ids."""
+
     file_name: Text
     annotations: list[_ListedBox]
 
 
-class _Listed(RootModel[list[_ListedImage]]):
-    """The layout of trainval_hico.json (PPDM, QPIC): boxes as corners, COCO's category ids."""
-
-
 class _Pairs(_Part):
-    boxes_h: list[Any]
-    boxes_o: list[Any]
+    boxes_h: list[CornersFrom1]
+    boxes_o: list[CornersFrom1]
     object: list[int | None] | None = None
 
 
@@ -118,16 +169,16 @@ class _HicoDet(_Part):
 
     filenames: list[Text]
     annotation: list[_Pairs]
-    objects: list[str] | None = None
-    size: list[list[Any]] | None = None
+    objects: list[Label] | None = None
+    size: list[Annotated[list[Any], AfterValidator(_size)]] | None = None
 
 
-Layout = TypeVar("Layout", bound=BaseModel)
+Layout = TypeVar("Layout")
 
 
 def _checked(layout: type[Layout], value: Any) -> Layout:
     try:
-        return layout.model_validate(value)
+        return TypeAdapter(layout).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         # Of a union the place ends in the type that was tried.
@@ -150,7 +201,7 @@ def _read_json(data: bytes) -> list[BoxedImage]:
         first = value[0] if value else None
         keys = first.keys() if isinstance(first, dict) else set()
         if {"file_name", "annotations"} <= keys:
-            return _read_listed(_checked(_Listed, value))
+            return _read_listed(_checked(list[_ListedImage], value))
         if {"image_id", "bbox"} <= keys:
             raise LayoutError("COCO results, which name no files: give them with `images`")
         more = f" with {', '.join(map(repr, keys))}"[:200] if keys else ""
@@ -173,35 +224,28 @@ def _parsed(data: bytes) -> Any:
 
 
 def _read_coco(file: _Coco) -> list[BoxedImage]:
-    names = {category.id: clean_label(category.name) for category in file.categories or []}
+    names = {category.id: category.name for category in file.categories or []}
     images: dict[Key, BoxedImage] = {}
     for image in file.images:
         if image.id in images:
             raise LayoutError(f"two images with the id {image.id!r}")
-        size = (_whole(image.width), _whole(image.height))
-        images[image.id] = BoxedImage(image.file_name, size=size)
+        images[image.id] = BoxedImage(image.file_name, None, image.width, image.height)
     for n, found in enumerate(file.annotations):
         # Subsets of COCO often keep the annotations of the images that they left out.
         if found.image_id not in images or found.iscrowd in (1, True):
             continue
-        label = None
-        if names and found.category_id is not None:
-            if found.category_id not in names:
-                raise LayoutError(
-                    f"annotations[{n}] with the category {found.category_id!r}, which categories"
-                    " lack"
-                )
-            label = names[found.category_id]
-        left, top, width, height = _box(found.bbox)
-        score = 1.0 if found.score is None else _number(found.score)
-        box = (left, top, left + width, top + height)
-        images[found.image_id].boxes.append((box, label, score))
+        key = found.category_id
+        if names and key is not None and key not in names:
+            raise LayoutError(f"annotations[{n}] with the category {key!r}, which categories lack")
+        left, top, width, height = found.bbox
+        label = None if key is None else names.get(key)
+        images[found.image_id].add((left, top, left + width, top + height), label, found.score)
     return list(images.values())
 
 
-def _read_listed(file: _Listed) -> list[BoxedImage]:
+def _read_listed(file: list[_ListedImage]) -> list[BoxedImage]:
     images = []
-    for n, listed in enumerate(file.root):
+    for n, listed in enumerate(file):
         image = BoxedImage(listed.file_name)
         for m, found in enumerate(listed.annotations):
             key = found.category_id
@@ -210,40 +254,35 @@ def _read_listed(file: _Listed) -> list[BoxedImage]:
                 raise LayoutError(
                     f"[{n}].annotations[{m}] with the category {key!r}, which is none of COCO's"
                 )
-            image.boxes.append((_box(found.bbox), name, 1.0))
+            image.add(found.bbox, name)
         images.append(image)
     return images
 
 
 def _read_hicodet(file: _HicoDet) -> list[BoxedImage]:
-    names = [clean_label(name) for name in file.objects or []]
-    sizes = file.size or [[0, 0]] * len(file.filenames)
-    if not len(file.filenames) == len(file.annotation) == len(sizes):
-        raise LayoutError(
-            f"{len(file.filenames)} filenames, {len(file.annotation)} annotation and"
-            f" {len(sizes)} size entries"
-        )
+    sizes = file.size or [(0, 0)] * len(file.filenames)
+    _require_equal("", filenames=file.filenames, annotation=file.annotation, size=sizes)
     images = []
-    for n, (path, pairs, size) in enumerate(
-        zip(file.filenames, file.annotation, sizes, strict=True)
-    ):
-        where = f"annotation[{n}]"
-        image = BoxedImage(
-            path, size=(_whole(size[0]), _whole(size[1])) if len(size) == 2 else (0, 0)
-        )
-        objects = pairs.object or [None] * len(pairs.boxes_o)
-        if not len(pairs.boxes_h) == len(pairs.boxes_o) == len(objects):
-            raise LayoutError(
-                f"{where} with {len(pairs.boxes_h)} boxes_h, {len(pairs.boxes_o)} boxes_o and"
-                f" {len(objects)} object entries"
-            )
-        humans = dict.fromkeys(map(_box_from_1, pairs.boxes_h))
-        labels = [_object_name(names, index, where) for index in objects]
-        things = dict.fromkeys(zip(map(_box_from_1, pairs.boxes_o), labels, strict=True))
-        image.boxes += [(box, _PERSON, 1.0) for box in humans]
-        image.boxes += [(box, label, 1.0) for box, label in things]
+    rows = zip(file.filenames, file.annotation, sizes, strict=True)
+    for n, (path, pairs, (width, height)) in enumerate(rows):
+        where, things = f"annotation[{n}]", pairs.boxes_o
+        objects = pairs.object or [None] * len(things)
+        _require_equal(f"{where} with ", boxes_h=pairs.boxes_h, boxes_o=things, object=objects)
+        labels = [_object_name(file.objects or [], index, where) for index in objects]
+        image = BoxedImage(path, None, width, height)
+        # Every pair repeats its boxes.
+        for box in dict.fromkeys(pairs.boxes_h):
+            image.add(box, _PERSON)
+        for box, label in dict.fromkeys(zip(things, labels, strict=True)):
+            image.add(box, label)
         images.append(image)
     return images
+
+
+def _require_equal(where: str, **lists: Sequence[Any]) -> None:
+    if len({len(values) for values in lists.values()}) > 1:
+        *first, last = (f"{len(values)} {name}" for name, values in lists.items())
+        raise LayoutError(f"{where}{', '.join(first)} and {last} entries")
 
 
 def _object_name(names: Sequence[str], index: int | None, where: str) -> str:
@@ -281,9 +320,9 @@ def _read_parquet(data: bytes) -> list[BoxedImage]:
                     f"Parquet with {len(column[n])} {name} for {count} boxes in row {n}"
                 )
         rows = (boxes[n] or [], labels[n] or [None] * count, scores[n] or [None] * count)
-        for box, label, mark in zip(*rows, strict=True):
-            score = 1.0 if mark is None else mark
-            image.boxes.append((_box(box), clean_label(label) if label else None, score))
+        for box, label, score in zip(*rows, strict=True):
+            name = clean_label(label) if label else None
+            image.add(_box(box), name, 1.0 if score is None else score)
         images.append(image)
     return images
 
@@ -315,37 +354,3 @@ def _list_column(table: pa.Table, name: str, kind: pa.DataType) -> list[Any]:
 def _kind(value: Any) -> str:
     kinds = {dict: "object", list: "list", str: "text", type(None): "null", bool: "boolean"}
     return kinds.get(type(value), "number")
-
-
-def _box(value: Any) -> Box:
-    """Return four numbers unchanged; NaN for anything else."""
-    if not isinstance(value, list) or len(value) != 4:
-        return _NOT_A_BOX
-    left, top, right, bottom = map(_number, value)
-    return (left, top, right, bottom)
-
-
-def _box_from_1(value: Any) -> Box:
-    """Bring pixels counted from 1, the last one included, to corners counted from 0."""
-    left, top, right, bottom = _box(value)
-    return (left - 1, top - 1, right, bottom)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _whole(value: Any) -> int:
-    """Return a side in pixels, 0 if it is unknown."""
-    number = _number(value)
-    return int(number) if 1 <= number < 1 << 31 else 0
-
-
-def clean_label(text: str) -> str:
-    """Return a label in lower case, with single spaces for spaces and underscores."""
-    return " ".join(text.replace("_", " ").lower().split())

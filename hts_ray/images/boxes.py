@@ -7,18 +7,17 @@ and object names are taken: which interaction an annotator saw is never read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
 import pyarrow as pa
 
 from hts_ray.config import RegionsConfig
 from hts_ray.errors import DataError
-from hts_ray.images.box_files import FORMATS, BoxedImage, LayoutError, clean_label, read_box_file
+from hts_ray.images.box_files import FORMATS, LayoutError, clean_label, read_box_file
 from hts_ray.images.regions import Box, Detection, clip_box
 from hts_ray.store import storage
 
@@ -39,35 +38,19 @@ class GivenImage(NamedTuple):
     problems: list[str]
 
 
-def _table(images: Sequence[BoxedImage]) -> pa.Table:
-    """Return image_id, path, width, height and boxes: a list of (box, label, score) an image."""
-    found = [box for image in images for box in image.boxes]
-    corners = np.array([box for box, _, _ in found], dtype=np.float64).ravel()
-    boxes = pa.StructArray.from_arrays(
-        [
-            pa.FixedSizeListArray.from_arrays(pa.array(corners), 4),
-            pa.array([label for _, label, _ in found], pa.dictionary(pa.int32(), pa.string())),
-            pa.array([score for _, _, score in found], pa.float32()),
-        ],
-        names=["box", "label", "score"],
-    )
-    ends = np.cumsum([0, *(len(image.boxes) for image in images)])
-    return pa.table(
-        {
-            "image_id": pa.array([image.image_id for image in images], pa.string()),
-            "path": pa.array([image.path for image in images], pa.string()),
-            "width": pa.array([image.size[0] for image in images], pa.int32()),
-            "height": pa.array([image.size[1] for image in images], pa.int32()),
-            "boxes": pa.ListArray.from_arrays(pa.array(ends, pa.int32()), boxes),
-        }
-    )
+_LABEL = pa.dictionary(pa.int32(), pa.string())
+_BOX = pa.struct({"box": pa.list_(pa.float64(), 4), "label": _LABEL, "score": pa.float32()})
+_SIZE = {"width": pa.int32(), "height": pa.int32()}
+_SCHEMA = pa.schema(
+    {"image_id": pa.string(), "path": pa.string(), **_SIZE, "boxes": pa.list_(_BOX)}
+)
 
 
 @dataclass(frozen=True, eq=False)
 class GivenBoxes:
     """The boxes of all images of a file: a table that costs little to send, and a look-up.
 
-    `uri` is where the file lay, `table` what `_table` returns.
+    `uri` is where the file lay, `table` has the columns of `_SCHEMA`.
     """
 
     uri: str
@@ -146,11 +129,13 @@ class GivenBoxes:
     @cached_property
     def _by_key(self) -> tuple[Mapping[str | None, list[int]], ...]:
         """Rows by id, path, path without extension and file name, the surest key first."""
-        stems = map(_stem, self._paths)
+        ids, stems = self.table["image_id"].to_pylist(), map(_stem, self._paths)
         names = (_file_name(_path_of(path)) for path in self._paths)
-        return tuple(
-            _index(keys) for keys in (self.table["image_id"].to_pylist(), self._paths, stems, names)
-        )
+        by_key: tuple[dict[str | None, list[int]], ...] = ({}, {}, {}, {})
+        for row, keys in enumerate(zip(ids, self._paths, stems, names, strict=True)):
+            for rows_of, key in zip(by_key, keys, strict=True):
+                rows_of.setdefault(key, []).append(row)
+        return by_key
 
     def _rows(self, image_id: str, uri: str) -> list[int]:
         by_id, by_path, by_stem, by_name = self._by_key
@@ -233,14 +218,8 @@ def read_given_boxes(uri: str, person_labels: Sequence[str] = PERSON_LABELS) -> 
         raise DataError(
             f"{uri} has no boxes that can be read: found {error}; accepted are {FORMATS}"
         ) from None
-    return GivenBoxes(uri, _table(images), tuple(dict.fromkeys(map(clean_label, person_labels))))
-
-
-def _index(keys: Iterable[str | None]) -> dict[str | None, list[int]]:
-    index: dict[str | None, list[int]] = {}
-    for row, key in enumerate(keys):
-        index.setdefault(key, []).append(row)
-    return index
+    table = pa.Table.from_pylist([vars(image) for image in images], _SCHEMA)
+    return GivenBoxes(uri, table, tuple(dict.fromkeys(map(clean_label, person_labels))))
 
 
 def _path_of(uri: str) -> str:
