@@ -86,10 +86,6 @@ def _side(value: Any) -> int:
     return int(number) if 1 <= number < 1 << 31 else 0
 
 
-def _size(value: Any) -> tuple[int, int]:
-    return (_side(value[0]), _side(value[1])) if len(value) == 2 else (0, 0)
-
-
 def _box(value: Any) -> Box:
     """Return four numbers unchanged; NaN for anything else."""
     if not isinstance(value, list) or len(value) != 4:
@@ -170,7 +166,7 @@ class _HicoDet(_Part):
     filenames: list[Text]
     annotation: list[_Pairs]
     objects: list[Label] | None = None
-    size: list[Annotated[list[Any], AfterValidator(_size)]] | None = None
+    size: list[list[Any]] | None = None
 
 
 Layout = TypeVar("Layout")
@@ -260,16 +256,16 @@ def _read_listed(file: list[_ListedImage]) -> list[BoxedImage]:
 
 
 def _read_hicodet(file: _HicoDet) -> list[BoxedImage]:
-    sizes = file.size or [(0, 0)] * len(file.filenames)
+    sizes = file.size or [[0, 0]] * len(file.filenames)
     _require_equal("", filenames=file.filenames, annotation=file.annotation, size=sizes)
     images = []
     rows = zip(file.filenames, file.annotation, sizes, strict=True)
-    for n, (path, pairs, (width, height)) in enumerate(rows):
+    for n, (path, pairs, size) in enumerate(rows):
         where, things = f"annotation[{n}]", pairs.boxes_o
         objects = pairs.object or [None] * len(things)
         _require_equal(f"{where} with ", boxes_h=pairs.boxes_h, boxes_o=things, object=objects)
         labels = [_object_name(file.objects or [], index, where) for index in objects]
-        image = BoxedImage(path, None, width, height)
+        image = BoxedImage(path, None, *(map(_side, size) if len(size) == 2 else ()))
         # Every pair repeats its boxes.
         for box in dict.fromkeys(pairs.boxes_h):
             image.add(box, _PERSON)
@@ -320,9 +316,9 @@ def _read_parquet(data: bytes) -> list[BoxedImage]:
                     f"Parquet with {len(column[n])} {name} for {count} boxes in row {n}"
                 )
         rows = (boxes[n] or [], labels[n] or [None] * count, scores[n] or [None] * count)
-        for box, label, score in zip(*rows, strict=True):
-            name = clean_label(label) if label else None
-            image.add(_box(box), name, 1.0 if score is None else score)
+        for box, label, mark in zip(*rows, strict=True):
+            score = 1.0 if mark is None else mark
+            image.add(_box(box), clean_label(label) if label else None, score)
         images.append(image)
     return images
 

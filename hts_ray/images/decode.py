@@ -11,7 +11,7 @@ import io
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -100,25 +100,23 @@ def decode_image(
     `too_small` for a side under `min_side`, `too_large` for more than `max_pixels` in the
     original, and the other kinds for bytes that cannot be decoded in full.
     """
-    try:
-        with _quiet_pillow(), _opened(data) as image:
-            orientation, width, height = _header(image)
-            _check_size(width, height, max_pixels, min_side)
-            scale = min(1.0, max_side / max(width, height))
-            if scale < 1:
-                # A JPEG decoded at 1/2, 1/4 or 1/8 never takes the memory of the whole.
-                image.draft(None, (int(image.width * scale) + 1, int(image.height * scale) + 1))
-            image.load()
-            size = (width, height) if orientation < 5 else (height, width)
-            size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-            upright = _to_rgb(image, size)
-            if orientation in _TRANSPOSE:
-                upright = upright.transpose(_TRANSPOSE[orientation])
-            return DecodedImage(np.array(upright, dtype=np.uint8), width, height)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise _as_image_error(error, data) from error
+    with _opened(data) as image:
+        orientation, width, height = _header(image)
+        shape = f"{width}x{height} pixels"
+        if min(width, height) < min_side:
+            raise ImageError("too_small", f"{shape}: a side is under {min_side} (min_side)")
+        if width * height > max_pixels:
+            raise ImageError("too_large", f"{shape}: more than {max_pixels} (max_pixels)")
+        scale = min(1.0, max_side / max(width, height))
+        if scale < 1:
+            # A JPEG decoded at 1/2, 1/4 or 1/8 never takes the memory of the whole.
+            image.draft(None, (int(image.width * scale) + 1, int(image.height * scale) + 1))
+        image.load()
+        size = (width, height) if orientation < 5 else (height, width)
+        upright = _to_rgb(image, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
+        if orientation in _TRANSPOSE:
+            upright = upright.transpose(_TRANSPOSE[orientation])
+        return DecodedImage(np.array(upright, dtype=np.uint8), width, height)
 
 
 def probe_image(data: bytes) -> tuple[int, int]:
@@ -126,30 +124,22 @@ def probe_image(data: bytes) -> tuple[int, int]:
 
     The pixels are not decoded, so a truncated file passes.
     """
-    try:
-        with _quiet_pillow(), _opened(data) as image:
-            return _header(image)[1:]
-    except ImageError:
-        raise
-    except Exception as error:
-        raise _as_image_error(error, data) from error
+    with _opened(data) as image:
+        return _header(image)[1:]
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an image; whatever it meets, also in the block, becomes an ImageError."""
     if not data:
         raise ImageError("empty", "the file is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        name = _signature(data)
-        if name is None:
-            raise ImageError("not_an_image", f"not an image: {_excerpt(data)}") from error
-        if _looks_cut(data, name):
-            raise ImageError("truncated", f"{name} data that end inside the header") from error
-        raise ImageError("decode_error", f"{name} data with a damaged header") from error
-    with image:
-        yield image
+        with _quiet_pillow(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            yield image
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _as_image_error(error, data) from error
 
 
 def _header(image: Image.Image) -> tuple[int, int, int]:
@@ -166,17 +156,6 @@ def _header(image: Image.Image) -> tuple[int, int, int]:
     if not isinstance(orientation, int) or not 1 <= orientation <= 8:
         orientation = 1
     return (orientation, height, width) if orientation >= 5 else (orientation, width, height)
-
-
-def _check_size(width: int, height: int, max_pixels: int, min_side: int) -> None:
-    if min(width, height) < min_side:
-        raise ImageError(
-            "too_small", f"{width}x{height} pixels: a side is under {min_side} (min_side)"
-        )
-    if width * height > max_pixels:
-        raise ImageError(
-            "too_large", f"{width}x{height} pixels: more than {max_pixels} (max_pixels)"
-        )
 
 
 def _to_rgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -214,10 +193,16 @@ def _to_8_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def _as_image_error(error: Exception, data: bytes) -> ImageError:
-    reason = str(error) or type(error).__name__
+    reason, name = str(error) or type(error).__name__, _signature(data)
+    if isinstance(error, UnidentifiedImageError):
+        if name is None:
+            return ImageError("not_an_image", f"not an image: {_excerpt(data)}")
+        if _looks_cut(data, name):
+            return ImageError("truncated", f"{name} data that end inside the header")
+        return ImageError("decode_error", f"{name} data with a damaged header")
     if isinstance(error, Image.DecompressionBombError | MemoryError):
         return ImageError("too_large", f"too large to decode: {reason}")
-    if "truncated" in reason.lower() or _looks_cut(data, _signature(data)):
+    if "truncated" in reason.lower() or _looks_cut(data, name):
         return ImageError("truncated", f"the file ends too early: {reason}")
     return ImageError("decode_error", f"cannot be decoded: {reason}")
 
@@ -251,10 +236,8 @@ def _excerpt(data: bytes) -> str:
     return f"it begins with the bytes {start[:8].hex(' ')}"
 
 
-_quiet_lock = threading.Lock()
+_quiet_lock, _quiet = threading.Lock(), ExitStack()
 _quiet_users = 0
-_quiet_filters: AbstractContextManager[None] | None = None
-_saved_limit: int | None = None
 
 
 @contextmanager
@@ -264,19 +247,18 @@ def _quiet_pillow() -> Iterator[None]:
     Both are process-wide; they are changed by the first thread in and restored by the last one
     out, because a lock around the whole decode would make threads wait for each other.
     """
-    global _quiet_users, _quiet_filters, _saved_limit  # noqa: PLW0603
+    global _quiet_users  # noqa: PLW0603
     with _quiet_lock:
         _quiet_users += 1
         if _quiet_users == 1:
-            _saved_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, _PILLOW_LIMIT
-            _quiet_filters = warnings.catch_warnings()
-            _quiet_filters.__enter__()
+            _quiet.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = _PILLOW_LIMIT
+            _quiet.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
     try:
         yield
     finally:
         with _quiet_lock:
             _quiet_users -= 1
-            if _quiet_users == 0 and _quiet_filters is not None:
-                _quiet_filters.__exit__(None, None, None)
-                Image.MAX_IMAGE_PIXELS = _saved_limit
+            if not _quiet_users:
+                _quiet.close()
