@@ -81,11 +81,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def _draw_boxes(
-    image: Image.Image,
-    labels: Sequence[Label],
-    scale: tuple[float, float],
-    font: Font,
-    size: int,
+    image: Image.Image, labels: Sequence[Label], scale: tuple[float, float], font: Font, size: int
 ) -> None:
     draw = ImageDraw.Draw(image)
     line = max(2, size // 6)
@@ -95,7 +91,7 @@ def _draw_boxes(
             boxes.setdefault(label.box, []).append(number)
     free: dict[tuple[int, int], int] = {}  # where the next flag goes, by corner
     # Large boxes first, so that small ones lie on top.
-    for box in sorted(boxes, key=_area, reverse=True):
+    for box in sorted(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]), reverse=True):
         left, right = (round(side * scale[0]) for side in (box[0], box[2]))
         top, bottom = (round(side * scale[1]) for side in (box[1], box[3]))
         color = _color(boxes[box][0])
@@ -108,16 +104,7 @@ def _draw_boxes(
             free[left, top] = x + room + 1
 
 
-def _area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def _strip(
-    labels: Sequence[Label],
-    width: int,
-    font: Font,
-    size: int,
-) -> Image.Image:
+def _strip(labels: Sequence[Label], width: int, font: Font, size: int) -> Image.Image:
     """Draw the labels one below the other: number, name and score."""
     row = round(size * 1.6)
     strip = Image.new("RGB", (width, row * max(1, len(labels)) + size // 2), _PAPER)
@@ -139,12 +126,7 @@ def _strip(
     return strip
 
 
-def _cut(
-    text: str,
-    room: float,
-    draw: ImageDraw.ImageDraw,
-    font: Font,
-) -> str:
+def _cut(text: str, room: float, draw: ImageDraw.ImageDraw, font: Font) -> str:
     if draw.textlength(text, font) <= room:
         return text
     while text and draw.textlength(text + "...", font) > room:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,16 @@ from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
 from hts_ray.images.manifest import Manifest, latest_manifest
-from hts_ray.labels.evidence import (
-    class_probabilities,
-    iter_region_rows,
-    kept_regions,
-    read_info,
-)
+from hts_ray.labels.evidence import class_probabilities, iter_region_rows, kept_regions, read_info
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
-from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, check_table
+from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, STATS_FILE, check_table
 
 Regions = Mapping[str, tuple[SupportRegion, ...]]
 
 _BATCH_ROWS = 1024
+_IMAGE_COLUMNS = ("image_id", "uri", "split", "width", "height")
 
 
 @dataclass(frozen=True)
@@ -62,28 +59,19 @@ class LabelRows:
                 yield self._image(row)
 
     def _image(self, row: Mapping[str, Any]) -> LabeledImage:
-        kept = [place for place, i in enumerate(row["positive_ids"]) if i in self.class_ids]
-        human = self.origin.kind == "annotations"
+        def ours(name: str) -> tuple[int, ...]:
+            return tuple(i for i in row[name] or () if i in self.class_ids)
 
-        def of_positives(name: str) -> tuple[Any, ...]:
-            return () if human else tuple(row[name][place] for place in kept)
-
-        return LabeledImage(
-            image_id=row["image_id"],
-            uri=row["uri"],
-            split=row["split"],
-            positive_ids=tuple(row["positive_ids"][place] for place in kept),
-            ignored_ids=self._known(row["ambiguous_ids" if human else "ignored_ids"]),
-            negative_ids=self._known(row["negative_ids"]) if human else None,
-            probability=of_positives("probability"),
-            support=of_positives("support"),
-            width=row["width"],
-            height=row["height"],
-            regions=self.regions.get(row["image_id"], ()),
-        )
-
-    def _known(self, ids: Sequence[int] | None) -> tuple[int, ...]:
-        return tuple(i for i in ids or () if i in self.class_ids)
+        values: dict[str, Any] = {name: row[name] for name in _IMAGE_COLUMNS}
+        if self.origin.kind == "annotations":
+            values |= {"ignored_ids": ours("ambiguous_ids"), "negative_ids": ours("negative_ids")}
+        else:
+            values["ignored_ids"] = ours("ignored_ids")
+            kept = [i in self.class_ids for i in row["positive_ids"]]
+            for name in ("probability", "support"):
+                values[name] = tuple(compress(row[name], kept))
+        regions = self.regions.get(row["image_id"], ())
+        return LabeledImage(positive_ids=ours("positive_ids"), regions=regions, **values)
 
 
 def read_labels(
@@ -121,7 +109,7 @@ def read_labels(
         stage = given_stage(labels, "pseudo_labels")
     table = check_table(stage.read(), PSEUDO_LABELS_SCHEMA, stage.path).drop_columns(["dropped"])
     table = _chosen(table, stage.path, split, limit, run.config.seed)
-    return _pseudo_labels(run, stage, table, regions)
+    return _pseudo_labels(run, stage, table, regions and run.config.export.region_boxes)
 
 
 def _pseudo_labels(run: Run, stage: StageFolder, table: pa.Table, with_regions: bool) -> LabelRows:
@@ -130,38 +118,32 @@ def _pseudo_labels(run: Run, stage: StageFolder, table: pa.Table, with_regions: 
         table = table.append_column(name, values)
     made = storage.read_object(stage.file("table.json"))  # empty for folders of earlier versions
     scores = _region_scores(run, stage, made)
-    settings = made.get("filter")
-    regions: Regions = {}
-    notes: tuple[str, ...] = ()
-    if run.config.export.region_boxes and with_regions:
-        if scores is None:
-            notes = ("no region boxes: the teacher pass of these labels is not in the run",)
-        else:
-            config = (
-                run.config.filter if settings is None else FilterConfig.model_validate(settings)
-            )
-            ids, positives = table["image_id"].to_pylist(), table["positive_ids"].to_pylist()
-            regions = supporting_regions(
-                scores.path,
-                config,
-                dict(zip(ids, positives, strict=True)),
-                per_label=run.config.export.boxes_per_label,
-            )
-    info = {} if scores is None else read_info(scores.path)
-    if settings is None and scores is not None:
-        settings = run.config.filter.answer_settings()
+    settings, info, regions = made.get("filter"), {}, {}
+    ids = table["image_id"].to_pylist()
+    if scores is not None:
+        settings = settings or run.config.filter.answer_settings()
+        info = read_info(scores.path)
+        if with_regions:
+            config = FilterConfig.model_validate(settings)
+            positives = dict(zip(ids, table["positive_ids"].to_pylist(), strict=True))
+            per_label = run.config.export.boxes_per_label
+            regions = supporting_regions(scores.path, config, positives, per_label)
     teacher = str(info.get("model", ""))
+    if teacher.startswith(("/", ".", "~")) or storage.is_remote(teacher):
+        # A path on the machine that labeled means nothing to others.
+        teacher = teacher.rstrip("/").rsplit("/", 1)[-1]
     origin = Origin(
         "pseudo_labels",
         name=f"{stage.table}-{stage.key}",
-        # A path on the machine that labeled means nothing to others.
-        teacher=teacher.rstrip("/").rsplit("/", 1)[-1] if _is_path(teacher) else teacher,
+        teacher=teacher,
         teacher_revision=str(info.get("model_fingerprint", "")).rpartition("@")[2],
         settings=settings or {},
-        corrected=len(set(made.get("corrected_ids", ())) & set(table["image_id"].to_pylist())),
+        corrected=len({*made.get("corrected_ids", ())} & {*ids}),
         details={"settings hash": stage.key, **_details(run)},
     )
     classes = frozenset(run.class_table.positions)
+    missing = "no region boxes: the teacher pass of these labels is not in the run"
+    notes = (missing,) if with_regions and scores is None else ()
     return LabelRows(table, classes, origin, regions, _root(images) if images else None, notes)
 
 
@@ -237,29 +219,24 @@ def supporting_regions(
     return found
 
 
-def _is_path(model: str) -> bool:
-    return model.startswith(("/", ".", "~")) or storage.is_remote(model)
-
-
 def _details(run: Run) -> dict[str, str]:
     """Return versions and commit as the run recorded them, and the hash of its classes."""
     found = storage.read_object(storage.join(run.run_dir, "provenance.json"))
     versions = found.get("versions", {})
-    details = {"class list hash": run.class_table.fingerprint()[:12]}
-    for name in ("hts_ray", "torch", "transformers", "ray"):
-        if name in versions:
-            details[name] = str(versions[name])
-    if found.get("git_commit"):
-        details["commit"] = str(found["git_commit"])
-    return details
+    names = [name for name in ("hts_ray", "torch", "transformers", "ray") if name in versions]
+    commit = found.get("git_commit")
+    return {
+        "class list hash": run.class_table.fingerprint()[:12],
+        **{name: str(versions[name]) for name in names},
+        **({"commit": str(commit)} if commit else {}),
+    }
 
 
 def _root(manifest: Manifest) -> str | None:
     """Return the folder that a manifest was prepared from, as its stage recorded it."""
-    found = storage.read_object(storage.join(manifest.path.rpartition("/")[0], "stats.json")).get(
-        "root"
-    )
-    return found if isinstance(found, str) else None
+    folder = manifest.path.rpartition("/")[0]
+    root = storage.read_object(storage.join(folder, STATS_FILE)).get("root")
+    return root if isinstance(root, str) else None
 
 
 def _name(path: str) -> str:
