@@ -48,7 +48,7 @@ def anno_variables(images: Iterable[LabeledImage], context: Context) -> dict[str
     variables: dict[str, Any] = {"list_action": _actions(classes)}
     for split in SPLITS:
         if files[split]:  # readers do not expect an empty one
-            variables[f"list_{split}"] = _cells(files[split])
+            variables[f"list_{split}"] = np.array(files[split], dtype=object).reshape(-1, 1)
             variables[f"anno_{split}"] = _matrix(columns[split])
     return variables
 
@@ -97,10 +97,6 @@ def _actions(classes: ClassTable) -> npt.NDArray[np.void]:
     words = VERB_PHRASES | {NO_INTERACTION: NO_INTERACTION}
     rows = [(c.object, c.verb, words[c.verb or ""].replace(" ", "_")) for c in classes]
     return np.array(rows, dtype=fields).reshape(len(classes), 1)
-
-
-def _cells(values: Sequence[str]) -> npt.NDArray[np.object_]:
-    return np.array(values, dtype=object).reshape(len(values), 1)
 
 
 def _require_hico(table: ClassTable, classes: ClassTable) -> None:

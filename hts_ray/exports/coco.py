@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hts_ray.classes import HoiClass
 from hts_ray.exports.image_files import FileNames
 from hts_ray.exports.records import Box, Context, LabeledImage
 
@@ -33,9 +32,8 @@ def coco_document(images: Iterable[LabeledImage], context: Context) -> dict[str,
     annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images, 1):
         listed.append(_image(number, image, context))
-        for annotation in _annotations(image):
-            place = {"id": len(annotations) + 1, "image_id": number}
-            annotations.append({**place, **annotation})
+        for found in _annotations(image):
+            annotations.append({"id": len(annotations) + 1, "image_id": number, **found})
     origin = context.origin
     info = {
         "description": f"{origin.kind.replace('_', ' ')} by hts_ray, {origin.name}",
@@ -46,7 +44,11 @@ def coco_document(images: Iterable[LabeledImage], context: Context) -> dict[str,
     return {
         "info": {key: value for key, value in info.items() if value},
         "licenses": [],
-        "categories": [_category(of_class) for of_class in context.class_table],
+        "categories": [
+            {"id": of_class.class_id, "name": of_class.name}
+            | ({"supercategory": of_class.object} if of_class.object else {})
+            for of_class in context.class_table
+        ],
         "images": listed,
         "annotations": annotations,
     }
@@ -70,14 +72,8 @@ def write_fiftyone(images: Iterable[LabeledImage], context: Context, target: Pat
             (folder / name).write_bytes(image.file.data)
             yield replace(image, uri=name, file=None)
 
-    write_coco(stored(), replace(context, image_url_prefix=None), target / "labels.json")
-
-
-def _category(of_class: HoiClass) -> dict[str, Any]:
-    category: dict[str, Any] = {"id": of_class.class_id, "name": of_class.name}
-    if of_class.object:
-        category["supercategory"] = of_class.object
-    return category
+    config = context.config.model_copy(update={"image_url_prefix": None})
+    write_coco(stored(), replace(context, config=config), target / "labels.json")
 
 
 def _image(number: int, image: LabeledImage, context: Context) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def _image(number: int, image: LabeledImage, context: Context) -> dict[str, Any]
     }
     if image.negative_ids is not None:
         entry["neg_category_ids"] = list(image.negative_ids)
-    if context.image_url_prefix is not None:
+    if context.config.image_url_prefix is not None:
         entry["coco_url"] = context.url_of(image.uri)
     return entry
 

@@ -52,7 +52,7 @@ def write_huggingface(images: Iterable[LabeledImage], context: Context, target: 
         for image in images:
             assert image.file is not None
             split = split_name(image.split)
-            part, first = divmod(counts[split], context.shard_images)
+            part, first = divmod(counts[split], context.config.shard_images)
             folder = target / split / f"{part:04d}"
             if first == 0:
                 folder.mkdir(parents=True)
@@ -79,7 +79,7 @@ def write_webdataset(images: Iterable[LabeledImage], context: Context, target: P
         for image in images:
             assert image.file is not None
             split = split_name(image.split)
-            number, first = divmod(counts[split], context.shard_images)
+            number, first = divmod(counts[split], context.config.shard_images)
             if first == 0:
                 if split in shards:
                     shards[split].close()
@@ -95,7 +95,7 @@ def write_webdataset(images: Iterable[LabeledImage], context: Context, target: P
             counts[split] += 1
             suffixes[image.file.suffix] += 1
     split = min(counts, default="train")
-    last = f"{max(counts[split] - 1, 0) // context.shard_images:06d}"
+    last = f"{max(counts[split] - 1, 0) // context.config.shard_images:06d}"
     listed = ";".join(suffix for suffix, _ in suffixes.most_common())
     _describe(context, target, "webdataset", split=split, last=last, suffixes=listed)
 

@@ -8,7 +8,7 @@ tags Choices, Filter and RectangleLabels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,45 +88,37 @@ def _undecided(image: LabeledImage, context: Context) -> str:
 
 
 def _result(image: LabeledImage, context: Context) -> list[dict[str, Any]]:
-    result = []
-    if image.positive_ids:
-        result.append(_ticked(LABELS, context.names_of(image.positive_ids)))
-    if not context.is_machine and image.ignored_ids:
-        result.append(_ticked(UNSURE, context.names_of(image.ignored_ids)))
-    for number, region in enumerate(image.regions):
-        result.append(_box(f"box-{number}", region, image, context.name_of(region.class_id)))
-    return result
+    ticked = {LABELS: image.positive_ids, UNSURE: () if context.is_machine else image.ignored_ids}
+    result = [
+        {"id": control, "from_name": control, "to_name": IMAGE, "type": "choices"}
+        | {"value": {"choices": context.names_of(ids)}}
+        for control, ids in ticked.items()
+        if ids
+    ]
+    boxes = enumerate(image.regions)
+    return result + [_box(f"box-{number}", region, image, context) for number, region in boxes]
 
 
-def _ticked(control: str, names: list[str]) -> dict[str, Any]:
-    return _answer(control, control, "choices", names)
-
-
-def _box(key: str, region: SupportRegion, image: LabeledImage, name: str) -> dict[str, Any]:
+def _box(key: str, region: SupportRegion, image: LabeledImage, context: Context) -> dict[str, Any]:
     assert image.width
     assert image.height
     left, top, right, bottom = region.box
-    place = {
-        # Label Studio counts in percents of the image.
-        "x": 100 * left / image.width,
-        "y": 100 * top / image.height,
-        "width": 100 * (right - left) / image.width,
-        "height": 100 * (bottom - top) / image.height,
-        "rotation": 0,
+    return {
+        "id": key,
+        "from_name": BOXES,
+        "to_name": IMAGE,
+        "type": "rectanglelabels",
+        "original_width": image.width,
+        "original_height": image.height,
+        "image_rotation": 0,
+        "score": round(region.probability, 6),
+        "value": {
+            # Label Studio counts in percents of the image.
+            "x": 100 * left / image.width,
+            "y": 100 * top / image.height,
+            "width": 100 * (right - left) / image.width,
+            "height": 100 * (bottom - top) / image.height,
+            "rotation": 0,
+            "rectanglelabels": [context.name_of(region.class_id)],
+        },
     }
-    size = {"original_width": image.width, "original_height": image.height, "image_rotation": 0}
-    score = round(region.probability, 6)
-    return _answer(key, BOXES, "rectanglelabels", [name], place, **size, score=score)
-
-
-def _answer(
-    key: str,
-    control: str,
-    kind: str,
-    names: list[str],
-    place: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Return an entry of a result; `place` and `more` say where it is."""
-    entry = {"id": key, "from_name": control, "to_name": IMAGE, "type": kind, **more}
-    return {**entry, "value": {**(place or {}), kind: names}}

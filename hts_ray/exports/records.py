@@ -10,6 +10,7 @@ from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from hts_ray.classes import ClassTable
+from hts_ray.config import ExportConfig
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
 
@@ -137,15 +138,13 @@ class Tally:
 class Context:
     """What a format needs to know besides the images.
 
-    `tally` counts what has passed so far. Browsers find the images in `image_root` at
-    `image_url_prefix`.
+    `root` is the folder that they were prepared from, `tally` counts what has passed so far.
     """
 
     class_table: ClassTable
     origin: Origin
-    image_url_prefix: str | None = None
-    image_root: str | None = None
-    shard_images: int = 5000
+    config: ExportConfig = field(default_factory=ExportConfig)
+    root: str | None = None
     tally: Tally = field(default_factory=Tally)
 
     @property
@@ -162,12 +161,12 @@ class Context:
         return [self.name_of(class_id) for class_id in class_ids]
 
     def url_of(self, uri: str) -> str:
-        """Return where a browser finds an image: the prefix in place of the root.
+        """Return where a browser finds an image: `image_url_prefix` in place of the root.
 
         Without a prefix that is the uri itself. Raises ConfigError when the image is not in the
         root, or no root is known.
         """
-        prefix, root = self.image_url_prefix, self.image_root
+        prefix, root = self.config.image_url_prefix, self.config.image_root or self.root
         if prefix is None:
             return uri
         if root is None:

@@ -89,13 +89,7 @@ def export_labels(
     """
     check_output(form, output, force)
     config, chosen = run.config.export, FORMATS[form]
-    context = Context(
-        run.class_table,
-        rows.origin,
-        image_url_prefix=config.image_url_prefix,
-        image_root=config.image_root or rows.root,
-        shard_images=config.shard_images,
-    )
+    context = Context(run.class_table, rows.origin, config, rows.root)
     tally = context.tally
     images = with_files(
         rows.images(), chosen.needs, tally, config.workers, check=config.check_images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hts_ray.classes import hico_classes
+from hts_ray.config import ExportConfig
 from hts_ray.errors import ConfigError
 from hts_ray.exports.records import Context, LabeledImage, Origin, Tally
 
@@ -31,10 +32,8 @@ def test_a_tally_counts_by_class_split_and_reason():
 
 
 def image_url(uri, prefix, root):
-    context = Context(
-        hico_classes(), Origin("pseudo_labels"), image_url_prefix=prefix, image_root=root
-    )
-    return context.url_of(uri)
+    config = ExportConfig(image_url_prefix=prefix, image_root=root)
+    return Context(hico_classes(), Origin("pseudo_labels"), config).url_of(uri)
 
 
 def test_the_prefix_stands_for_the_root():
