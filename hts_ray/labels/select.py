@@ -9,11 +9,12 @@ Shapes: R regions of one image, C classes, N images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hts_ray.config import FilterConfig
 from hts_ray.store.aliases import BoolArray, FloatArray
 
 Aggregation = Literal["max", "mean", "top_k_mean", "noisy_or"]
@@ -79,20 +80,25 @@ def region_probabilities(
 
     `log_likelihoods_RC` (R, C) may hold -inf (probability 0; a softmax over nothing but -inf is 0
     throughout). The result is float32, or float64 for float64 input. Raises ValueError for NaN or
-    +inf, wrong shapes, a prior that is not finite, alpha < 0, temperature <= 0.
+    +inf, wrong shapes, a prior that is not finite, or scores that overflow. The settings are taken
+    as `FilterConfig` has checked them; an alpha above 0 needs a prior.
     Source: Lin et al. 2023, VisualGPTScore (the score).
     """
-    if not (np.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature = {temperature!r}: give a finite number above 0")
-    if not (np.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha = {alpha!r}: give a finite number of at least 0 (0 is no prior)")
-    if null_score is not None and not np.isfinite(null_score):
-        raise ValueError(f"null_score = {null_score!r}: give a finite number, or None")
-    scores = _scores("log_likelihoods_RC", log_likelihoods_RC)
+    scores = _floats("log_likelihoods_RC", log_likelihoods_RC)
+    # A maximum is NaN if any entry is, and +inf if any is.
+    if scores.size and not scores.max() < np.inf:
+        raise ValueError(
+            f"log_likelihoods_RC holds {scores.max()}: log-likelihoods are finite or -inf; mark"
+            " the image as failed instead"
+        )
     if alpha > 0:
-        if prior_C is None:
-            raise ValueError(f"alpha = {alpha!r} without prior_C: give log P(t), or alpha 0")
-        scores = scores - float(alpha) * _checked_prior(prior_C, scores)
+        prior = np.asarray(prior_C, dtype=scores.dtype)
+        if prior.shape != scores.shape[1:] or not np.isfinite(prior).all():
+            raise ValueError(
+                f"prior_C has the shape {prior.shape}: give one finite number for each of"
+                f" {scores.shape[1]} classes"
+            )
+        scores = scores - float(alpha) * prior
     with np.errstate(over="ignore", under="ignore"):
         scaled_RC = scores / float(temperature)
         if np.isposinf(scaled_RC).any():
@@ -110,15 +116,11 @@ def aggregate(
     1 - prod(1 - p), that not all regions err; many weak regions add up, so it suits few regions.
     For the same input noisy_or >= max >= top_k_mean >= mean, up to rounding.
 
-    Raises ValueError for no regions, values outside [0, 1], an unknown method or top_k < 1.
+    Raises ValueError for no regions and for values outside [0, 1].
     """
     probabilities = _probabilities("probabilities_RC", probabilities_RC)
     if not len(probabilities):
         raise ValueError("probabilities_RC has no regions: give at least the whole image")
-    if method not in get_args(Aggregation):
-        raise ValueError(f"method = {method!r}: give one of {', '.join(get_args(Aggregation))}")
-    if top_k < 1:
-        raise ValueError(f"top_k = {top_k!r}: give at least 1")
     if method == "max" or (method == "top_k_mean" and top_k == 1):
         return np.asarray(probabilities.max(axis=0))
     if method == "noisy_or":
@@ -133,108 +135,76 @@ def aggregate(
 def support(probabilities_RC: ArrayLike, threshold: float) -> NDArray[np.int32]:
     """Count (C,) the regions that agree on a class: those with probability >= `threshold`.
 
-    ValueError for probabilities or a threshold outside [0, 1].
+    ValueError for probabilities outside [0, 1].
     """
-    _check_unit("threshold", threshold)
     probabilities = _probabilities("probabilities_RC", probabilities_RC)
     return np.asarray((probabilities >= float(threshold)).sum(axis=0), dtype=np.int32)
 
 
 def select(
-    image_probabilities_NC: ArrayLike,
-    support_NC: ArrayLike | None = None,
-    *,
-    positive_threshold: float,
-    negative_threshold: float,
-    per_class_quantile: float | None = None,
-    quantile_floor: float | None = None,
-    min_support: int = 1,
-    max_positives_per_image: int | None = None,
+    image_probabilities_NC: ArrayLike, support_NC: ArrayLike, config: FilterConfig
 ) -> Selection:
     """Positive, ignored and negative classes of N images at once.
 
-    Below `negative_threshold` a class is negative. All others are candidates, and each ends as a
-    positive or as *ignored*, never as a negative, under the first reason that applies:
+    By the settings of `filter`: below `negative_threshold` a class is negative. All others are
+    candidates, and each ends as a positive or as *ignored*, never as a negative, under the first
+    reason that applies:
 
     - `ignored_band`: below its class's threshold (see `class_thresholds`);
     - `below_support`: fewer than `min_support` agreeing regions;
     - `over_cap`: not among the image's `max_positives_per_image` most probable remaining classes
       (ties: more support first, then the lower class).
 
-    `image_probabilities_NC` (N, C) in [0, 1]; `support_NC` (N, C) integers, needed only for
-    `min_support` above 1 and to break ties. Without per-class settings, raising the positive
-    threshold can only remove positives. Raises ValueError for values out of range or unequal
-    shapes.
+    `image_probabilities_NC` (N, C) in [0, 1]; `support_NC` (N, C) integers, the regions that agree
+    on a class. Without per-class settings, raising the positive threshold can only remove
+    positives. Raises ValueError for probabilities out of range and unequal shapes.
     """
     probabilities = _probabilities("image_probabilities_NC", image_probabilities_NC)
-    if max_positives_per_image is not None and max_positives_per_image < 1:
+    regions_NC = np.asarray(support_NC)
+    if regions_NC.shape != probabilities.shape or regions_NC.dtype.kind not in "iu":
         raise ValueError(
-            f"max_positives_per_image = {max_positives_per_image!r}:"
-            " give at least 1, or None for no limit"
+            f"support_NC is {regions_NC.dtype} {regions_NC.shape}:"
+            f" give integers of shape {probabilities.shape}"
         )
-    regions_NC = _checked_support(support_NC, min_support, probabilities)
-    thresholds_C = class_thresholds(
-        probabilities,
-        positive_threshold=positive_threshold,
-        negative_threshold=negative_threshold,
-        per_class_quantile=per_class_quantile,
-        quantile_floor=quantile_floor,
-    )
-    candidate_NC = probabilities >= probabilities.dtype.type(negative_threshold)
+    thresholds_C = class_thresholds(probabilities, config)
+    candidate_NC = probabilities >= probabilities.dtype.type(config.negative_threshold)
     positive_NC = probabilities >= thresholds_C
     counts_N = np.zeros(len(probabilities), dtype=REASON_DTYPE)
     counts_N["ignored_band"] = candidate_NC.sum(axis=1) - positive_NC.sum(axis=1)
-    if regions_NC is not None:
-        unsupported_NC = positive_NC & (regions_NC < min_support)
-        counts_N["below_support"] = unsupported_NC.sum(axis=1)
-        positive_NC &= ~unsupported_NC
-    if max_positives_per_image is not None:
-        rows, columns = _over_cap(positive_NC, probabilities, regions_NC, max_positives_per_image)
-        counts_N["over_cap"] = np.bincount(rows, minlength=len(probabilities))
-        positive_NC[rows, columns] = False
+    unsupported_NC = positive_NC & (regions_NC < config.min_support)
+    counts_N["below_support"] = unsupported_NC.sum(axis=1)
+    positive_NC &= ~unsupported_NC
+    cap = config.max_positives_per_image
+    rows, columns = _over_cap(positive_NC, probabilities, regions_NC, cap)
+    counts_N["over_cap"] = np.bincount(rows, minlength=len(probabilities))
+    positive_NC[rows, columns] = False
     # Candidate + positive is 0, 1 or 2: negative, ignored, positive.
     targets_NC = candidate_NC.astype(np.int8) + positive_NC.astype(np.int8) - np.int8(1)
     return Selection(targets_NC, counts_N, thresholds_C)
 
 
-def class_thresholds(
-    image_probabilities_NC: ArrayLike,
-    *,
-    positive_threshold: float,
-    negative_threshold: float,
-    per_class_quantile: float | None = None,
-    quantile_floor: float | None = None,
-) -> FloatArray:
+def class_thresholds(probabilities_NC: FloatArray, config: FilterConfig) -> FloatArray:
     """Probability (C,) from which each class is taken, over N images.
 
     One global threshold starves the tail: a captioner is less sure of rare phrases. So a class may
     claim its k most probable images, k being the share 1 - `per_class_quantile` of the N images,
     rounded down: 0.98 claims none of 49 images. Its threshold falls from `positive_threshold` to
     its k-th largest probability, never rises above it, and never falls below `quantile_floor`. The
-    floor keeps a class that is in no image from being forced on its k least unlikely ones. Its
-    default lies midway between both thresholds; a given one is raised to `negative_threshold`.
-
-    ValueError for thresholds outside [0, 1] or out of order, or a quantile outside (0, 1).
+    floor keeps a class that is in no image from being forced on its k least unlikely ones; one
+    below `negative_threshold` is raised to that.
     """
-    floor = _checked_floor(positive_threshold, negative_threshold, quantile_floor)
-    if per_class_quantile is not None and not 0 < per_class_quantile < 1:
-        raise ValueError(
-            f"per_class_quantile = {per_class_quantile!r}:"
-            " give a number between 0 and 1, such as 0.98, or None"
-        )
-    probabilities = _probabilities("image_probabilities_NC", image_probabilities_NC)
-    images, classes = probabilities.shape
-    thresholds_C = np.full(classes, positive_threshold, dtype=probabilities.dtype)
-    if per_class_quantile is None:
+    images, classes = probabilities_NC.shape
+    thresholds_C = np.full(classes, config.positive_threshold, dtype=probabilities_NC.dtype)
+    if config.per_class_quantile is None:
         return thresholds_C
     # The small number makes (1 - 0.9) * 10 = 0.9999999999999998 a whole image.
-    claim = int((1 - per_class_quantile) * images + 1e-9)
+    claim = int((1 - config.per_class_quantile) * images + 1e-9)
     if claim == 0:
         return thresholds_C
-    kth = images - claim
+    kth, floor = images - claim, max(config.quantile_floor, config.negative_threshold)
     for start in range(0, classes, _BLOCK):
         block = slice(start, start + _BLOCK)
-        columns = np.ascontiguousarray(probabilities[:, block].T)
+        columns = np.ascontiguousarray(probabilities_NC[:, block].T)
         kth_largest = np.partition(columns, kth, axis=1)[:, kth]
         thresholds_C[block] = np.minimum(thresholds_C[block], np.maximum(kth_largest, floor))
     return thresholds_C
@@ -243,7 +213,7 @@ def class_thresholds(
 def _over_cap(
     positive_NC: BoolArray,
     probabilities: FloatArray,
-    regions_NC: NDArray[np.integer[Any]] | None,
+    regions_NC: NDArray[np.integer[Any]],
     cap: int,
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Image and class of every positive beyond the `cap` most probable of its image."""
@@ -251,7 +221,7 @@ def _over_cap(
     # Positives are sparse: sorting them alone is far cheaper than sorting C classes per image.
     rows, columns = np.nonzero(positive_NC & crowded_N[:, None])
     found = probabilities[rows, columns]
-    agreeing = np.zeros(len(rows)) if regions_NC is None else regions_NC[rows, columns]
+    agreeing = regions_NC[rows, columns]
     order = np.lexsort((columns, -agreeing.astype(np.float64), -found, rows))
     rows, columns = rows[order], columns[order]
     position_in_image = np.arange(len(rows)) - np.searchsorted(rows, rows)
@@ -273,38 +243,16 @@ def _softmax(scaled_RC: FloatArray, null: float | None) -> FloatArray:
     return np.asarray(weights_RC / np.where(total_R1 > 0, total_R1, 1), dtype=scaled_RC.dtype)
 
 
-def _floats(name: str, values: ArrayLike, dimensions: int) -> FloatArray:
-    """As float32, or float64 if it was; ValueError for other dimensions."""
+def _floats(name: str, values: ArrayLike) -> FloatArray:
+    """As float32, or float64 if it was; ValueError for what has not two dimensions."""
     array = np.asarray(values)
-    if array.ndim != dimensions:
-        raise ValueError(f"{name} has shape {array.shape}: give {dimensions} dimension(s)")
+    if array.ndim != 2:
+        raise ValueError(f"{name} has shape {array.shape}: give 2 dimensions")
     return array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
 
 
-def _scores(name: str, values: ArrayLike) -> FloatArray:
-    scores = _floats(name, values, dimensions=2)
-    # A maximum is NaN if any entry is, and +inf if any is.
-    if scores.size and not scores.max() < np.inf:
-        raise ValueError(
-            f"{name} holds {scores.max()}: log-likelihoods are finite or -inf; mark"
-            " the image as failed instead"
-        )
-    return scores
-
-
-def _checked_prior(values: ArrayLike, scores: FloatArray) -> FloatArray:
-    prior_C = _floats("prior_C", values, dimensions=1).astype(scores.dtype, copy=False)
-    if prior_C.shape != scores.shape[1:]:
-        raise ValueError(
-            f"prior_C has {len(prior_C)} entries for {scores.shape[1]} classes: give one per class"
-        )
-    if not np.isfinite(prior_C).all():
-        raise ValueError("prior_C holds NaN or infinity: give finite numbers")
-    return prior_C
-
-
 def _probabilities(name: str, values: ArrayLike) -> FloatArray:
-    array = _floats(name, values, dimensions=2)
+    array = _floats(name, values)
     # Written so that NaN, which makes both extremes NaN, fails as well.
     if array.size and not (array.min() >= 0 and array.max() <= 1):
         raise ValueError(
@@ -312,38 +260,3 @@ def _probabilities(name: str, values: ArrayLike) -> FloatArray:
             " (region_probabilities makes them)"
         )
     return array
-
-
-def _checked_support(
-    support_NC: ArrayLike | None, min_support: int, probabilities: FloatArray
-) -> NDArray[np.integer[Any]] | None:
-    if support_NC is None:
-        if min_support > 1:
-            raise ValueError(f"min_support = {min_support!r} without support_NC: give the support")
-        return None
-    regions_NC = np.asarray(support_NC)
-    if regions_NC.shape != probabilities.shape or regions_NC.dtype.kind not in "iu":
-        raise ValueError(
-            f"support_NC is {regions_NC.dtype} {regions_NC.shape}:"
-            f" give integers of shape {probabilities.shape}"
-        )
-    return regions_NC
-
-
-def _checked_floor(positive: float, negative: float, floor: float | None) -> float:
-    """Default the floor of the per-class thresholds and hold it above the negative one."""
-    _check_unit("positive_threshold", positive)
-    _check_unit("negative_threshold", negative)
-    if negative > positive:
-        raise ValueError(
-            f"negative_threshold = {negative!r}: give at most positive_threshold, {positive!r}"
-        )
-    if floor is None:
-        floor = (negative + positive) / 2
-    _check_unit("quantile_floor", floor)
-    return float(max(floor, negative))
-
-
-def _check_unit(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} = {value!r}: give a number in [0, 1]")

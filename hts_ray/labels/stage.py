@@ -119,16 +119,7 @@ def choose_labels(
     `class_ids` (C,) are those of the evidence's columns, `overrides` rows of corrections. Raises
     DataError when none of the corrected images is among the N.
     """
-    selection = select(
-        evidence.probabilities_NC,
-        evidence.support_NC,
-        positive_threshold=config.positive_threshold,
-        negative_threshold=config.negative_threshold,
-        per_class_quantile=config.per_class_quantile,
-        quantile_floor=config.quantile_floor,
-        min_support=config.min_support,
-        max_positives_per_image=config.max_positives_per_image,
-    )
+    selection = select(evidence.probabilities_NC, evidence.support_NC, config)
     if overrides is None:
         return PseudoLabels(evidence, selection)
     found = apply_overrides(overrides, evidence.image_ids, class_ids, selection.targets_NC)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hts_ray.config import FilterConfig
 from hts_ray.labels.select import (
     REASONS,
     aggregate,
@@ -42,21 +43,27 @@ def image_probabilities(draw):
 @st.composite
 def filters(draw):
     low, high = sorted([draw(st.floats(0, 1)), draw(st.floats(0, 1))])
-    return {
-        "positive_threshold": high,
-        "negative_threshold": low,
-        "per_class_quantile": draw(st.none() | st.floats(0.01, 0.99)),
-        "quantile_floor": draw(st.none() | st.floats(0, 1)),
-        "min_support": draw(st.integers(0, 3)),
-        "max_positives_per_image": draw(st.none() | st.integers(1, 4)),
-    }
+    return FilterConfig(
+        positive_threshold=high,
+        negative_threshold=low,
+        per_class_quantile=draw(st.none() | st.floats(0.01, 0.99)),
+        quantile_floor=draw(st.floats(0, 1)),
+        min_support=draw(st.integers(1, 3)),
+        max_positives_per_image=draw(st.integers(1, 4) | st.just(100)),
+    )
+
+
+def banded(**given):
+    """Return settings with a band from 0.1 to 0.5 and neither quantile nor cap, but for some."""
+    plain = {"positive_threshold": 0.5, "negative_threshold": 0.1, "per_class_quantile": None}
+    return FilterConfig(**(plain | {"max_positives_per_image": 100} | given))
 
 
 def reference_select(probabilities, regions, thresholds, setting):
     """One image and one class at a time, in the words of `select`'s documentation."""
     targets = np.empty(probabilities.shape, dtype=int)
     counts = []
-    negative = np.float32(setting["negative_threshold"])
+    negative = np.float32(setting.negative_threshold)
     for n, row in enumerate(probabilities):
         count, left = dict.fromkeys(REASONS, 0), []
         for c, probability in enumerate(row):
@@ -65,12 +72,12 @@ def reference_select(probabilities, regions, thresholds, setting):
                 continue
             if probability < thresholds[c]:
                 count["ignored_band"] += 1
-            elif regions[n, c] < setting["min_support"]:
+            elif regions[n, c] < setting.min_support:
                 count["below_support"] += 1
             else:
                 left.append(c)
         left.sort(key=lambda c: (-row[c], -regions[n, c], c))
-        kept = left[: setting["max_positives_per_image"]]
+        kept = left[: setting.max_positives_per_image]
         targets[n, kept] = 1
         count["over_cap"] = len(left) - len(kept)
         counts.append(count)
@@ -162,11 +169,8 @@ def test_aggregate_values():
 @given(data=image_probabilities(), setting=filters())
 def test_selection_equals_the_reference(data, setting):
     """Catches reasons tested in another order, a broken cap, or targets with swapped codes."""
-    thresholds = class_thresholds(
-        data[0],
-        **{k: v for k, v in setting.items() if k not in ("min_support", "max_positives_per_image")},
-    )
-    got = select(*data, **setting)
+    thresholds = class_thresholds(data[0], setting)
+    got = select(*data, setting)
     targets, counts = reference_select(*data, thresholds, setting)
     np.testing.assert_array_equal(got.targets_NC, targets)
     assert got.targets_NC.dtype == np.int8
@@ -179,15 +183,14 @@ def test_selection_equals_the_reference(data, setting):
 @given(data=image_probabilities(), setting=filters())
 def test_every_candidate_is_accounted_for(data, setting):
     """Catches a candidate that vanishes, is counted twice, or is turned into a negative."""
-    got = select(*data, **setting)
-    candidates = data[0] >= np.float32(setting["negative_threshold"])
+    got = select(*data, setting)
+    candidates = data[0] >= np.float32(setting.negative_threshold)
     dropped = sum(got.reason_counts_N[name] for name in REASONS)
     positives = (got.targets_NC == 1).sum(axis=1)
     np.testing.assert_array_equal(candidates.sum(axis=1), positives + dropped)
     np.testing.assert_array_equal((got.targets_NC == 0).sum(axis=1), dropped)
     np.testing.assert_array_equal(got.targets_NC == -1, ~candidates)
-    if setting["max_positives_per_image"] is not None:
-        assert (positives <= setting["max_positives_per_image"]).all()
+    assert (positives <= setting.max_positives_per_image).all()
     totals = got.reason_totals()
     assert sum(totals.values()) == dropped.sum()
     summary = got.summary()
@@ -200,10 +203,11 @@ def test_every_candidate_is_accounted_for(data, setting):
 @given(data=image_probabilities(), setting=filters(), higher=st.floats(0, 1))
 def test_a_higher_threshold_never_adds_positives(data, setting, higher):
     """Catches a cap applied before the threshold, which lets a later class move up."""
-    assume(higher >= setting["positive_threshold"])
-    setting |= {"per_class_quantile": None}
-    before = select(*data, **setting).targets_NC == 1
-    after = select(*data, **(setting | {"positive_threshold": higher})).targets_NC == 1
+    assume(higher >= setting.positive_threshold)
+    setting = setting.model_copy(update={"per_class_quantile": None})
+    stricter = setting.model_copy(update={"positive_threshold": higher})
+    before = select(*data, setting).targets_NC == 1
+    after = select(*data, stricter).targets_NC == 1
     assert not (after & ~before).any()
 
 
@@ -213,8 +217,8 @@ def test_order_of_images_and_classes_changes_nothing(data, setting, seed):
     """Catches a result that depends on neighbours, on the block of a class or on row starts."""
     rng = np.random.default_rng(seed)
     rows, columns = (rng.permutation(size) for size in data[0].shape)
-    plain = select(*data, **setting)
-    moved = select(*(array[rows][:, columns] for array in data), **setting)
+    plain = select(*data, setting)
+    moved = select(*(array[rows][:, columns] for array in data), setting)
     np.testing.assert_array_equal(moved.targets_NC, plain.targets_NC[rows][:, columns])
     np.testing.assert_array_equal(moved.reason_counts_N, plain.reason_counts_N[rows])
     np.testing.assert_array_equal(moved.class_thresholds_C, plain.class_thresholds_C[columns])
@@ -224,9 +228,9 @@ def test_order_of_images_and_classes_changes_nothing(data, setting, seed):
 @given(data=image_probabilities(), setting=filters())
 def test_class_thresholds_stay_in_the_band(data, setting):
     """Catches a quantile that raises a threshold, or a floor below the negatives."""
-    thresholds = select(*data, **setting).class_thresholds_C
-    assert (thresholds <= np.float32(setting["positive_threshold"])).all()
-    assert (thresholds >= np.float32(setting["negative_threshold"])).all()
+    thresholds = select(*data, setting).class_thresholds_C
+    assert (thresholds <= np.float32(setting.positive_threshold)).all()
+    assert (thresholds >= np.float32(setting.negative_threshold)).all()
 
 
 def test_quantile_feeds_the_tail_but_not_absent_classes():
@@ -235,14 +239,13 @@ def test_quantile_feeds_the_tail_but_not_absent_classes():
     rare[:3] = 0.4, 0.35, 0.3
     absent[:3] = 0.15, 0.14, 0.13
     probabilities = np.stack([rare, absent, frequent], axis=1)
-    band = {"positive_threshold": 0.5, "negative_threshold": 0.1}
-    assert (select(probabilities, **band).targets_NC == 1).sum(axis=0).tolist() == [0, 0, 100]
-    got = select(probabilities, quantile_floor=0.2, per_class_quantile=0.98, **band)
+    support_NC = np.ones(probabilities.shape, dtype=int)
+    plain = select(probabilities, support_NC, banded())
+    assert (plain.targets_NC == 1).sum(axis=0).tolist() == [0, 0, 100]
+    own = banded(quantile_floor=0.2, per_class_quantile=0.98)
+    got = select(probabilities, support_NC, own)
     assert (got.targets_NC == 1).sum(axis=0).tolist() == [2, 0, 100]
     np.testing.assert_allclose(got.class_thresholds_C, [0.35, 0.2, 0.5])
-    # Midway between both thresholds, 0.3, is the floor that is taken when none is given.
-    default = class_thresholds(probabilities, per_class_quantile=0.97, **band)
-    np.testing.assert_allclose(default, [0.3, 0.3, 0.5])
 
 
 def test_quantile_counts_images_exactly():
@@ -255,38 +258,23 @@ def test_quantile_counts_images_exactly():
         (10, 0.9, 1),
     ):
         probabilities = np.linspace(0.2, 0.4, images)[:, None]
-        got = select(
-            probabilities,
-            positive_threshold=0.5,
-            negative_threshold=0.1,
-            per_class_quantile=share,
-            quantile_floor=0.1,
-        )
+        own = banded(per_class_quantile=share, quantile_floor=0.1)
+        got = select(probabilities, np.ones((images, 1), dtype=int), own)
         assert (got.targets_NC == 1).sum() == claimed
 
 
 def test_ties_at_the_cap_prefer_support():
     """Catches saturated probabilities kept in class order although regions disagree on them."""
-    got = select(
-        np.ones((1, 4)),
-        np.array([[1, 3, 2, 3]]),
-        positive_threshold=0.5,
-        negative_threshold=0.1,
-        max_positives_per_image=2,
-    )
+    own = banded(max_positives_per_image=2)
+    got = select(np.ones((1, 4)), np.array([[1, 3, 2, 3]]), own)
     assert got.targets_NC.tolist() == [[0, 1, 0, 1]]
     assert got.reason_totals() == {"ignored_band": 0, "below_support": 0, "over_cap": 2}
 
 
 def test_no_images():
     """Catches a crash on a shard that quarantine emptied."""
-    got = select(
-        np.zeros((0, 3)),
-        positive_threshold=0.5,
-        negative_threshold=0.1,
-        per_class_quantile=0.9,
-        max_positives_per_image=2,
-    )
+    own = banded(per_class_quantile=0.9, max_positives_per_image=2)
+    got = select(np.zeros((0, 3)), np.zeros((0, 3), dtype=int), own)
     assert got.targets_NC.shape == (0, 3)
     assert got.summary()["classes_without_positive"] == 3
 
@@ -308,19 +296,16 @@ def test_wrong_probabilities_are_refused(wrong):
     with pytest.raises(ValueError, match="probabilities_RC"):
         support(values, 0.5)
     with pytest.raises(ValueError, match="image_probabilities_NC"):
-        select(values, positive_threshold=0.5, negative_threshold=0.1)
+        select(values, np.ones((1, 2), dtype=int), banded())
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"prior_C": [0.0], "alpha": 1.0}, "prior_C has 1"),
-        ({"prior_C": [0.0, -np.inf], "alpha": 1.0}, "prior_C holds"),
-        ({"alpha": 1.0}, "without prior_C"),
-        ({"alpha": -1.0}, "alpha"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"prior_C": [0.0], "alpha": 1.0}, "prior_C has the shape"),
+        ({"prior_C": [0.0, -np.inf], "alpha": 1.0}, "one finite number for each of 2"),
+        ({"alpha": 1.0}, "prior_C has the shape"),
         ({"temperature": 1e-38, "prior_C": [-9.0, -9.0], "alpha": 1.0}, "overflow"),
-        ({"null_score": np.inf}, "null_score"),
     ],
 )
 def test_wrong_settings_of_the_probabilities_are_refused(arguments, said):
@@ -329,36 +314,37 @@ def test_wrong_settings_of_the_probabilities_are_refused(arguments, said):
         region_probabilities(np.array([[-1.0, -2.0]], dtype=np.float32), **arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"positive_threshold": 1.5}, "positive_threshold"),
-        ({"negative_threshold": 0.6}, "negative_threshold"),
-        ({"quantile_floor": -0.1}, "quantile_floor"),
-        ({"per_class_quantile": 1.0}, "per_class_quantile"),
-        ({"max_positives_per_image": 0}, "max_positives_per_image"),
-        ({"min_support": 2}, "without support_NC"),
-        ({"support_NC": np.ones((1, 3), dtype=int)}, "support_NC"),
-        ({"support_NC": np.ones((1, 2))}, "support_NC"),
-    ],
-)
-def test_wrong_settings_of_the_selection_are_refused(arguments, said):
-    """Catches a threshold order or a support matrix that would empty the labels silently."""
-    defaults = {"positive_threshold": 0.5, "negative_threshold": 0.1}
-    with pytest.raises(ValueError, match=said):
-        select(np.zeros((1, 2)), **(defaults | arguments))
+@pytest.mark.parametrize("given", [np.ones((1, 3), dtype=int), np.ones((1, 2))])
+def test_wrong_support_is_refused(given):
+    """Catches a support matrix of other images, or of probabilities."""
+    with pytest.raises(ValueError, match="support_NC"):
+        select(np.zeros((1, 2)), given, banded())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("name", "value"),
     [
-        ({"method": "median"}, "max, mean"),
-        ({"method": "top_k_mean", "top_k": 0}, "top_k"),
+        ("positive_threshold", 1.5),
+        ("negative_threshold", 0.6),
+        ("quantile_floor", -0.1),
+        ("per_class_quantile", 1.0),
+        ("max_positives_per_image", 0),
+        ("min_support", 0),
+        ("support_threshold", 1.1),
+        ("aggregation", "median"),
+        ("top_k", 0),
+        ("prior_alpha", -1.0),
+        ("temperature", 0.0),
+        ("null_score", np.inf),
     ],
 )
-def test_wrong_settings_of_the_aggregation_are_refused(arguments, said):
-    """Catches a misspelt method taken for the default, and an aggregate of nothing."""
-    with pytest.raises(ValueError, match=said):
-        aggregate(np.full((2, 3), 0.5), **arguments)
+def test_wrong_settings_are_refused(name, value):
+    """Catches a threshold order or a misspelt method that would empty the labels silently."""
+    with pytest.raises(ValueError, match=name):
+        banded(**{name: value})
+
+
+def test_an_aggregate_of_nothing_is_refused():
+    """Catches an image without regions that ends as one without classes."""
     with pytest.raises(ValueError, match="no regions"):
         aggregate(np.zeros((0, 3)))
