@@ -21,7 +21,7 @@ from measured import measured_on, write_results
 from scipy import stats
 
 from hts_ray.config import HtsConfig, load_config
-from hts_ray.demo.run import Variant, demo_config, make_world, train_here
+from hts_ray.demo.run import IN_PROCESS, Variant, demo_config, make_world, run_variant
 from hts_ray.engine.console import percent, print_rows
 from hts_ray.engine.run import open_run
 from hts_ray.engine.session import ray_cluster
@@ -49,8 +49,9 @@ class World:
         rates = {"lr": rate * optim.lr, "head_lr": rate * optim.head_lr}
         settings = {"loss": loss, "loss_temperature": temperature, "optim": rates}
         name = f"{loss} T={temperature:g} rate x{rate:g}"
-        variant = Variant(name, loss, {"train": settings}, uses_teacher=True)
-        return train_here(self.run, self.manifest, self.scores, variant).metrics
+        variant = Variant(name, loss, {"train": settings})
+        run = self.run.changed(IN_PROCESS)
+        return dict(run_variant(run, self.manifest, self.scores, variant).metrics)
 
 
 def tune(worlds: Sequence[World], loss: str) -> dict[str, float]:

@@ -33,7 +33,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from hts_ray import metrics
 from hts_ray.config import HtsConfig, load_config, override
-from hts_ray.demo.run import ZERO_SHOT, Variant, demo_config, make_world, train_here
+from hts_ray.demo.run import IN_PROCESS, ZERO_SHOT, Variant, demo_config, make_world, run_variant
 from hts_ray.engine.console import print_rows
 from hts_ray.engine.run import Run, open_run
 from hts_ray.engine.session import ray_cluster
@@ -121,7 +121,7 @@ def open_world(config: HtsConfig, seed: int) -> World:
     run = open_run(demo_config(config, seed))
     manifest = make_world(run)
     scores = plan_label(run, run.manifest(manifest)).run()
-    zero_shot = train_here(run, manifest, scores, ZERO_SHOT).student
+    zero_shot = run_variant(run.changed(IN_PROCESS), manifest, scores, ZERO_SHOT).student
     assert zero_shot is not None
     features = plan_features(
         run.config.train.features,
@@ -219,8 +219,8 @@ def fine_tune(
     """
     result = {}
     for i in chosen:
-        variant = Variant(f"sweep {i}", "", nested(settings[i]), uses_teacher=True)
-        row = train_here(world.run, world.manifest, world.scores, variant)
+        variant = Variant(f"sweep {i}", "", nested(settings[i]))
+        row = run_variant(world.run.changed(IN_PROCESS), world.manifest, world.scores, variant)
         assert row.student is not None
         result[str(i)] = {"mAP": row.metrics["mAP"]}
         if halves:

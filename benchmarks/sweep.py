@@ -39,7 +39,7 @@ from hts_ray.demo.run import (
     Variant,
     demo_config,
     make_world,
-    train_here,
+    run_variant,
 )
 from hts_ray.engine.console import percent, print_rows
 from hts_ray.engine.run import Run, open_run
@@ -168,7 +168,7 @@ def measure_quality(config: HtsConfig, seed: int) -> dict[str, Any]:
     manifest = make_world(run)
     scores = plan_label(run, run.manifest(manifest)).run()
     mean_ap = {
-        variant.name: train_here(run, manifest, scores, variant).metrics["mAP"]
+        variant.name: run_variant(run, manifest, scores, variant).metrics["mAP"]
         for variant in (ZERO_SHOT, SUPERVISED, HTS)
     }
     verdicts: dict[str, Any] = {}
@@ -182,8 +182,8 @@ def measure_quality(config: HtsConfig, seed: int) -> dict[str, Any]:
         table = read_table(stage.file(TRIALS_FILE))
         row = table.filter(pc.equal(table["trial"], stage.stats["best_trial"])).to_pylist()[0]
         best = {p.name: row[p.name] for p in plan.space.parameters}
-        variant = Variant(name, "", nested(best), uses_teacher=True)
-        mean_ap[name] = train_here(own, manifest, scores, variant).metrics["mAP"]
+        variant = Variant(name, "", nested(best))
+        mean_ap[name] = run_variant(own, manifest, scores, variant).metrics["mAP"]
         verdicts[name] = {"verdict": stage.stats["verdict"], "settings": best}
     closed = {
         name: report.gap_closed(mean_ap[ZERO_SHOT.name], mean_ap[name], mean_ap[SUPERVISED.name])

@@ -48,7 +48,6 @@ ABLATIONS = (
                 "min_support": 1,
             }
         },
-        uses_teacher=True,
     ),
 )
 METRICS = ("mAP", "mAP_known_object", "few@1", "few@5", "few@10")

@@ -44,7 +44,6 @@ class Variant:
     name: str
     note: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    uses_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,14 @@ class Row:
 
     name: str
     note: str
-    metrics: dict[str, Any]
     seconds: float
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     student: StageFolder | None = None
     labels: StageFolder | None = None
 
 
 ZERO_SHOT = Variant("zero-shot CLIP", "class prompts only", {"train": {"labels": "none"}})
-HTS = Variant("HTS with regions", "pseudo-labels, LSE-Sign", uses_teacher=True)
+HTS = Variant("HTS with regions", "pseudo-labels, LSE-Sign")
 SUPERVISED = Variant(
     "supervised", "the train split's annotations", {"train": {"labels": "annotations"}}
 )
@@ -70,7 +69,6 @@ VARIANTS = (
         "HTS whole image only",
         "no regional evidence",
         {"filter": {"region_kinds": ["whole"], "top_k": 1, "null_score": None}},
-        uses_teacher=True,
     ),
     HTS,
     Variant(
@@ -78,11 +76,11 @@ VARIANTS = (
         "same labels, another loss",
         # The best of benchmarks/losses.py's grid on validation worlds, as 1 is for LSE-Sign.
         {"train": {"loss": "bce", "loss_temperature": 0.0625}},
-        uses_teacher=True,
     ),
     SUPERVISED,
 )
 TEACHER_NAME = "teacher alone"
+IN_PROCESS = {"train": {"num_workers": 0}}  # train here, without a worker of Ray Train
 
 
 def demo_config(config: HtsConfig, seed: int) -> HtsConfig:
@@ -151,28 +149,17 @@ def run_variants(
     scores = plan_label(run, run.manifest(manifest)).run(watch.images("label") if watch else None)
     print_stage("label", scores)
     rows = {TEACHER_NAME: teacher_row(run, manifest, scores)}
-    _tell(rows[TEACHER_NAME])
+    here = run.changed(IN_PROCESS)
     first, *others = variants
-    rows[first.name] = train_here(run, manifest, scores, first, watch)
+    rows[first.name] = run_variant(here, manifest, scores, first, watch)
     with ThreadPoolExecutor(1) as pool:
         main = pool.submit(run_variant, run, manifest, scores, HTS, watch)
         for variant in others:
             if variant is not HTS:
-                rows[variant.name] = train_here(run, manifest, scores, variant, watch)
+                rows[variant.name] = run_variant(here, manifest, scores, variant, watch)
         rows[HTS.name] = main.result()
     names = [first.name, TEACHER_NAME, *(variant.name for variant in others)]
     return [rows[name] for name in names]
-
-
-def train_here(
-    run: Run,
-    manifest: str,
-    scores: StageFolder,
-    variant: Variant,
-    watch: stages.Watch | None = None,
-) -> Row:
-    """Train a variant in this process and evaluate it."""
-    return run_variant(run.changed({"train": {"num_workers": 0}}), manifest, scores, variant, watch)
 
 
 def run_variant(
@@ -185,41 +172,41 @@ def run_variant(
     """Filter and train a variant, then score the test images in this process and evaluate."""
     started = time.perf_counter()
     own = run.changed(variant.settings)
-    labels = plan_filter(own, scores).run() if variant.uses_teacher else None
+    pseudo = own.config.train.labels == "pseudo"
+    labels = plan_filter(own, scores).run() if pseudo else None
     epochs = watch.epochs(variant.name, own.config.train.epochs) if watch else None
     student = plan_train(own, training_labels(own, labels, manifest)).run(epochs)
     table = run.manifest(manifest).table
     images = table.filter(pc.equal(table["split"], "test"))
     ids, scores_NC = score_images(student.path, images, own.config.predict)
-    metrics = _evaluate(own, manifest, variant.name, student.path, ids, scores_NC)
-    seconds = time.perf_counter() - started
-    row = Row(variant.name, variant.note, metrics, seconds, student, labels)
-    _tell(row)
-    return row
-
-
-def _evaluate(
-    run: Run, manifest: str, name: str, source: str, image_ids: list[str], scores_NC: np.ndarray
-) -> dict[str, Any]:
-    """Compare scores of test images with the annotations, and publish the metrics."""
-    truth = read_annotations(run.manifest(manifest), run.class_table)
-    metrics = evaluate_scores(image_ids, scores_NC, truth, run.class_table).to_dict()
-    publish_metrics(run, metrics, source, manifest, "test", name)
-    return metrics
-
-
-def _tell(row: Row) -> None:
-    mean_ap = percent(row.metrics["mAP"])
-    console.print(f"[bold]{row.name}[/bold]: mAP {mean_ap}, {row.seconds:.0f} s")
+    row = Row(
+        variant.name,
+        variant.note,
+        time.perf_counter() - started,
+        student=student,
+        labels=labels,
+    )
+    return _measured(row, own, manifest, student.path, ids, scores_NC)
 
 
 def teacher_row(run: Run, manifest: str, scores: StageFolder) -> Row:
     """Evaluate the teacher's aggregated probabilities as if they were predictions."""
     evidence = image_evidence(scores.path, run.config.filter, "test")
-    metrics = _evaluate(
-        run, manifest, TEACHER_NAME, scores.path, evidence.image_ids, evidence.probabilities_NC
-    )
-    return Row(TEACHER_NAME, "regions, no student", metrics, float(scores.stats["seconds"]))
+    row = Row(TEACHER_NAME, "regions, no student", float(scores.stats["seconds"]))
+    found = evidence.image_ids, evidence.probabilities_NC
+    return _measured(row, run, manifest, scores.path, *found)
+
+
+def _measured(
+    row: Row, run: Run, manifest: str, source: str, image_ids: list[str], scores_NC: np.ndarray
+) -> Row:
+    """Compare scores of test images with the annotations; print and publish a row's metrics."""
+    truth = read_annotations(run.manifest(manifest), run.class_table)
+    metrics = evaluate_scores(image_ids, scores_NC, truth, run.class_table).to_dict()
+    metrics.update(note=row.note, seconds=row.seconds)
+    publish_metrics(run, metrics, source, manifest, "test", row.name)
+    console.print(f"[bold]{row.name}[/bold]: mAP {percent(metrics['mAP'])}, {row.seconds:.0f} s")
+    return replace(row, metrics=metrics)
 
 
 def gap_closed(rows: Sequence[Row], name: str = HTS.name) -> float | None:
@@ -250,48 +237,16 @@ def write_demo_report(run: Run, rows: Sequence[Row]) -> str:
 
     The gallery and the funnel are those of the main row's pseudo-labels.
     """
-    roles: dict[str, report.Role] = {
-        ZERO_SHOT.name: "zero_shot", HTS.name: "hts", SUPERVISED.name: "supervised"
-    }  # fmt: skip
     main = next(row for row in rows if row.name == HTS.name)
     found = report.report_for_run(
         run.run_dir, labels_stage=main.labels, sections=stages.page_sections(run.run_dir)
     )
-    order = {row.name: number for number, row in enumerate(rows)}
-
-    def place(item: tuple[str, Any]) -> int:
-        return order.get(item[0], len(order))
-
-    data = replace(
-        found,
-        title=f"HTS demo, world {run.config.seed}",
-        intro=[
-            "The images are drawn by a program: a synthetic world in the layout of HICO. The"
-            " captioner and the CLIP model were trained by us on other drawn scenes. The figures"
-            " show that the method and the code work, and say nothing about photographs.",
-            *found.intro,
-        ],
-        comparison=[
-            report.ComparisonRow(
-                name=row.name,
-                note=row.note,
-                mean_ap=row.metrics["mAP"],
-                mean_ap_known_object=row.metrics["mAP_known_object"],
-                few_1=row.metrics.get("few@1"),
-                few_5=row.metrics.get("few@5"),
-                few_10=row.metrics.get("few@10"),
-                seconds=row.seconds,
-                role=roles.get(row.name, ""),
-            )
-            for row in rows
-        ],
-        per_class=[
-            replace(entry, ap=dict(sorted(entry.ap.items(), key=place)))
-            for entry in found.per_class
-        ],
-        precision_recall=dict(sorted(found.precision_recall.items(), key=place)),
-        training=sorted(found.training, key=lambda curve: place((curve.name, curve))),
+    about = (
+        "The images are drawn by a program: a synthetic world in the layout of HICO. The"
+        " captioner and the CLIP model were trained by us on other drawn scenes. The figures"
+        " show that the method and the code work, and say nothing about photographs."
     )
+    title = f"HTS demo, world {run.config.seed}"
     path = storage.join(run.run_dir, "report.html")
-    report.write_report(path, data)
+    report.write_report(path, replace(found, title=title, intro=[about, *found.intro]))
     return path
