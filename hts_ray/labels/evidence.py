@@ -98,9 +98,16 @@ def read_info(path: str) -> dict[str, Any]:
     return info
 
 
-def iter_region_rows(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a region_scores folder that were scored, `scores` as (R, C) float32."""
-    for batch in _scored_batches(path):
+def iter_region_rows(
+    path: str, image_ids: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a region_scores folder that were scored, `scores` as (R, C) float32.
+
+    `image_ids` are the few images that are wanted; None is all. Scores are nearly all of a run's
+    bytes: only files that hold such an image are opened for them.
+    """
+    few = [] if image_ids is None else [pc.field("image_id").isin(pa.array(image_ids, pa.string()))]
+    for batch in _scored_batches(path, None, few, sparse=image_ids is not None):
         rows = batch.drop_columns(["scores"]).to_pylist()
         offsets = batch.column("scores").offsets.to_numpy()
         flat = batch.column("scores").values.to_numpy(zero_copy_only=False)
@@ -277,9 +284,15 @@ def image_evidence(path: str, config: FilterConfig, split: str | None = None) ->
 
 
 def _scored_batches(
-    path: str, columns: Sequence[str] | None = None, conditions: Sequence[pc.Expression] = ()
+    path: str,
+    columns: Sequence[str] | None = None,
+    conditions: Sequence[pc.Expression] = (),
+    sparse: bool = False,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows that were scored and meet the conditions; columns that are missing stay so."""
+    """Yield the rows that were scored and meet the conditions; columns that are missing stay so.
+
+    `sparse` says that most files hold no such row.
+    """
     filesystem, inner = storage.resolve(path)
     dataset = pads.dataset(
         inner, format="parquet", filesystem=filesystem, ignore_prefixes=_IGNORED_PREFIXES
@@ -288,6 +301,9 @@ def _scored_batches(
     rows = pc.field("status") == "ok"
     for condition in conditions:
         rows &= condition
+    if sparse:
+        files = [file for file in dataset.get_fragments() if file.count_rows(filter=rows)]
+        dataset = pads.FileSystemDataset(files, dataset.schema, dataset.format, filesystem)
     for batch in dataset.to_batches(columns=names, batch_size=_BATCH_ROWS, filter=rows):
         if len(batch):
             yield batch

@@ -15,15 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 
 from hts_ray.images.thumbnail import stored_thumbnail
-from hts_ray.labels.evidence import class_probabilities
+from hts_ray.labels.evidence import class_probabilities, iter_region_rows
 from hts_ray.report.content import GalleryItem, GalleryLabel, GalleryRegion, Verdict
 from hts_ray.report.formatting import finite
 from hts_ray.report.label_quality import Row, judge
 from hts_ray.report.read_run import RunTables
-from hts_ray.store import storage, tables
+from hts_ray.store import storage
 
 MAX_IGNORED_LABELS = 6
 BEST_CLASSES = 3
@@ -50,7 +49,7 @@ def run_gallery(found: RunTables, max_images: int) -> list[GalleryItem]:
         settings = settings.model_copy(update={"prior_alpha": 0.0})
     class_ids = [int(i) for i in info.get("class_ids") or found.names]
     max_bytes = min(_IMAGE_BYTES, GALLERY_BYTES // max(len(chosen), 1))
-    scored = {row["image_id"]: row for row in _scored_rows(found.regions.path, chosen)}
+    scored = {row["image_id"]: row for row in iter_region_rows(found.regions.path, chosen)}
     rows = [scored[image_id] for image_id in chosen if image_id in scored]
     with ThreadPoolExecutor(_THREADS) as threads:
         images = threads.map(lambda row: stored_thumbnail(row["uri"], _IMAGE_SIDE, max_bytes), rows)
@@ -80,33 +79,6 @@ def _candidates(labels: pa.Table) -> list[dict[str, Any]]:
     return chosen
 
 
-def _scored_rows(path: str, image_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield some images' rows that have regions, `scores` as (R, C) float32.
-
-    Scores are nearly all of a run's bytes: only files that hold such an image are opened for them.
-    """
-    filesystem, inner = storage.resolve(path)
-    dataset = pads.dataset(
-        inner,
-        format="parquet",
-        filesystem=filesystem,
-        exclude_invalid_files=False,
-        ignore_prefixes=[".", "_", "checkpoint", "stats.json", "table.json", "quarantine"],
-    )
-    wanted = pads.field("image_id").isin(list(image_ids))
-    for fragment in dataset.get_fragments():
-        if not fragment.count_rows(filter=wanted):
-            continue
-        found = fragment.to_table(schema=dataset.schema, filter=wanted)
-        checked = tables.check_table(found, tables.REGION_SCORES_SCHEMA, path)
-        scores = checked["scores"]
-        for place, row in enumerate(checked.drop_columns(["scores"]).to_pylist()):
-            flat = scores[place].values
-            if row["boxes"] and flat is not None:
-                scores_R = flat.to_numpy(zero_copy_only=False)
-                yield {**row, "scores": scores_R.reshape(len(row["boxes"]), -1)}
-
-
 def gallery_item(
     image: str,
     scored: Row,
@@ -129,7 +101,10 @@ def gallery_item(
     ambiguous = set() if annotated is None else set(annotated["ambiguous_ids"] or ())
     labels = []
     for class_id, verdict in judge(labeled, annotated):
-        region, best = _best_region(p_RC, columns.get(class_id))
+        region, best = None, None  # where the class is most probable, and how much
+        if class_id in columns and len(p_RC):
+            p_R = p_RC[:, columns[class_id]]
+            region, best = int(np.argmax(p_R)), float(p_R.max())
         known = annotated is not None and class_id not in ambiguous
         labels.append(
             GalleryLabel(
@@ -141,18 +116,15 @@ def gallery_item(
                 annotated=class_id in annotated["positive_ids"] if known and annotated else None,
             )
         )
-    shown, more_ignored = _limit_ignored(labels)
-    column_names = [names.get(i, f"class {i}") for i in class_ids]
-    regions = _regions(scored, p_RC, column_names)
-    return GalleryItem(
-        scored["image_id"],
-        image,
-        scored["width"],
-        scored["height"],
-        tuple(regions),
-        tuple(shown),
-        more_ignored,
-    )
+    # Of the ignored classes those that matter most: annotated ones, then the most probable.
+    ignored = [label for label in labels if label.verdict == "ignored"]
+    ignored.sort(key=lambda label: (label.annotated is not True, -(label.probability or 0.0)))
+    shown = [label for label in labels if label.verdict != "ignored"]
+    size = scored["width"], scored["height"]
+    regions = tuple(_regions(scored, p_RC, [names.get(i, f"class {i}") for i in class_ids]))
+    labels = [*shown, *ignored[:MAX_IGNORED_LABELS]]
+    more = max(len(ignored) - MAX_IGNORED_LABELS, 0)
+    return GalleryItem(scored["image_id"], image, *size, regions, tuple(labels), more)
 
 
 def choose_images(
@@ -194,14 +166,10 @@ def choose_images(
 
 def gallery_classes(gallery: Sequence[GalleryItem]) -> list[tuple[int, str, int]]:
     """Return (class id, name, images) of the classes that the gallery shows, by name."""
-    names = {label.class_id: label.name for item in gallery for label in item.labels}
-    counts = Counter(
-        class_id for item in gallery for class_id in {label.class_id for label in item.labels}
-    )
-    return sorted(
-        ((class_id, name, counts[class_id]) for class_id, name in names.items()),
-        key=lambda entry: entry[1].casefold(),
-    )
+    shown = [{label.class_id: label.name for label in item.labels} for item in gallery]
+    counts = Counter(named for classes in shown for named in classes.items())
+    found = [(class_id, name, images) for (class_id, name), images in counts.items()]
+    return sorted(found, key=lambda entry: entry[1].casefold())
 
 
 def gallery_data(gallery: Sequence[GalleryItem]) -> dict[str, Any]:
@@ -215,51 +183,20 @@ def gallery_data(gallery: Sequence[GalleryItem]) -> dict[str, Any]:
     def text(value: str) -> int:
         return numbers.setdefault(value, len(numbers))
 
-    images = [
-        [
-            item.width,
-            item.height,
-            [
-                [
-                    text(region.kind),
-                    text(region.caption),
-                    _corner_and_size(*region.box),
-                    [[text(name), round(p, 3) if finite(p) else 0.0] for name, p in region.best],
-                ]
-                for region in item.regions
-            ],
-        ]
-        for item in gallery
-    ]
+    def packed(region: GalleryRegion) -> list[Any]:
+        x1, y1, x2, y2 = map(round, region.box)
+        kind, caption = text(region.kind), text(region.caption)
+        best = [[text(name), round(p, 3) if finite(p) else 0.0] for name, p in region.best]
+        return [kind, caption, [x1, y1, max(x2 - x1, 1), max(y2 - y1, 1)], best]
+
+    images = [[item.width, item.height, [*map(packed, item.regions)]] for item in gallery]
     return {"texts": list(numbers), "images": images}
-
-
-def _corner_and_size(*box: float) -> list[int]:
-    x1, y1, x2, y2 = (round(side) for side in box)
-    return [x1, y1, max(x2 - x1, 1), max(y2 - y1, 1)]
-
-
-def _best_region(p_RC: npt.NDArray[Any], column: int | None) -> tuple[int | None, float | None]:
-    """Return the region where a class is most probable, and that probability."""
-    if column is None or not len(p_RC):
-        return None, None
-    region = int(np.argmax(p_RC[:, column]))
-    return region, float(p_RC[region, column])
-
-
-def _limit_ignored(labels: Sequence[GalleryLabel]) -> tuple[list[GalleryLabel], int]:
-    """Keep the ignored classes that matter most: annotated ones, then the most probable."""
-    ignored = [label for label in labels if label.verdict == "ignored"]
-    ignored.sort(key=lambda label: (label.annotated is not True, -(label.probability or 0.0)))
-    others = [label for label in labels if label.verdict != "ignored"]
-    more = max(len(ignored) - MAX_IGNORED_LABELS, 0)
-    return others + ignored[:MAX_IGNORED_LABELS], more
 
 
 def _regions(
     scored: Row, p_RC: npt.NDArray[Any], column_names: Sequence[str]
 ) -> Iterator[GalleryRegion]:
-    captions, kinds = scored["captions"] or (), scored["region_kinds"] or ()
+    captions, kinds = scored.get("captions") or (), scored["region_kinds"] or ()
     for r, (box, p_C) in enumerate(zip(scored["boxes"], p_RC, strict=True)):
         order = np.argsort(-p_C, kind="stable")[:BEST_CLASSES]
         best = tuple((column_names[column], float(p_C[column])) for column in order)
