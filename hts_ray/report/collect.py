@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,7 +15,7 @@ from hts_ray.report.facts import read_quarantine, run_facts, stage_rows
 from hts_ray.report.formatting import count, percent
 from hts_ray.report.gallery import run_gallery
 from hts_ray.report.label_quality import reliability
-from hts_ray.report.read_run import ROWS_AT_ONCE, RunTables, read_columns, read_run
+from hts_ray.report.read_run import ROWS_AT_ONCE, RunTables, read_run
 from hts_ray.report.results import (
     by_class,
     comparison_rows,
@@ -100,8 +98,8 @@ def _funnel(found: RunTables) -> list[FunnelStep]:
     steps = []
     if found.manifest is not None:
         steps.append(FunnelStep("images", len(found.manifest)))
-    scored = read_columns(found.regions, ["status", "region_kinds"])
-    if scored is not None:
+    if found.regions is not None:
+        scored = found.regions.read(["status", "region_kinds"])
         usable = scored.filter(pc.equal(scored["status"], "ok"))
         regions = pc.sum(pc.list_value_length(usable["region_kinds"])).as_py() or 0
         steps.append(FunnelStep("images scored", len(usable), of="images"))
@@ -134,44 +132,37 @@ def _class_rows(found: RunTables) -> list[ClassRow]:
     ap = {name: by_class(values, "ap", list(found.names)) for name, values in found.metrics.items()}
     if found.classes is None or (found.labels is None and not any(ap.values())):
         return []
-    pseudo, agreeing = _pseudo_counts(found.labels)
+    pseudo = _pseudo_labels(found.labels)
     few_shot = _few_shot(found)
     verdicts, annotated = found.quality.verdicts, found.quality.annotated
     rows = []
     for class_id, name in found.names.items():
         right, wrong = verdicts[class_id, "right"], verdicts[class_id, "wrong"]
+        labeled, agreeing = pseudo.get(class_id, (0, 0))
         rows.append(
             ClassRow(
                 class_id=class_id,
                 name=name,
                 annotated=annotated[class_id] if annotated else None,
-                pseudo=pseudo[class_id] if found.labels is not None else None,
+                pseudo=labeled if found.labels is not None else None,
                 precision=right / (right + wrong) if right + wrong else None,
                 recall=right / annotated[class_id] if annotated[class_id] else None,
                 ap={method: values.get(class_id) for method, values in ap.items() if values},
-                support=agreeing[class_id] / pseudo[class_id] if pseudo[class_id] else None,
+                support=agreeing / labeled if labeled else None,
                 few_shot=few_shot.get(class_id),
             )
         )
     return rows
 
 
-def _pseudo_counts(labels: pa.Table | None) -> tuple[Counter[int], Counter[int]]:
-    """Return the pseudo-labels of each class id, and how many regions agree on them in all."""
+def _pseudo_labels(labels: pa.Table | None) -> dict[int, tuple[int, int]]:
+    """Return by class id the pseudo-labels, and how many regions agree on them in all."""
     if labels is None:
-        return Counter(), Counter()
-    ids, inverse = np.unique(_flat(labels["positive_ids"]), return_inverse=True)
-    numbers = np.bincount(inverse, minlength=len(ids))
-    regions = np.bincount(inverse, weights=_flat(labels["support"]), minlength=len(ids))
-    return (
-        Counter(dict(zip(ids.tolist(), numbers.tolist(), strict=True))),
-        Counter(dict(zip(ids.tolist(), regions.astype(int).tolist(), strict=True))),
-    )
-
-
-def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    values: npt.NDArray[Any] = pc.list_flatten(column).to_numpy()
-    return values
+        return {}
+    columns = [pc.list_flatten(labels[name]) for name in ("positive_ids", "support")]
+    found = pa.table(columns, ["class_id", "regions"]).group_by("class_id")
+    counted = found.aggregate([("regions", "count"), ("regions", "sum")]).to_pylist()
+    return {row["class_id"]: (row["regions_count"], row["regions_sum"]) for row in counted}
 
 
 def _few_shot(found: RunTables) -> dict[int, int]:
@@ -183,7 +174,7 @@ def _few_shot(found: RunTables) -> dict[int, int]:
         train = found.manifest.filter(pc.equal(found.manifest["split"], _TRAIN))
         train = train.filter(train["positive_ids"].is_valid())
         if len(train):
-            counts = Counter(_flat(train["positive_ids"]).tolist())
+            counts = Counter(pc.list_flatten(train["positive_ids"]).to_pylist())
             counts_C = np.array([counts[int(class_id)] for class_id in found.classes.ids])
     masks = few_shot_masks(counts_C, found.classes)
     return {

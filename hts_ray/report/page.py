@@ -13,12 +13,7 @@ from markupsafe import Markup
 
 from hts_ray.report import formatting
 from hts_ray.report.charts import precision_recall_chart, reliability_chart, training_charts
-from hts_ray.report.content import (
-    VERDICTS,
-    Confusion,
-    FunnelStep,
-    ReportData,
-)
+from hts_ray.report.content import VERDICTS, Confusion, FunnelStep, ReportData
 from hts_ray.report.gallery import gallery_classes, gallery_data
 from hts_ray.report.label_quality import expected_calibration_error
 from hts_ray.report.results import by_role, gap_sentence, row_gap, wins_sentence
@@ -27,7 +22,6 @@ from hts_ray.store import storage
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_QUARANTINE_ROWS = 200
 MAX_CONFUSED_PAIRS = 12
-TEMPLATES = Path(__file__).parent / "templates"
 OPEN_CONFUSIONS = 1  # tables that are unfolded from the start
 
 Curves = Mapping[str, Mapping[int, Sequence[float]]]

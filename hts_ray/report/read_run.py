@@ -5,7 +5,7 @@ Tables stay in Arrow; only annotated rows become Python objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,12 +19,14 @@ from hts_ray.config import HtsConfig, parse_config
 from hts_ray.errors import ConfigError
 from hts_ray.report.label_quality import LabelQuality, measure
 from hts_ray.report.results import read_evaluations
-from hts_ray.store import storage, tables
+from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage
+from hts_ray.store.tables import ANNOTATION_COLUMNS
 
 Row = dict[str, Any]
 
 ROWS_AT_ONCE = 2048  # that become Python objects
+_LABEL_COLUMNS = ("positive_ids", "ignored_ids", "probability", "support", "dropped")
 
 
 @dataclass(frozen=True)
@@ -72,34 +74,21 @@ def read_run(run_dir: str, labels: StageFolder | None = None) -> RunTables:
 
     Raises DataError when a table that is there cannot be read.
     """
-    text = _read_text(storage.join(run_dir, "config.yaml"))
+    file, classes = (storage.join(run_dir, name) for name in ("config.yaml", "classes.csv"))
+    text = storage.read_bytes(file).decode("utf-8", "replace") if storage.exists(file) else ""
+    manifest, labels = (
+        find_stage(run_dir, "manifest"),
+        labels or find_stage(run_dir, "pseudo_labels"),
+    )
     return RunTables(
-        classes=_run_classes(storage.join(run_dir, "classes.csv")),
+        classes=read_class_csv(classes) if storage.exists(classes) else None,
         config_text=text,
         config=_run_config(text),
-        manifest=read_columns(
-            find_stage(run_dir, "manifest"), ["image_id", "split", *tables.ANNOTATION_COLUMNS]
-        ),
+        manifest=manifest and manifest.read(["image_id", "split", *ANNOTATION_COLUMNS]),
         regions=find_stage(run_dir, "region_scores"),
-        labels=read_columns(
-            labels or find_stage(run_dir, "pseudo_labels"),
-            ["image_id", "positive_ids", "ignored_ids", "probability", "support", "dropped"],
-        ),
+        labels=labels and labels.read(["image_id", *_LABEL_COLUMNS]),
         metrics=read_evaluations(run_dir),
     )
-
-
-def read_columns(folder: StageFolder | None, columns: Sequence[str]) -> pa.Table | None:
-    """Return some columns of a stage's table; None without a folder."""
-    return None if folder is None else folder.read(columns)
-
-
-def _read_text(path: str) -> str:
-    return storage.read_bytes(path).decode("utf-8", "replace") if storage.exists(path) else ""
-
-
-def _run_classes(path: str) -> ClassTable | None:
-    return read_class_csv(path) if storage.exists(path) else None
 
 
 def _run_config(text: str) -> HtsConfig:
