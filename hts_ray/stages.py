@@ -24,13 +24,13 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import yaml
 
 from hts_ray.config import HtsConfig, load_config, override
-from hts_ray.engine.console import image_progress, steps
+from hts_ray.engine.console import Steps, image_progress, print_line, steps
 from hts_ray.engine.run import Run, Stage, open_run
 from hts_ray.engine.session import command_cluster
 from hts_ray.evaluate import evaluate_predictions
@@ -39,23 +39,13 @@ from hts_ray.labels.stage import plan_filter
 from hts_ray.report import Section, report_for_run, write_report
 from hts_ray.review.agreement import review_sections
 from hts_ray.store import storage
-from hts_ray.store.aliases import ImagesDone, TrainingTold
+from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 from hts_ray.student.targets import training_labels, validation_rows
 from hts_ray.teacher.stage import plan_label
 
 # The tables of a run, in the order in which its stages write them.
 TABLES = ("manifest", "region_scores", "pseudo_labels", "student", "predictions", "evaluation")
-
-
-class Watch(Protocol):
-    """Gives the callbacks that show how long stages go; `hts_ray.engine.console.Steps` is one."""
-
-    def images(self, title: str) -> ImagesDone:
-        """Return a callback (done, total, quarantined) for a stage over images."""
-
-    def epochs(self, title: str, epochs: int) -> TrainingTold:
-        """Return a callback for the records of a training's epochs."""
 
 
 def settings(preset: str | None = None, *, file: str | None = None, **values: Any) -> HtsConfig:
@@ -169,8 +159,8 @@ def sweep(config: HtsConfig | Run, region_scores: StageFolder | str | None = Non
     plan = plan_sweep(run, found(run, region_scores, "region_scores", "label"))
     run.record()
     with command_cluster(run.config, "sweep"), steps() as shown:
-        features = shown.images("sweep: features")
-        return run_sweep(plan, on_trial=trials_progress(plan, shown), on_features=features)
+        features, on_trial = shown.images("sweep: features"), trials_progress(plan, shown)
+        return run_sweep(plan, on_trial=on_trial, on_features=features, tell=print_line)
 
 
 def with_best(config: HtsConfig, sweep: StageFolder) -> HtsConfig:
@@ -245,7 +235,7 @@ def run_all(
     manifest: str,
     *,
     on_stage: Callable[[str, StageFolder], None] = lambda name, stage: None,
-    watch: Watch | None = None,
+    watch: Steps | None = None,
 ) -> dict[str, Any]:
     """Do what `pipeline` does on a cluster that is up already."""
     from hts_ray.student.predict import plan_predict  # torch loads slowly

@@ -12,7 +12,14 @@ import click
 from hts_ray.cli.app import cli
 from hts_ray.cli.commands import MODULES
 from hts_ray.cli.completers import PLACES, complete_job
-from hts_ray.cli.options import Settings, argument, option, split_settings, stage_command
+from hts_ray.cli.options import (
+    Settings,
+    argument,
+    option,
+    refuse_options,
+    split_settings,
+    stage_command,
+)
 from hts_ray.cluster.doctor import examine, print_findings
 from hts_ray.cluster.submit import (
     MAX_UPLOAD_MIB,
@@ -66,10 +73,10 @@ def submit(
     """
     if attach is not None:
         if arguments:
-            raise ConfigError(field="--attach", value=attach, remedy="give it without a command")
+            refuse_options({"attach": attach}, "give it without a command")
         sys.exit(wait(connect(address), attach, tell=_say, ask=_asker()))
-    if uv and pip:
-        raise ConfigError(field="--pip", value=pip, remedy="give --uv or --pip")
+    if uv:
+        refuse_options({"pip": pip}, "give --uv or --pip")
     config, paths = parse_command(arguments)
     file = uv or pip
     requirements = read_requirements(Path(file)) if file else ()

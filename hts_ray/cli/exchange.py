@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hts_ray.cli.options import Settings, argument, option, stage_command
+from hts_ray.cli.options import Settings, argument, option, refuse_options, stage_command
 from hts_ray.engine.console import (
     console,
     percent,
@@ -71,9 +71,7 @@ def export_command(
     if form not in LABEL_FORMATS:
         _export_student(settings, form, output, student, {**chosen, "force": force})
         return
-    if student is not None:
-        remedy = f"leave it out: --format {form} writes labels"
-        raise ConfigError(field="--student", value=student, remedy=remedy)
+    refuse_options({"student": student}, f"leave it out: --format {form} writes labels")
     run = settings.open()
     check_output(form, output, force)
     rows = read_labels(run, **chosen, regions=LABEL_FORMATS[form].boxes)
@@ -100,10 +98,7 @@ def _export_student(
     if form not in FORMATS:
         remedy = f"choose {', '.join(FORMATS)} (a student) or {', '.join(LABEL_FORMATS)} (labels)"
         raise ConfigError(field="--format", value=form, remedy=remedy)
-    for name, value in chosen.items():
-        if value not in (None, False):
-            remedy = f"leave it out: --format {form} writes a student"
-            raise ConfigError(field=f"--{name}", value=value, remedy=remedy)
+    refuse_options(chosen, f"leave it out: --format {form} writes a student")
     source = student or settings.config.run_dir
     if settings.dry_run:
         print_mapping("plan", {"student": source, "format": form, "write": output})

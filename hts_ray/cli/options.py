@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -19,9 +19,11 @@ from hts_ray.config import load_config
 from hts_ray.engine.console import duration, percent, print_line, print_next, print_rows
 from hts_ray.engine.run import Run, open_run
 from hts_ray.engine.telemetry import log_as, run_tag
+from hts_ray.errors import ConfigError
 from hts_ray.store import storage
 
 CONFIG_FILE = "config.yaml"
+_COMMON = ("config_file", "preset", "run_dir", "dry_run")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -95,21 +97,14 @@ def stage_command(
         @option("--dry-run", is_flag=True, help="Check everything, show the plan, and stop.")
         @argument("overrides", nargs=-1, metavar=shown, shell_complete=complete)
         @functools.wraps(function)
-        def command(
-            config_file: str | None,
-            preset: str | None,
-            run_dir: str | None,
-            print_config: bool,
-            dry_run: bool,
-            overrides: tuple[str, ...],
-            **options: Any,
-        ) -> None:
-            if config_file is None and preset is None:
-                preset = default_preset
+        def command(print_config: bool, overrides: tuple[str, ...], **options: Any) -> None:
             if paths:
                 overrides, options["paths"] = split_settings(overrides)
             best = _sweep_overrides(options.get("from_sweep"))
-            settings = Settings(config_file, preset, run_dir, [*best, *overrides], dry_run)
+            common = {name: options.pop(name) for name in _COMMON}
+            if common["config_file"] is None and common["preset"] is None:
+                common["preset"] = default_preset
+            settings = Settings(**common, overrides=[*best, *overrides])
             if print_config:
                 click.echo(settings.config.to_yaml(), nl=False)
                 return
@@ -143,15 +138,19 @@ def _sweep_overrides(path: str | None) -> list[str]:
     return best_overrides(find_sweep(path))
 
 
+def refuse_options(given: Mapping[str, Any], remedy: str) -> None:
+    """Raise ConfigError for the first of some options, by name, that was given."""
+    for name, value in given.items():
+        if value not in (None, False):
+            raise ConfigError(field=f"--{name.replace('_', '-')}", value=value, remedy=remedy)
+
+
 def print_metrics(result: dict[str, Any]) -> None:
     """Print the mean average precisions of an evaluation."""
     rows = [
-        ["mAP", percent(result["mAP"]), percent(result["mAP_known_object"])],
-        *(
-            [name, percent(result[name]), percent(result.get(f"{name}_known_object"))]
-            for name in ("few@1", "few@5", "few@10")
-            if name in result
-        ),
+        [name, percent(result[name]), percent(result.get(f"{name}_known_object"))]
+        for name in ("mAP", "few@1", "few@5", "few@10")
+        if name in result
     ]
     title = f"{result['num_images']} images, {result['num_classes']} classes with a positive"
     print_rows(title, ["%", "default", "known object"], rows)

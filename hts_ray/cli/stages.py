@@ -16,6 +16,7 @@ from hts_ray.cli.options import (
     print_metrics,
     print_next_stage,
     readable,
+    refuse_options,
     stage_command,
 )
 from hts_ray.cli.predict_paths import predict_paths
@@ -24,16 +25,13 @@ from hts_ray.engine.console import (
     console,
     image_progress,
     percent,
-    print_line,
     print_mapping,
     print_next,
     print_rows,
     print_stage,
     print_written,
-    steps,
 )
 from hts_ray.engine.run import Run
-from hts_ray.engine.session import command_cluster
 from hts_ray.errors import ConfigError
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
@@ -75,8 +73,8 @@ def label(
     settings: Settings, manifest: str | None, limit: int | None, sample: int, preview: str | None
 ) -> None:
     """Score every class prompt on every region of every image (the teacher)."""
-    if preview and not settings.dry_run:
-        raise ConfigError(field="--preview", value=preview, remedy="give --dry-run with it")
+    if not settings.dry_run:
+        refuse_options({"preview": preview}, "give --dry-run with it")
     run = settings.open()
     negated = ", ".join(negated_names(run.class_table))
     if negated and run.config.label.teacher.mode == "prompts":
@@ -167,19 +165,15 @@ def train(
             return
         pseudo_labels = swept.run().path
     if settings.dry_run:
-        _preview_train(run, pseudo_labels, manifest)
+        from hts_ray.student.train import estimate  # torch loads slowly
+
+        plan, labels = stages.plan_training(run, pseudo_labels, manifest)
+        figures = readable(estimate(run, labels))
+        print_mapping("plan", {"write": plan.folder.path, **figures})
         return
     stage = stages.train(run, pseudo_labels, manifest)
     print_stage("train", stage)
     print_next_stage("predict", run)
-
-
-def _preview_train(run: Run, pseudo_labels: str | None, manifest: str | None) -> None:
-    from hts_ray.student.train import estimate  # torch loads slowly
-
-    plan, labels = stages.plan_training(run, pseudo_labels, manifest)
-    figures = estimate(run, labels)
-    print_mapping("plan", {"write": plan.folder.path, **readable(figures)})
 
 
 @click.command()
@@ -206,21 +200,12 @@ def predict(
     Without them a table with the scores of all classes is written to the run.
     """
     if not paths:
-        _require_no_options_of_paths(shown)
+        refuse_options(shown, "name images: hts predict PATH")
         _predict_table(settings, student, manifest, images)
         return
-    if manifest or images:
-        given = "--manifest" if manifest else "--images"
-        raise ConfigError(field=given, value=manifest or images, remedy="leave the PATHs out")
+    refuse_options({"manifest": manifest, "images": images}, "leave the PATHs out")
     source = student or storage.absolute(settings.config.run_dir)
     predict_paths(source, paths, dry_run=settings.dry_run, **shown)
-
-
-def _require_no_options_of_paths(shown: dict[str, Any]) -> None:
-    for name, value in shown.items():
-        if value not in (None, False):
-            field = f"--{name.replace('_', '-')}"
-            raise ConfigError(field=field, value=value, remedy="name images: hts predict PATH")
 
 
 def _predict_table(
@@ -228,13 +213,22 @@ def _predict_table(
 ) -> None:
     """Score the images of a manifest or a folder, and write all scores to the run."""
     run = settings.open()
-    if manifest and images:
-        raise ConfigError(field="--images", value=images, remedy="give --manifest or --images")
+    if manifest:
+        refuse_options({"images": images}, "give --manifest or --images")
     student = stages.student_path(run, student)
     if images:
-        manifest, run = _folder_manifest(run, images)
+        inner = storage.join(run.run_dir, "images")
+        with image_progress("prepare") as progress:
+            stage = prepare_manifest(run.config.prepare, inner, "folder", images, progress)
+        print_stage("prepare", stage)
+        manifest, run = stage.path, run.changed({"predict": {"split": None}})
     if settings.dry_run:
-        _preview_predict(run, student, manifest)
+        from hts_ray.student.predict import estimate, plan_predict  # torch loads slowly
+
+        found = run.manifest(manifest)
+        write = plan_predict(run, student, found).folder.path
+        figures = readable(estimate(run.config.predict, student, found))
+        print_mapping("plan", {"student": student, "write": write, **figures})
         return
     stage = stages.predict(run, student, manifest)
     print_stage("predict", stage)
@@ -247,48 +241,25 @@ def _predict_table(
         print_next_stage("report", run)
 
 
-def _folder_manifest(run: Run, images: str) -> tuple[str, Run]:
-    """Prepare a folder of images inside the run; returns the run that predicts all of it."""
-    inner = storage.join(run.run_dir, "images")
-    with image_progress("prepare") as progress:
-        stage = prepare_manifest(run.config.prepare, inner, "folder", images, progress)
-    print_stage("prepare", stage)
-    return stage.path, run.changed({"predict": {"split": None}})
-
-
-def _preview_predict(run: Run, student: str, manifest: str | None) -> None:
-    from hts_ray.student.predict import estimate, plan_predict  # torch loads slowly
-
-    images = run.manifest(manifest)
-    plan = plan_predict(run, student, images)
-    figures = readable(estimate(run.config.predict, student, images))
-    print_mapping("plan", {"student": student, "write": plan.folder.path, **figures})
-
-
 @click.command()
 @option("--region-scores", metavar="DIR", help="Teacher pass to use (default: the latest).")
 @stage_command()
 def sweep(settings: Settings, region_scores: str | None) -> None:
     """Try many settings of filter and training over one teacher pass, and keep the best."""
-    from hts_ray.sweep.estimate import estimate
-    from hts_ray.sweep.plan import plan_sweep
-    from hts_ray.sweep.progress import print_sweep, trials_progress
-    from hts_ray.sweep.stage import run_sweep
+    from hts_ray.sweep.estimate import estimate  # torch loads slowly
+    from hts_ray.sweep.plan import plan_sweep  # torch loads slowly
+    from hts_ray.sweep.progress import print_sweep  # torch loads slowly
 
     run = settings.open()
-    plan = plan_sweep(run, stages.found(run, region_scores, "region_scores", "label"))
     if settings.dry_run:
+        plan = plan_sweep(run, stages.found(run, region_scores, "region_scores", "label"))
         rows = [list(row) for row in plan.space.describe()]
         print_rows("settings", ["setting", "own", "tried"], rows, text_columns=3)
         figures = readable(estimate(plan))
         objective = {"objective": plan.objective, "write": plan.stage.path}
         print_mapping("plan", {"read": plan.region_scores.path, **objective, **figures})
         return
-    run.record()
-    with command_cluster(run.config, "sweep"), steps() as shown:
-        features = shown.images("sweep: features")
-        on_trial = trials_progress(plan, shown)
-        stage = run_sweep(plan, on_trial=on_trial, on_features=features, tell=print_line)
+    stage = stages.sweep(run, region_scores)
     print_stage("sweep", stage)
     print_sweep(stage)
     print_next("hts", "train", "--run-dir", run.config.run_dir, "--from-sweep", stage.path)

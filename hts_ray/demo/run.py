@@ -19,7 +19,15 @@ import pyarrow.compute as pc
 from hts_ray import report, stages
 from hts_ray.config import HtsConfig, override
 from hts_ray.demo.world import world_class_ids, write_world
-from hts_ray.engine.console import console, percent, print_rows, print_stage, print_written, steps
+from hts_ray.engine.console import (
+    Steps,
+    console,
+    percent,
+    print_rows,
+    print_stage,
+    print_written,
+    steps,
+)
 from hts_ray.engine.run import Run, open_run
 from hts_ray.evaluate import evaluate_scores, publish_metrics, read_annotations
 from hts_ray.images.stage import prepare_manifest
@@ -140,7 +148,7 @@ def run_variants(
     run: Run,
     manifest: str,
     variants: Sequence[Variant],
-    watch: stages.Watch | None = None,
+    watch: Steps | None = None,
 ) -> list[Row]:
     """Label once, then filter, train, predict and evaluate every variant, in the order given.
 
@@ -167,7 +175,7 @@ def run_variant(
     manifest: str,
     scores: StageFolder,
     variant: Variant,
-    watch: stages.Watch | None = None,
+    watch: Steps | None = None,
 ) -> Row:
     """Filter and train a variant, then score the test images in this process and evaluate."""
     started = time.perf_counter()

@@ -13,6 +13,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -128,12 +129,10 @@ def each_in_a_process(
     results: list[Result] = []
     waiting = list(rows)
     while waiting:
-        with ProcessPoolExecutor(1, mp_context=context) as process:
+        with ProcessPoolExecutor(1, mp_context=context) as process, suppress(BrokenProcessPool):
             while waiting:
-                try:
-                    results.append(process.submit(work, waiting[0]).result())
-                except BrokenProcessPool:
-                    results.append(refuse(waiting.pop(0)))
-                    break
+                results.append(process.submit(work, waiting[0]).result())
                 waiting.pop(0)
+        if waiting:  # the first of them killed the process
+            results.append(refuse(waiting.pop(0)))
     return results
