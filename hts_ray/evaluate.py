@@ -71,7 +71,8 @@ def read_annotations(
     Raises DataError when the split has no annotated image.
     """
     if isinstance(source, str):
-        source = _read_anno_mat(source) if source.endswith(".mat") else open_manifest(source)
+        is_mat = source.endswith(".mat")
+        source = Manifest(source, read_anno_table(source)) if is_mat else open_manifest(source)
     chosen, train = source.annotated(split), source.annotated("train")
     if not len(chosen):
         raise DataError(f"{source.path} has no annotated image in split {split!r}")
@@ -81,12 +82,6 @@ def read_annotations(
         label_matrix(chosen, class_table),
         counts if len(train) else None,
     )
-
-
-def _read_anno_mat(path: str) -> Manifest:
-    table = read_anno_table(path)
-    require_unique_ids(table, path)
-    return Manifest(path, table)
 
 
 def label_matrix(manifest: pa.Table, class_table: ClassTable) -> np.ndarray:

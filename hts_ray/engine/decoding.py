@@ -55,7 +55,8 @@ def decode_batch(
     work = partial(_decode_row, images=images, square=square, retries=retries, meter=meter)
     ids = [f"decode {image_id}" for image_id in table["image_id"].to_pylist()] if attempts else []
     if attempts is not None and attempts.begin(ids) is not None:
-        rows = each_in_a_process(work, uris, _killed_by)
+        died = {"error_kind": KILLED_WORKER, "error": "the process that decoded it died"}
+        rows = each_in_a_process(work, uris, lambda _: died)
     else:
         with ThreadPoolExecutor(min(_READ_THREADS, max(1, len(uris)))) as threads:
             rows = list(threads.map(work, uris))
@@ -67,10 +68,6 @@ def decode_batch(
         values = pa.array([row.get(field.name) for row in rows], field.type)
         table = table.append_column(field, values)
     return table
-
-
-def _killed_by(_uri: str | None) -> dict[str, Any]:
-    return {"error_kind": KILLED_WORKER, "error": "the process that decoded it died"}
 
 
 def _decode_row(

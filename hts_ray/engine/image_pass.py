@@ -24,11 +24,7 @@ from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
-from hts_ray.store.tables import (
-    QUARANTINE_SCHEMA,
-    read_table,
-    write_table,
-)
+from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
 
 if TYPE_CHECKING:
     import ray.data
@@ -142,8 +138,7 @@ def remove_uncommitted(stage: StageFolder) -> None:
     committed = committed_names(stage)
     for path in data_files(stage):
         if written_by(path.rpartition("/")[2]) not in committed:
-            filesystem, inner = storage.resolve(path)
-            filesystem.delete_file(inner)
+            storage.delete_file(path)
 
 
 def finish(
@@ -184,9 +179,8 @@ def finish(
         )
     if notes is not None:
         bad_rows = bad.select(notes.column_names).cast(notes.schema)
-        write_quarantine(stage, pa.concat_tables([bad_rows, notes]), name)
-    else:
-        write_quarantine(stage, bad, name)
+        notes = pa.concat_tables([bad_rows, notes])
+    write_quarantine(stage, bad if notes is None else notes, name)
     if table_info is not None:
         storage.write_json(stage.file("table.json"), dict(table_info))
     stage.publish(

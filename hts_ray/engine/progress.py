@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,36 +38,28 @@ class WrittenRows:
         return sum(rows for rows, _ in counts), sum(bad for _, bad in counts)
 
 
-class ProgressPoller:
-    """Calls `look` every `interval` seconds while the block runs, and once at its end.
+@contextmanager
+def polled(look: Callable[[], None], interval: float = 2.0) -> Iterator[None]:
+    """Call `look` every `interval` seconds while the block runs, and once at its end.
 
     A look that fails is skipped: progress must never end a run.
     """
+    ended = threading.Event()
 
-    def __init__(self, look: Callable[[], None], interval: float = 2.0) -> None:
-        self._look = look
-        self._interval = interval
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="hts-progress", daemon=True)
+    def watch() -> None:
+        last = False
+        while not last:
+            last = ended.wait(interval)
+            with suppress(OSError, ValueError, KeyError, DataError):
+                look()
 
-    def __enter__(self) -> ProgressPoller:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self._try()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._interval):
-            self._try()
-
-    def _try(self) -> None:
-        try:
-            self._look()
-        except (OSError, ValueError, KeyError, DataError):
-            return
+    thread = threading.Thread(target=watch, name="hts-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager
@@ -82,5 +74,5 @@ def row_progress(stage: StageFolder, total: int, progress: ImagesDone | None) ->
         done, bad = written()
         progress(done, total, bad)
 
-    with ProgressPoller(look):
+    with polled(look):
         yield

@@ -148,7 +148,7 @@ def _is_folder(entry: os.DirEntry[str], relative: str, found: _Walk) -> bool:
         if not stat.S_ISREG(mode):
             reason = "not a file but a pipe, socket or device"
             found.reject(relative, entry.path, "unreadable", reason)
-        elif not _is_utf8(entry.path):
+        elif os.fsencode(entry.path).decode(errors="replace") != entry.path:
             reason = "the path is not UTF-8: rename it"
             found.reject(relative, entry.path, "unreadable", reason)
         else:
@@ -169,11 +169,3 @@ def _read_remote(root: str, found: _Walk) -> None:
         if info.type == pafs.FileType.File and found.is_wanted(relative):
             # A key may hold what means something else in a URI: "#", "?", "%", spaces.
             found.add(relative, f"{root}/{quote(relative)}")
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hts_ray.engine.progress import ProgressPoller
+from hts_ray.engine.progress import polled
 from hts_ray.store import storage
 from hts_ray.store.aliases import TrainingTold
 
@@ -62,7 +62,7 @@ class StepLog:
     @contextmanager
     def writing(self) -> Iterator[StepLog]:
         """Write the reports of the block."""
-        with ProgressPoller(self._write, _INTERVAL_S):
+        with polled(self._write, _INTERVAL_S):
             yield self
 
     def _write(self) -> None:
@@ -94,7 +94,7 @@ def training_progress(
             last = steps
             progress(steps)
 
-    with ProgressPoller(look, _LOOK_S):
+    with polled(look, _LOOK_S):
         yield
 
 

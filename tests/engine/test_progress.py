@@ -7,7 +7,7 @@ import threading
 import pyarrow as pa
 import pytest
 
-from hts_ray.engine.progress import ProgressPoller, WrittenRows
+from hts_ray.engine.progress import WrittenRows, polled
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import write_table
@@ -47,6 +47,6 @@ def test_poller_looks_while_waiting_and_at_the_end():
             looked.set()
         raise OSError("storage is away")
 
-    with ProgressPoller(look, interval=0.01):
+    with polled(look, interval=0.01):
         assert looked.wait(5)
     assert len(counts) >= 3
