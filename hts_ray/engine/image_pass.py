@@ -217,6 +217,5 @@ def write_quarantine(stage: StageFolder, bad: pa.Table, name: str) -> None:
         "error_kind": pc.fill_null(bad["error_kind"], "unknown"),
         "error": bad["error"],
     }
-    table = pa.table(columns).cast(pa.schema(QUARANTINE_SCHEMA, metadata=None))
-    table = table.replace_schema_metadata(QUARANTINE_SCHEMA.metadata)
+    table = pa.table(columns).cast(QUARANTINE_SCHEMA)
     write_table(stage.file("quarantine", "part-0.parquet"), table)

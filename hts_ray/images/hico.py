@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,8 @@ def read_anno_table(path: str) -> pa.Table:
     there = [s for s in SPLITS if f"anno_{s}" in variables or f"list_{s}" in variables]
     if not there:
         raise DataError(f"{path} has neither anno_train nor anno_test: it is no HICO anno.mat")
-    splits = _read_splits(variables, there, path).values()
-    return manifest_table([(candidate, None) for split in splits for candidate in split])
+    images = chain(*_read_splits(variables, there, path).values())
+    return manifest_table([(image, None) for image in images])
 
 
 def _nested(root: str) -> str:
@@ -141,13 +142,13 @@ def _read_splits(
         _check_actions(variables["list_action"], classes, path)
     read = {split: _read_split(variables, split, classes, path) for split in splits}
     seen: dict[str, str] = {}
-    for candidate in (candidate for split in read.values() for candidate in split):
-        if candidate.image_id in seen:
+    for image in chain(*read.values()):
+        if image.image_id in seen:
             raise DataError(
-                f"{path}: {seen[candidate.image_id]!r} and {candidate.uri!r} have the same"
-                f" image id {candidate.image_id!r}: list every image once"
+                f"{path}: {seen[image.image_id]!r} and {image.uri!r} have the same image id"
+                f" {image.image_id!r}: list every image once"
             )
-        seen[candidate.image_id] = candidate.uri
+        seen[image.image_id] = image.uri
     return read
 
 
@@ -159,7 +160,7 @@ def _read_split(
         if not file or "/" in file or "\\" in file or file in (".", ".."):
             raise DataError(f"{path}: list_{split}[{row}] = {file!r} is not a file name")
     anno = _checked_anno(variables[f"anno_{split}"], f"anno_{split}", len(files), classes, path)
-    ids = (_ids_by_image(anno == label, classes) for label in LABELS)
+    ids = ([classes.ids[row].tolist() for row in (anno == label).T] for label in LABELS)
     return [
         Candidate(file.rpartition(".")[0] or file, file, split, *of_image)
         for file, *of_image in zip(files, *ids, strict=True)
@@ -190,14 +191,6 @@ def _checked_anno(
             " values: only 1, -1, 0 and NaN have a meaning"
         )
     return anno
-
-
-def _ids_by_image(mask_CN: npt.NDArray[np.bool_], classes: ClassTable) -> list[list[int]]:
-    images, positions = np.nonzero(mask_CN.T)
-    ends = np.cumsum(np.bincount(images, minlength=mask_CN.shape[1]))
-    ids = classes.ids[positions].tolist()
-    starts = [0, *ends[:-1].tolist()]
-    return [ids[start:end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
 
 def _check_actions(actions: Any, classes: ClassTable, path: str) -> None:

@@ -89,7 +89,8 @@ def propose_regions(
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels has no region")
     whole = Region((0.0, 0.0, float(width), float(height)), WHOLE)
-    found = _clipped(detections, width, height)
+    clipped = ((found, clip_box(found.box, width, height)) for found in detections)
+    found = [replace(found, box=box) for found, box in clipped if box is not None]
     people, objects = _people_and_objects(found, config)
     pairs = pair_boxes(people, objects, config.max_pairs) if config.unions else []
     persons = [person.box for person in people] if config.persons else []
@@ -166,8 +167,9 @@ def pair_boxes(
     """
     if not people:
         return []
-    first = _box_array(people)
-    second = _box_array([*people, *objects])
+    found = [*people, *objects]
+    second = np.array([one.box for one in found], dtype=np.float64)
+    first = second[: len(people)]
     side = (second[:, 2:] - second[:, :2]).max(axis=1)
     side[len(people) :] = 0.0
     reach = np.maximum((first[:, 2:] - first[:, :2]).max(axis=1)[:, None], side[None, :])
@@ -176,26 +178,19 @@ def pair_boxes(
     gap = np.hypot(*np.moveaxis(np.maximum(start - end, 0.0), -1, 0))
     centers = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (first, second)]
     apart = np.hypot(*np.moveaxis(centers[0][:, None] - centers[1][None], -1, 0))
-    scores = np.array([found.score for found in (*people, *objects)], dtype=np.float64)
+    scores = np.array([one.score for one in found], dtype=np.float64)
     pair_scores = scores[: len(people), None] * scores[None, :] * reach / (reach + gap)
     # Every two persons once, and nobody with themselves.
     rows, columns = np.triu_indices(len(people), k=1, m=len(second))
     order = np.lexsort((apart[rows, columns], -pair_scores[rows, columns]))
     kept: list[Box] = []
     for a, b in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
-        box = union_box(
-            people[a].box, (people[b] if b < len(people) else objects[b - len(people)]).box
-        )
+        box = union_box(found[a].box, found[b].box)
         if not _overlaps(box, kept, NEAR_DUPLICATE):
             kept.append(box)
             if len(kept) == max_pairs:
                 break
     return kept
-
-
-def _clipped(detections: Sequence[Detection], width: int, height: int) -> list[Detection]:
-    clipped = ((found, clip_box(found.box, width, height)) for found in detections)
-    return [replace(found, box=box) for found, box in clipped if box is not None]
 
 
 def _people_and_objects(
@@ -279,10 +274,6 @@ def _offsets(room: int, steps: int) -> list[int]:
 
 def _area(box: Box) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
-
-
-def _box_array(detections: Sequence[Detection]) -> npt.NDArray[np.float64]:
-    return np.array([found.box for found in detections], dtype=np.float64).reshape(-1, 4)
 
 
 def _overlaps(box: Box, others: Sequence[Box], max_iou: float) -> bool:
