@@ -44,7 +44,7 @@ from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import propose_regions
 from hts_ray.store.aliases import FloatArray, Pixels
-from hts_ray.teacher.captioner import keep_top
+from hts_ray.teacher.captioner import TopSearch
 from hts_ray.teacher.models.architectures import CrossAttentionDecoder
 from hts_ray.teacher.models.loading import load_captioner
 from hts_ray.teacher.models.pretrained import TransformersCaptioner
@@ -117,7 +117,13 @@ class TwinDecoder(Decoder):
             for cache, features in zip(caches, prefix.features, strict=True)
         ]
 
-    def feed(self, prefix: Prefix, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
+    def feed(
+        self,
+        prefix: Prefix,
+        tokens: Tensor,
+        depths: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """Feed both and return their hidden states side by side."""
         hidden = [
             decoder.feed(own, tokens, depths, visible)
@@ -204,7 +210,7 @@ class Setting:
         scores, fed, padded, forwards, full = [], [], [], 0, 0
         counts = [1] * len(self.sequences)
         for group in self.decoder.groups(self.images):
-            part, stats = score_top(self.decoder, group, self.sequences, counts, top_k=top_k)
+            part, stats = score_top(self.decoder, group, self.sequences, counts, TopSearch(top_k))
             scores.append(part)
             fed += stats.nodes_fed.tolist()
             padded += stats.padded.tolist()
@@ -267,7 +273,7 @@ def compare(setting: Setting, rounds: int) -> list[dict[str, Any]]:
 def compare_answers(name: str, exact: FloatArray, scores: FloatArray) -> dict[str, Any]:
     """Compare a row's scores with all exact ones, and count classes that were kept by mistake."""
     measured: dict[str, Any] = dict(agreement(exact, scores, 10))
-    expected = keep_top(exact, int(name.split()[1]))
+    expected = TopSearch(int(name.split()[1])).keep(exact)
     measured["other_classes"] = int((np.isfinite(expected) != np.isfinite(scores)).sum())
     return measured
 

@@ -111,7 +111,7 @@ def _preview_label(run: Run, given: str | None, sample: int, preview: str | None
         title = f"{example.uri} ({example.image.width} x {example.image.height})"
         header = ["region", "box", "likeliest classes, %", "caption"]
         print_rows(title, header, rows, text_columns=4)
-    figures = readable(measured.figures())
+    figures = readable(measured.figures)
     print_mapping("plan", {"read": manifest.path, "write": plan.folder.path, **figures})
     if preview:
         write_preview(preview, measured)

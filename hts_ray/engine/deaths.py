@@ -4,7 +4,7 @@ Ray restarts a dead worker and gives it the same batch again; an actor gets it f
 signs its batch in before the work and out afterwards. A batch that is signed in twice has killed a
 worker, and its images are then tried one by one.
 
-The log is a plain object; `hts_ray.teacher.stage` keeps one in an actor of its own.
+The log is a plain object; `start_log` keeps one in an actor of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError
 
 Row = TypeVar("Row")
@@ -86,6 +87,40 @@ class Log(Protocol):
 
     def end(self, ids: Sequence[str]) -> None:
         """See AttemptLog."""
+
+
+class RemoteLog:
+    """An AttemptLog in an actor; it forgets rather than fails when that actor is lost."""
+
+    def __init__(self, handle: Any, meter: Meter) -> None:
+        self.handle = handle
+        self.meter = meter
+
+    def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
+        """See AttemptLog."""
+        import ray
+
+        try:
+            answer: list[Deaths] | None = ray.get(self.handle.begin.remote(list(ids), alone))
+        except ray.exceptions.RayActorError:
+            return None
+        if answer is not None:
+            self.meter.count(retries=len(ids))
+        return answer
+
+    def end(self, ids: Sequence[str]) -> None:
+        """See AttemptLog; nobody waits for the answer."""
+        self.handle.end.remote(list(ids))
+
+
+def start_log(meter: Meter) -> RemoteLog:
+    """Start the log of a run on the driver's node, beside whatever else runs there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(AttemptLog).options(num_cpus=0, scheduling_strategy=node)
+    return RemoteLog(actor.remote(), meter)
 
 
 def survive(

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 
 from hts_ray.config import RegionsConfig
-from hts_ray.errors import DataError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.box_files import FORMATS, LayoutError, clean_label, read_box_file
 from hts_ray.images.regions import Box, Detection, clip_box
 from hts_ray.store import storage
@@ -193,6 +193,19 @@ def _scale(own: tuple[int, int], image: tuple[int, int]) -> tuple[float, float] 
     return x, y
 
 
+def box_bytes(uri: str) -> bytes:
+    """Return the content of a file of boxes; ConfigError if it cannot be read."""
+    try:
+        return storage.read_bytes(uri)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be read: {error}",
+            field="label.regions.boxes",
+            value=uri,
+            remedy="give the path or URI of a HICO-DET json, COCO json or Parquet file",
+        ) from None
+
+
 def read_given_boxes(uri: str, person_labels: Sequence[str] = PERSON_LABELS) -> GivenBoxes:
     """Read the boxes of a file at a path or URI. Its content decides the format, see FORMATS.
 
@@ -203,17 +216,11 @@ def read_given_boxes(uri: str, person_labels: Sequence[str] = PERSON_LABELS) -> 
     - Humans of HICO-DET are labelled "person"; labels are in lower case with spaces.
     - COCO's crowd boxes are skipped: they show no single thing.
 
-    Raises DataError for a file that cannot be read or has another layout. `GivenBoxes.of` reports
-    what is wrong with single boxes.
+    Raises ConfigError for a file that cannot be read, DataError for one of another layout.
+    `GivenBoxes.of` reports what is wrong with single boxes.
     """
     try:
-        data = storage.read_bytes(uri)
-    except FileNotFoundError as error:
-        raise DataError(f"no file {uri}: check label.regions.boxes") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{uri} cannot be read: {error}") from error
-    try:
-        images = read_box_file(data)
+        images = read_box_file(box_bytes(uri))
     except LayoutError as error:
         raise DataError(
             f"{uri} has no boxes that can be read: found {error}; accepted are {FORMATS}"

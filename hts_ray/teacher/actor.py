@@ -23,20 +23,19 @@ from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.store import storage
 from hts_ray.store.tables import REGION_SCORES_SCHEMA
 from hts_ray.teacher.assignment import Assignment
-from hts_ray.teacher.captioner import Captioner
+from hts_ray.teacher.captioner import Captioner, TopSearch
 from hts_ray.teacher.detector import load_detector
 from hts_ray.teacher.models.loading import load_on_device
 from hts_ray.teacher.prior import plain_images, prior_log_likelihoods
 from hts_ray.teacher.scorers import (
-    AllPrompts,
     CaptionMatcher,
     CaptionVotes,
     ClassScorer,
     ImageFailure,
     ImageTask,
+    PromptLikelihoods,
     RegionScorer,
     ScoredImage,
-    TopPrompts,
     breaks_device,
 )
 
@@ -88,7 +87,7 @@ def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> 
     """Put the parts that the settings ask for around a loaded teacher."""
     teacher, regions = assignment.config.teacher, assignment.config.regions
     prompts, table = assignment.prompts, assignment.class_table
-    scorer: ClassScorer = AllPrompts(captioner, prompts, teacher)
+    scorer: ClassScorer = PromptLikelihoods(captioner, prompts, teacher)
     if teacher.mode == "captions":
         beams = teacher.caption.decoding == "beam"
         scorer = CaptionVotes(_matcher(table), len(table), weighted=beams)
@@ -98,7 +97,8 @@ def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> 
             prior = prior_log_likelihoods(captioner, assignment)
             assert prior is not None
             offsets = (-teacher.search_alpha * prior).astype(np.float32)
-        scorer = TopPrompts(captioner, prompts, teacher, offsets)
+        search = TopSearch(teacher.top_k, teacher.template_reduction, offsets)
+        scorer = PromptLikelihoods(captioner, prompts, teacher, search)
     detector = None
     if regions.detector is not None:
         names = sorted({entry.object.replace("_", " ") for entry in table if entry.object})

@@ -13,9 +13,8 @@ import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig, RegionsConfig
-from hts_ray.errors import ConfigError, DataError
-from hts_ray.images.boxes import GivenBoxes, read_given_boxes
-from hts_ray.store import storage
+from hts_ray.errors import DataError
+from hts_ray.images.boxes import GivenBoxes, box_bytes, read_given_boxes
 from hts_ray.store.run import StageFolder
 from hts_ray.teacher.captioner import ClassPrompts
 from hts_ray.teacher.detector import check_detector, detector_fingerprint
@@ -86,29 +85,16 @@ def region_sources(config: RegionsConfig) -> list[str]:
     """Return hashes of the files that regions come from besides the settings."""
     sources = []
     if config.boxes is not None:
-        sources.append(hashlib.sha256(_box_file(config.boxes)).hexdigest()[:12])
+        sources.append(hashlib.sha256(box_bytes(config.boxes)).hexdigest()[:12])
     if config.detector is not None:
         sources.append(detector_fingerprint(config))
     return sources
-
-
-def _box_file(uri: str) -> bytes:
-    try:
-        return storage.read_bytes(uri)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot be read: {error}",
-            field="label.regions.boxes",
-            value=uri,
-            remedy="give the path or URI of a HICO-DET json, COCO json or Parquet file",
-        ) from None
 
 
 def _given_boxes(config: RegionsConfig, rows: pa.Table) -> GivenBoxes | None:
     """Read the boxes that come with the images; DataError where they fit no image."""
     if config.boxes is None:
         return None
-    _box_file(config.boxes)
     given = read_given_boxes(config.boxes, config.person_labels)
     ids, uris = rows["image_id"].to_pylist(), rows["uri"].to_pylist()
     if not given.count_found(ids, uris):

@@ -60,23 +60,41 @@ class Captioner(Protocol):
         """Return `settings.count` captions an image, the likeliest first."""
 
 
+@dataclass(frozen=True, eq=False)
+class TopSearch:
+    """Which classes a search keeps, and how the templates of each become one score.
+
+    The `top_k` classes with the largest score + `offsets_C` are exact (ties broken either way).
+    """
+
+    top_k: int
+    reduction: Reduction = "log_mean_exp"
+    offsets_C: FloatArray | None = None
+
+    def keep(self, scores_RC: FloatArray) -> FloatArray:
+        """Return scores with -inf for the classes that a search would have left out.
+
+        For teachers that know no search, so that search=top_k means the same on every teacher. A
+        row with NaN is NaN throughout: it sorts last, and would pass for a class that was left out.
+        """
+        result = scores_RC.astype(np.float32)
+        if self.top_k < scores_RC.shape[1]:
+            ranked = scores_RC if self.offsets_C is None else scores_RC + self.offsets_C
+            best = np.argsort(-ranked, axis=1, kind="stable")[:, : self.top_k]
+            result = np.full_like(scores_RC, -np.inf, dtype=np.float32)
+            np.put_along_axis(result, best, np.take_along_axis(scores_RC, best, axis=1), axis=1)
+        result[np.isnan(scores_RC).any(axis=1)] = np.nan
+        return result
+
+
 @runtime_checkable
 class SearchingCaptioner(Captioner, Protocol):
     """A teacher that can leave out classes which cannot matter."""
 
     def score_top(
-        self,
-        images: Sequence[Pixels],
-        prompts: ClassPrompts,
-        *,
-        top_k: int,
-        reduction: Reduction = "log_mean_exp",
-        offsets_C: FloatArray | None = None,
+        self, images: Sequence[Pixels], prompts: ClassPrompts, search: TopSearch
     ) -> FloatArray:
-        """Return class log-likelihoods (R, C), -inf for the classes that were left out.
-
-        The `top_k` classes with the largest score + offset are exact (ties broken either way).
-        """
+        """Return class log-likelihoods (R, C), -inf for the classes that were left out."""
 
 
 class DummyCaptioner:
@@ -214,19 +232,3 @@ def score_classes(
     """Return log-likelihoods (R, C) of every class on every image; see `class_scores`."""
     scores = captioner.score(images, prompts.texts)
     return class_scores(scores, prompts, length_normalize=length_normalize, reduction=reduction)
-
-
-def keep_top(scores_RC: FloatArray, top_k: int, offsets_C: FloatArray | None = None) -> FloatArray:
-    """Return scores with -inf for the classes that a search would have left out.
-
-    For teachers that know no search, so that search=top_k means the same on every teacher. A row
-    with NaN is NaN throughout: it sorts last, and would pass for a class that was left out.
-    """
-    result = scores_RC.astype(np.float32)
-    if top_k < scores_RC.shape[1]:
-        ranked = scores_RC if offsets_C is None else scores_RC + offsets_C
-        best = np.argsort(-ranked, axis=1, kind="stable")[:, :top_k]
-        result = np.full_like(scores_RC, -np.inf, dtype=np.float32)
-        np.put_along_axis(result, best, np.take_along_axis(scores_RC, best, axis=1), axis=1)
-    result[np.isnan(scores_RC).any(axis=1)] = np.nan
-    return result

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, LabelConfig
@@ -51,43 +50,14 @@ class ImageExample:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """Figures of a teacher pass and the sample they were measured on.
+    """Figures of a teacher pass by their names, and the sample they were measured on.
 
-    Times in seconds; those of the run, `seconds` and `gpu_hours`, hold for pool.max_size actors
-    and are None when no sampled image could be scored.
+    Times in seconds; those of the run, "seconds in all" and "GPU-hours", hold for pool.max_size
+    actors and are None when no sampled image could be scored.
     """
 
-    images: int
-    sample: int
-    sample_quarantined: int
-    device: str
-    load_seconds: float
-    seconds_per_image: float | None
-    regions_per_image: float | None
-    prompts: int
-    tokens_per_region: int
-    seconds: float | None
-    gpu_hours: float | None
+    figures: dict[str, Any]
     examples: list[ImageExample]
-
-    def figures(self) -> dict[str, Any]:
-        """Return everything but the examples, for a terminal."""
-        regions = self.regions_per_image
-        total = None if regions is None else round(regions * self.images)
-        return {
-            "images": self.images,
-            "regions": total,
-            "prompts": self.prompts,
-            "tokens a region": self.tokens_per_region,
-            "sample": self.sample,
-            "sample quarantined": self.sample_quarantined,
-            "device": self.device,
-            "seconds to load": self.load_seconds,
-            "seconds an image": self.seconds_per_image,
-            "regions an image": regions,
-            "seconds in all": self.seconds,
-            "GPU-hours": self.gpu_hours,
-        }
 
 
 def estimate(
@@ -110,8 +80,10 @@ def estimate(
     scorer = region_scorer(captioner, assignment, device)
     load_seconds = time.monotonic() - started
     count = min(sample, selection.num_rows)
-    rows: Sequence[int] = np.linspace(0, selection.num_rows - 1, count).astype(int).tolist()
-    tasks, failures = _decode(config, selection, rows)
+    rows: list[int] = np.linspace(0, selection.num_rows - 1, count).astype(int).tolist()
+    decoded = decode_batch(selection.take(rows), config.images)
+    good = np.flatnonzero(decoded["error_kind"].is_null().to_numpy()).tolist()
+    tasks, failures = [image_task(decoded, row) for row in good], len(rows) - len(good)
     times, scored = [], []
     for number, task in enumerate(tasks):
         if number == 0:
@@ -124,24 +96,28 @@ def estimate(
         times.append(time.monotonic() - started)
         scored.append((task, result))
     info = table_info(captioner, assignment)
-    per_image = sum(times) / len(times) if times else None
-    seconds = None if per_image is None else per_image * selection.num_rows / config.pool.max_size
-    gpus = config.pool.max_size * config.pool.num_gpus
+    count, pool = selection.num_rows, config.pool
+    regions = per_image = seconds = None
+    if times:
+        per_image = sum(times) / len(times)
+        seconds = per_image * count / pool.max_size
+        regions = sum(len(result.regions) for _, result in scored) / len(times)
+    figures = {
+        "images": count,
+        "regions": None if regions is None else round(regions * count),
+        "prompts": 0 if config.teacher.mode == "captions" else len(assignment.prompts.texts),
+        "tokens a region": sum(sum(of_class) for of_class in info["token_counts"]),
+        "sample": len(times),
+        "sample quarantined": failures,
+        "device": device,
+        "seconds to load": load_seconds,
+        "seconds an image": per_image,
+        "regions an image": regions,
+        "seconds in all": None if seconds is None else load_seconds + seconds,
+        "GPU-hours": None if seconds is None else seconds * pool.max_size * pool.num_gpus / 3600,
+    }
     return Estimate(
-        images=selection.num_rows,
-        sample=len(times),
-        sample_quarantined=failures,
-        device=device,
-        load_seconds=load_seconds,
-        seconds_per_image=per_image,
-        regions_per_image=(
-            sum(len(result.regions) for _, result in scored) / len(times) if times else None
-        ),
-        prompts=0 if config.teacher.mode == "captions" else len(assignment.prompts.texts),
-        tokens_per_region=sum(sum(of_class) for of_class in info["token_counts"]),
-        seconds=None if seconds is None else load_seconds + seconds,
-        gpu_hours=None if seconds is None else seconds * gpus / 3600,
-        examples=_examples(scored, scorer, info, assignment, filtering or FilterConfig()),
+        figures, _examples(scored, scorer, info, assignment, filtering or FilterConfig())
     )
 
 
@@ -154,15 +130,6 @@ def _load(config: LabelConfig) -> tuple[Captioner, str]:
         if not torch.cuda.is_available():
             pool = pool.model_copy(update={"num_gpus": 0.0})
     return load_on_device(config.model_copy(update={"pool": pool}))
-
-
-def _decode(
-    config: LabelConfig, selection: pa.Table, rows: Sequence[int]
-) -> tuple[list[ImageTask], int]:
-    """Return the readable images of some rows, and how many are not."""
-    decoded = decode_batch(selection.take(list(rows)), config.images)
-    good = np.flatnonzero(decoded["error_kind"].is_null().to_numpy()).tolist()
-    return [image_task(decoded, row) for row in good], len(rows) - len(good)
 
 
 def _examples(

@@ -1,6 +1,6 @@
 """One batch of decoded images through a teacher, with every failure kept to its own image.
 
-How crops are scored is one of three `ClassScorer`s: all prompts, the best of them, or captions.
+How crops are scored is one of two `ClassScorer`s: by prompts, or by captions.
 `RegionScorer` does the rest. Neither knows Ray or files.
 
 Shape legend: R regions, P prompts, C classes.
@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from hts_ray.teacher.captioner import (
     Captioner,
     ClassPrompts,
     SearchingCaptioner,
-    keep_top,
+    TopSearch,
     score_classes,
 )
 from hts_ray.teacher.detector import Detector
@@ -40,66 +39,37 @@ NOT_FINITE = "not_finite"
 
 # From captions to one {class position: probability} each; see `hts_ray.captions.matching`.
 CaptionMatcher = Callable[[Sequence[str]], list[dict[int, float]]]
-
-
-class ClassScorer(Protocol):
-    """How the classes of a region get their scores."""
-
-    def __call__(
-        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
-    ) -> FloatArray:
-        """Return class scores (R, C) float32 of R crops and the captions of each.
-
-        -inf means that the class was left out, NaN that the model failed.
-        """
+# Class scores (R, C) float32 of R crops and the captions of each: -inf means that the class was
+# left out, NaN that the model failed.
+ClassScorer = Callable[[Sequence[Pixels], Sequence[Sequence[Caption]]], FloatArray]
 
 
 @dataclass(frozen=True)
-class AllPrompts:
-    """mode=prompts, search=all: log-likelihoods of every class."""
+class PromptLikelihoods:
+    """mode=prompts: log-likelihoods of every class, or, exactly, of those that a search keeps."""
 
     captioner: Captioner
     prompts: ClassPrompts
     teacher: TeacherConfig
+    search: TopSearch | None = None
 
     def __call__(
         self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
     ) -> FloatArray:
         """See `ClassScorer`."""
-        scores_RC = self.exact(crops)
-        scores_RC[np.isneginf(scores_RC)] = np.nan
-        return scores_RC
-
-    def exact(self, crops: Sequence[Pixels]) -> FloatArray:
-        """Return the log-likelihoods (R, C) of every class."""
-        return score_classes(
+        if self.search is not None and isinstance(self.captioner, SearchingCaptioner):
+            return self.captioner.score_top(crops, self.prompts, self.search)
+        scores_RC = score_classes(
             self.captioner,
             crops,
             self.prompts,
             length_normalize=self.teacher.length_normalize,
             reduction=self.teacher.template_reduction,
         )
-
-
-@dataclass(frozen=True)
-class TopPrompts(AllPrompts):
-    """mode=prompts, search=top_k: the best classes by score + `offsets_C`, exact."""
-
-    offsets_C: FloatArray | None = None
-
-    def __call__(
-        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
-    ) -> FloatArray:
-        """See `ClassScorer`."""
-        if isinstance(self.captioner, SearchingCaptioner):
-            return self.captioner.score_top(
-                crops,
-                self.prompts,
-                top_k=self.teacher.top_k,
-                reduction=self.teacher.template_reduction,
-                offsets_C=self.offsets_C,
-            )
-        return keep_top(self.exact(crops), self.teacher.top_k, self.offsets_C)
+        if self.search is not None:
+            return self.search.keep(scores_RC)
+        scores_RC[np.isneginf(scores_RC)] = np.nan
+        return scores_RC
 
 
 @dataclass(frozen=True)

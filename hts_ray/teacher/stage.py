@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig
-from hts_ray.engine.deaths import AttemptLog, Deaths
+from hts_ray.engine.deaths import start_log
 from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.image_pass import (
     CHECKPOINT,
@@ -160,40 +160,6 @@ def _bad_boxes(stage: StageFolder) -> pa.Table:
     ]
     names = ("image_id", "uri", "error_kind", "error")
     return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in names]))
-
-
-class RemoteLog:
-    """An AttemptLog in an actor; it forgets rather than fails when that actor is lost."""
-
-    def __init__(self, handle: Any, meter: Meter) -> None:
-        self.handle = handle
-        self.meter = meter
-
-    def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
-        """See AttemptLog."""
-        import ray
-
-        try:
-            answer: list[Deaths] | None = ray.get(self.handle.begin.remote(list(ids), alone))
-        except ray.exceptions.RayActorError:
-            return None
-        if answer is not None:
-            self.meter.count(retries=len(ids))
-        return answer
-
-    def end(self, ids: Sequence[str]) -> None:
-        """See AttemptLog; nobody waits for the answer."""
-        self.handle.end.remote(list(ids))
-
-
-def start_log(meter: Meter) -> RemoteLog:
-    """Start the log of a run on the driver's node, beside whatever else runs there."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(AttemptLog).options(num_cpus=0, scheduling_strategy=node)
-    return RemoteLog(actor.remote(), meter)
 
 
 def block_rows(config: LabelConfig, images: int) -> int:

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hts_ray.errors import DataError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.boxes import GivenBoxes, GivenImage, read_given_boxes
 from hts_ray.images.regions import Detection
 
@@ -381,9 +381,9 @@ def test_other_parquet_is_refused(tmp_path: Path, columns: dict[str, Any], messa
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     """Catches the storage's traceback for a path that leads nowhere."""
-    with pytest.raises(DataError, match=r"no file .*label\.regions\.boxes"):
+    with pytest.raises(ConfigError, match=r"label\.regions\.boxes = .*cannot be read.*[Nn]o such"):
         read_given_boxes(str(tmp_path / "none.json"))
-    with pytest.raises(DataError):
+    with pytest.raises(ConfigError):
         read_given_boxes(str(tmp_path))
 
 

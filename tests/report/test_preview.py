@@ -13,20 +13,15 @@ from hts_ray.teacher.estimate import Estimate, ImageExample, RegionExample
 
 
 def measured(*examples: ImageExample) -> Estimate:
-    return Estimate(
-        images=9,
-        sample=len(examples),
-        sample_quarantined=0,
-        device="cpu",
-        load_seconds=1.0,
-        seconds_per_image=0.5,
-        regions_per_image=2.0,
-        prompts=6,
-        tokens_per_region=30,
-        seconds=5.5,
-        gpu_hours=None,
-        examples=list(examples),
-    )
+    figures = {
+        "images": 9,
+        "sample": len(examples),
+        "device": "cpu",
+        "seconds an image": 0.5,
+        "tokens a region": 30,
+        "GPU-hours": None,
+    }
+    return Estimate(figures, list(examples))
 
 
 def example(caption: str = "a man rides") -> ImageExample:

@@ -13,7 +13,7 @@ from hts_ray.teacher.actor import region_scorer, table_info
 from hts_ray.teacher.captioner import DummyCaptioner
 from hts_ray.teacher.models.files import NamedModel
 from hts_ray.teacher.prior import prior_log_likelihoods
-from hts_ray.teacher.scorers import CaptionVotes, TopPrompts
+from hts_ray.teacher.scorers import CaptionVotes, PromptLikelihoods
 
 
 def test_table_info_tells_what_the_scores_are(tmp_path: Path) -> None:
@@ -38,9 +38,10 @@ def test_scorer_gets_what_the_settings_ask_for(tmp_path: Path) -> None:
     assert scorer.caption is None
     prior = prior_log_likelihoods(DummyCaptioner(), assignment)
     assert prior is not None
-    assert isinstance(scorer.class_scores, TopPrompts)
-    assert scorer.class_scores.offsets_C is not None
-    np.testing.assert_allclose(scorer.class_scores.offsets_C, -0.5 * prior)
+    assert isinstance(scorer.class_scores, PromptLikelihoods)
+    assert scorer.class_scores.search is not None
+    assert scorer.class_scores.search.offsets_C is not None
+    np.testing.assert_allclose(scorer.class_scores.search.offsets_C, -0.5 * prior)
     speaking = region_scorer(DummyCaptioner(), plan(tmp_path, table, mode="captions"), "cpu")
     assert speaking.caption is not None
     assert isinstance(speaking.class_scores, CaptionVotes)

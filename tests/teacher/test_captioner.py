@@ -22,8 +22,8 @@ from hts_ray.teacher.captioner import (
     DummyCaptioner,
     PromptScores,
     SearchingCaptioner,
+    TopSearch,
     class_scores,
-    keep_top,
     score_classes,
 )
 from hts_ray.teacher.models.architectures import CrossAttentionDecoder, GitDecoder
@@ -147,7 +147,7 @@ def test_search_leaves_out_the_same_classes_by_trie_and_by_batches(
     usual = captioner.decoder.workspace
     for workspace in (1, usual):
         captioner.decoder.workspace = workspace
-        found = captioner.score_top(images, prompts, top_k=4)
+        found = captioner.score_top(images, prompts, TopSearch(4))
         kept = np.isfinite(found)
         assert (kept.sum(1) == 4).all()
         np.testing.assert_allclose(found[kept], exact[kept], atol=1e-3)
@@ -187,7 +187,7 @@ def test_class_scores_average_templates() -> None:
 def test_nan_is_not_a_class_that_was_left_out() -> None:
     """Catches a broken model whose NaN sorts last and is stored as probability 0."""
     scores = np.array([[-1.0, np.nan, -3.0], [-1.0, -2.0, -3.0]], np.float32)
-    kept = keep_top(scores, 1)
+    kept = TopSearch(1).keep(scores)
     assert np.isnan(kept[0]).all()
     assert kept[1].tolist() == [-1.0, -np.inf, -np.inf]
 

@@ -47,15 +47,17 @@ def test_figures_and_examples(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     images = open_manifest(manifest)
     found = estimate(config(), images, CLASSES, sample=3, filtering=FilterConfig())
-    assert (found.images, found.sample, found.sample_quarantined) == (9, 2, 1)
-    assert found.seconds_per_image is not None
-    assert found.seconds_per_image > 14 * 0.001
-    assert found.seconds == pytest.approx(found.load_seconds + 9 * found.seconds_per_image)
-    assert found.gpu_hours == 0
-    assert found.regions_per_image == 14
-    assert found.prompts == 6
-    assert found.tokens_per_region == sum(len(p.split()) for p in CLASSES.primary_prompts)
-    assert found.figures()["regions"] == 14 * 9
+    assert [found.figures[name] for name in ("images", "sample", "sample quarantined")] == [9, 2, 1]
+    assert found.figures["seconds an image"] is not None
+    assert found.figures["seconds an image"] > 14 * 0.001
+    assert found.figures["seconds in all"] == pytest.approx(
+        found.figures["seconds to load"] + 9 * found.figures["seconds an image"]
+    )
+    assert found.figures["GPU-hours"] == 0
+    assert found.figures["regions an image"] == 14
+    assert found.figures["prompts"] == 6
+    assert found.figures["tokens a region"] == sum(len(p.split()) for p in CLASSES.primary_prompts)
+    assert found.figures["regions"] == 14 * 9
     assert sorted(tmp_path.rglob("*")) == before
     assert [len(example.regions) for example in found.examples] == [14, 14]
     shown = found.examples[0].regions[0]
@@ -73,17 +75,21 @@ def test_gpu_hours_are_of_all_actors(tmp_path: Path) -> None:
         update={"pool": type(config().pool).model_validate(pool)},
     )
     found = estimate(settings, open_manifest(manifest), CLASSES, sample=2)
-    assert found.seconds_per_image is not None
-    assert found.seconds == pytest.approx(found.load_seconds + found.seconds_per_image)
-    assert found.gpu_hours == pytest.approx(4 * found.seconds_per_image * 0.5 / 3600)
+    assert found.figures["seconds an image"] is not None
+    assert found.figures["seconds in all"] == pytest.approx(
+        found.figures["seconds to load"] + found.figures["seconds an image"]
+    )
+    assert found.figures["GPU-hours"] == pytest.approx(
+        4 * found.figures["seconds an image"] * 0.5 / 3600
+    )
 
 
 def test_nothing_readable(tmp_path: Path) -> None:
     """Catches a division by an empty sample."""
     manifest = make_manifest(tmp_path, 0, ["empty.jpg"])
     found = estimate(config(), open_manifest(manifest), CLASSES)
-    assert found.seconds is None
-    assert found.figures()["regions"] is None
+    assert found.figures["seconds in all"] is None
+    assert found.figures["regions"] is None
 
 
 def test_wrong_settings_are_refused_first(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hts_ray.config import CaptionConfig, TeacherConfig
 from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Region
-from hts_ray.teacher.captioner import Captioner, ClassPrompts
+from hts_ray.teacher.captioner import Captioner, ClassPrompts, TopSearch
 from hts_ray.teacher.models.loading import load_captioner
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +49,7 @@ def test_searches_and_captions_run_there(tiny_blip_path: Path) -> None:
     """Catches bookkeeping left on the CPU by a search or by writing captions."""
     captioner = loaded(tiny_blip_path, "float16", "cuda")
     prompts = ClassPrompts.of([[prompt] for prompt in PROMPTS], 1)
-    top = captioner.score_top(crops(), prompts, top_k=1)  # type: ignore[attr-defined]
+    top = captioner.score_top(crops(), prompts, TopSearch(1))  # type: ignore[attr-defined]
     assert (np.isfinite(top).sum(1) == 1).all()
     for decoding, count in (("greedy", 1), ("beam", 2), ("sample", 3)):
         settings = CaptionConfig.model_validate({"decoding": decoding, "count": count})

@@ -11,15 +11,14 @@ import pytest
 from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Detection
-from hts_ray.teacher.captioner import Caption, ClassPrompts, DummyCaptioner, PromptScores
+from hts_ray.teacher.captioner import Caption, ClassPrompts, DummyCaptioner, PromptScores, TopSearch
 from hts_ray.teacher.scorers import (
-    AllPrompts,
     CaptionVotes,
     ImageFailure,
     ImageTask,
+    PromptLikelihoods,
     RegionScorer,
     ScoredImage,
-    TopPrompts,
 )
 
 
@@ -53,7 +52,9 @@ class FragileCaptioner(DummyCaptioner):
 def scorer(captioner: DummyCaptioner) -> RegionScorer:
     prompts = ClassPrompts.of([["a b"], ["c", "d"]], 2)
     regions = RegionsConfig(grid_scales=(), grid_steps=())
-    return RegionScorer(captioner, AllPrompts(captioner, prompts, TeacherConfig()), regions, 8)
+    return RegionScorer(
+        captioner, PromptLikelihoods(captioner, prompts, TeacherConfig()), regions, 8
+    )
 
 
 def marked(*marks: int) -> list[ImageTask]:
@@ -131,11 +132,11 @@ def test_search_on_a_teacher_that_knows_none() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
     images = [ImageTask(DecodedImage(of_image, 20, 20)) for of_image in pixels]
     captioner = DummyCaptioner()
-    everything = AllPrompts(captioner, prompts, TeacherConfig())
+    everything = PromptLikelihoods(captioner, prompts, TeacherConfig())
     exact = RegionScorer(captioner, everything, regions)(images)
     offsets = np.linspace(0, 30, 12, dtype=np.float32)
-    settings = TeacherConfig(search="top_k", top_k=4, search_alpha=0.5)
-    best_four = TopPrompts(captioner, prompts, settings, offsets)
+    search = TopSearch(4, offsets_C=offsets)
+    best_four = PromptLikelihoods(captioner, prompts, TeacherConfig(), search)
     top = RegionScorer(captioner, best_four, regions)(images)
     for all_scores, kept in zip(exact, top, strict=True):
         assert isinstance(all_scores, ScoredImage)
@@ -165,7 +166,7 @@ def test_given_boxes_and_detections_become_regions() -> None:
     prompts = ClassPrompts.of([["a"], ["b"]], 1)
     regions = RegionsConfig(grid_scales=(), grid_steps=(), margins=(0.0, 0.5))
     captioner, given = DummyCaptioner(), Given()
-    scores = AllPrompts(captioner, prompts, TeacherConfig())
+    scores = PromptLikelihoods(captioner, prompts, TeacherConfig())
     scorer = RegionScorer(captioner, scores, regions, detector=Finder(), given=given)  # type: ignore[arg-type]
     result = scorer([ImageTask(image, "a", "/a.png")])[0]
     assert isinstance(result, ScoredImage)

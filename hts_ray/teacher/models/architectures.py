@@ -8,6 +8,7 @@ width, H x W pixels.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -149,30 +150,56 @@ class GitDecoder(Decoder):
         return sequence_log_likelihood(logits[:, -len(sequence) - 1 : -1], sequence)
 
 
-class PrefixDecoder(Decoder):
+class ProcessedDecoder(Decoder):
+    """Captioners whose processor makes a model's inputs of each region and an instruction.
+
+    Prepared regions are those inputs, mappings. `language_model` is what runs on prompt tokens;
+    `pad_id` fills the token ids of shorter inputs on the left.
+    """
+
+    def __init__(
+        self, model: Any, head: Any, language_model: Any, *, pad_id: int, **rest: Any
+    ) -> None:
+        super().__init__(model, head, **rest)
+        self.language_model = language_model
+        self.pad_id = pad_id
+
+    def joins(self, first: Mapping[str, Tensor], image: Mapping[str, Tensor]) -> bool:
+        """Return whether two regions can be read together: those of one length."""
+        return first["input_ids"].shape == image["input_ids"].shape
+
+    @abstractmethod
+    def asked(self, image: Mapping[str, Tensor], sequence: TokenIds) -> Mapping[str, Tensor]:
+        """Return the inputs of one region, the start tokens and a prompt."""
+
+    def reference(self, images: Sequence[Mapping[str, Tensor]], sequence: TokenIds) -> Tensor:
+        """Return the sums (R,) of one full forward a region."""
+        sums = []
+        for image in images:
+            inputs = self.moved(self.asked(image, sequence))
+            logits = self.model(**inputs, use_cache=False).logits
+            sums.append(sequence_log_likelihood(logits[:, -len(sequence) - 1 : -1], sequence))
+        return torch.cat(sums)
+
+    def moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return inputs on the model's device."""
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
+
+
+class PrefixDecoder(ProcessedDecoder):
     """Decoder-only captioners: image and instruction are tokens in front of the prompt.
 
     This one reads as LLaVA, LLaVA-OneVision and SmolVLM do: positions count from `first` over what
-    is not padding, and the model itself runs behind its prefix. Prepared regions are mappings of
-    the model's inputs, as the processor makes them of one region; `pad_id` fills the token ids of
-    shorter prefixes on the left, where the family `pads`.
+    is not padding, and the model itself runs behind its prefix.
     """
 
     first = 0
     pads = True  # whether prefixes of unequal length can be read together
+    text_model = ""  # what of the model runs behind its prefix, "" for all
 
-    def __init__(self, model: Any, *, pad_id: int, **rest: Any) -> None:
-        super().__init__(model, model.get_output_embeddings(), **rest)
-        self.pad_id = pad_id
-        self.language_model = self.behind_prefix(model)
-
-    def behind_prefix(self, model: Any) -> Any:
-        """Return what runs on tokens behind the prefix."""
-        return model
-
-    def prefix_cache(self, output: Any) -> Any:
-        """Return the cache of the forward that read the prefix."""
-        return output.past_key_values
+    def __init__(self, model: Any, **rest: Any) -> None:
+        language_model = getattr(model, self.text_model) if self.text_model else model
+        super().__init__(model, model.get_output_embeddings(), language_model, **rest)
 
     def prefix_positions(self, mask: Tensor) -> dict[str, Tensor]:
         """Return the position ids of a prefix; `mask` (R, L) is 0 for padding."""
@@ -189,15 +216,13 @@ class PrefixDecoder(Decoder):
     def joins(self, first: Mapping[str, Tensor], image: Mapping[str, Tensor]) -> bool:
         """Return whether two regions can be read together: padded, or of one length."""
         # A batch of prompts has no mask for a prefix's padding.
-        alike = first["input_ids"].shape == image["input_ids"].shape
-        return alike or (self.pads and self.by_trie)
+        return super().joins(first, image) or (self.pads and self.by_trie)
 
     def encode(self, images: Sequence[Mapping[str, Tensor]]) -> Prefix:
         """Read image and instruction of R regions."""
-        device = self.model.device
         regions = list(images)
         assert all(self.joins(regions[0], region) for region in regions)
-        inputs = {name: value.to(device) for name, value in collate(regions, self.pad_id).items()}
+        inputs = self.moved(collate(regions, self.pad_id))
         mask = inputs["attention_mask"]
         padded = not bool(mask.all())
         positions = self.prefix_positions(mask) if padded else {}
@@ -205,8 +230,9 @@ class PrefixDecoder(Decoder):
             self.head, lambda: self.model(**inputs, **positions, use_cache=True)
         )
         root = hidden[:, -1:]
+        output = getattr(output, "language_model_outputs", output)
         return Prefix(
-            self.prefix_cache(output),
+            output.past_key_values,
             root,
             self.first_position(mask).to(root.device),
             visible=mask.bool().to(root.device) if padded else None,
@@ -224,17 +250,9 @@ class PrefixDecoder(Decoder):
             **self.position_ids(positions),
         )
 
-    def reference(self, images: Sequence[Mapping[str, Tensor]], sequence: TokenIds) -> Tensor:
-        """Return the sums (R,) of one full forward a region, image and instruction included."""
-        device = self.model.device
-        tokens = torch.tensor([sequence])
-        sums = []
-        for image in images:
-            inputs = extended(image, tokens)
-            inputs = {name: value.to(device) for name, value in inputs.items()}
-            logits = _logits(self.model(**inputs, use_cache=False))
-            sums.append(sequence_log_likelihood(logits[:, -len(sequence) - 1 : -1], sequence))
-        return torch.cat(sums)
+    def asked(self, image: Mapping[str, Tensor], sequence: TokenIds) -> Mapping[str, Tensor]:
+        """Return image, instruction and prompt as one text."""
+        return extended(image, torch.tensor([sequence]))
 
 
 class PaliGemmaDecoder(PrefixDecoder):
@@ -269,66 +287,34 @@ class QFormerDecoder(PrefixDecoder):
     """BLIP-2 and InstructBLIP: the language model runs without the image's part."""
 
     pads = False  # a Q-Former's queries are as many for every image
-
-    def behind_prefix(self, model: Any) -> Any:
-        """Return the text model with its head."""
-        return model.language_model
-
-    def prefix_cache(self, output: Any) -> Any:
-        """Return the text model's cache."""
-        return output.language_model_outputs.past_key_values
+    text_model = "language_model"
 
 
 class KosmosDecoder(PrefixDecoder):
     """Kosmos-2: the text model counts positions from its cache."""
 
     pads = False
-
-    def behind_prefix(self, model: Any) -> Any:
-        """Return the text model with its head."""
-        return model.text_model
+    text_model = "text_model"
 
     def position_ids(self, positions: Tensor) -> dict[str, Tensor]:
         """Return nothing."""
         return {}
 
 
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = output.logits
-    return logits
+class SequenceToSequenceDecoder(ProcessedDecoder):
+    """Captioners that read image and instruction with an encoder: BLIP-2 T5, Florence-2."""
 
-
-class SequenceToSequenceDecoder(Decoder):
-    """Captioners that read image and instruction with an encoder: BLIP-2 T5, Florence-2.
-
-    `language_model` is what runs on prompt tokens, with the head.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        language_model: Any,
-        *,
-        pad_id: int,
-        **rest: Any,
-    ) -> None:
-        super().__init__(model, language_model.get_output_embeddings(), **rest)
-        self.language_model = language_model
-        self.pad_id = pad_id
+    def __init__(self, model: Any, language_model: Any, **rest: Any) -> None:
+        super().__init__(model, language_model.get_output_embeddings(), language_model, **rest)
 
     def context(self, image: Mapping[str, Tensor]) -> tuple[int, int]:
         """Return the start tokens, and the encoder's."""
         return len(self.start_ids), len(image["input_ids"][0])
 
-    def joins(self, first: Mapping[str, Tensor], image: Mapping[str, Tensor]) -> bool:
-        """Return whether two regions can be read together: those of one length."""
-        return first["input_ids"].shape == image["input_ids"].shape
-
     def encode(self, images: Sequence[Mapping[str, Tensor]]) -> Prefix:
         """Run the encoder on image and instruction, and the decoder on the start tokens."""
         device = self.model.device
-        inputs = collate(list(images), self.pad_id)
-        inputs = {name: value.to(device) for name, value in inputs.items()}
+        inputs = self.moved(collate(list(images), self.pad_id))
         regions = len(inputs["input_ids"])
         start = torch.tensor(self.start_ids, device=device).expand(regions, -1)
         hidden, output = capture_hidden(
@@ -356,16 +342,9 @@ class SequenceToSequenceDecoder(Decoder):
             use_cache=True,
         )
 
-    def reference(self, images: Sequence[Mapping[str, Tensor]], sequence: TokenIds) -> Tensor:
-        """Return the sums (R,) of one full forward a region."""
-        device = self.model.device
-        ids = torch.tensor([[*self.start_ids, *sequence]], device=device)
-        sums = []
-        for image in images:
-            inputs = {name: value.to(device) for name, value in image.items()}
-            logits = _logits(self.model(**inputs, decoder_input_ids=ids, use_cache=False))
-            sums.append(sequence_log_likelihood(logits[:, len(self.start_ids) - 1 : -1], sequence))
-        return torch.cat(sums)
+    def asked(self, image: Mapping[str, Tensor], sequence: TokenIds) -> Mapping[str, Tensor]:
+        """Return the encoder's inputs and the decoder's tokens."""
+        return {**image, "decoder_input_ids": torch.tensor([[*self.start_ids, *sequence]])}
 
 
 class Florence2Decoder(SequenceToSequenceDecoder):

@@ -94,14 +94,6 @@ class Loaded:
     folder: Path
     model: Any
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` besides the folder."""
-        return {
-            "local_files_only": True,
-            "trust_remote_code": self.config.trust_remote_code,
-        }
-
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer, of families that need no processor."""
@@ -132,7 +124,11 @@ class Loaded:
 
     def _load(self, kind: Any) -> Any:
         try:
-            return kind.from_pretrained(self.folder, **self.options)
+            return kind.from_pretrained(
+                self.folder,
+                local_files_only=True,
+                trust_remote_code=self.config.trust_remote_code,
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
             raise model_error(
                 self.config,

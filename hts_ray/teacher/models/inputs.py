@@ -5,8 +5,8 @@ Shape legend: R regions, H x W pixels, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def on_device(images: Sequence[Pixels], device: str) -> list[Tensor]:
     ]
 
 
-class RegionInputs(Sequence[dict[str, Tensor]]):
+class RegionInputs:
     """What a processor makes of R regions, computed when a region is asked for.
 
     Tiles of one region can take 50 MB, so that all of a batch are not held at once. Entries are
@@ -80,16 +80,8 @@ class RegionInputs(Sequence[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> RegionInputs: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Tensor] | RegionInputs:
-        if isinstance(index, slice):
-            return RegionInputs(self.images[index], self.process)
-        return self.process(self.images[index])
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return map(self.process, self.images)
 
 
 def collate(regions: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tensor]:

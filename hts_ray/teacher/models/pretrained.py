@@ -25,9 +25,8 @@ from hts_ray.teacher.captioner import (
     Caption,
     ClassPrompts,
     PromptScores,
-    Reduction,
+    TopSearch,
     class_scores,
-    keep_top,
 )
 from hts_ray.teacher.models.catalog import TeacherModel, model_error, supported_families
 from hts_ray.teacher.models.families import Family, Loaded, build_family
@@ -103,36 +102,20 @@ class TransformersCaptioner:
         )
 
     def score_top(
-        self,
-        images: Sequence[Pixels],
-        prompts: ClassPrompts,
-        *,
-        top_k: int,
-        reduction: Reduction = "log_mean_exp",
-        offsets_C: FloatArray | None = None,
+        self, images: Sequence[Pixels], prompts: ClassPrompts, search: TopSearch
     ) -> FloatArray:
         """Return class log-likelihoods (R, C), -inf for the classes that were left out.
 
         A family without a trie scores every class and leaves out the same ones.
         """
         decoder = self.decoder
-        if not decoder.by_trie:
-            scores = class_scores(self.score(images, prompts.texts), prompts, reduction=reduction)
-            return keep_top(scores, top_k, offsets_C)
+        if search.top_k >= len(prompts) or not decoder.by_trie:
+            scores = self.score(images, prompts.texts)
+            return search.keep(class_scores(scores, prompts, reduction=search.reduction))
         sequences = self.tokenize(prompts.texts)
+        groups = decoder.groups(self.prepare(images))
         return np.concatenate(
-            [
-                score_top(
-                    decoder,
-                    group,
-                    sequences,
-                    prompts.counts,
-                    top_k=top_k,
-                    reduction=reduction,
-                    offsets_C=offsets_C,
-                )[0]
-                for group in decoder.groups(self.prepare(images))
-            ]
+            [score_top(decoder, group, sequences, prompts.counts, search)[0] for group in groups]
         )
 
     @torch.inference_mode()

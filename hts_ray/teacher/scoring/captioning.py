@@ -83,7 +83,7 @@ class RowContinuation(Continuation):
             order = (parents + offsets).flatten().tolist()
             if order != list(range(len(order))):
                 self.rows = select_regions(self.rows, order)
-        hidden = self.decoder.feed_rows(self.rows, tokens.reshape(-1, 1))
+        hidden = self.decoder.feed(self.rows, tokens.reshape(-1, 1))
         self.log_probs = self._of(hidden).view(regions, texts, -1)
 
 

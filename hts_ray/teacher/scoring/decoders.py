@@ -245,19 +245,26 @@ class Decoder(ABC):
         logits: Tensor = self.head(hidden.contiguous())
         return logits.float()
 
-    # By trie
+    def feed(
+        self,
+        prefix: Prefix,
+        tokens: Tensor,
+        depths: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Feed N tokens and return their hidden states (R, N, D) in front of the head.
 
-    def feed(self, prefix: Prefix, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
-        """Feed N tree nodes and return their hidden states (R, N, D) in front of the head.
-
-        `tokens` and `depths` (1 below the root) are (N,) or (R, N); `visible`, (N, fed + N) or
-        (R, N, fed + N) bool, says which fed nodes each one sees, itself included.
+        `tokens` is (N,) or (R, N). Each sees all before it, or, of a tree, what `visible` says,
+        (N, fed + N) or (R, N, fed + N) bool, itself included; `depths` (1 below the root) has the
+        shape of the tokens.
         """
         regions, nodes = len(prefix), tokens.shape[-1]
         device = prefix.root.device
+        if depths is None:
+            depths = torch.arange(1, nodes + 1) + prefix.fed
         tokens = tokens.to(device).expand(regions, nodes)
         positions = depths.to(device).expand(regions, nodes) - 1 + prefix.first_position[:, None]
-        mask = additive_mask(prefix, visible)
+        mask = None if visible is None else additive_mask(prefix, visible)
         hidden, _ = capture_hidden(self.head, lambda: self.forward(prefix, tokens, positions, mask))
         prefix.fed += nodes
         return hidden
@@ -285,8 +292,6 @@ class Decoder(ABC):
             scores[:, prompts] = trie.sum_paths(edge_log_probs(self.head, hidden, trie))
         return scores
 
-    # By batches
-
     def _by_batches(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
         # Prompts of equal length share a batch, for less padding.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -308,38 +313,31 @@ class Decoder(ABC):
     def _batch(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
         """Return the sums (P,) of P prompts behind P copies of a region."""
         device = prefix.root.device
-        longest = max(len(sequence) for sequence in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        real = torch.zeros(len(sequences), longest, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            real[row, : len(sequence)] = True
-        ids, real = ids.to(device), real.to(device)
+        padded = [torch.tensor(sequence) for sequence in sequences]
+        ids = nn.utils.rnn.pad_sequence(padded, batch_first=True).to(device)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         hidden = prefix.root
-        if longest > 1:
-            hidden = torch.cat([hidden, self.feed_rows(prefix, ids[:, :-1])], dim=1)
+        if ids.shape[1] > 1:
+            hidden = torch.cat([hidden, self.feed(prefix, ids[:, :-1])], dim=1)
         scores = torch.zeros(ids.shape, device=device)
-        scores[real] = self._token_log_probs(hidden[real], ids[real])
+        rows = torch.arange(int(lengths.sum()), device=device)
+        scores[real] = self.token_log_probs(hidden[real], rows, ids[real])
         return scores.sum(1)
 
-    def feed_rows(self, prefix: Prefix, tokens: Tensor) -> Tensor:
-        """Feed tokens (R, N), each seeing all before it, and return hidden states (R, N, D)."""
-        steps = torch.arange(tokens.shape[1], device=tokens.device) + prefix.fed
-        positions = prefix.first_position[:, None] + steps
-        hidden, _ = capture_hidden(self.head, lambda: self.forward(prefix, tokens, positions, None))
-        prefix.fed += tokens.shape[1]
-        return hidden
+    def token_log_probs(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return log P(token) float32 (E,) behind rows, ascending, of hidden states (N, D).
 
-    def _token_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return log P(target) (N,) of hidden states (N, D), some of the vocabulary at a time."""
+        The vocabulary projection runs over some rows at a time.
+        """
         chunk = max(1, prompt_tree.MAX_LOGITS // self.vocabulary)
         parts = []
-        for first in range(0, len(targets), chunk):
-            logits = self.project(hidden[first : first + chunk])
-            tokens = targets[first : first + chunk]
-            chosen = logits.gather(1, tokens[:, None].to(logits.device))[:, 0]
-            parts.append(chosen - logits.logsumexp(-1))
-        return torch.cat(parts).to(hidden.device)
+        for first in range(0, len(hidden), chunk):
+            logits = self.project(hidden[None, first : first + chunk])[0]
+            within = (rows >= first) & (rows < first + chunk)
+            row = rows[within] - first
+            parts.append(logits[row, tokens[within]] - logits.logsumexp(-1)[row])
+        return torch.cat(parts)
 
 
 def _joined(images: Any, group: list[Any]) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hts_ray.store.aliases import FloatArray
-from hts_ray.teacher.captioner import Reduction, keep_top, reduce_templates
+from hts_ray.teacher.captioner import Reduction, TopSearch
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.decoders import Decoder, Prefix, select_regions
 from hts_ray.teacher.scoring.trie import TokenIds
@@ -64,21 +64,17 @@ def score_top(
     images: Any,
     sequences: Sequence[TokenIds],
     counts: Sequence[int],
-    *,
-    top_k: int,
-    reduction: Reduction = "log_mean_exp",
-    offsets_C: FloatArray | None = None,
+    search: TopSearch,
 ) -> tuple[FloatArray, SearchStats]:
     """Return class log-likelihoods (R, C) float32, -inf for the classes left out, and the cost.
 
     `images` is what the family's preprocessing made of R regions; `sequences` are P prompts
-    class by class, `counts` (C,) of them each. Each region keeps the `top_k` classes with the
-    largest score + `offsets_C`. A region for which the model gives NaN is NaN throughout. Raises
-    ValueError for shapes that do not fit, offsets that are not finite, or a `top_k` below 1.
+    class by class, `counts` (C,) of them each. A region for which the model gives NaN is NaN
+    throughout. Raises ValueError for shapes that do not fit, offsets that are not finite, or a
+    `top_k` below 1.
     """
-    _check(sequences, counts, top_k, offsets_C)
-    if top_k >= len(counts):
-        return _score_all(decoder, images, sequences, counts, reduction)
+    _check(sequences, counts, search)
+    offsets_C = search.offsets_C
     prefix = decoder.encode(images)
     device = prefix.root.device
     offsets = torch.zeros(len(counts), dtype=torch.float64, device=device)
@@ -86,7 +82,7 @@ def score_top(
         offsets = torch.as_tensor(offsets_C, device=device).double()
     tree = _tree(tuple(tuple(sequence) for sequence in sequences), str(device))
     walk = _Walk(decoder, prefix, tree)
-    scores = _search(walk, _Classes(counts, reduction, device), offsets, top_k)
+    scores = _search(walk, _Classes(counts, search.reduction, device), offsets, search.top_k)
     stats = SearchStats(
         nodes_fed=walk.nodes_fed.cpu().numpy(),
         padded=walk.padded.cpu().numpy(),
@@ -94,38 +90,21 @@ def score_top(
         forwards=walk.forwards,
         completed=(scores > -torch.inf).sum(1).cpu().numpy(),
     )
-    return keep_top(scores.float().cpu().numpy(), top_k, offsets_C), stats
-
-
-def _score_all(
-    decoder: Decoder,
-    images: Any,
-    sequences: Sequence[TokenIds],
-    counts: Sequence[int],
-    reduction: Reduction,
-) -> tuple[FloatArray, SearchStats]:
-    values = decoder.log_likelihoods(images, sequences).double().cpu().numpy()
-    scores_RC = reduce_templates(values, counts, reduction).astype(np.float32)
-    scores_RC[np.isnan(scores_RC).any(axis=1)] = np.nan
-    tries = decoder.tries(sequences)
-    nodes = np.full(len(scores_RC), sum(len(trie) - 1 for trie, _ in tries))
-    forwards = sum(len(trie) > 1 for trie, _ in tries)
-    completed = np.full(len(scores_RC), len(counts))
-    return scores_RC, SearchStats(nodes, nodes, int(nodes[0]), forwards, completed)
+    return search.keep(scores.float().cpu().numpy()), stats
 
 
 def _check(
     sequences: Sequence[TokenIds],
     counts: Sequence[int],
-    top_k: int,
-    offsets_C: FloatArray | None,
+    search: TopSearch,
 ) -> None:
+    offsets_C = search.offsets_C
     if not counts or min(counts) < 1 or sum(counts) != len(sequences):
         raise ValueError(f"{len(sequences)} prompts, but counts of {len(counts)} classes")
     if not all(sequences):
         raise ValueError("every prompt must have at least one token")
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k}: at least one class must be kept")
+    if search.top_k < 1:
+        raise ValueError(f"top_k={search.top_k}: at least one class must be kept")
     if offsets_C is not None and offsets_C.shape != (len(counts),):
         raise ValueError(f"offsets of shape {offsets_C.shape} for {len(counts)} classes")
     if offsets_C is not None and not np.isfinite(offsets_C).all():
@@ -244,7 +223,7 @@ def _search(walk: _Walk, classes: _Classes, offsets_C: Tensor, top_k: int) -> Te
         settled_RP = classes.settled(upper_RP, complete_RP, lower)
         done = classes.all_of(settled_RP)
         key = (upper + offsets_C).masked_fill(done, -torch.inf)
-        threshold = (lower + offsets_C).topk(top_k, dim=1).values[:, -1:]
+        threshold = (lower + offsets_C).topk(min(top_k, len(offsets_C)), dim=1).values[:, -1:]
         # NaN compares as false: it is not followed.
         key = torch.where(key >= threshold - MARGIN, key, -torch.inf)
         best_RN = _best_below(
@@ -384,15 +363,13 @@ class _Walk:
         unfed = torch.nn.functional.pad(self.unfed, (0, 1)).gather(1, nodes)
         regions, places = unfed.nonzero(as_tuple=True)
         parents = nodes[regions, places]
-        chunk = max(1, prompt_tree.MAX_LOGITS // self.decoder.vocabulary)
-        for first in range(0, len(parents), chunk):
-            part = slice(first, first + chunk)
-            logits = self.decoder.project(hidden[regions[part], places[part]][None])[0]
-            counts = tree.num_children[parents[part]]
-            row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-            nth = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-            child = tree.first_child[parents[part]][row] + nth
-            scores = logits[row, tree.tokens[child]] - logits.logsumexp(-1)[row]
-            self.edge_scores[regions[part][row], child] = scores
-            self.known[regions[part][row], child] = True
+        counts = tree.num_children[parents]
+        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        nth = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        child = tree.first_child[parents][row] + nth
+        if len(row):
+            of_parents = hidden[regions, places]
+            scores = self.decoder.token_log_probs(of_parents, row, tree.tokens[child])
+            self.edge_scores[regions[row], child] = scores
+            self.known[regions[row], child] = True
         self.unfed[regions, parents] = False

@@ -44,9 +44,9 @@ def test_selected_regions_leave_the_prefix_alone(
     tokens = torch.tensor([[5, 6, 7]] * 3)
     with torch.inference_mode():
         same = select_regions(prefix, [1, 1, 1])
-        hidden = decoder.feed_rows(same, tokens)
+        hidden = decoder.feed(same, tokens)
         assert (same.past, same.fed, prefix.past, prefix.fed) == (past, 3, past, 0)
-        mixed = decoder.feed_rows(select_regions(prefix, [1, 0, 1]), tokens)
+        mixed = decoder.feed(select_regions(prefix, [1, 0, 1]), tokens)
     torch.testing.assert_close(hidden[0], mixed[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(mixed[0], mixed[2], atol=1e-4, rtol=0)
     assert (mixed[0] - mixed[1]).abs().max() > 1e-3

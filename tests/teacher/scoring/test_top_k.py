@@ -21,8 +21,8 @@ from hts_ray.demo.world import render_scene, sample_scene, world_class_ids
 from hts_ray.teacher.captioner import (
     ClassPrompts,
     Reduction,
+    TopSearch,
     class_scores,
-    keep_top,
     reduce_templates,
 )
 from hts_ray.teacher.models.loading import load_captioner
@@ -161,13 +161,13 @@ sizes = st.fixed_dictionaries(
 def found(problem: dict[str, Any]) -> np.ndarray:
     arguments = dict(problem)
     positional = [arguments.pop(name) for name in ("decoder", "images", "sequences", "counts")]
-    return score_top(*positional, **arguments)[0]
+    return score_top(*positional, TopSearch(**arguments))[0]
 
 
 def assert_equal_but_for_ties(got: np.ndarray, exact: np.ndarray, problem: dict[str, Any]) -> None:
     """Compare with scoring everything; among equals any class may be left out."""
     top_k, offsets = problem["top_k"], problem["offsets_C"]
-    expected = keep_top(exact, top_k, offsets)
+    expected = TopSearch(top_k, offsets_C=offsets).keep(exact)
     kept = np.isfinite(got)
     assert kept.sum(1).tolist() == np.isfinite(expected).sum(1).tolist()
     np.testing.assert_allclose(got[kept], exact[kept], atol=1e-4)
@@ -224,8 +224,8 @@ def test_max_waits_for_every_prompt_that_may_be_better() -> None:
         decoder, images = TableDecoder(seed, 3.0), [0, 1]
         exact = brute_force(decoder, images, sequences, counts, "max")
         with mock.patch.object(top_k_module, "BEAM", 1):
-            got, _ = score_top(decoder, images, sequences, counts, top_k=2, reduction="max")
-        np.testing.assert_allclose(got, keep_top(exact, 2), atol=1e-4)
+            got, _ = score_top(decoder, images, sequences, counts, TopSearch(2, "max"))
+        np.testing.assert_allclose(got, TopSearch(2).keep(exact), atol=1e-4)
 
 
 def pair_sequences() -> list[list[int]]:
@@ -238,7 +238,7 @@ def test_a_sure_model_costs_a_fraction() -> None:
     sequences = pair_sequences()
     decoder = TableDecoder(seed=1, scale=8.0)
     with mock.patch.object(top_k_module, "BEAM", 2):
-        scores, stats = score_top(decoder, [0, 1, 2], sequences, [1] * 64, top_k=3)
+        scores, stats = score_top(decoder, [0, 1, 2], sequences, [1] * 64, TopSearch(3))
     assert stats.full_nodes == len(PromptTrie(sequences)) - 1 == 21
     assert stats.nodes_fed.max() <= 10
     assert (stats.completed >= 3).all()
@@ -249,7 +249,7 @@ def test_a_sure_model_costs_a_fraction() -> None:
 def test_an_undecided_model_costs_no_more_than_everything() -> None:
     """Catches nodes fed again and again while nothing can be left out."""
     sequences = pair_sequences()
-    _, stats = score_top(TableDecoder(0, 0.0), [0, 1], sequences, [1] * 64, top_k=3)
+    _, stats = score_top(TableDecoder(0, 0.0), [0, 1], sequences, [1] * 64, TopSearch(3))
     assert stats.nodes_fed.tolist() == [stats.full_nodes] * 2
     assert stats.padded.tolist() == [stats.full_nodes] * 2
 
@@ -266,7 +266,7 @@ def test_regions_that_are_done_cost_nothing_more() -> None:
     """Catches a region that waits in the batch until the least decided one is done."""
     sequences = [[0, *pair] for pair in pair_sequences()]
     with mock.patch.object(top_k_module, "BEAM", 1):
-        _, stats = score_top(PickyDecoder(0, 0.0), [0, 1, 2, 3], sequences, [1] * 64, top_k=1)
+        _, stats = score_top(PickyDecoder(0, 0.0), [0, 1, 2, 3], sequences, [1] * 64, TopSearch(1))
     assert stats.nodes_fed.tolist() == [stats.full_nodes, 4, 4, 4]
     assert stats.padded[0] >= stats.full_nodes
     assert stats.padded[1:].tolist() == [4, 4, 4]
@@ -275,7 +275,7 @@ def test_regions_that_are_done_cost_nothing_more() -> None:
 def test_a_chain_is_one_forward() -> None:
     """Catches a forward for every token of a stretch without a fork."""
     sequences = [[0, 1, 2, 3, token, 0] for token in range(4)]
-    _, stats = score_top(TableDecoder(0, 1.0), [0], sequences, [1] * 4, top_k=1)
+    _, stats = score_top(TableDecoder(0, 1.0), [0], sequences, [1] * 4, TopSearch(1))
     assert stats.forwards <= 2
 
 
@@ -283,7 +283,7 @@ def test_a_chain_is_one_forward() -> None:
 def test_nan_is_not_mistaken_for_a_class_left_out(top_k: int) -> None:
     """Catches a model that overflows passing for one that finds nothing."""
     decoder = TableDecoder(0, 1.0, broken=7)
-    scores, _ = score_top(decoder, [6, 7, 8], pair_sequences(), [1] * 64, top_k=top_k)
+    scores, _ = score_top(decoder, [6, 7, 8], pair_sequences(), [1] * 64, TopSearch(top_k))
     assert np.isnan(scores[1]).all()
     assert not np.isnan(scores[[0, 2]]).any()
 
@@ -342,10 +342,8 @@ def test_real_decoders_agree(
     for reduction in REDUCTIONS:
         exact = class_scores(scores, prompts, reduction=reduction)
         for top_k in (4, 20):
-            got = captioner.score_top(
-                images, prompts, top_k=top_k, reduction=reduction, offsets_C=offsets
-            )
-            expected = keep_top(exact, top_k, offsets)
+            got = captioner.score_top(images, prompts, TopSearch(top_k, reduction, offsets))
+            expected = TopSearch(top_k, offsets_C=offsets).keep(exact)
             np.testing.assert_allclose(got, expected, atol=2e-4)
 
 
@@ -368,6 +366,6 @@ def test_the_packaged_captioner_finds_its_best_classes_early(
     with torch.inference_mode():
         pixels = captioner.prepare(world_crops(6))
         exact = captioner.decoder.log_likelihoods(pixels, sequences).numpy()
-    got, stats = score_top(captioner.decoder, pixels, sequences, counts, top_k=10)
-    np.testing.assert_allclose(got, keep_top(exact, 10), atol=1e-4)
+    got, stats = score_top(captioner.decoder, pixels, sequences, counts, TopSearch(10))
+    np.testing.assert_allclose(got, TopSearch(10).keep(exact), atol=1e-4)
     assert stats.nodes_fed.mean() < share * stats.full_nodes
