@@ -362,7 +362,7 @@ def _grounding_forward(
     forwards.
     """
     chunks = [
-        (text, _token_labels(processor.tokenizer, text, chunk), chunk)
+        (text, _token_labels(processor.tokenizer, text), chunk)
         for text, chunk in _texts(processor.tokenizer, queries, model.config.max_text_len)
     ]
 
@@ -410,18 +410,12 @@ def _grounding_text(queries: Sequence[str]) -> str:
     return ". ".join(queries) + "."
 
 
-def _token_labels(tokenizer: Any, text: str, queries: Sequence[str]) -> Any:
+def _token_labels(tokenizer: Any, text: str) -> Any:
     """Return which query each token of the text belongs to, -1 for none, int64 (T,)."""
     import torch
 
     spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    ends = []
-    start = 0
-    for query in queries:
-        ends.append((start, start + len(query)))
-        start += len(query) + 2
-    owners = [
-        next((n for n, (low, high) in enumerate(ends) if low <= a < b <= high), -1)
-        for a, b in spans
-    ]
-    return torch.tensor(owners)
+    # Each query ends with a dot and has none. Special tokens have no span.
+    return torch.tensor(
+        [text.count(".", 0, a) if a < b and "." not in text[a:b] else -1 for a, b in spans]
+    )

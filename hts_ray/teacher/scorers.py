@@ -171,50 +171,42 @@ class RegionScorer:
         middle = len(tasks) // 2
         return [*self(tasks[:middle]), *self(tasks[middle:])]
 
-    def propose(self, tasks: Sequence[ImageTask]) -> tuple[list[list[Region]], list[list[str]]]:
-        """Return the regions of every image, and what could not be used of its given boxes."""
+    def _score(self, tasks: Sequence[ImageTask]) -> list[ScoredImage | ImageFailure]:
         found: list[list[Detection]] = [[] for _ in tasks]
         if self.detector is not None:
             found = self.detector.detect([task.image.pixels for task in tasks])
-        regions, problems = [], []
-        for task, boxes in zip(tasks, found, strict=True):
-            image = task.image
-            detections = [_in_original(detection, image) for detection in boxes]
-            plain: list[Box] = []
-            strange: list[str] = []
-            if self.given is not None:
-                labeled, plain, strange = self.given.of(
-                    task.image_id, task.uri, image.width, image.height
-                )
-                detections = [*labeled, *detections]
-            regions.append(
-                propose_regions(
-                    image.width,
-                    image.height,
-                    self.regions,
-                    detections=detections,
-                    given=plain,
-                    limit=self.limit,
-                )
-            )
-            problems.append(strange)
-        return regions, problems
-
-    def _score(self, tasks: Sequence[ImageTask]) -> list[ScoredImage | ImageFailure]:
-        regions, problems = self.propose(tasks)
-        crops = CropBatch.of([task.image for task in tasks], regions)
+        proposed = [self._propose(task, boxes) for task, boxes in zip(tasks, found, strict=True)]
+        crops = CropBatch.of([task.image for task in tasks], [regions for regions, _ in proposed])
         scores, captions = self._score_crops(crops)
         results: list[ScoredImage | ImageFailure] = []
         first = 0
-        for of_image, strange in zip(regions, problems, strict=True):
-            part = slice(first, first + len(of_image))
+        for regions, problems in proposed:
+            part = slice(first, first + len(regions))
             first = part.stop
             broken = int((np.isnan(scores[part]) | np.isposinf(scores[part])).sum())
             if broken:
                 results.append(ImageFailure(NOT_FINITE, f"{broken} scores are NaN or infinite"))
             else:
-                results.append(ScoredImage(of_image, scores[part], captions[part], strange))
+                results.append(ScoredImage(regions, scores[part], captions[part], problems))
         return results
+
+    def _propose(
+        self, task: ImageTask, found: Sequence[Detection]
+    ) -> tuple[list[Region], list[str]]:
+        """Return the regions of an image, and what could not be used of its given boxes."""
+        image, size = task.image, (task.image.width, task.image.height)
+        height, width = image.pixels.shape[:2]
+        # Boxes are found in the pixels, and kept as those of the upright original.
+        detections = [one.scaled(image.width / width, image.height / height) for one in found]
+        plain: list[Box] = []
+        problems: list[str] = []
+        if self.given is not None:
+            labeled, plain, problems = self.given.of(task.image_id, task.uri, *size)
+            detections = [*labeled, *detections]
+        regions = propose_regions(
+            *size, self.regions, detections=detections, given=plain, limit=self.limit
+        )
+        return regions, problems
 
     def _score_crops(self, crops: CropBatch) -> tuple[FloatArray, list[list[str]]]:
         """Score crops in chunks that fit the device: (R, C), and the captions."""
@@ -224,7 +216,9 @@ class RegionScorer:
         while first < len(crops):
             chunk = crops[first : first + self.chunk]
             try:
-                written = self._write(chunk, self.caption)
+                written: list[list[Caption]] = [[] for _ in chunk]
+                if self.caption is not None:
+                    written = self.captioner.caption(chunk, self.caption)
                 chunk_scores = self.class_scores(chunk, written)
             except Exception as error:
                 if not _is_out_of_memory(error) or len(chunk) == 1:
@@ -239,11 +233,6 @@ class RegionScorer:
             _free_memory()  # only here is the failed forward out of scope
         return np.concatenate(scores), captions
 
-    def _write(
-        self, crops: Sequence[Pixels], settings: CaptionConfig | None
-    ) -> list[list[Caption]]:
-        return self.captioner.caption(crops, settings) if settings else [[] for _ in crops]
-
     def captions_of(
         self, task: ImageTask, regions: Sequence[Region], settings: CaptionConfig
     ) -> list[list[str]]:
@@ -251,18 +240,13 @@ class RegionScorer:
         crops = CropBatch.of([task.image], [regions])
         texts: list[list[str]] = []
         for first in range(0, len(crops), self.chunk):
-            texts += _texts(self._write(crops[first : first + self.chunk], settings))
+            chunk = crops[first : first + self.chunk]
+            texts += _texts(self.captioner.caption(chunk, settings))
         return texts
 
 
 def _texts(written: Sequence[Sequence[Caption]]) -> list[list[str]]:
     return [[caption.text for caption in of_region] for of_region in written]
-
-
-def _in_original(detection: Detection, image: DecodedImage) -> Detection:
-    """Scale a box from an image's pixels to those of the upright original."""
-    height, width = image.pixels.shape[:2]
-    return detection.scaled(image.width / width, image.height / height)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -482,7 +482,7 @@ def test_tokens_belong_to_their_label() -> None:
     """Catches a label shifted by the dots and special tokens around it."""
     tokenizer = bert_tokenizer()
     text = _grounding_text(QUERIES)
-    owners = _token_labels(tokenizer, text, QUERIES).tolist()
+    owners = _token_labels(tokenizer, text).tolist()
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
     assert tokens[0] == "[CLS]"
     words: dict[int, str] = {}

@@ -83,15 +83,12 @@ def select_regions(prefix: Prefix, regions: Sequence[int]) -> Prefix:
     Where all are one region its keys and values are not copied but seen through views.
     """
     first, count = regions[0], len(regions)
-    if all(region == first for region in regions):
+    same = all(region == first for region in regions)
 
-        def pick(tensor: Tensor) -> Tensor:
+    def pick(tensor: Tensor) -> Tensor:
+        if same:
             return tensor[first : first + 1].expand(count, *tensor.shape[1:])
-
-    else:
-
-        def pick(tensor: Tensor) -> Tensor:
-            return tensor[torch.tensor(regions, device=tensor.device)]
+        return tensor[torch.tensor(regions, device=tensor.device)]
 
     return replace(
         prefix,
