@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,27 +105,25 @@ def parse_command(arguments: tuple[str, ...]) -> tuple[HtsConfig | None, list[tu
 
     Raises what the command itself would raise for wrong usage or settings.
     """
-    command, params = _parsed(arguments)
-    config = _settings(params) if "overrides" in params else None
-    return config, list(_given_paths(command, params))
-
-
-def _parsed(arguments: tuple[str, ...]) -> tuple[click.Command, dict[str, Any]]:
-    """Return the command that the arguments name, and its parameters, without running it."""
     name = arguments[0] if arguments else ""
     known = sorted(MODULES.keys() - _NOT_JOBS)
     if name not in known:
-        raise ConfigError(
-            field="command",
-            value=name,
-            remedy=f"name a command of hts behind --, one of {', '.join(known)}",
-        )
+        remedy = f"name a command of hts behind --, one of {', '.join(known)}"
+        raise ConfigError(field="command", value=name, remedy=remedy)
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     params = dict(command.make_context(name, list(arguments[1:])).params)
     if name == "predict":  # it takes images between its settings
         params["overrides"], params["paths"] = split_settings(params["overrides"])
-    return command, params
+    config = _settings(params) if "overrides" in params else None
+    if config is not None:
+        del params["run_dir"]  # it is one of the settings
+    named = [
+        (parameter.opts[0], params[parameter.name])
+        for parameter in command.params
+        if parameter.metavar in PLACES and isinstance(params.get(parameter.name or ""), str)
+    ]
+    return config, [*named, *(("PATH", path) for path in params.get("paths", ()))]
 
 
 def _settings(params: Mapping[str, Any]) -> HtsConfig:
@@ -136,18 +134,6 @@ def _settings(params: Mapping[str, Any]) -> HtsConfig:
     except DataError:  # the run directory is on storage that only the cluster may open
         extra = {"run_dir": run_dir} if run_dir else {}
         return load_config(preset=preset, file=file, overrides=params["overrides"], extra=extra)
-
-
-def _given_paths(command: click.Command, params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (option, path) of what was given on the command line; the run directory aside."""
-    for parameter in command.params:
-        value = params.get(parameter.name or "")
-        if parameter.name == "run_dir" and "overrides" in params:
-            continue  # it is one of the settings
-        if isinstance(value, str) and parameter.metavar in PLACES:
-            yield parameter.opts[0], value
-    for path in params.get("paths", ()):
-        yield "PATH", path
 
 
 def _say(line: str) -> None:
