@@ -66,16 +66,13 @@ def find_runs(folder: str = ".") -> list[str]:
     """
     if _is_run(folder):
         return [folder]
-    runs = storage.join(folder, RUNS) if folder != "." else RUNS
-    outer = [storage.join(runs, name) for name in storage.list_names(runs)]
-    inner = [
-        storage.join(path, name)
-        for path in outer
-        if not _is_run(path)
-        for name in storage.list_names(path)
-    ]
-    found = [path for path in (*outer, *inner) if _is_run(path)]
-    return sorted(found, key=_last_change)
+    outer = _inside(storage.join(folder, RUNS) if folder != "." else RUNS)
+    inner = [path for outside in outer if not _is_run(outside) for path in _inside(outside)]
+    return sorted(filter(_is_run, [*outer, *inner]), key=_last_change)
+
+
+def _inside(folder: str) -> list[str]:
+    return [storage.join(folder, name) for name in storage.list_names(folder)]
 
 
 def _is_run(path: str) -> bool:

@@ -50,6 +50,8 @@ _SIGNATURES = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
 }
+# What ends a whole file, and within how many bytes of its end it is.
+_ENDS = {"JPEG": (b"\xff\xd9", 64), "PNG": (b"IEND", 64), "GIF": (b";", 4)}
 _PILLOW_LIMIT = 1 << 29  # Pillow refuses twice this; `max_pixels` is the limit that counts
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -178,17 +180,12 @@ def _to_rgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _to_8_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Scale deep gray values to 0..255 by the range of their type, not by their own maximum."""
     if values.dtype == np.uint16:
-        values = values.astype(np.uint16) >> 8
-        return values.astype(np.uint8)
+        return (values >> 8).astype(np.uint8)
     numbers = np.nan_to_num(values.astype(np.float32), posinf=0.0, neginf=0.0).clip(0)
     top = float(numbers.max(initial=0.0))
-    floating = np.issubdtype(values.dtype, np.floating)
-    if floating and top <= 1:
+    full = 255.0 if top <= 255 else max(65535.0, top)
+    if np.issubdtype(values.dtype, np.floating) and top <= 1:
         full = 1.0
-    elif top <= 255:
-        full = 255.0
-    else:
-        full = 65535.0 if top <= 65535 else top
     return (numbers * (255.0 / full)).round().astype(np.uint8)
 
 
@@ -217,13 +214,9 @@ def _signature(data: bytes) -> str | None:
 
 def _looks_cut(data: bytes, name: str | None) -> bool:
     """Return whether a file of this format lacks its end."""
-    tail = data[-64:]
-    if name == "JPEG":
-        return b"\xff\xd9" not in tail
-    if name == "PNG":
-        return b"IEND" not in tail
-    if name == "GIF":
-        return b";" not in tail[-4:]
+    if name in _ENDS:
+        mark, within = _ENDS[name]
+        return mark not in data[-within:]
     if name == "WEBP":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     return False
