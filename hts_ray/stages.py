@@ -141,10 +141,9 @@ def plan_training(
     """Plan `train`; returns the labels that it learns from too."""
     from hts_ray.student.train import plan_train  # torch loads slowly
 
-    source = None
+    images, source = _path(manifest), None
     if pseudo_labels is not None:
         source = found(run, pseudo_labels, "pseudo_labels", "filter")
-    images = _path(manifest)
     labels = training_labels(run, source, images)
     return plan_train(run, labels, validation_rows(run, images)), labels
 
@@ -187,9 +186,8 @@ def predict(
 
 def student_path(run: Run, student: StageFolder | str | None = None) -> str:
     """Return a given student's folder, or that of the run's latest."""
-    if student is None:
-        return require_stage(run.run_dir, "student", "train").path
-    return storage.absolute(student) if isinstance(student, str) else student.path
+    path = _path(student) or require_stage(run.run_dir, "student", "train").path
+    return storage.absolute(path)
 
 
 def evaluate(
@@ -204,12 +202,9 @@ def evaluate(
     more, in [0, 1], and `ap` by class; it is stored in the run.
     """
     run, truth = _opened(config), _path(manifest)
-    if predictions is None:
-        predictions = require_stage(run.run_dir, "predictions", "predict")
-    scored = predictions if isinstance(predictions, str) else predictions.path
-    if truth is not None and truth.endswith(".mat"):
-        return evaluate_predictions(run, scored, truth, split)
-    return evaluate_predictions(run, scored, run.manifest(truth), split)
+    scored = _path(predictions) or require_stage(run.run_dir, "predictions", "predict").path
+    annotations = truth if truth and truth.endswith(".mat") else run.manifest(truth)
+    return evaluate_predictions(run, scored, annotations, split)
 
 
 def pipeline(

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -178,14 +178,9 @@ def image_progress(title: str) -> Iterator[ImagesDone]:
         yield shown.images(title)
 
 
-@contextmanager
-def busy(title: str) -> Iterator[None]:
+def busy(title: str) -> AbstractContextManager[object]:
     """Show on a terminal that something of unknown length is being done."""
-    if not console.is_interactive:
-        yield
-        return
-    with console.status(escape(title)):
-        yield
+    return console.status(escape(title)) if console.is_interactive else nullcontext()
 
 
 def _joined(*parts: str | None) -> str:

@@ -96,15 +96,9 @@ def joined_cluster(config: RayConfig) -> Cluster:
     """Return the cluster that this process has joined."""
     import ray
 
-    rows = [
-        {
-            "host": node["NodeManagerAddress"],
-            "resources": node.get("Resources", {}),
-            "labels": node.get("Labels", {}),
-        }
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    names = {"host": "NodeManagerAddress", "resources": "Resources", "labels": "Labels"}
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    rows = [{key: node.get(name, {}) for key, name in names.items()} for node in alive]
     return Cluster.of_nodes(rows, config, autoscaler_status())
 
 
