@@ -211,13 +211,9 @@ def _print_agreement(found: dict[str, Any]) -> None:
         figures["left out"] = f"{found['left_out_as_applied']} images whose corrections they hold"
     print_mapping(f"agreement of {found['pseudo_labels']} with people", figures)
     worst = sorted(found["per_class"], key=lambda row: -(row["wrong"] + row["missed"]))
+    shares, numbers = ("precision", "recall"), ("confirmed", "wrong", "missed")
     rows = [
-        [
-            row["name"],
-            percent(row["precision"]),
-            percent(row["recall"]),
-            *(str(row[name]) for name in ("confirmed", "wrong", "missed")),
-        ]
+        [row["name"], *(percent(row[s]) for s in shares), *(str(row[n]) for n in numbers)]
         for row in worst[:_SHOWN]
         if row["wrong"] + row["missed"] + row["undecided"]
     ]

@@ -67,13 +67,8 @@ def demo(settings: Settings, seed: int) -> None:
 @click.command()
 @argument("run_dir", metavar="RUN")
 @option("--output", metavar="FILE", help="Where to write (default RUN/report.html).")
-@option(
-    "--images",
-    type=click.IntRange(min=0),
-    default=200,
-    show_default=True,
-    help="Images of the gallery, at most.",
-)
+@option("--images", type=click.IntRange(min=0), default=200, show_default=True,
+        help="Images of the gallery, at most.")  # fmt: skip
 def report(run_dir: str, output: str | None, images: int) -> None:
     """Write one self-contained HTML page about a run."""
     if not storage.list_names(run_dir):

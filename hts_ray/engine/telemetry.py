@@ -87,20 +87,12 @@ class Meter:
         gpu_hours: float = 0.0,
     ) -> None:
         """Add to the counters; what is 0 is left alone. Never raises."""
-        values: dict[str, float] = {
-            "hts_images_total": images,
-            "hts_regions_total": regions,
-            "hts_quarantined_total": quarantined,
-            "hts_retries_total": retries,
-            "hts_stage_busy_seconds_total": busy_seconds,
-            "hts_gpu_hours_total": gpu_hours,
-            "hts_spend_estimate_total": gpu_hours * (self.gpu_hour_price or 0.0),
-        }
+        spend = gpu_hours * (self.gpu_hour_price or 0.0)
+        # In the order of DESCRIPTIONS.
+        values = (images, regions, quarantined, retries, busy_seconds, gpu_hours, spend)
         try:
-            if not on_ray():
-                return
-            for name, value in values.items():
-                if value > 0:
+            for name, value in zip(DESCRIPTIONS, values, strict=True):
+                if value > 0 and on_ray():
                     _counter(name).inc(value, tags={"stage": self.stage, "run": self.run})
         except Exception:  # whatever Ray throws, counting must not end a run
             logging.getLogger(__name__).debug("metrics could not be recorded", exc_info=True)
