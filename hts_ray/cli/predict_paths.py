@@ -98,10 +98,9 @@ def _print_table(predictions: Iterator[Prediction]) -> None:
     """Print a table for every thousand images, so that a long run shows what it has."""
     while batch := list(islice(predictions, _TABLE_IMAGES)):
         rows = [row for prediction in batch for row in _rows(prediction)]
-        located = any(label.box for prediction in batch for label in prediction.labels)
-        header = ["image", "label", *(["where"] if located else []), "score"]
-        if not located:
-            rows = [[image, name, score] for image, name, _, score in rows]
+        header = ["image", "label", "where", "score"]
+        if not any(where for _, _, where, _ in rows):
+            rows, header = [[*row[:2], row[3]] for row in rows], ["image", "label", "score"]
         print_rows("labels", header, rows, text_columns=len(header) - 1)
 
 

@@ -129,10 +129,8 @@ class Demand:
 
     def worker(self) -> str:
         """What one worker takes, in words."""
-        parts = [f"{self.cpus:g} CPU"] if self.cpus else []
-        parts += [f"{self.gpus:g} GPU"] if self.gpus else []
-        parts += [f"{self.memory / _GIB:g} GiB"] if self.memory else []
-        return " + ".join(parts) or "nothing"
+        parts = {"CPU": self.cpus, "GPU": self.gpus, "GiB": self.memory / _GIB}
+        return " + ".join(f"{a:g} {name}" for name, a in parts.items() if a) or "nothing"
 
 
 def demands(config: HtsConfig, command: str) -> list[Demand]:
