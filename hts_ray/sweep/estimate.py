@@ -18,7 +18,7 @@ from hts_ray.student.targets import training_labels
 from hts_ray.student.train import estimate as estimate_training
 from hts_ray.sweep.data import load_sweep_data, read_regions
 from hts_ray.sweep.finalists import FOLDS, final_objective
-from hts_ray.sweep.objectives import OBJECTIVES, VALIDATION
+from hts_ray.sweep.objectives import VALIDATION
 from hts_ray.sweep.plan import TABLE, Plan
 from hts_ray.sweep.stage import one_trial, start_student
 
@@ -73,7 +73,7 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
     data = load_sweep_data(run.config, run.class_table, scores, found.path, max_images=sample)
     for _ in range(2):  # the first one warms up
         started = time.monotonic()
-        one_trial(data, {}, seed, list(OBJECTIVES))
+        one_trial(data, {}, seed)
     return features_seconds, (time.monotonic() - started) * share
 
 

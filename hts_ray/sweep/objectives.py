@@ -33,13 +33,13 @@ class Outcome:
 
     `reference_NC` are probabilities in [0, 1]. `fold_N` int8 in {0, 1} splits the images.
     `logits_2NC` are of two students, each trained on the pseudo-labels of one fold, in as many
-    steps as one that is trained on all images; `whole_NC` are of that one. What no objective asked
-    for is None.
+    steps as one that is trained on all images; `whole_NC` are of that one, None where there is
+    none.
     """
 
     reference_NC: FloatArray
     fold_N: NDArray[np.int8]
-    logits_2NC: FloatArray | None = None
+    logits_2NC: FloatArray
     whole_NC: FloatArray | None = None
 
 
@@ -98,9 +98,8 @@ def expected_average_precision(scores_NC: ArrayLike, probabilities_NC: ArrayLike
     return ap_C
 
 
-def mean_expected_ap(logits_NC: FloatArray | None, reference_NC: FloatArray) -> float:
+def mean_expected_ap(logits_NC: FloatArray, reference_NC: FloatArray) -> float:
     """Mean expected AP over the classes of which the reference expects a positive; 0 if of none."""
-    assert logits_NC is not None
     ap_C = expected_average_precision(logits_NC, reference_NC)
     counted_C = reference_NC.sum(axis=0) >= _LEAST_EXPECTED
     return float(ap_C[counted_C].mean()) if counted_C.any() else 0.0
@@ -108,7 +107,6 @@ def mean_expected_ap(logits_NC: FloatArray | None, reference_NC: FloatArray) -> 
 
 def unseen_ap(outcome: Outcome) -> float:
     """Expected AP of students on images they did not see, by what both halves of regions say."""
-    assert outcome.logits_2NC is not None
     first, second = outcome.logits_2NC
     unseen_NC = np.where(outcome.fold_N[:, None] == 0, second, first)
     return mean_expected_ap(unseen_NC, outcome.reference_NC)
@@ -116,18 +114,18 @@ def unseen_ap(outcome: Outcome) -> float:
 
 def seen_ap(outcome: Outcome) -> float:
     """The same of the student of all images, on these images."""
+    assert outcome.whole_NC is not None
     return mean_expected_ap(outcome.whole_NC, outcome.reference_NC)
 
 
 def blended_ap(outcome: Outcome) -> float:
-    """Mean of `unseen_ap` and `seen_ap`; the former alone where only halves were trained on.
+    """Mean of `unseen_ap` and `seen_ap`.
 
     The one is measured on students of half the images, which learn less; the other on images
     that the student was trained on, where it looks too good. Efron's .632 estimator mixes the two
     for the same reason.
     """
-    unseen = unseen_ap(outcome)
-    return unseen if outcome.whole_NC is None else (unseen + seen_ap(outcome)) / 2
+    return (unseen_ap(outcome) + seen_ap(outcome)) / 2
 
 
 OBJECTIVES: dict[str, Callable[[Outcome], float]] = {

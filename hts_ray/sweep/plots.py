@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,19 @@ from hts_ray.store.run import find_stage
 from hts_ray.store.tables import read_table
 from hts_ray.sweep.log import OWN
 from hts_ray.sweep.plan import TABLE
+from hts_ray.sweep.space import Parameter, shown
 from hts_ray.sweep.stage import FINALISTS_FILE, TRIALS_FILE
 
 Row = dict[str, Any]
 
 _TEMPLATE = Path(__file__).with_name("sweep.html.j2")
 TOP_SHARE = 0.1  # of the complete trials are drawn as the best
-_LABEL_LENGTH = 16
 # Drawn in this order, so that what matters lies on top; each is a class of the style sheet.
 _LAYERS = ("stopped", "complete", "top", "own", "best")
 
 
-@dataclass(frozen=True)
-class Axis:
-    """A setting's scale: `choices` in their order, or numbers from `low` to `high`."""
-
-    name: str
-    low: float
-    high: float
-    log: bool
-    choices: tuple[Any, ...] | None
-
-    @classmethod
-    def of(cls, stored: Sequence[Any]) -> Axis:
-        """Read what `Space.fingerprint` stored of a parameter."""
-        name, low, high, log, _, choices = stored
-        return cls(name, low, high, log, None if choices is None else tuple(choices))
+class Axis(Parameter):
+    """A setting's scale: its choices in their order, or numbers from `low` to `high`."""
 
     @property
     def short(self) -> str:
@@ -78,10 +64,8 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Return the places that are named, with their names."""
         if self.choices is not None:
-            return [
-                ((place + 0.5) / len(self.choices), _shown(value))
-                for place, value in enumerate(self.choices)
-            ]
+            count = len(self.choices)
+            return [((at + 0.5) / count, shown(value)) for at, value in enumerate(self.choices)]
         return [(0.0, f"{self.low:.3g}"), (1.0, f"{self.high:.3g}")]
 
 
@@ -93,7 +77,7 @@ def sweep_section(run_dir: str) -> Markup:
     stats = stage.stats
     return render_sweep(
         read_table(stage.file(TRIALS_FILE)).to_pylist(),
-        [Axis.of(stored) for stored in stats["space"]],
+        [Axis(*stored) for stored in stats["space"]],
         stats,
         storage.read_json(stage.file(FINALISTS_FILE)),
     )
@@ -120,7 +104,7 @@ def render_sweep(
         finalists=finalists,
         own=OWN,
         axes=axes,
-        objective=Axis("objective", min(values), max(values), False, None),
+        objective=Axis("objective", min(values), max(values)),
         layers=_layers(drawn, int(stats["best_trial"])),
     )
     return Markup(text)  # noqa: S704 - rendered by a template that escapes what it is given
@@ -139,13 +123,3 @@ def _layers(rows: Sequence[Row], best: int) -> dict[str, list[Row]]:
         layer = "own" if row["trial"] == OWN else layer
         layers["best" if row["trial"] == best else layer].append(row)
     return layers
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, list | tuple):
-        text = "+".join(_shown(entry) for entry in value)
-    else:
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _LABEL_LENGTH else f"{text[: _LABEL_LENGTH - 1]}\u2026"

@@ -74,13 +74,16 @@ class Parameter:
     def describe(self) -> str:
         """Return the range or the choices in words."""
         if self.choices is not None:
-            return ", ".join(_shown(value) for value in self.choices)
+            return ", ".join(shown(value) for value in self.choices)
         return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return "+".join(map(str, value))
+def shown(value: Any) -> str:
+    """Return a setting's value in words."""
+    if isinstance(value, list | tuple):
+        return "+".join(map(shown, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "none" if value is None else str(value)
 
 
@@ -93,7 +96,9 @@ class Space:
 
     def own(self) -> Settings:
         """Return the run's own settings: what every trial is compared with."""
-        return {p.name: plain(value_of(self.base, p.name)) for p in self.parameters}
+        return {
+            p.name: plain(reduce(getattr, p.name.split("."), self.base)) for p in self.parameters
+        }
 
     def draw(self, seed: int, trial: int) -> Settings:
         """Return the settings of a trial, the same for the same seed and number.
@@ -112,7 +117,7 @@ class Space:
     def problem(self, settings: Mapping[str, Any]) -> str | None:
         """Return what contradicts itself in the settings, or None."""
         try:
-            override(self.base, nested(settings))
+            trial_config(self.base, settings)
         except ConfigError as error:
             return str(error)
         return None
@@ -120,7 +125,7 @@ class Space:
     def describe(self) -> list[tuple[str, str, str]]:
         """Return (setting, the run's own value, what is tried), for a plan."""
         own = self.own()
-        return [(p.name, _shown(own[p.name]), p.describe()) for p in self.parameters]
+        return [(p.name, shown(own[p.name]), p.describe()) for p in self.parameters]
 
     def fingerprint(self) -> list[Any]:
         """Return what identifies the space, JSON-able."""
@@ -162,17 +167,8 @@ def build_space(config: HtsConfig, region_scores: str) -> Space:
 def trial_config(base: HtsConfig, settings: Mapping[str, Any]) -> HtsConfig:
     """Return the run's configuration with a trial's settings in place of its own.
 
-    Raises ConfigError for unknown settings, values that do not fit, and settings that a trial
-    does not feel.
+    Raises ConfigError for unknown settings and values that do not fit.
     """
-    for name, value in settings.items():
-        if not feels(name):
-            raise ConfigError(
-                field=name,
-                value=value,
-                remedy="a trial fits the classifier on stored features and scores, which this"
-                " setting does not change: leave it out of the sweep",
-            )
     return override(base, nested(settings))
 
 
@@ -322,11 +318,6 @@ def field_of(name: str) -> FieldInfo:
 
 def _refusal(name: str, remedy: str) -> ConfigError:
     return ConfigError(field="sweep.space", value=name, remedy=remedy)
-
-
-def value_of(config: HtsConfig, name: str) -> Any:
-    """Return the value of a dotted setting."""
-    return reduce(getattr, name.split("."), config)
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Shapes: N images, G regions of all images, C classes, D features.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.config import HtsConfig, TrainConfig
-from hts_ray.errors import ConfigError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.evidence import aggregate_regions
 from hts_ray.labels.select import Selection
 from hts_ray.labels.stage import choose_labels
@@ -31,8 +31,6 @@ from hts_ray.sweep.data import SweepData, image_logits
 from hts_ray.sweep.objectives import OBJECTIVES, VALIDATION, Outcome
 from hts_ray.sweep.space import trial_config
 
-# What a trial without a single pseudo-label is worth by every criterion: it cannot be trained.
-WORST = -1.0
 _COUNTS = (
     "positives_per_image",
     "images_without_positive",
@@ -54,33 +52,22 @@ class TrialLabels:
     selection: Selection
 
 
-def run_trial(
-    data: SweepData,
-    settings: Mapping[str, Any],
-    seed: int,
-    names: Sequence[str] | None = None,
-) -> dict[str, float]:
+def run_trial(data: SweepData, settings: Mapping[str, Any], seed: int) -> dict[str, float]:
     """Return what `settings` (dotted names, such as `filter.positive_threshold`) lead to.
 
-    Keys: every objective of `names` (all of `OBJECTIVES` if not given; higher is better),
-    `mAP_validation` in [0, 1] with a labeled validation set, counts of the pseudo-labels
-    (`positives_per_image`, `images_without_positive`, `classes_without_positive`, `ignored_share`)
-    and `seconds`. `seed` orders the training images and halves them for the objectives. Where
-    the filter leaves no positive every criterion is -1, which no other setting can have. Raises
-    ConfigError for settings that do not fit or that a trial cannot feel, DataError when the loss
-    stops being finite.
+    Keys: every objective of `OBJECTIVES` (higher is better), `mAP_validation` in [0, 1] with a
+    labeled validation set, counts of the pseudo-labels (`positives_per_image`,
+    `images_without_positive`, `classes_without_positive`, `ignored_share`) and `seconds`. `seed`
+    orders the training images and halves them for the objectives. Raises ConfigError for settings
+    that do not fit, DataError when the filter leaves no positive or the loss stops being finite.
     """
     started = time.perf_counter()
-    names = list(OBJECTIVES) if names is None else names
     config = trial_config(data.config, settings)
     labels = pseudo_label(data, config)
     summary = labels.selection.summary()
-    result = {name: float(summary[name]) for name in _COUNTS}
     if summary["positives"] == 0:
-        criteria = [*names, *([] if data.validation is None else [VALIDATION])]
-        result.update(dict.fromkeys(criteria, WORST))
-    else:
-        result.update(_judge(data, config, labels, seed, names))
+        raise DataError("the filter leaves no pseudo-label")
+    result = {name: float(summary[name]) for name in _COUNTS} | _judge(data, config, labels, seed)
     return {**result, "seconds": time.perf_counter() - started}
 
 
@@ -146,10 +133,8 @@ def fit_classifier(
     ).classifier_CD
 
 
-def _judge(
-    data: SweepData, config: HtsConfig, labels: TrialLabels, seed: int, names: Sequence[str]
-) -> dict[str, float]:
-    """Fit what the objectives and the labeled images ask for, and measure them."""
+def _judge(data: SweepData, config: HtsConfig, labels: TrialLabels, seed: int) -> dict[str, float]:
+    """Fit a classifier on all images and one on each half, and measure them."""
     half = np.arange(len(data.feature_row_N)) % 2
     fold_N = np.asarray(np.random.default_rng([seed, 2]).permutation(half), dtype=np.int8)
 
@@ -159,15 +144,11 @@ def _judge(
     def logits(classifier_CD: FloatArray) -> FloatArray:
         return image_logits(data.config, data.features_MD, data.feature_row_N, classifier_CD)
 
-    whole_CD = logits_2NC = None
-    if data.validation is not None or {"blended_ap", "seen_ap"}.intersection(names):
-        whole_CD = fit()
-    if {"blended_ap", "unseen_ap"}.intersection(names):
-        logits_2NC = np.stack([logits(fit(fold_N == fold)) for fold in (0, 1)])
-    whole_NC = None if whole_CD is None else logits(whole_CD)
-    outcome = Outcome(data.reference_NC, fold_N, logits_2NC, whole_NC)
-    result = {name: OBJECTIVES[name](outcome) for name in names}
-    if data.validation is not None and whole_CD is not None:
+    whole_CD = fit()
+    logits_2NC = np.stack([logits(fit(fold_N == fold)) for fold in (0, 1)])
+    outcome = Outcome(data.reference_NC, fold_N, logits_2NC, logits(whole_CD))
+    result = {name: judge(outcome) for name, judge in OBJECTIVES.items()}
+    if data.validation is not None:
         scale = config.student.logit_scale
         logits_VC = head_logits(data.validation.features_VD, whole_CD, scale)
         ap_C = hico_average_precision(logits_VC, data.validation.labels_VC)

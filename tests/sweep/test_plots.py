@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from hts_ray.sweep.plots import Axis, render_sweep
 
-RATE = Axis("train.optim.head_lr", 1e-4, 1e-2, True, None)
-KINDS = Axis("filter.region_kinds", 0, 0, False, (None, ["whole"], ["grid", "whole"]))
+RATE = Axis("train.optim.head_lr", 1e-4, 1e-2, True)
+KINDS = Axis("filter.region_kinds", choices=(None, ["whole"], ["grid", "whole"]))
 
 
 @given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0), st.booleans())
 def test_places_keep_the_order_and_the_axis(first, second, log):
     """Would catch points outside of the plot, or an axis upside down."""
-    axis = Axis("x", 1e-3, 0.5, log, None)
+    axis = Axis("x", 1e-3, 0.5, log)
     a, b = axis.place(first), axis.place(second)
     assert 0 <= a <= 1
     assert (a <= b) == (min(max(first, 1e-3), 0.5) <= min(max(second, 1e-3), 0.5)) or a == b
@@ -29,7 +29,7 @@ def test_places():
     assert KINDS.place(["person"]) is None
     assert KINDS.ticks()[0][1] == "none"
     assert KINDS.ticks()[2][1] == "grid+whole"
-    assert Axis("x", 2, 2, False, None).place(2) == 0.5
+    assert Axis("x", 2, 2).place(2) == 0.5
 
 
 def test_the_section_holds_every_trial_with_a_value_and_escapes_text():

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hts_ray.config import FilterConfig, HtsConfig, load_config, override
+from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.errors import ConfigError
 from hts_ray.store.run import require_stage
-from hts_ray.sweep.space import Parameter, Space, build_space, field_of, nested, subsets, value_of
+from hts_ray.sweep.space import Parameter, Space, build_space, field_of, nested, subsets
 
 
 def space_of(ranges, *overrides):
@@ -130,7 +130,6 @@ def test_every_default_parameter_is_a_setting():
         assert field_of(name) is not None
     with pytest.raises(ConfigError, match="unknown setting"):
         field_of("filter")
-    assert value_of(HtsConfig(), "filter.top_k") == FilterConfig().top_k
 
 
 def test_subsets_are_not_repeated():
