@@ -46,7 +46,7 @@ from hts_ray.student.head import head_logits
 from hts_ray.student.predict import score_images
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
-from hts_ray.sweep.data import SweepData, load_sweep_data, make_data
+from hts_ray.sweep.data import SweepData, load_sweep_data, reference
 from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Outcome
 from hts_ray.sweep.space import Space, build_space, nested, trial_config
 from hts_ray.sweep.trial import fit_classifier, pseudo_label, run_trial
@@ -155,14 +155,8 @@ def with_noise(data: SweepData, teacher: Teacher, seed: int) -> SweepData:
     noise_GC = np.repeat(shared_NC, counts_N, axis=0)
     noise_GC += teacher.own * rng.standard_normal(noise_GC.shape, dtype=np.float32)
     noisy = replace(regions, scores_GC=regions.scores_GC + noise_GC)
-    return make_data(
-        data.config,
-        noisy,
-        data.feature_row_N,
-        data.features_MD,
-        data.flipped_MD,
-        data.classifier_CD,
-    )
+    reference_NC = reference(data.config, noisy, data.feature_row_N >= 0)
+    return replace(data, regions=noisy, reference_NC=reference_NC)
 
 
 def measure(

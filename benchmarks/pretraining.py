@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hts_ray.classes import hico_classes, noun_phrase
-from hts_ray.demo.figures import Box
+from hts_ray.demo.figures import Box, sketch
 from hts_ray.demo.world import (
     SceneSpec,
     class_ids_by_frequency,
@@ -191,15 +191,13 @@ def caption(spec: SceneSpec, crop: Box, rng: np.random.Generator) -> str:
     """A plain caption of a crop (xyxy, pixels): whole interactions, then what else is visible."""
     whole: list[str] = []
     rest: list[str] = []
-    pairs = {pair.class_id: pair for pair in spec.pairs()}
     for figure in rng.permutation(np.array(spec.figures, dtype=object)):
-        noun = noun_phrase(_object_noun(figure.object_name))
+        noun, drawn = noun_phrase(_object_noun(figure.object_name)), sketch(figure)
         if figure.class_id < 0:
-            if _visible(figure.box, crop) > 0.6:
+            if _visible(drawn.box(), crop) > 0.6:
                 rest.append(noun)
             continue
-        pair = pairs[figure.class_id]
-        person, thing = _visible(pair.person_box, crop), _visible(pair.object_box, crop)
+        person, thing = (_visible(drawn.box(part), crop) for part in ("person", "object"))
         if person > 0.8 and thing > 0.75:
             whole.append(_prompt(figure.class_id))
         elif thing > 0.6:

@@ -92,11 +92,6 @@ class Figure:
     scale: float
     flip: bool
 
-    @property
-    def box(self) -> Box:
-        """The bounding box of the whole figure (xyxy, pixels)."""
-        return sketch(self).extent()
-
 
 class _Sketch:
     """Shapes in pixels, drawn through a stack of affine maps that starts at person heights."""
@@ -154,15 +149,10 @@ class _Sketch:
     def wheel(self, color: Color, x: float, radius: float, width: float) -> None:
         self.line(color, width, _arc(x, -radius - width / 2, radius, radius, 7, 15))
 
-    def box(self, part: str) -> Box:
-        """The bounding box (xyxy, pixels) of a part."""
-        xs, ys = zip(*self.points[part], strict=True)
-        return (min(xs), min(ys), max(xs), max(ys))
-
-    def extent(self) -> Box:
-        """The bounding box (xyxy, pixels) of everything."""
-        reach = [p for points in self.points.values() for p in points]
-        xs, ys = zip(*reach, strict=True)
+    def box(self, *parts: str) -> Box:
+        """The bounding box (xyxy, pixels) of some parts, without any of everything."""
+        points = [point for part in parts or self.points for point in self.points[part]]
+        xs, ys = zip(*points, strict=True)
         return (min(xs), min(ys), max(xs), max(ys))
 
     def draw(self, canvas: ImageDraw.ImageDraw) -> None:

@@ -32,15 +32,6 @@ AMBIGUOUS_RATE = 0.04
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An interaction with its boxes (xyxy, pixels)."""
-
-    class_id: int
-    person_box: Box
-    object_box: Box
-
-
-@dataclass(frozen=True)
 class SceneSpec:
     """What a scene is drawn from: the canvas in pixels, figures back to front and a seed."""
 
@@ -58,15 +49,6 @@ class SceneSpec:
     def objects(self) -> tuple[str, ...]:
         """The names of the objects in the scene, sorted."""
         return tuple(sorted({f.object_name for f in self.figures}))
-
-    def pairs(self) -> tuple[Pair, ...]:
-        """The interactions with their boxes."""
-        found = []
-        for figure in self.figures:
-            if figure.class_id >= 0:
-                drawn = sketch(figure)
-                found.append(Pair(figure.class_id, drawn.box("person"), drawn.box("object")))
-        return tuple(found)
 
 
 @functools.cache
@@ -123,7 +105,7 @@ class _Planner:
         rng = self.rng
         seed = int(rng.integers(2**62))
         flip = bool(rng.random() < 0.5)
-        nominal = sketch(Figure(class_id, name, seed, 0.0, 0.0, 50.0, flip)).extent()
+        nominal = sketch(Figure(class_id, name, seed, 0.0, 0.0, 50.0, flip)).box()
         x0, y0, x1, y1 = (edge / 50.0 for edge in nominal)
         scale = min(scale, 0.68 * self.width / (x1 - x0), 0.8 * self.height / (y1 - y0))
         best: tuple[float, Figure, Box] | None = None

@@ -77,8 +77,8 @@ def load_sweep_data(
     `validation` has annotated rows of a manifest (of any split); their features must be stored
     too, and only `mAP_validation` ever sees their labels. `max_images` takes a sample by
     `sweep.seed`. Memory: 4 N R C bytes of scores and 4 N C of reference (38,116 x 15 x 600: 1.4 +
-    0.1 GB). Raises DataError when no image has scores and features, when classes differ, or when
-    no labeled image has features.
+    0.1 GB). Raises DataError when no image has scores and features, when classes differ, when
+    no labeled image has features, or when the teacher expects no positive of any class.
     """
     split = config.train.split
     regions = read_regions(region_scores_path, split, config.sweep.seed, max_images)
@@ -92,40 +92,16 @@ def load_sweep_data(
         raise DataError(
             f"{features_path} has features of no image in split {split!r} of {region_scores_path}"
         )
-    return make_data(
-        config,
-        regions,
-        feature_row_N,
-        stored.features_ND[wanted],
-        None if stored.flipped_ND is None else stored.flipped_ND[wanted],
-        zero_shot_classifier(config, class_table),
-        _validation(validation, stored, class_table, features_path),
-    )
-
-
-def make_data(
-    config: HtsConfig,
-    regions: Regions,
-    feature_row_N: npt.NDArray[np.int64],
-    features_MD: FloatArray,
-    flipped_MD: FloatArray | None,
-    classifier_CD: FloatArray,
-    validation: Validation | None = None,
-) -> SweepData:
-    """Return arrays, as `SweepData` describes them, with the reference that objectives need.
-
-    Raises DataError when the teacher expects no positive of any class.
-    """
     overrides = config.filter.overrides
     return SweepData(
         config=config,
         regions=regions,
         feature_row_N=feature_row_N,
-        features_MD=features_MD,
-        flipped_MD=flipped_MD,
-        classifier_CD=classifier_CD,
-        reference_NC=_reference(config, regions, feature_row_N >= 0),
-        validation=validation,
+        features_MD=stored.features_ND[wanted],
+        flipped_MD=None if stored.flipped_ND is None else stored.flipped_ND[wanted],
+        classifier_CD=zero_shot_classifier(config, class_table),
+        reference_NC=reference(config, regions, feature_row_N >= 0),
+        validation=_validation(validation, stored, class_table, features_path),
         overrides=None if overrides is None else read_overrides(overrides),
     )
 
@@ -188,10 +164,11 @@ def zero_shot_classifier(config: HtsConfig, class_table: ClassTable) -> FloatArr
     return np.asarray(classifier.detach().cpu().numpy(), dtype=np.float32)
 
 
-def _reference(config: HtsConfig, regions: Regions, has_features_N: BoolArray) -> FloatArray:
-    """Read the teacher's evidence in fixed ways, from all regions and from each half of them.
+def reference(config: HtsConfig, regions: Regions, has_features_N: BoolArray) -> FloatArray:
+    """Read the teacher's evidence (N, C) in fixed ways, from all regions and from halves of them.
 
-    An image without features is scored by no student: it must not count against any.
+    An image without features is scored by no student: it must not count against any. Raises
+    DataError when the teacher expects no positive of any class.
     """
     view_G = halve_regions(np.diff(regions.offsets_N1), config.sweep.seed)
     consensus = _consensus(regions, config.filter, None)

@@ -36,11 +36,6 @@ class Trial:
     seconds: float = 0.0
     message: str = ""
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Trial:
-        """Return a trial from its fields, as JSON gives them back."""
-        return cls(**{**values, "reports": tuple(values.get("reports", ()))})
-
     @property
     def objective(self) -> float | None:
         """The objective after the last seed that ran; None where nothing could be compared."""
@@ -62,7 +57,8 @@ class TrialLog:
         found = {}
         for name in storage.list_names(self.folder):
             if name.endswith(".json") and not name.startswith("."):
-                trial = Trial.of(storage.read_json(storage.join(self.folder, name)))
+                values: Any = storage.read_json(storage.join(self.folder, name))
+                trial = Trial(**{**values, "reports": tuple(values["reports"])})
                 found[trial.number] = trial
         return dict(sorted(found.items()))
 

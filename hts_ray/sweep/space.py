@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -264,8 +263,7 @@ def _parameter(name: str, given: RangeConfig) -> Parameter:
     info = field_of(name)
     declared: Any = Annotated[info.annotation, info]
     adapter: TypeAdapter[Any] = TypeAdapter(declared)
-    union = get_origin(info.annotation) in {Union, types.UnionType}
-    numbers = {int, float}.intersection(get_args(info.annotation) if union else (info.annotation,))
+    numbers = {int, float}.intersection(get_args(info.annotation) or (info.annotation,))
 
     def checked(value: Any) -> Any:
         try:
@@ -281,16 +279,7 @@ def _parameter(name: str, given: RangeConfig) -> Parameter:
         raise ConfigError(
             field=f"sweep.space.{name}", remedy="it is not a number: give choices: [...]"
         )
-    ends: list[Any] = [given.low, given.high]
-    if numbers == {int}:
-        for end in ends:
-            if not float(end).is_integer():
-                raise ConfigError(
-                    field=f"sweep.space.{name}", value=end, remedy="give a whole number"
-                )
-        ends = [int(end) for end in ends]
-    low, high = (checked(end) for end in ends)
-    return Parameter(name, low, high, given.log, numbers == {int})
+    return Parameter(name, checked(given.low), checked(given.high), given.log, numbers == {int})
 
 
 def field_of(name: str) -> FieldInfo:

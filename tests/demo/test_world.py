@@ -11,6 +11,7 @@ import scipy.io
 
 from hts_ray.classes import hico_classes
 from hts_ray.demo import world as synthetic
+from hts_ray.demo.figures import sketch
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.hico import read_hico
 from hts_ray.images.prepared import inspect_images
@@ -32,9 +33,9 @@ def test_every_class_is_drawn_inside_the_canvas_with_its_boxes() -> None:
     seen: Counter[int] = Counter()
     for index in range(500):
         spec = synthetic.sample_scene(3, "train", index, exponent=0.0)
-        for pair in spec.pairs():
-            seen[pair.class_id] += 1
-            for x0, y0, x1, y1 in (pair.person_box, pair.object_box):
+        for figure in (figure for figure in spec.figures if figure.class_id >= 0):
+            seen[figure.class_id] += 1
+            for x0, y0, x1, y1 in (sketch(figure).box(part) for part in ("person", "object")):
                 assert -3 <= x0 < x1 <= spec.width + 3
                 assert -3 <= y0 < y1 <= spec.height + 3
                 assert (x1 - x0) * (y1 - y0) > 8

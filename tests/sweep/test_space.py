@@ -22,7 +22,7 @@ def space_of(ranges, *overrides):
         ("{filter.topk: {choices: [1]}}", ["filter.topk", "did you mean filter.top_k?"]),
         ("{train.head_lr: {low: 1, high: 2}}", ["did you mean train.optim.head_lr?"]),
         ("{filter.top_k: {choices: [1, 0]}}", ["filter.top_k = 0", "greater than or equal to 1"]),
-        ("{filter.top_k: {low: 1.5, high: 3}}", ["filter.top_k = 1.5", "whole number"]),
+        ("{filter.top_k: {low: 1.5, high: 3}}", ["filter.top_k = 1.5", "valid integer"]),
         ("{filter.aggregation: {choices: [max, most]}}", ["aggregation = 'most'", "noisy_or"]),
         ("{filter.aggregation: {low: 1, high: 2}}", ["not a number", "choices"]),
         ("{filter.positive_threshold: {low: 0.5, high: 1.5}}", ["positive_threshold = 1.5"]),
