@@ -16,6 +16,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import click
@@ -31,7 +32,6 @@ from hts_ray.cluster.facts import (
 from hts_ray.config import HtsConfig
 from hts_ray.engine.console import console
 from hts_ray.engine.room import (
-    Cluster,
     check_paths,
     check_room,
     demands,
@@ -90,11 +90,13 @@ def _examine_cluster(config: HtsConfig, probe: str, names: Sequence[str]) -> lis
     facts, silent = _facts_of_all_nodes(probe, names)
     url = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING).dashboard_url
     found = f"{cluster}{', autoscaling' if cluster.autoscaling else ''}"
-    rooms = {f"room to {stage}": judge_room(cluster, config, stage) for stage in _STAGES}
+    paths, shared = worker_paths(config, "pipeline"), config.ray.shared_paths
+    seen = partial(check_paths, cluster, shared, paths)
+    rooms = {stage: partial(check_room, cluster, demands(config, stage)) for stage in _STAGES}
     cluster_checks = {
         "clocks": judge_clocks(facts),
-        "paths": judge_paths(cluster, config),
-        **rooms,
+        "paths": _judge_as_stages_do(seen, "every node sees what the settings name"),
+        **{f"room to {s}": _judge_as_stages_do(room, "enough") for s, room in rooms.items()},
         "authentication": judge_auth(several_hosts=cluster.several_hosts),
         "dashboard": judge_dashboard(url),
     }
@@ -382,22 +384,13 @@ def judge_clocks(facts: Sequence[Facts]) -> Finding:
     return Finding(level, found, "run NTP (chrony) on all nodes")
 
 
-def judge_paths(cluster: Cluster, config: HtsConfig) -> Finding:
-    """Judge whether all nodes see the paths in the settings, as every stage does first."""
+def _judge_as_stages_do(check: Callable[[], Sequence[str] | None], fine: str) -> Finding:
+    """Judge by a check that every stage makes first."""
     try:
-        check_paths(cluster, config.ray.shared_paths, worker_paths(config, "pipeline"))
+        notes = check() or ()
     except ConfigError as error:
         return Finding("problem", str(error))
-    return Finding("ok", "every node sees what the settings name")
-
-
-def judge_room(cluster: Cluster, config: HtsConfig, stage: str) -> Finding:
-    """Judge whether the cluster has what a stage's workers need, as the stage does first."""
-    try:
-        notes = check_room(cluster, demands(config, stage))
-    except ConfigError as error:
-        return Finding("problem", str(error))
-    return Finding("warning" if notes else "ok", "; ".join(notes) or "enough")
+    return Finding("warning" if notes else "ok", "; ".join(notes) or fine)
 
 
 def judge_auth(*, several_hosts: bool) -> Finding:

@@ -167,7 +167,11 @@ def connect(address: str | None = None) -> JobSubmissionClient:
         with _asking(address):
             return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise UserError(f"the cluster at {target} refuses the token: {_token_advice()}") from error
+        raise UserError(
+            f"the cluster at {target} refuses the token: export RAY_AUTH_MODE=token;"
+            " RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token must hold the"
+            " cluster's token"
+        ) from error
     except (Exception, SystemExit) as error:  # Ray exits where it finds no cluster to ask
         raise UserError(
             f"no job server answers at {target} ({_one_line(error)}): give the dashboard's address,"
@@ -188,18 +192,6 @@ def _asking(address: str | None) -> Iterator[None]:
     finally:
         logger.disabled = before
         os.environ.update(hidden)
-
-
-def _token_advice() -> str:
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        return (
-            "export RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or its file's"
-            " path as RAY_AUTH_TOKEN_PATH"
-        )
-    return (
-        "RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token must hold the"
-        " cluster's token"
-    )
 
 
 def _one_line(error: BaseException) -> str:

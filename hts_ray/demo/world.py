@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,8 @@ from PIL import Image, ImageDraw
 
 from hts_ray.classes import hico_classes, verb_phrase
 from hts_ray.demo.figures import SUPERSAMPLING, Box, Figure, poses, sketch, world_objects
-from hts_ray.errors import ConfigError, DataError
+from hts_ray.errors import ConfigError
+from hts_ray.store.outputs import new_output
 
 CANVAS_SIZES: tuple[tuple[int, int], ...] = ((112, 112), (112, 112), (128, 96), (96, 128))
 JPEG_QUALITY = 90
@@ -240,20 +239,15 @@ def write_world(root: str | os.PathLike[str], seed: int, num_train: int, num_tes
     """Writes a world in HICO's layout and returns its folder.
 
     `root` gets anno.mat and images/{train,test}2015; it appears complete or not at all. Raises
-    DataError where root holds files already and ConfigError for an empty split.
+    ConfigError where something is at root already and for an empty split.
     """
     import scipy.io
 
-    target = Path(root)
     for name, size in (("num_train", num_train), ("num_test", num_test)):
         if size < 1:
             raise ConfigError(field=name, value=size, remedy="use at least 1")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target} is not empty: write the world to a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        anno: dict[str, Any] = {"list_action": _list_action()}
+    anno: dict[str, Any] = {"list_action": _list_action()}
+    with new_output(str(root)) as draft:
         for split, size, exponent in (
             ("train", num_train, TRAIN_EXPONENT),
             ("test", num_test, TEST_EXPONENT),
@@ -262,11 +256,4 @@ def write_world(root: str | os.PathLike[str], seed: int, num_train: int, num_tes
             anno[f"anno_{split}"] = _write_split(folder, seed, split, size, exponent)
             anno[f"list_{split}"] = _cells([image_name(split, i) for i in range(size)])
         scipy.io.savemat(draft / "anno.mat", anno, do_compression=True)
-        draft.chmod(0o755)  # mkdtemp gives 0700
-        if target.exists():
-            target.rmdir()
-        draft.rename(target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    return target
+    return Path(root)

@@ -12,7 +12,7 @@ import scipy.io
 from hts_ray.classes import hico_classes
 from hts_ray.demo import world as synthetic
 from hts_ray.demo.figures import sketch
-from hts_ray.errors import ConfigError, DataError
+from hts_ray.errors import ConfigError
 from hts_ray.images.hico import read_hico
 from hts_ray.images.prepared import inspect_images
 
@@ -130,7 +130,7 @@ def test_nothing_is_left_when_writing_fails(
 def test_a_folder_with_files_and_an_empty_split_are_refused(tmp_path: Path) -> None:
     """Catches an overwritten data set and a world that no later stage could use."""
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="not empty"):
+    with pytest.raises(ConfigError, match="something is there already"):
         synthetic.write_world(tmp_path, 4, 3, 3)
     with pytest.raises(ConfigError, match="num_test"):
         synthetic.write_world(tmp_path / "world", 4, 3, 0)
