@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -217,14 +217,6 @@ def find_sweep(path: str) -> StageFolder:
 
 
 def best_overrides(sweep: StageFolder) -> list[str]:
-    """Return a sweep's best settings as `section.name=value`, as on a command line."""
+    """Return a sweep's best settings as `section={...}`, as on a command line."""
     values = yaml.safe_load(storage.read_bytes(sweep.file(BEST_FILE)))
-    return [f"{name}={json.dumps(value)}" for name, value in _leaves(values)]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return [f"{section}={json.dumps(inner)}" for section, inner in values.items()]
