@@ -32,13 +32,11 @@ class Selection:
     """Pseudo-labels of N images and what became of every candidate.
 
     `targets_NC` int8: 1 positive, 0 ignored, -1 negative. `reason_counts_N`: a structured array
-    with one int32 column for each of `REASONS`. `class_thresholds_C`: the probability from
-    which each class was taken.
+    with one int32 column for each of `REASONS`.
     """
 
     targets_NC: NDArray[np.int8]
     reason_counts_N: NDArray[np.void]
-    class_thresholds_C: FloatArray
 
     def reason_totals(self) -> dict[str, int]:
         """Sum the dropped candidates of all images, by reason."""
@@ -166,9 +164,8 @@ def select(
             f"support_NC is {regions_NC.dtype} {regions_NC.shape}:"
             f" give integers of shape {probabilities.shape}"
         )
-    thresholds_C = class_thresholds(probabilities, config)
     candidate_NC = probabilities >= probabilities.dtype.type(config.negative_threshold)
-    positive_NC = probabilities >= thresholds_C
+    positive_NC = probabilities >= class_thresholds(probabilities, config)
     counts_N = np.zeros(len(probabilities), dtype=REASON_DTYPE)
     counts_N["ignored_band"] = candidate_NC.sum(axis=1) - positive_NC.sum(axis=1)
     unsupported_NC = positive_NC & (regions_NC < config.min_support)
@@ -180,7 +177,7 @@ def select(
     positive_NC[rows, columns] = False
     # Candidate + positive is 0, 1 or 2: negative, ignored, positive.
     targets_NC = candidate_NC.astype(np.int8) + positive_NC.astype(np.int8) - np.int8(1)
-    return Selection(targets_NC, counts_N, thresholds_C)
+    return Selection(targets_NC, counts_N)
 
 
 def class_thresholds(probabilities_NC: FloatArray, config: FilterConfig) -> FloatArray:
