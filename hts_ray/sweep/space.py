@@ -194,8 +194,13 @@ def default_parameters(config: HtsConfig, region_scores: str) -> list[Parameter]
     if found.most_regions > 1:
         most = min(found.most_regions, _MOST_REGIONS)
         parameters.append(Parameter("filter.top_k", 1, most, integer=True))
-    if info.get("score_kind") != "log_probability":
-        parameters += _likelihood_parameters(config, info, found)
+    if info.get("score_kind") != "log_probability":  # but log-likelihoods of prompts
+        if info.get("prior_log_likelihoods") is not None:
+            parameters.append(Parameter("filter.prior_alpha", 0.0, 1.0))
+        levels = {float(f"{v:.3g}") for v in np.quantile(found.best_scores, _NULL_QUANTILES)}
+        if config.filter.null_score is not None:
+            levels.add(config.filter.null_score)
+        parameters.append(Parameter("filter.null_score", choices=(None, *sorted(levels))))
     if len(found.kinds) > 1:
         parameters.append(Parameter("filter.region_kinds", choices=subsets(found.kinds)))
     if len(found.margins) > 1:
@@ -206,20 +211,6 @@ def default_parameters(config: HtsConfig, region_scores: str) -> list[Parameter]
         Parameter("train.loss_temperature", 0.25, 4.0, log=True),
         Parameter("train.optim.head_lr", rate / 8, rate * 8, log=True),
     ]
-
-
-def _likelihood_parameters(
-    config: HtsConfig, info: Mapping[str, Any], found: _Stored
-) -> list[Parameter]:
-    """Return the settings that only log-likelihoods of prompts have."""
-    parameters = []
-    prior = info.get("prior_log_likelihoods")
-    if prior is not None:
-        parameters.append(Parameter("filter.prior_alpha", 0.0, 1.0))
-    own = config.filter.null_score
-    levels = {float(f"{v:.3g}") for v in np.quantile(found.best_scores, _NULL_QUANTILES)}
-    choices = (None, *sorted(levels | ({own} if own is not None else set())))
-    return [*parameters, Parameter("filter.null_score", choices=choices)]
 
 
 @dataclass(frozen=True)
