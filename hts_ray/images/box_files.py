@@ -259,12 +259,16 @@ def _read_hicodet(file: _HicoDet) -> list[BoxedImage]:
     sizes = file.size or [[0, 0]] * len(file.filenames)
     _require_equal("", filenames=file.filenames, annotation=file.annotation, size=sizes)
     images = []
+    names: dict[int | None, str] = dict(enumerate(file.objects or []))
     rows = zip(file.filenames, file.annotation, sizes, strict=True)
     for n, (path, pairs, size) in enumerate(rows):
         where, things = f"annotation[{n}]", pairs.boxes_o
         objects = pairs.object or [None] * len(things)
         _require_equal(f"{where} with ", boxes_h=pairs.boxes_h, boxes_o=things, object=objects)
-        labels = [_object_name(file.objects or [], index, where) for index in objects]
+        unknown = [index for index in objects if names and not (index is None or index in names)]
+        if unknown:
+            raise LayoutError(f"{where} with the object {unknown[0]!r}, which objects lack")
+        labels = [names.get(index, "") or "object" for index in objects]
         image = BoxedImage(path, None, *(map(_side, size) if len(size) == 2 else ()))
         # Every pair repeats its boxes.
         for box in dict.fromkeys(pairs.boxes_h):
@@ -279,14 +283,6 @@ def _require_equal(where: str, **lists: Sequence[Any]) -> None:
     if len({len(values) for values in lists.values()}) > 1:
         *first, last = (f"{len(values)} {name}" for name, values in lists.items())
         raise LayoutError(f"{where}{', '.join(first)} and {last} entries")
-
-
-def _object_name(names: Sequence[str], index: int | None, where: str) -> str:
-    if not names or index is None:
-        return "object"
-    if not 0 <= index < len(names):
-        raise LayoutError(f"{where} with the object {index!r}, which objects lack")
-    return names[index] or "object"
 
 
 def _read_parquet(data: bytes) -> list[BoxedImage]:

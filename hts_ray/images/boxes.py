@@ -130,7 +130,7 @@ class GivenBoxes:
     def _by_key(self) -> tuple[Mapping[str | None, list[int]], ...]:
         """Rows by id, path, path without extension and file name, the surest key first."""
         ids, stems = self.table["image_id"].to_pylist(), map(_stem, self._paths)
-        names = (_file_name(_path_of(path)) for path in self._paths)
+        names = (_path_of(path).rpartition("/")[2] for path in self._paths)
         by_key: tuple[dict[str | None, list[int]], ...] = ({}, {}, {}, {})
         for row, keys in enumerate(zip(ids, self._paths, stems, names, strict=True)):
             for rows_of, key in zip(by_key, keys, strict=True):
@@ -143,7 +143,7 @@ class GivenBoxes:
             if rows:
                 return rows
         path = _path_of(uri)
-        rows = by_stem.get(image_id) or by_name.get(_file_name(path)) or []
+        rows = by_stem.get(image_id) or by_name.get(path.rpartition("/")[2]) or []
         return self._one_path(rows, image_id, path)
 
     def _one_path(self, rows: list[int], image_id: str, path: str) -> list[int]:
@@ -232,10 +232,6 @@ def read_given_boxes(uri: str, person_labels: Sequence[str] = PERSON_LABELS) -> 
 def _path_of(uri: str) -> str:
     """Return the path of a URI, without escapes; a local path unchanged."""
     return unquote(urlsplit(uri).path) if "://" in uri else uri
-
-
-def _file_name(path: str) -> str:
-    return path.rpartition("/")[2]
 
 
 def _stem(path: str) -> str:
