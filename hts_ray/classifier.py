@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from hts_ray.images.prepared import inspect_images
 from hts_ray.images.regions import Region, propose_regions
 from hts_ray.images.retry import read_image_bytes
 from hts_ray.store import storage
-from hts_ray.store.aliases import Pixels
+from hts_ray.store.aliases import FloatArray, Pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -103,7 +103,6 @@ class Classifier:
             self._student = student.eval().to(torch.device(name))
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             raise ConfigError(field="device", value=name, remedy=str(error)) from error
-        self._gpu = torch.device(name).type == "cuda"
 
     @property
     def student(self) -> Student:
@@ -163,68 +162,51 @@ class Classifier:
         numbered = enumerate(images)
         with ThreadPoolExecutor(_READ_THREADS) as threads:
             while batch := list(islice(numbered, batch_size)):
-                sources = [_source(image, number) for number, image in batch]
+                sources = [str(i) if isinstance(i, str | Path) else f"image {n}" for n, i in batch]
                 decoded = list(threads.map(_decoded, [image for _, image in batch]))
                 for source, image in zip(sources, decoded, strict=True):
                     if on_error == "raise" and isinstance(image, ImageError):
                         raise DataError(f"{source} cannot be used: {image}") from image
-                yield from self._batch(sources, decoded, top_k, threshold, regions, batch_size)
+                pixels = [image.pixels for image in decoded if isinstance(image, DecodedImage)]
+                logits_NC = iter(self.logits(pixels, batch_size))
+                for source, image in zip(sources, decoded, strict=True):
+                    if isinstance(image, ImageError):
+                        yield Prediction(source, error=str(image))
+                        continue
+                    scores_C = next(logits_NC)
+                    if not np.isfinite(scores_C).all():
+                        yield Prediction(source, error="the student's logits are not finite")
+                        continue
+                    crops = grid(image.width, image.height) if regions else []
+                    scores_RC = self.logits([crop_region(image, c) for c in crops], batch_size)
+                    labels = tuple(
+                        self._label(c, scores_C, crops, scores_RC)
+                        for c in np.argsort(-scores_C, kind="stable")[:top_k].tolist()
+                        if threshold is None or scores_C[c] >= threshold
+                    )
+                    yield Prediction(source, labels, image.width, image.height, pixels=image.pixels)
 
-    def _batch(
-        self,
-        sources: Sequence[str],
-        decoded: Sequence[DecodedImage | ImageError],
-        top_k: int | None,
-        threshold: float | None,
-        regions: bool,
-        batch_size: int,
-    ) -> Iterator[Prediction]:
-        good = [image for image in decoded if isinstance(image, DecodedImage)]
-        logits_NC = iter(self.logits([image.pixels for image in good], batch_size))
-        for source, image in zip(sources, decoded, strict=True):
-            if isinstance(image, ImageError):
-                yield Prediction(source, error=str(image))
-                continue
-            scores_C = next(logits_NC)
-            if not np.isfinite(scores_C).all():
-                yield Prediction(source, error="the student's logits are not finite")
-                continue
-            chosen = _chosen(scores_C, top_k, threshold)
-            places = self._places(image, chosen, batch_size) if regions else {}
-            labels = tuple(
-                Label(of_class.class_id, of_class.name, float(scores_C[c]), *places.get(c, ()))
-                for c, of_class in ((c, self._student.class_table[c]) for c in chosen)
-            )
-            yield Prediction(source, labels, image.width, image.height, pixels=image.pixels)
-
-    def logits(self, images: Sequence[Pixels], batch_size: int = 32) -> npt.NDArray[np.float32]:
-        """Return logits (N, C) of uint8 images (H, W, 3) of any size."""
-        import torch
-
-        student = self._student
-        dtype = torch.bfloat16 if student.config.precision == "bf16" else torch.float16
-        half = self._gpu and student.config.precision != "no"
-        parts = [np.zeros((0, len(student.class_table)), np.float32)]
-        with torch.inference_mode(), torch.autocast("cuda", dtype=dtype, enabled=half):
-            for start in range(0, len(images), batch_size):
-                batch = student.preprocess(images[start : start + batch_size])
-                parts.append(student(batch).float().cpu().numpy())
-        return np.concatenate(parts)
-
-    def _places(
-        self, image: DecodedImage, columns: Sequence[int], batch_size: int
-    ) -> dict[int, tuple[Box, float]]:
-        """Return box and logit of the crop in which each class scores highest.
+    def _label(
+        self, column: int, scores_C: FloatArray, crops: Sequence[Region], scores_RC: FloatArray
+    ) -> Label:
+        """Return a class as a label, with the crop in which it scores highest.
 
         The whole image is one of the crops.
         """
-        regions = grid(image.width, image.height)
-        crops = [crop_region(image, region) for region in regions]
-        scores_RC = self.logits(crops, batch_size)
-        return {
-            column: (regions[row].box, float(scores_RC[row, column]))
-            for column, row in ((c, int(np.argmax(scores_RC[:, c]))) for c in columns)
-        }
+        found = self._student.class_table[column]
+        label = Label(found.class_id, found.name, float(scores_C[column]))
+        if not crops:
+            return label
+        best = int(np.argmax(scores_RC[:, column]))
+        return replace(label, box=crops[best].box, box_score=float(scores_RC[best, column]))
+
+    def logits(self, images: Sequence[Pixels], batch_size: int = 32) -> FloatArray:
+        """Return logits (N, C) float32 of uint8 images (H, W, 3) of any size."""
+        parts: list[FloatArray] = [np.zeros((0, len(self._student.class_table)), np.float32)]
+        for start in range(0, len(images), batch_size):
+            batch = self._student.preprocess(images[start : start + batch_size])
+            parts.append(self._student.compute(batch))
+        return np.concatenate(parts)
 
 
 def load(path: str, device: str | None = None) -> Classifier:
@@ -259,7 +241,8 @@ def find_images(paths: Sequence[str], *, workers: int = 16) -> tuple[list[str], 
         for row in prepared.quarantine.to_pylist():
             bad.append(Prediction(row["uri"], error=row["error"]))
         if not len(prepared.manifest) and not len(prepared.quarantine):
-            bad.append(Prediction(path, error=f"holds no image: {_counts(prepared.counts)}"))
+            counts = ", ".join(f"{name} {n}" for name, n in prepared.counts.items() if n)
+            bad.append(Prediction(path, error=f"holds no image: {counts or 'it is empty'}"))
         found += prepared.manifest["uri"].to_pylist()
     return found, bad
 
@@ -269,64 +252,34 @@ def grid(width: int, height: int) -> list[Region]:
     return propose_regions(width, height, RegionsConfig())
 
 
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "it is empty"
-
-
-def _source(image: Any, number: int) -> str:
-    return str(image) if isinstance(image, str | Path) else f"image {number}"
-
-
 def _decoded(image: Any) -> DecodedImage | ImageError:
     """Decode any kind of input as the stages over images do."""
+    from PIL import Image
+
     try:
         if isinstance(image, np.ndarray):
-            return _from_pixels(image)
-        if isinstance(image, str | Path):
-            data = read_image_bytes(str(image))
-        elif isinstance(image, bytes):
-            data = image
-        else:
-            data = _encoded(image)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ConfigError(
+                    field="images",
+                    value=f"{image.dtype} {image.shape}",
+                    remedy="give uint8 RGB arrays of shape (H, W, 3)",
+                )
+            return DecodedImage(image, image.shape[1], image.shape[0])
+        if isinstance(image, Image.Image):  # a PNG is decoded as files are: palettes, alpha, EXIF
+            sink = BytesIO()
+            image.save(sink, "PNG", exif=image.getexif())
+            image = sink.getvalue()
+        if not isinstance(image, str | Path | bytes):
+            raise ConfigError(
+                field="images",
+                value=type(image).__name__,
+                remedy="give paths, URIs, bytes, PIL images or uint8 arrays (H, W, 3)",
+            )
         return decode_image(
-            data,
+            image if isinstance(image, bytes) else read_image_bytes(str(image)),
             max_pixels=_IMAGES.max_pixels,
             min_side=_IMAGES.min_side,
             max_side=_IMAGES.max_side,
         )
     except ImageError as error:
         return error
-
-
-def _from_pixels(pixels: npt.NDArray[Any]) -> DecodedImage:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ConfigError(
-            field="images",
-            value=f"{pixels.dtype} {pixels.shape}",
-            remedy="give uint8 RGB arrays of shape (H, W, 3)",
-        )
-    return DecodedImage(pixels, pixels.shape[1], pixels.shape[0])
-
-
-def _encoded(image: Any) -> bytes:
-    """Write a PIL image as PNG, so that it is decoded as files are: palettes, alpha, rotation."""
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        raise ConfigError(
-            field="images",
-            value=type(image).__name__,
-            remedy="give paths, URIs, bytes, PIL images or uint8 arrays (H, W, 3)",
-        )
-    sink = BytesIO()
-    image.save(sink, "PNG", exif=image.getexif())
-    return sink.getvalue()
-
-
-def _chosen(
-    scores_C: npt.NDArray[np.float32], top_k: int | None, threshold: float | None
-) -> list[int]:
-    order = np.argsort(-scores_C, kind="stable")[:top_k]
-    if threshold is not None:
-        order = order[scores_C[order] >= threshold]
-    return [int(column) for column in order]

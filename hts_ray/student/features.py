@@ -180,11 +180,11 @@ class FeatureEncoder(StudentWorker):
     def vectors(self, table: pa.Table) -> dict[str, FloatArray]:
         """Return the features, and those of the mirror images."""
         pixels = stack_pixels(table, self.student.image_size)
-        found = {TABLE: self.run(self.student.visual, pixels)}
+        sides = {TABLE: pixels}
         if self._flipped:
-            mirrored = np.ascontiguousarray(pixels[:, :, ::-1])
-            found["flipped"] = self.run(self.student.visual, mirrored)
-        return found
+            sides["flipped"] = np.ascontiguousarray(pixels[:, :, ::-1])
+        student = self.student
+        return {n: student.compute(student.normalise(p), student.visual) for n, p in sides.items()}
 
 
 def _checked(images: pa.Table) -> pa.Table:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +25,16 @@ from hts_ray.config import OptimConfig, StudentConfig
 from hts_ray.engine.compat import build_image_tower
 from hts_ray.engine.decoding import squash
 from hts_ray.errors import ConfigError
-from hts_ray.store.aliases import Pixels
+from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.store.packaged import BUILTIN, packaged_model
 
 Trainable = Literal["all", "head", "last"]
 ARCHITECTURE = ("model_cfg", "image_size", "image_mean", "image_std")
 _TEXT_BATCH = 256
+# Where towers keep their blocks: timm's trunks, a ResNet's four layers, a CLIP ViT.
+_BLOCKS = (
+    ["blocks"], ["stages"], ["layers"], [f"layer{i}" for i in range(1, 5)], ["transformer"],
+)  # fmt: skip
 _CONFIG_FILE = "open_clip_config.json"
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
 _UNREADABLE = (
@@ -107,17 +112,32 @@ class Student(CosineClassifier):
         size = self.image_size
         squashed = [squash(np.asarray(image), size) for image in images]
         stacked = np.stack(squashed) if squashed else np.zeros((0, size, size, 3), np.uint8)
-        return self.normalise(torch.from_numpy(stacked.copy()))
+        return self.normalise(stacked)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
+    def normalise(self, pixels: Pixels | Tensor) -> Tensor:
         """Turn uint8 (N, S, S, 3) into what `forward` takes, on the student's device."""
-        images = pixels.to(self.image_mean.device).permute(0, 3, 1, 2).float() / 255
+        images = (
+            torch.as_tensor(pixels).to(self.image_mean.device).permute(0, 3, 1, 2).float() / 255
+        )
         return self.standardise(images)
 
     def standardise(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the deviation: (N, 3, S, S) in 0..1."""
         mean, std = self.image_mean[:, None, None], self.image_std[:, None, None]
         return ((images - mean) / std).contiguous()
+
+    @torch.inference_mode()
+    def compute(self, images: Tensor, part: nn.Module | None = None) -> FloatArray:
+        """Return what the student, or a part of it, computes of normalised images.
+
+        On a GPU that is done in the precision it was trained in; CPUs gain nothing from it.
+        """
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
+        half = images.is_cuda and self.config.precision != "no"
+        with torch.autocast("cuda", dtype=dtype, enabled=half):
+            answer = (part or self)(images)
+        result: FloatArray = answer.float().cpu().numpy()
+        return result
 
     def train(self, mode: bool = True) -> Student:
         """Set the training mode; BatchNorm and what is frozen stay in evaluation mode."""
@@ -217,12 +237,12 @@ def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:
     student.requires_grad_(mode == "all")
     student.classifier.requires_grad_(True)
     if mode == "last":
-        parts, tail = _tower_parts(student.visual, "train.trainable")
-        if blocks > len(parts):
-            remedy = f"the tower has {len(parts)} blocks, or write train.trainable=all"
+        layers = tower_layers(student.visual, "train.trainable")
+        if blocks > len(layers) - 2:
+            remedy = f"the tower has {len(layers) - 2} blocks, or write train.trainable=all"
             raise ConfigError(field="train.trainable_blocks", value=blocks, remedy=remedy)
-        for part in [*parts[-blocks:], *tail]:
-            part.requires_grad_(True)
+        for value in chain(*layers[: blocks + 1]):
+            value.requires_grad_(True)
     for name, value in student.named_parameters():
         if name in student._fixed:
             value.requires_grad_(False)
@@ -240,7 +260,10 @@ def parameter_groups(model: CosineClassifier, optim: OptimConfig) -> list[dict[s
     head_lr = optim.lr if optim.head_lr is None else optim.head_lr
     groups: list[tuple[list[nn.Parameter], float, float]] = []
     if isinstance(model, Student):
-        for depth, values in enumerate(_layers(model.visual, split=optim.layer_decay < 1)):
+        layers = [list(model.visual.parameters())]
+        if optim.layer_decay < 1:
+            layers = tower_layers(model.visual, "train.optim.layer_decay")
+        for depth, values in enumerate(layers):
             lr = optim.lr * optim.layer_decay**depth
             learning = [value for value in values if value.requires_grad]
             groups.append(([v for v in learning if v.ndim > 1], lr, optim.weight_decay))
@@ -253,18 +276,6 @@ def parameter_groups(model: CosineClassifier, optim: OptimConfig) -> list[dict[s
         for values, lr, decay in groups
         if values
     ]
-
-
-def _layers(visual: nn.Module, *, split: bool) -> list[list[nn.Parameter]]:
-    """Return the tower's parameters from its output to its input; in one layer without `split`."""
-    if not split:
-        return [list(visual.parameters())]
-    blocks, tail = _tower_parts(visual, "train.optim.layer_decay")
-    layers = [[v for p in tail for v in ([p] if isinstance(p, nn.Parameter) else p.parameters())]]
-    layers += [list(block.parameters()) for block in reversed(blocks)]
-    placed = {id(value) for values in layers for value in values}
-    layers.append([value for value in visual.parameters() if id(value) not in placed])
-    return layers
 
 
 def with_learnt_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -469,31 +480,30 @@ def _resize_positions(owner: nn.Module, rows: int, columns: int) -> None:
     )
 
 
-def _tower_parts(visual: Any, field: str) -> tuple[list[nn.Module], list[nn.Module | nn.Parameter]]:
-    """Return the tower's blocks in order, and what comes after the last one.
+def tower_layers(visual: Any, field: str) -> list[list[nn.Parameter]]:
+    """Return the tower's parameters by layer, from its output to its input.
 
-    ConfigError, naming the setting `field` that needs them, when they are not known.
+    The first layer is what follows the last block, then come the blocks, and the last layer is
+    what precedes them. ConfigError, naming the setting `field` that needs them, when the blocks
+    are not known.
     """
-    if hasattr(visual, "transformer"):
-        before = {"conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer"}
-        return list(visual.transformer.resblocks), list(_others(visual, before))
-    trunk = getattr(visual, "trunk", visual)  # a timm tower, or open_clip's own ResNet
+    trunk = getattr(visual, "trunk", visual)  # a timm tower, or open_clip's own
     children = [name for name, _ in trunk.named_children()]
-    # Parameters that a trunk holds itself are embeddings: they come first.
-    first = {name for name, _ in trunk.named_parameters(recurse=False)}
-    for names in (["blocks"], ["stages"], ["layers"], [f"layer{i}" for i in range(1, 5)]):
-        if not set(names) <= set(children):
-            continue
-        parts = [getattr(trunk, name) for name in names]
-        blocks = list(parts[0]) if len(parts) == 1 else parts
-        tail = list(_others(trunk, first | set(children[: children.index(names[-1]) + 1])))
-        if trunk is not visual:
-            tail += _others(visual, {"trunk"})
-        return blocks, tail
-    remedy = f"the blocks of a {type(trunk).__name__} are not known: leave this setting out"
-    raise ConfigError(field=field, remedy=remedy)
-
-
-def _others(owner: nn.Module, names: set[str]) -> Iterator[nn.Module | nn.Parameter]:
-    yield from (child for name, child in owner.named_children() if name not in names)
-    yield from (p for name, p in owner.named_parameters(recurse=False) if name not in names)
+    for names in _BLOCKS:
+        if set(names) <= set(children):
+            break
+    else:
+        remedy = f"the blocks of a {type(trunk).__name__} are not known: leave this setting out"
+        raise ConfigError(field=field, remedy=remedy)
+    parts = [getattr(trunk, name) for name in names]
+    blocks = list(getattr(parts[0], "resblocks", parts[0])) if len(parts) == 1 else parts
+    layers = [list(block.parameters()) for block in reversed(blocks)]
+    placed = {id(value) for value in chain(*layers)}
+    # Parameters that a trunk holds itself are embeddings, but for CLIP's projection.
+    first = {name for name, _ in trunk.named_parameters(recurse=False)} - {"proj"}
+    first |= set(children[: children.index(names[-1]) + 1])
+    before = [v for n, v in trunk.named_parameters() if n.split(".")[0] in first]
+    before = [value for value in before if id(value) not in placed]
+    placed |= {id(value) for value in before}
+    after = [value for value in visual.parameters() if id(value) not in placed]
+    return [after, *layers, before]

@@ -33,7 +33,7 @@ from hts_ray.engine.image_pass import (
 from hts_ray.engine.mistakes import users_mistakes_unwrapped
 from hts_ray.engine.progress import row_progress
 from hts_ray.engine.telemetry import HeldGpus, Meter
-from hts_ray.store.aliases import FloatArray, ImagesDone, Pixels
+from hts_ray.store.aliases import FloatArray, ImagesDone
 from hts_ray.store.run import StageFolder
 from hts_ray.student.checkpoints import description_of, load_student, student_fingerprint
 
@@ -47,23 +47,13 @@ class StudentWorker(ABC):
     problem = "the student's logits are not finite"
 
     def __init__(self, folder: str, pool: PoolConfig) -> None:
-        self._gpu = pool.num_gpus > 0 and torch.cuda.is_available()
-        if pool.num_gpus > 0 and not self._gpu:
+        gpu = pool.num_gpus > 0 and torch.cuda.is_available()
+        if pool.num_gpus > 0 and not gpu:
             logging.getLogger(__name__).warning("no GPU is visible: the student runs on the CPU")
-        if not self._gpu:
+        if not gpu:
             torch.set_num_threads(pool.threads)
         self.student = load_student(folder)
-        self.student.to("cuda" if self._gpu else "cpu")
-
-    def run(self, module: Callable[[torch.Tensor], torch.Tensor], pixels: Pixels) -> FloatArray:
-        """Return what the student, or a part of it, computes of uint8 images (N, S, S, 3)."""
-        # The precision that the student was trained in; CPUs gain nothing from it.
-        dtype = torch.bfloat16 if self.student.config.precision == "bf16" else torch.float16
-        half = self._gpu and self.student.config.precision != "no"
-        with torch.inference_mode(), torch.autocast("cuda", dtype=dtype, enabled=half):
-            answer = module(self.student.normalise(torch.from_numpy(pixels)))
-        result: FloatArray = answer.float().cpu().numpy()
-        return result
+        self.student.to("cuda" if gpu else "cpu")
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Turn N decoded rows into N rows of `schema`, with the vectors of every good row.

@@ -131,4 +131,5 @@ class StudentScorer(StudentWorker):
 
     def vectors(self, table: pa.Table) -> dict[str, FloatArray]:
         """Return the logits."""
-        return {"scores": self.run(self.student, stack_pixels(table, self.student.image_size))}
+        pixels = stack_pixels(table, self.student.image_size)
+        return {"scores": self.student.compute(self.student.normalise(pixels))}

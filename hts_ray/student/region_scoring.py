@@ -113,5 +113,5 @@ class StudentRegionScorer(StudentWorker):
         for start in range(0, len(boxes), step):
             spans = [pixel_span(image, Region(box, "")) for box in boxes[start : start + step]]
             crops = [squash(image.pixels[y0:y1, x0:x1], size) for x0, y0, x1, y1 in spans]
-            parts.append(self.run(self.student, np.stack(crops)))
+            parts.append(self.student.compute(self.student.normalise(np.stack(crops))))
         return np.concatenate(parts)

@@ -125,7 +125,7 @@ def test_official_checkpoints_are_read_whole_or_refused(tmp_path):
 
 
 def test_damaged_students_do_not_load(tmp_path, stored):
-    """Would catch other weights or classes than those that were stored, and torch's own errors."""
+    """Would catch other weights, classes or settings than those that were stored."""
     good = {path.name: path.read_bytes() for path in stored.iterdir()}
     expected = load_student(str(stored))
     description = json.loads(good["student.json"])
@@ -143,6 +143,10 @@ def test_damaged_students_do_not_load(tmp_path, stored):
     def check(path: Path, _: str) -> None:
         student = load_student(str(path.parent))
         assert student.class_table == expected.class_table
+        assert student.config == expected.config
+        assert student.image_size == expected.image_size
+        for name in ("image_mean", "image_std"):
+            assert torch.equal(getattr(student, name), getattr(expected, name)), name
         for name, value in student.state_dict().items():
             assert torch.equal(value, expected.state_dict()[name]), name
 
@@ -186,6 +190,7 @@ def forged(folder: Path, stored: Path, weights: bytes) -> Path:
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "model.safetensors").write_bytes(weights)
     description = json.loads((folder / "student.json").read_text())
+    del description["sha256"]["student.json"]
     description["sha256"]["model.safetensors"] = hashlib.sha256(weights).hexdigest()
     (folder / "student.json").write_text(json.dumps(description))
     return folder

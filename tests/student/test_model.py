@@ -198,15 +198,15 @@ def test_frozen_blocks_record_no_graph(vit_path, color_table):
 def test_timm_trunks_freeze_by_stage(color_table):
     """Catches trunks whose blocks have other names: their head must learn, their stem must not."""
     from hts_ray.engine.compat import build_image_tower
-    from hts_ray.student.model import _tower_parts
+    from hts_ray.student.model import tower_layers
 
     trunk = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear"}
     visual = build_image_tower({"embed_dim": 16, "vision_cfg": trunk})
 
-    blocks, tail = _tower_parts(visual, "train.trainable")
-    assert len(blocks) == 12
-    modules = [part for part in tail if isinstance(part, torch.nn.Module)]
-    inside = {id(value) for module in modules for value in module.parameters()}
+    layers = tower_layers(visual, "train.trainable")
+    assert len(layers) == 14
+    assert layers[1][0] is next(visual.trunk.blocks[11].parameters())
+    inside = {id(value) for value in layers[0]}
     assert id(visual.head.proj.weight) in inside
     assert id(visual.trunk.norm.weight) in inside
     assert id(visual.trunk.pos_embed) not in inside

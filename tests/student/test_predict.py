@@ -132,15 +132,15 @@ def test_infinite_logits_are_quarantined(student_path, color_world):
     table = pa.table({"image_id": ["a", "b", "c"], "uri": uris, "split": ["test"] * 3})
     scorer = StudentScorer(student_path, PoolConfig())
     decoded = decode_batch(table, ImagesConfig(), square=32)
-    run, broken = scorer.run, []
+    compute, broken = scorer.student.compute, []
 
-    def spoilt(module, pixels):
-        logits = run(module, pixels)
+    def spoilt(images):
+        logits = compute(images)
         logits[1, 2] = np.nan
         broken.append(logits)
         return logits
 
-    scorer.run = spoilt
+    scorer.student.compute = spoilt
     rows = scorer(decoded).to_pylist()
     assert [row["scores"] for row in rows] == [broken[0][0].tolist(), None, None]
     assert [row["error_kind"] for row in rows] == [None, "not_finite", "missing"]
