@@ -282,8 +282,7 @@ def fit_on_features(task: Task) -> dict[str, Any]:
         image_ids=found.image_ids,
     )
     validate = _validator(task)
-    settings = config.model_dump(mode="json")
-    log = CurveLog(config.loggers, folder=task.stage.file("curves"), settings=settings)
+    log = CurveLog(config.loggers, task.stage.file("curves"), config.model_dump(mode="json"))
 
     def on_epoch(fit: HeadFit) -> Mapping[str, Any]:
         record = {**fit.history[-1], "validation_mAP": validate(fit)}
@@ -344,7 +343,7 @@ def _features(task: Task, images: str, table: pa.Table, split: str, *, flipped: 
         pc.and_(pc.not_equal(stored["status"], OK), pc.is_in(stored["image_id"], wanted))
     )
     if len(bad):
-        path = storage.join(task.bad_folder(images), "features.parquet")
+        path = task.work_file(f"bad-{images}", "features.parquet")
         write_table(path, bad.drop_columns(["status"]))
     found = read_feature_table(stage.path)
     return found.take(sorted(set(found.image_ids).intersection(wanted.to_pylist())))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,46 +41,43 @@ class CurveLog:
     def __init__(
         self,
         names: Sequence[str],
-        *,
         folder: str,
         settings: Mapping[str, Any],
         first_step: int = 0,
     ) -> None:
-        from accelerate import PartialState, tracking
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState(cpu=True)  # trackers ask it whether theirs is the main process
-        classes = {
-            "tensorboard": tracking.TensorBoardTracker,
-            "wandb": tracking.WandBTracker,
-            "mlflow": tracking.MLflowTracker,
-        }
         self._folder = folder
         self._temporary = tempfile.TemporaryDirectory() if storage.is_remote(folder) else None
         self._local = Path(self._temporary.name if self._temporary else folder)
-        self._trackers: list[Any] = []
-        for name in names:
-            arguments: dict[str, Any] = {}
-            if name == "tensorboard":
-                # After a crash some steps are taken again: what was logged of them is dropped.
-                arguments = {"logging_dir": self._local, "purge_step": first_step}
+        # After a crash some steps are taken again: what was logged of them is dropped.
+        board = {"logging_dir": self._local, "purge_step": first_step}
+        self._trackers: dict[str, Any] = {
+            name: LOGGER_TYPE_TO_CLASS[name](PROJECT, **(board if name == "tensorboard" else {}))
+            for name in names
+        }
+
+        def start(tracker: Any) -> None:
+            tracker.start()
+            if tracker.name != "tensorboard":  # it writes settings as a run of their own
+                tracker.store_init_configuration(dict(_flat(settings)))
+
+        self._each(start)
+
+    def _each(self, work: Callable[[Any], object]) -> None:
+        """Do something with every tracker, and leave those out that fail."""
+        for name, tracker in list(self._trackers.items()):
             try:
-                tracker = classes[name](PROJECT, **arguments)
-                tracker.start()
-                if name != "tensorboard":  # it writes settings as a run of their own
-                    tracker.store_init_configuration(dict(_flat(settings)))
+                work(tracker)
             except Exception as error:
-                self._give_up(name, error)
-            else:
-                self._trackers.append(tracker)
+                del self._trackers[name]
+                logger.warning("train.loggers: %s is left out from here on: %s", name, error)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write values that belong to an optimizer step, counted over all epochs."""
-        for tracker in list(self._trackers):
-            try:
-                tracker.log(dict(values), step=step)
-            except Exception as error:
-                self._trackers.remove(tracker)
-                self._give_up(tracker.name, error)
+        self._each(lambda tracker: tracker.log(dict(values), step=step))
 
     def log_step(self, totals: Any, lr: float, norm: Any, step: int) -> None:
         """Write a step's summed loss and images, `totals` (2,), its rate and gradient's norm."""
@@ -96,9 +93,8 @@ class CurveLog:
 
     def flush(self) -> None:
         """Make what was logged visible to others."""
-        for tracker in self._trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.flush()
+        if "tensorboard" in self._trackers:
+            self._trackers["tensorboard"].writer.flush()
         if self._temporary is None:
             return
         for path in sorted(self._local.rglob("*")):
@@ -109,14 +105,9 @@ class CurveLog:
     def close(self) -> None:
         """Flush and end every tracker."""
         self.flush()
-        for tracker in self._trackers:
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
         if self._temporary is not None:
             self._temporary.cleanup()
-
-    @staticmethod
-    def _give_up(name: str, error: Exception) -> None:
-        logger.warning("train.loggers: %s is left out from here on: %s", name, error)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -98,7 +98,9 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
         shard = ray.train.get_dataset_shard("train")
         with ExitStack() as stack:
             if worker.rank == 0:
-                worker.curves = stack.enter_context(closing(_curves(worker, position)))
+                first = position.epoch * worker.steps_per_epoch + position.step
+                log = CurveLog(worker.config.loggers, job["curves"], job["config"], first)
+                worker.curves = stack.enter_context(closing(log))
                 worker.steps = stack.enter_context(StepLog(job["steps"], job["rows"]).writing())
             try:
                 while position.epoch < worker.config.epochs:
@@ -150,15 +152,6 @@ def _start(job: dict[str, Any]) -> _Worker:
         world=context.get_world_size(),
         meter=meter,
         held=held,
-    )
-
-
-def _curves(worker: _Worker, position: Position) -> CurveLog:
-    return CurveLog(
-        worker.config.loggers,
-        folder=worker.job["curves"],
-        settings=worker.job["config"],
-        first_step=position.epoch * worker.steps_per_epoch + position.step,
     )
 
 
@@ -293,6 +286,8 @@ def _train_step(
     Returns this worker's summed loss and images (2,), and the gradient's norm where it is clipped.
     Raises _BadLossError on every worker, before the step, when one worker's loss is not finite.
     """
+    from accelerate.utils import gather_object
+
     accelerator, size = worker.accelerator, len(batch["rows"])
     totals = torch.tensor([0.0, size], dtype=torch.float64, device=accelerator.device)
     count = accelerator.reduce(totals[1].clone(), "sum") if worker.world > 1 else size
@@ -310,16 +305,10 @@ def _train_step(
     infinite = (~torch.isfinite(totals[0])).double()
     everywhere = accelerator.reduce(infinite.clone(), "sum") if worker.world > 1 else infinite
     if everywhere:
-        _refuse(worker, batch["rows"], not infinite, epoch)
+        bad = batch["rows"].tolist()[:8] if infinite else []
+        bad = gather_object(bad) if worker.world > 1 else bad
+        raise _BadLossError(f"the loss is not finite in epoch {epoch}", list(bad)[:16])
     return totals, worker.optimizer.step()
-
-
-def _refuse(worker: _Worker, rows: torch.Tensor, finite: bool, epoch: int) -> None:
-    from accelerate.utils import gather_object
-
-    mine = [] if finite else rows.tolist()[:8]
-    found = gather_object(mine) if worker.world > 1 else mine
-    raise _BadLossError(f"the loss is not finite in epoch {epoch}", list(found)[:16])
 
 
 def _report(worker: _Worker, position: Position) -> None:
@@ -360,12 +349,9 @@ def _resume(worker: _Worker) -> Position:
     """Load the last checkpoint, where there is one, and return how far the run was."""
     import ray.train
 
-    files = None
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as folder:
-            files = read_files(folder)
-    elif worker.job["unlisted"] is not None:
-        files = read_files(worker.job["unlisted"])
-    if files is None:
+    checkpoint, unlisted = ray.train.get_checkpoint(), worker.job["unlisted"]
+    if checkpoint is None and unlisted is None:
         return Position(workers=worker.world)
+    with checkpoint.as_directory() if checkpoint else nullcontext(unlisted) as folder:
+        files = read_files(folder)
     return restore(files, worker.optimizer, worker.accelerator.scaler, worker.world)

@@ -32,6 +32,7 @@ from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
 if TYPE_CHECKING:
     import ray.data
 
+WORK = "ray_train"  # the folder of what only an unfinished training needs
 _DECODE_ROWS = 32
 _LOOP_COLUMNS = ("row", "positive", "ignored", "weight", "pixels")
 _BLOCK_BYTES = 32 << 20
@@ -68,12 +69,17 @@ class ValidationSet:
 
 @dataclass(frozen=True)
 class Task:
-    """One training, whichever way it is run; `progress` gets the records of `student.progress`."""
+    """One training, whichever way it is run.
+
+    `initial` is the folder of the zero-shot student that it starts from, and `progress` gets the
+    records of `student.progress`.
+    """
 
     run: Run
     data: TrainingSet
     validation: ValidationSet | None
     stage: StageFolder
+    initial: str
     progress: TrainingTold | None
 
     @property
@@ -81,28 +87,12 @@ class Task:
         """The settings of the training."""
         return self.run.config.train
 
-    @property
-    def initial(self) -> str:
-        """The folder of the zero-shot student that the training starts from."""
-        return initial_folder(self.stage)
-
     def work_file(self, *names: str) -> str:
-        """Return a path in the folder that only an unfinished training needs."""
-        return storage.join(work_folder(self.stage), *names)
+        """Return a path in the folder that only an unfinished training needs.
 
-    def bad_folder(self, images: str) -> str:
-        """Return where the rows of images that cannot be read go: of `train` or `validation`."""
-        return self.work_file(f"bad-{images}")
-
-
-def work_folder(stage: StageFolder) -> str:
-    """Return the folder of checkpoints and other things that only an unfinished training needs."""
-    return stage.file("ray_train")
-
-
-def initial_folder(stage: StageFolder) -> str:
-    """Return the folder of the zero-shot student that a training starts from."""
-    return storage.join(work_folder(stage), "initial")
+        `bad-train` and `bad-validation` there list images that cannot be read.
+        """
+        return self.stage.file(WORK, *names)
 
 
 def training_labels(
@@ -240,13 +230,12 @@ def gather_quarantine(task: Task) -> int:
     found: dict[str, dict[str, Any]] = {}
     counts = []
     for images in ("train", "validation"):
-        folder = task.bad_folder(images)
+        folder = task.work_file(f"bad-{images}")
         rows = read_table(folder).to_pylist() if storage.list_names(folder) else []
         found.update({row["image_id"]: row for row in rows})
         counts.append(len({row["image_id"] for row in rows}))
-    schema = pa.schema(
-        [QUARANTINE_SCHEMA.field(n) for n in ("image_id", "uri", "error_kind", "error")]
-    )
+    columns = ("image_id", "uri", "error_kind", "error")
+    schema = pa.schema([QUARANTINE_SCHEMA.field(name) for name in columns])
     table = pa.Table.from_pylist([found[key] for key in sorted(found)], schema)
     write_quarantine(task.stage, table, "train")
     return counts[0]

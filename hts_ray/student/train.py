@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from hts_ray.student.head import fit_on_features
 from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import train_loop
 from hts_ray.student.model import (
+    Student,
     build_student,
     checkpoint_activations,
     parameter_groups,
@@ -51,15 +53,14 @@ from hts_ray.student.resume import (
     read_files,
 )
 from hts_ray.student.targets import (
+    WORK,
     Task,
     ValidationSet,
     class_weights,
     decoded_images,
     gather_quarantine,
-    initial_folder,
     positive_counts,
     training_set,
-    work_folder,
 )
 
 if TYPE_CHECKING:
@@ -107,15 +108,15 @@ def train_student(
     """
     started = time.monotonic()
     _check_config(run)
-    if labels is None:
-        _write_initial(run, stage)
-        outcome: dict[str, Any] = {"history": []}
-        counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
-    else:
+    data = None
+    if labels is not None:
         data = training_set(labels, run.class_table, run.config.train, run.config.seed)
+    initial = _write_initial(run, stage)
+    outcome: dict[str, Any] = {"history": []}
+    counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
+    if data is not None:
         known = None if validation is None else ValidationSet.of(validation, run.class_table)
-        task = Task(run, data, known, stage, progress)
-        _write_initial(run, stage)
+        task = Task(run, data, known, stage, initial, progress)
         outcome = fit_on_features(task) if task.config.trainable == "head" else _fit(task)
         bad = gather_quarantine(task)
         Meter.of(stage, "train").count(quarantined=bad)
@@ -127,7 +128,7 @@ def train_student(
             "classes_with_positives": data.classes_with_positives,
             "dropped_class_ids": data.dropped_ids,
         }
-    _save(run, stage, outcome)
+    _save(run, stage, load_student(initial), outcome)
     last = outcome["history"][-1] if outcome["history"] else {}
     stage.publish(
         {
@@ -139,7 +140,7 @@ def train_student(
             "rows_per_second": last.get("images_per_second", 0.0),
         }
     )
-    storage.remove_tree(work_folder(stage))  # optimizer states are as large as the model, twice
+    storage.remove_tree(stage.file(WORK))  # optimizer states are as large as the model, twice
     return stage.stats
 
 
@@ -218,20 +219,21 @@ def _check_config(run: Run) -> None:
         )
 
 
-def _write_initial(run: Run, stage: StageFolder) -> None:
-    """Write the zero-shot student for the workers to start from.
+def _write_initial(run: Run, stage: StageFolder) -> str:
+    """Write the zero-shot student for the workers to start from, and return its folder.
 
     Raises ConfigError for settings that its tower cannot serve, before any worker starts.
     """
-    if storage.exists(storage.join(initial_folder(stage), DESCRIPTION)):
-        return
-    config = run.config.train
-    student = build_student(run.config.student, run.class_table)
-    set_trainable(student, config.trainable, config.trainable_blocks)
-    parameter_groups(student, config.optim)
-    if config.gradient_checkpointing:
-        checkpoint_activations(student)
-    save_student(student, initial_folder(stage))
+    initial = stage.file(WORK, "initial")
+    if not storage.exists(storage.join(initial, DESCRIPTION)):
+        config = run.config.train
+        student = build_student(run.config.student, run.class_table)
+        set_trainable(student, config.trainable, config.trainable_blocks)
+        parameter_groups(student, config.optim)
+        if config.gradient_checkpointing:
+            checkpoint_activations(student)
+        save_student(student, initial)
+    return initial
 
 
 def _fit(task: Task) -> dict[str, Any]:
@@ -240,11 +242,11 @@ def _fit(task: Task) -> dict[str, Any]:
     image_size = int(description_of(task.initial)["image_size"])
     size = stored_size(image_size, config.augment)
     with data_context(keep_order=True):
-        dataset, rows = decoded_images(data.table, size, task.bad_folder("train"))
+        dataset, rows = decoded_images(data.table, size, task.work_file("bad-train"))
         datasets = {"train": dataset}
         if validation is not None:
             datasets["validation"], _ = decoded_images(
-                validation.table, image_size, task.bad_folder("validation")
+                validation.table, image_size, task.work_file("bad-validation")
             )
     workers = max(1, config.num_workers)
     if rows < workers:
@@ -264,31 +266,20 @@ def _fit(task: Task) -> dict[str, Any]:
             f"{error['message']}; images {', '.join(names)}: lower train.optim.lr, raise"
             " train.loss_temperature or set train.optim.grad_clip"
         )
-    files = _last_checkpoint(job["local"], result)
+    place = newest_whole(job["local"]) if job["local"] else None
+    if job["local"] and place is None:
+        raise UserError("training ended without a checkpoint: remove its folder and run it again")
+    with result.checkpoint.as_directory() if place is None else nullcontext(place) as folder:
+        files = read_files(folder)
     history = json.loads(files[STATE])["history"]
     return {"history": history, "rows": rows, "weights": files[MODEL]}
-
-
-def _last_checkpoint(local: str | None, result: Any) -> dict[str, bytes]:
-    """Return the files of a training's last checkpoint, which lies in `local` or in its result."""
-    if local is None:
-        with result.checkpoint.as_directory() as folder:
-            return read_files(folder)
-    place = newest_whole(local)
-    if place is None:
-        raise UserError("training ended without a checkpoint: remove its folder and run it again")
-    return read_files(place)
-
-
-def _run_name(task: Task) -> str:
-    """Return how Ray Train calls a run, and its folder."""
-    return f"train-{task.stage.key}"
 
 
 def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
     """Return what every worker gets; `size` is the side at which images are stored."""
     config, stage, known = task.config, task.stage, task.validation
     local = task.work_file("local") if config.num_workers == 0 else None
+    name = f"train-{stage.key}"
     counts_C = positive_counts(task.data.table["positive"], len(task.run.class_table))
     return {
         "config": config.model_dump(mode="json"),
@@ -304,9 +295,8 @@ def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
         "meter": asdict(Meter.of(stage, "train")),
         "curves": stage.file("curves"),
         "local": local,  # Ray Train keeps no checkpoints of a training in this process
-        "unlisted": newest_whole(local)
-        if local
-        else find_unlisted(task.work_file(_run_name(task))),
+        "name": name,
+        "unlisted": newest_whole(local) if local else find_unlisted(task.work_file(name)),
     }
 
 
@@ -328,8 +318,8 @@ def _run_trainer(task: Task, job: dict[str, Any], datasets: dict[str, ray.data.D
         ),
         run_config=RunConfig(
             # The same name after a crash is what makes Ray Train go on from its checkpoint.
-            name=_run_name(task),
-            storage_path=storage.absolute(work_folder(task.stage)),
+            name=job["name"],
+            storage_path=storage.absolute(task.work_file()),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
@@ -376,9 +366,9 @@ def _in_a_line(failure: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _save(run: Run, stage: StageFolder, outcome: Mapping[str, Any]) -> None:
-    """Write the trained student and its history into the stage's folder."""
-    student, history = load_student(initial_folder(stage)), outcome["history"]
+def _save(run: Run, stage: StageFolder, student: Student, outcome: Mapping[str, Any]) -> None:
+    """Write the student, with trained weights if there are any, and its history."""
+    history = outcome["history"]
     if "weights" in outcome:
         trained = safetensors.torch.load(outcome["weights"])
         student.load_state_dict(with_learnt_scale(trained))
