@@ -60,13 +60,12 @@ def import_checkpoint(file: str, output: str, classes: str | None = None) -> dic
     do not fit or `output` is there already.
     """
     refuse_existing(output)
-    data = _read(file)
-    content = _load(file, data)
+    content, digest = _load(file)
     student = _student(content, file, classes)
     epoch = content.get("epoch")
     source = {
         "file": file.rstrip("/").rsplit("/", 1)[-1],
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": digest,
         "epoch": epoch if isinstance(epoch, int) else None,
     }
     with new_output(output, last=DESCRIPTION) as folder:
@@ -90,7 +89,7 @@ def read_official(file: str, classes: str | ClassTable | None = None) -> Student
 
     Arguments and errors are those of `import_checkpoint`; `classes` may also be a class table.
     """
-    return _student(_load(file, _read(file)), file, classes)
+    return _student(_load(file)[0], file, classes)
 
 
 def official_checkpoint(student: Student, epoch: int = 0) -> dict[str, Any]:
@@ -102,9 +101,9 @@ def official_checkpoint(student: Student, epoch: int = 0) -> dict[str, Any]:
     reason = _obstacle(student)
     if reason is not None:
         raise format_error("hts", f"{reason}; {_OTHERS}")
-    state = {_VISUAL + name: value for name, value in cpu_state(student.visual).items()}
-    state["classifier"] = student.classifier.detach().cpu().contiguous().clone()
-    state["logit_scale"] = student.logit_scale.detach().cpu().log()
+    state = cpu_state(student)
+    state = {k.replace("visual.", _VISUAL, 1): value for k, value in state.items()}
+    state["logit_scale"] = state["logit_scale"].log()
     optimizer: dict[str, Any] = {"state": {}, "param_groups": []}
     return {"epoch": epoch, "model_state_dict": state, "optimizer_state_dict": optimizer}
 
@@ -114,18 +113,13 @@ def format_error(form: str, remedy: str = _OTHERS, problem: str = "") -> ConfigE
     return ConfigError(problem, field="--format", value=form, remedy=remedy)
 
 
-def _read(file: str) -> bytes:
+def _load(file: str) -> tuple[dict[str, Any], str]:
+    """Return the file's dictionary and sha256 without running anything that is in it."""
     if not storage.exists(file):
         raise DataError(f"{file}: no such file")
+    data = b""
     try:
-        return storage.read_bytes(file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read as a checkpoint of tensors: {error}") from error
-
-
-def _load(file: str, data: bytes) -> dict[str, Any]:
-    """Return the file's dictionary without running anything that is in it."""
-    try:
+        data = storage.read_bytes(file)
         _check_sums(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of, it refuses in the next line
@@ -139,17 +133,16 @@ def _load(file: str, data: bytes) -> dict[str, Any]:
         raise DataError(
             f"{file} is not in the paper's format: model_state_dict is missing (found {found})"
         )
-    return content
+    return content, hashlib.sha256(data).hexdigest()
 
 
 def _check_sums(data: bytes) -> None:
     """Raise BadZipFile for an archive with a damaged part: torch does not look at its checksums."""
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        return
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"{damaged} is damaged, its checksum differs")
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged, its checksum differs")
 
 
 def _why_unreadable(file: str, data: bytes, error: Exception) -> str:
@@ -175,15 +168,17 @@ def _why_unreadable(file: str, data: bytes, error: Exception) -> str:
 
 
 def _student(content: Mapping[str, Any], file: str, classes: str | ClassTable | None) -> Student:
-    state = _tensors(content["model_state_dict"], file)
-    visual = {k[len(_VISUAL) :]: state.pop(k) for k in list(state) if k.startswith(_VISUAL)}
-    _check_names(state, visual, file)
-    classifier_CD = _classifier(state, file)
-    scale = _scale(state["logit_scale"], file)
-    if "proj" in visual and visual["proj"].ndim != 2:
-        raise DataError(f"{file}: visual.proj is no matrix")
-    name, model_cfg, size = _architecture(visual, file)
-    features = visual["proj"].shape[1] if "proj" in visual else visual["conv1.weight"].shape[0]
+    try:
+        state = _tensors(content["model_state_dict"])
+        visual = {k[len(_VISUAL) :]: state.pop(k) for k in list(state) if k.startswith(_VISUAL)}
+        _check_names(state, visual)
+        classifier_CD = _classifier(state)
+        scale = _scale(state["logit_scale"])
+        name, model_cfg, size = _architecture(visual)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
+    projected = "proj" in visual
+    features = visual["proj"].shape[1] if projected else visual["conv1.weight"].shape[0]
     if classifier_CD.shape[1] != features:
         raise DataError(
             f"{file}: the classifier has {classifier_CD.shape[1]} columns for {features} features"
@@ -193,7 +188,7 @@ def _student(content: Mapping[str, Any], file: str, classes: str | ClassTable | 
         "student": {
             "model": name,
             "image_size": size,
-            "feature_space": "projected" if "proj" in visual else "backbone",
+            "feature_space": "projected" if projected else "backbone",
             "logit_scale": float(scale),
         },
         "model_cfg": model_cfg,
@@ -210,90 +205,86 @@ def _student(content: Mapping[str, Any], file: str, classes: str | ClassTable | 
         raise DataError(f"{file} does not hold a whole CLIP ViT: {reason}") from error
 
 
-def _tensors(stored: Mapping[Any, Any], file: str) -> dict[str, Tensor]:
-    """Return the state dict in float32, `module.` removed; DataError for other values."""
+def _tensors(stored: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return the state dict in float32, `module.` removed; ValueError for other values."""
     state: dict[str, Tensor] = {}
     for key, value in stored.items():
         name = str(key).removeprefix(_MODULE)
         if name in state:
-            raise DataError(f"{file}: {name} occurs twice, with and without {_MODULE}")
+            raise ValueError(f"{name} occurs twice, with and without {_MODULE}")
         dense = isinstance(value, Tensor) and value.layout == torch.strided
         if not dense or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise DataError(f"{file}: {key} is not a tensor of floats but {kind}")
+            raise ValueError(f"{key} is not a tensor of floats but {kind}")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise DataError(f"{file}: {key} claims {value.numel()} values, the file holds fewer")
+            raise ValueError(f"{key} claims {value.numel()} values, the file holds fewer")
         state[name] = value.detach().float().contiguous()
         if not state[name].isfinite().all():
-            raise DataError(f"{file}: {key} holds values that are not finite")
+            raise ValueError(f"{key} holds values that are not finite")
     return state
 
 
-def _check_names(state: Mapping[str, Tensor], visual: Mapping[str, Tensor], file: str) -> None:
+def _check_names(state: Mapping[str, Tensor], visual: Mapping[str, Tensor]) -> None:
     """Refuse the paper's other experiments by their tensors' names, and foreign files."""
     if any(name.startswith("vit.") for name in state):
-        reason = "its backbone is an ImageNet ViT of timm, only CLIP ViTs can be imported"
-    elif any(name.startswith(("layer1.", "attnpool.")) for name in visual):
-        reason = "its backbone is a CLIP ResNet, only CLIP ViTs can be imported"
-    elif "classifier.weight" in state:
-        reason = "its classifier is linear, with a bias: a student's logits are cosines"
-    else:
-        missing = {"classifier", "logit_scale"} - state.keys()
-        missing |= {
-            _VISUAL + name
-            for name in ("conv1.weight", "class_embedding", "positional_embedding")
-            if name not in visual
-        }
-        unknown = state.keys() - {"classifier", "logit_scale", "m_classifier"}
-        if not missing and not unknown:
-            return
-        found = [f"{name} missing" for name in sorted(missing)]
-        found += [f"{name} unknown" for name in sorted(unknown)]
+        raise ValueError("its backbone is an ImageNet ViT of timm, only CLIP ViTs can be imported")
+    if any(name.startswith(("layer1.", "attnpool.")) for name in visual):
+        raise ValueError("its backbone is a CLIP ResNet, only CLIP ViTs can be imported")
+    if "classifier.weight" in state:
+        raise ValueError("its classifier is linear, with a bias: a student's logits are cosines")
+    needed = {"conv1.weight", "class_embedding", "positional_embedding"}
+    missing = {"classifier", "logit_scale"} - state.keys()
+    missing |= {_VISUAL + name for name in needed - visual.keys()}
+    unknown = state.keys() - {"classifier", "logit_scale", "m_classifier"}
+    found = [f"{name} missing" for name in sorted(missing)]
+    found += [f"{name} unknown" for name in sorted(unknown)]
+    if found:
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-        reason = f"not in the paper's format: {', '.join(found[:4])}{more}"
-    raise DataError(f"{file}: {reason}")
+        raise ValueError(f"not in the paper's format: {', '.join(found[:4])}{more}")
 
 
-def _classifier(state: Mapping[str, Tensor], file: str) -> Tensor:
+def _classifier(state: Mapping[str, Tensor]) -> Tensor:
     """Return the classes' directions (C, D), a stored mixing matrix (C, C) applied."""
     classifier_CD = state["classifier"]
     mixing_CC = state.get("m_classifier")  # the paper's `i-clip`: a learned mixture of embeddings
     shapes = [list(classifier_CD.shape), None if mixing_CC is None else list(mixing_CC.shape)]
     rows = len(classifier_CD) if classifier_CD.ndim == 2 else 0
     if rows == 0 or (mixing_CC is not None and shapes[1] != [rows, rows]):
-        raise DataError(f"{file}: the classifier has the shape {shapes[0]}, mixed by {shapes[1]}")
+        raise ValueError(f"the classifier has the shape {shapes[0]}, mixed by {shapes[1]}")
     return classifier_CD if mixing_CC is None else mixing_CC @ classifier_CD
 
 
-def _scale(log_scale: Tensor, file: str) -> Tensor:
+def _scale(log_scale: Tensor) -> Tensor:
     """Return the factor of the cosine, a scalar tensor; the file holds its logarithm."""
     if log_scale.numel() != 1:
-        raise DataError(f"{file}: logit_scale has {log_scale.numel()} values instead of one")
+        raise ValueError(f"logit_scale has {log_scale.numel()} values instead of one")
     value = float(log_scale)
     if value == 0:
-        raise DataError(f"{file}: with logit_scale 0 the paper's code takes no cosine at all")
+        raise ValueError("with logit_scale 0 the paper's code takes no cosine at all")
     if abs(value) > _MAX_LOG_SCALE:
-        raise DataError(f"{file}: logit_scale {value:g} is no logarithm (4.61 in the paper)")
+        raise ValueError(f"logit_scale {value:g} is no logarithm (4.61 in the paper)")
     return log_scale.reshape(()).exp()
 
 
-def _architecture(visual: Mapping[str, Tensor], file: str) -> tuple[str, dict[str, Any], int]:
+def _architecture(visual: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], int]:
     """Return name, open_clip description and image size of the tower with these tensors."""
     kernel, positions = visual["conv1.weight"], visual["positional_embedding"]
     blocks = {int(found[1]) for name in visual if (found := _BLOCK.match(name))}
     layers = len(blocks)
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
-        raise DataError(f"{file}: conv1.weight of shape {list(kernel.shape)} cuts no patches")
+        raise ValueError(f"conv1.weight of shape {list(kernel.shape)} cuts no patches")
     width, patch = kernel.shape[0], kernel.shape[2]
     heads = width // _HEAD_WIDTH
     if not layers or blocks != set(range(layers)) or not heads or width % heads:
-        raise DataError(f"{file}: no ViT has width {width} and the blocks {sorted(blocks)[:30]}")
+        raise ValueError(f"no ViT has width {width} and the blocks {sorted(blocks)[:30]}")
     grid = math.isqrt(max(0, positions.shape[0] - 1)) if positions.ndim == 2 else 0
     if not grid or grid * grid + 1 != positions.shape[0]:
-        raise DataError(
-            f"{file}: position embeddings of shape {list(positions.shape)} are not those of a"
-            " class token and a square grid"
+        raise ValueError(
+            f"position embeddings of shape {list(positions.shape)} are not those of a class token"
+            " and a square grid"
         )
+    if "proj" in visual and visual["proj"].ndim != 2:
+        raise ValueError("visual.proj is no matrix")
     embed_dim = visual["proj"].shape[1] if "proj" in visual else None
     name = _KNOWN.get((width, layers, patch))
     if name is not None:
