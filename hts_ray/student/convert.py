@@ -29,16 +29,7 @@ from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
 from hts_ray.store.packaged import BUILTIN
 from hts_ray.store.run import finished_stages
-from hts_ray.student.checkpoints import (
-    CLASSES,
-    DESCRIPTION,
-    cpu_state,
-    description_of,
-    find_student,
-    load_student,
-    save_student,
-    student_fingerprint,
-)
+from hts_ray.student import checkpoints
 from hts_ray.student.model import Student, model_config, resolve_name
 from hts_ray.student.official import HICO_CLASSES, format_error, official_checkpoint, read_official
 
@@ -81,9 +72,9 @@ def export_student(path: str, form: str, output: str) -> Exported:
         raise format_error(form, f"choose one of {', '.join(FORMATS)}")
     _check_suffix(form, output)
     refuse_existing(output)
-    folder = find_student(path)
-    source = _Source(load_student(folder), folder, output)
-    with new_output(output, last=DESCRIPTION) as target:
+    folder = checkpoints.find_student(path)
+    source = _Source(checkpoints.load_student(folder), folder, output)
+    with new_output(output, last=checkpoints.DESCRIPTION) as target:
         written = _WRITERS[form](source, target)
         difference = _difference(written, source.student)
         if not difference <= TOLERANCE:
@@ -124,25 +115,26 @@ def _check_suffix(form: str, output: str) -> None:
 
 def _write_safetensors(source: _Source, target: Path) -> Exported:
     """Write the student's own folder with a model card; it loads without any other file."""
-    save_student(source.student, str(target), description_of(source.folder).get("info"))
+    info = checkpoints.description_of(source.folder).get("info")
+    checkpoints.save_student(source.student, str(target), info)
     (target / CARD).write_text(model_card(source.student, source.folder), encoding="utf-8")
     notes = (
         f"hts_ray.student.load_student({source.output!r})",
         f"{storage.join(source.output, CARD)} is its model card: add what you know of the data",
     )
-    return Exported(source.student, load_student(str(target)), notes=notes)
+    return Exported(source.student, checkpoints.load_student(str(target)), notes=notes)
 
 
 def _write_hts(source: _Source, target: Path) -> Exported:
     """Write the paper's checkpoint and import it again."""
     student, table = source.student, source.student.class_table
-    epochs = description_of(source.folder).get("info", {}).get("epochs")
+    epochs = checkpoints.description_of(source.folder).get("info", {}).get("epochs")
     epoch = max(0, epochs - 1) if isinstance(epochs, int) else 0
     torch.save(official_checkpoint(student, epoch), target)
     again = read_official(str(target), table)
     notes = [f"hts import-checkpoint {source.output} --output DIR"]
     if table != hico_classes():
-        notes[0] += f" --classes {storage.join(source.folder, CLASSES)}"
+        notes[0] += f" --classes {storage.join(source.folder, checkpoints.CLASSES)}"
         notes.append("the format names no classes, and these are not HICO's: keep their list")
     if len(table) != HICO_CLASSES:
         notes.append(f"the paper's code expects 600 classes (HICO), this student has {len(table)}")
@@ -152,7 +144,7 @@ def _write_hts(source: _Source, target: Path) -> Exported:
 def _write_open_clip(source: _Source, target: Path) -> Exported:
     """Write the image tower's state dict and load it by open_clip's own function."""
     student = source.student
-    state = cpu_state(student.visual)
+    state = checkpoints.cpu_state(student.visual)
     name, arguments = _open_clip_model(student)
     if student.config.feature_space == "backbone":
         # open_clip's towers always project, so this one projects by the identity.
@@ -295,7 +287,7 @@ def model_card(student: Student, folder: str) -> str:
     It states what is recorded: settings, the run's teacher, and the metrics of those evaluations
     in the student's run directory that measured this very student.
     """
-    info = description_of(folder).get("info", {})
+    info = checkpoints.description_of(folder).get("info", {})
     run_dir, _, name = folder.rpartition("/")
     in_run = name.startswith("student-")
     provenance = storage.join(run_dir, "provenance.json")
@@ -335,7 +327,7 @@ def _starting_point(student: Student) -> str:
 
 def _evaluations(run_dir: str, folder: str) -> Iterator[dict[str, Any]]:
     """Yield the metrics of finished evaluations that measured the student in `folder`."""
-    fingerprint = student_fingerprint(folder)
+    fingerprint = checkpoints.student_fingerprint(folder)
     for stage in finished_stages(run_dir, "evaluation"):
         metrics = storage.read_json(stage.file("metrics.json"))
         measured = str(metrics.get("predictions", "")).rstrip("/").rsplit("/", 1)[-1]

@@ -32,20 +32,14 @@ from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray
 from hts_ray.store.tables import write_table
+from hts_ray.student import targets
 from hts_ray.student.checkpoints import WEIGHTS
 from hts_ray.student.features import Features, plan_features, read_feature_table
 from hts_ray.student.loggers import CurveLog
 from hts_ray.student.model import CosineClassifier
 from hts_ray.student.optimizer import Optimizer, settings_loss
 from hts_ray.student.progress import epoch_record
-from hts_ray.student.targets import (
-    Task,
-    class_weights,
-    dense_targets,
-    dense_weights,
-    repeat_indices,
-    validation_due,
-)
+from hts_ray.student.targets import Task
 
 OnEpoch = Callable[["HeadFit"], Mapping[str, Any] | None]
 
@@ -167,9 +161,9 @@ class _Fit:
         targets_NC = data.targets_NC.numpy()
         self._order = np.arange(len(targets_NC))
         if config.min_positives_per_class:
-            self._order = repeat_indices(targets_NC, config.min_positives_per_class)
+            self._order = targets.repeat_indices(targets_NC, config.min_positives_per_class)
         counts_C = (targets_NC[self._order] == 1).sum(axis=0)
-        weights = class_weights(counts_C, config.class_balance)
+        weights = targets.class_weights(counts_C, config.class_balance)
         self._loss = settings_loss(config, weights, "none")
 
     def result(self, history: list[dict[str, Any]]) -> HeadFit:
@@ -273,11 +267,13 @@ def fit_on_features(task: Task) -> dict[str, Any]:
     first = _first_rows(task.data.table)
     table = task.data.table.take(pa.array([first[image_id] for image_id in found.image_ids]))
     positive, ignored = table["positive"], table["ignored"]
-    soft = "weight" in table.column_names
+    weights_NC = None
+    if "weight" in table.column_names:
+        weights_NC = targets.dense_weights(positive, table["weight"], classes)
     data = HeadData(
         found.features_ND,
-        dense_targets(positive, ignored, classes),
-        label_weights_NC=dense_weights(positive, table["weight"], classes) if soft else None,
+        targets.dense_targets(positive, ignored, classes),
+        label_weights_NC=weights_NC,
         flipped_ND=found.flipped_ND,
         image_ids=found.image_ids,
     )
@@ -317,7 +313,7 @@ def _validator(task: Task) -> Callable[[HeadFit], float | None]:
     annotations_NC = validation.annotations_NC[[first[image_id] for image_id in found.image_ids]]
 
     def validate(fit: HeadFit) -> float | None:
-        if not validation_due(config, len(fit.history) - 1):
+        if not targets.validation_due(config, len(fit.history) - 1):
             return None
         logits_NC = head_logits(found.features_ND, fit.classifier_CD, fit.logit_scale)
         return mean_average_precision(hico_average_precision(logits_NC, annotations_NC))

@@ -27,19 +27,13 @@ from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.errors import DataError
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
+from hts_ray.student import resume
 from hts_ray.student.augment import augment
 from hts_ray.student.checkpoints import load_student
 from hts_ray.student.loggers import CurveLog
 from hts_ray.student.model import Student, checkpoint_activations, set_trainable
 from hts_ray.student.optimizer import Optimizer, settings_loss
 from hts_ray.student.progress import StepLog, epoch_record
-from hts_ray.student.resume import (
-    Position,
-    checkpoint_files,
-    read_files,
-    restore,
-    write_local,
-)
 from hts_ray.student.targets import dense_targets, dense_weights, validation_due
 
 if TYPE_CHECKING:
@@ -155,7 +149,7 @@ def _start(job: dict[str, Any]) -> _Worker:
     )
 
 
-def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
+def _run_epoch(worker: _Worker, shard: Any, position: resume.Position) -> resume.Position:
     """Finish the epoch that runs; returns the beginning of the next one."""
     started = time.monotonic() - position.seconds
     epoch = position.epoch
@@ -186,14 +180,14 @@ def _run_epoch(worker: _Worker, shard: Any, position: Position) -> Position:
             loss_sum, images = worker.accelerator.reduce(totals.clone(), "sum").tolist()
             seconds = time.monotonic() - started
             within = (done, loss_sum, int(images), seconds, worker.world)
-            _report_checkpoint(worker, Position(position.history, *within))
+            _report_checkpoint(worker, resume.Position(position.history, *within))
     totals = worker.accelerator.reduce(totals, "sum")
     loss, images = float(totals[0]), int(totals[1])
     if not images:
         raise DataError("no image could be read in a whole epoch: see the quarantine")
     record = epoch_record(epoch, loss, lr, images, time.monotonic() - started)
     record["validation_mAP"] = _validate(worker, epoch)
-    return Position([*position.history, record], workers=worker.world)
+    return resume.Position([*position.history, record], workers=worker.world)
 
 
 def _validate(worker: _Worker, epoch: int) -> float | None:
@@ -311,7 +305,7 @@ def _train_step(
     return totals, worker.optimizer.step()
 
 
-def _report(worker: _Worker, position: Position) -> None:
+def _report(worker: _Worker, position: resume.Position) -> None:
     """Tell Ray Train about a finished epoch, with a checkpoint when one is due."""
     import ray.train
 
@@ -326,7 +320,7 @@ def _report(worker: _Worker, position: Position) -> None:
         storage.write_json(worker.job["history"], position.history)
 
 
-def _report_checkpoint(worker: _Worker, position: Position) -> None:
+def _report_checkpoint(worker: _Worker, position: resume.Position) -> None:
     """Hand a checkpoint to Ray Train, on every worker; the first one writes it."""
     import ray.train
 
@@ -334,9 +328,9 @@ def _report_checkpoint(worker: _Worker, position: Position) -> None:
     if worker.rank != 0:
         ray.train.report(metrics)
         return
-    files = checkpoint_files(worker.optimizer, worker.accelerator.scaler, position)
+    files = resume.checkpoint_files(worker.optimizer, worker.accelerator.scaler, position)
     if worker.job["local"] is not None:  # Ray Train's local mode keeps no checkpoints
-        write_local(worker.job["local"], files)
+        resume.write_local(worker.job["local"], files)
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -345,13 +339,13 @@ def _report_checkpoint(worker: _Worker, position: Position) -> None:
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _resume(worker: _Worker) -> Position:
+def _resume(worker: _Worker) -> resume.Position:
     """Load the last checkpoint, where there is one, and return how far the run was."""
     import ray.train
 
     checkpoint, unlisted = ray.train.get_checkpoint(), worker.job["unlisted"]
     if checkpoint is None and unlisted is None:
-        return Position(workers=worker.world)
+        return resume.Position(workers=worker.world)
     with checkpoint.as_directory() if checkpoint else nullcontext(unlisted) as folder:
-        files = read_files(folder)
-    return restore(files, worker.optimizer, worker.accelerator.scaler, worker.world)
+        files = resume.read_files(folder)
+    return resume.restore(files, worker.optimizer, worker.accelerator.scaler, worker.world)

@@ -184,7 +184,7 @@ class StudentPass:
         # Tasks reuse worker processes and these keep the student, so that the seconds which
         # importing open_clip takes are not paid again by every pipeline of a session.
         return decoded.map_batches(
-            partial(_work, task=self, fingerprint=student_fingerprint(self.folder), meter=meter),
+            StudentActor(self, meter),
             num_cpus=pool.num_cpus,
             compute=TaskPoolStrategy(size=pool.max_size),
             **options,
@@ -192,22 +192,23 @@ class StudentPass:
 
 
 class StudentActor:
-    """The stateful UDF of Ray Data on GPUs: a student's worker, whose work a meter counts."""
+    """A student's worker on Ray Data, whose work a meter counts: the state of an actor, or a task.
+
+    The student is loaded in the process that gets the first batch.
+    """
 
     def __init__(self, task: StudentPass, meter: Meter) -> None:
-        self._meter = meter
+        self._task, self._meter = task, meter
+        self._fingerprint = student_fingerprint(task.folder)
         self._held = HeldGpus(meter, task.pool.num_gpus)
-        self._worker = task.make()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return what the worker makes of a batch."""
-        result = _metered(self._worker, table, self._meter)
+        with self._meter.busy():
+            result = _kept_worker(self._task, self._fingerprint)(table)
+        self._meter.count_rows(result)
         self._held.tick()
         return result
-
-
-def _work(table: pa.Table, *, task: StudentPass, fingerprint: str, meter: Meter) -> pa.Table:
-    return _metered(_kept_worker(task, fingerprint), table, meter)
 
 
 @lru_cache(maxsize=1)
@@ -215,10 +216,3 @@ def _kept_worker(task: StudentPass, fingerprint: str) -> StudentWorker:
     """Return this process's worker; the fingerprint changes when the folder is written again."""
     del fingerprint
     return task.make()
-
-
-def _metered(worker: StudentWorker, table: pa.Table, meter: Meter) -> pa.Table:
-    with meter.busy():
-        result = worker(table)
-    meter.count_rows(result)
-    return result

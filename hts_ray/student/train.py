@@ -28,6 +28,7 @@ from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.store import storage
 from hts_ray.store.aliases import TrainingTold
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.student import resume, targets
 from hts_ray.student.augment import stored_size
 from hts_ray.student.checkpoints import DESCRIPTION, description_of, load_student, save_student
 from hts_ray.student.head import fit_on_features
@@ -44,24 +45,7 @@ from hts_ray.student.model import (
 )
 from hts_ray.student.optimizer import Optimizer, settings_loss
 from hts_ray.student.progress import training_progress
-from hts_ray.student.resume import (
-    KEPT_CHECKPOINTS,
-    MODEL,
-    STATE,
-    find_unlisted,
-    newest_whole,
-    read_files,
-)
-from hts_ray.student.targets import (
-    WORK,
-    Task,
-    ValidationSet,
-    class_weights,
-    decoded_images,
-    gather_quarantine,
-    positive_counts,
-    training_set,
-)
+from hts_ray.student.targets import WORK, Task, ValidationSet, training_set
 
 if TYPE_CHECKING:
     import ray.data
@@ -118,7 +102,7 @@ def train_student(
         known = None if validation is None else ValidationSet.of(validation, run.class_table)
         task = Task(run, data, known, stage, initial, progress)
         outcome = fit_on_features(task) if task.config.trainable == "head" else _fit(task)
-        bad = gather_quarantine(task)
+        bad = targets.gather_quarantine(task)
         Meter.of(stage, "train").count(quarantined=bad)
         counts = {
             "rows_in": data.images,
@@ -188,11 +172,11 @@ def _seconds_per_step(run: Run, batch: int, device: str) -> float:
     optimizer = Optimizer.of(student, config)
     loss = settings_loss(config, None, "mean").to(device)
     images = torch.randn(batch, 3, student.image_size, student.image_size, device=device)
-    targets = torch.full((batch, len(run.class_table)), -1, dtype=torch.int8, device=device)
-    targets[:, 0] = 1
+    wanted = torch.full((batch, len(run.class_table)), -1, dtype=torch.int8, device=device)
+    wanted[:, 0] = 1
     for _ in range(2):
         started = time.monotonic()
-        loss(student(images), targets).backward()
+        loss(student(images), wanted).backward()
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -242,15 +226,15 @@ def _fit(task: Task) -> dict[str, Any]:
     image_size = int(description_of(task.initial)["image_size"])
     size = stored_size(image_size, config.augment)
     with data_context(keep_order=True):
-        dataset, rows = decoded_images(data.table, size, task.work_file("bad-train"))
+        dataset, rows = targets.decoded_images(data.table, size, task.work_file("bad-train"))
         datasets = {"train": dataset}
         if validation is not None:
-            datasets["validation"], _ = decoded_images(
+            datasets["validation"], _ = targets.decoded_images(
                 validation.table, image_size, task.work_file("bad-validation")
             )
     workers = max(1, config.num_workers)
     if rows < workers:
-        gather_quarantine(task)
+        targets.gather_quarantine(task)
         raise DataError(
             f"{rows} of {data.images} images can be read, {workers} workers need one each:"
             f" the reasons are in {task.stage.file('quarantine')}"
@@ -266,13 +250,13 @@ def _fit(task: Task) -> dict[str, Any]:
             f"{error['message']}; images {', '.join(names)}: lower train.optim.lr, raise"
             " train.loss_temperature or set train.optim.grad_clip"
         )
-    place = newest_whole(job["local"]) if job["local"] else None
+    place = resume.newest_whole(job["local"]) if job["local"] else None
     if job["local"] and place is None:
         raise UserError("training ended without a checkpoint: remove its folder and run it again")
     with result.checkpoint.as_directory() if place is None else nullcontext(place) as folder:
-        files = read_files(folder)
-    history = json.loads(files[STATE])["history"]
-    return {"history": history, "rows": rows, "weights": files[MODEL]}
+        files = resume.read_files(folder)
+    history = json.loads(files[resume.STATE])["history"]
+    return {"history": history, "rows": rows, "weights": files[resume.MODEL]}
 
 
 def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
@@ -280,14 +264,14 @@ def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
     config, stage, known = task.config, task.stage, task.validation
     local = task.work_file("local") if config.num_workers == 0 else None
     name = f"train-{stage.key}"
-    counts_C = positive_counts(task.data.table["positive"], len(task.run.class_table))
+    counts_C = targets.positive_counts(task.data.table["positive"], len(task.run.class_table))
     return {
         "config": config.model_dump(mode="json"),
         "precision": task.run.config.student.precision,
         "initial": task.initial,
         "seed": task.run.config.seed,
         "rows": rows,
-        "class_weights": class_weights(counts_C, config.class_balance),
+        "class_weights": targets.class_weights(counts_C, config.class_balance),
         "stored_size": size,
         "validation": None if known is None else known.annotations_NC,
         "history": stage.file("history.json"),
@@ -296,7 +280,7 @@ def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
         "curves": stage.file("curves"),
         "local": local,  # Ray Train keeps no checkpoints of a training in this process
         "name": name,
-        "unlisted": newest_whole(local) if local else find_unlisted(task.work_file(name)),
+        "unlisted": resume.find_unlisted(task.work_file("local" if local else name)),
     }
 
 
@@ -321,7 +305,7 @@ def _run_trainer(task: Task, job: dict[str, Any], datasets: dict[str, ray.data.D
             name=job["name"],
             storage_path=storage.absolute(task.work_file()),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+            checkpoint_config=CheckpointConfig(num_to_keep=resume.KEPT_CHECKPOINTS),
         ),
         datasets=datasets,
         dataset_config=DataConfig(
