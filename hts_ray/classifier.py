@@ -93,26 +93,24 @@ class Prediction:
 
 
 class Classifier:
-    """A student in evaluation mode with its preprocessing and class names."""
+    """A student in evaluation mode with its preprocessing and class names.
+
+    `student` is the torch module.
+    """
 
     def __init__(self, student: Student, device: str | None = None) -> None:
         import torch
 
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self._student = student.eval().to(torch.device(name))
+            self.student = student.eval().to(torch.device(name))
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             raise ConfigError(field="device", value=name, remedy=str(error)) from error
 
     @property
-    def student(self) -> Student:
-        """The torch module."""
-        return self._student
-
-    @property
     def class_names(self) -> list[str]:
         """C display names."""
-        return self._student.class_table.names
+        return self.student.class_table.names
 
     def predict(
         self,
@@ -193,7 +191,7 @@ class Classifier:
 
         The whole image is one of the crops.
         """
-        found = self._student.class_table[column]
+        found = self.student.class_table[column]
         label = Label(found.class_id, found.name, float(scores_C[column]))
         if not crops:
             return label
@@ -202,10 +200,10 @@ class Classifier:
 
     def logits(self, images: Sequence[Pixels], batch_size: int = 32) -> FloatArray:
         """Return logits (N, C) float32 of uint8 images (H, W, 3) of any size."""
-        parts: list[FloatArray] = [np.zeros((0, len(self._student.class_table)), np.float32)]
+        parts: list[FloatArray] = [np.zeros((0, len(self.student.class_table)), np.float32)]
         for start in range(0, len(images), batch_size):
-            batch = self._student.preprocess(images[start : start + batch_size])
-            parts.append(self._student.compute(batch))
+            batch = self.student.preprocess(images[start : start + batch_size])
+            parts.append(self.student.compute(batch))
         return np.concatenate(parts)
 
 

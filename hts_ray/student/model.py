@@ -442,39 +442,33 @@ def _fit_tower(visual: Any, size: int | None) -> int:
         if hasattr(visual.trunk, "set_input_size"):
             visual.trunk.set_input_size(img_size=(size, size))
         visual.image_size = (size, size)
-    elif hasattr(visual, "attnpool"):
-        _check_multiple(size, 32)
-        _resize_positions(visual.attnpool, size // 32, size // 32)
-        visual.image_size = size
-    else:
-        patch: Any = visual.patch_size
-        _check_multiple(size, int(patch[0]))
-        grid = (size // int(patch[0]), size // int(patch[1]))
-        _resize_positions(visual, *grid)
-        visual.grid_size = grid
-        visual.image_size = (size, size)
-    return size
-
-
-def _check_multiple(size: int, step: int) -> None:
+        return size
+    is_resnet = hasattr(visual, "attnpool")
+    step = 32 if is_resnet else int(visual.patch_size[0])
+    side = size // step
     if size % step:
-        below = size // step * step
+        below = side * step
         near = f"{below} or {below + step}" if below else f"{step}"
         remedy = f"use a multiple of the patch size {step}, such as {near}"
         raise ConfigError(field="student.image_size", value=size, remedy=remedy)
+    _resize_positions(visual.attnpool if is_resnet else visual, side)
+    visual.image_size = size if is_resnet else (size, size)
+    if not is_resnet:
+        visual.grid_size = (side, side)
+    return size
 
 
-def _resize_positions(owner: nn.Module, rows: int, columns: int) -> None:
-    """Interpolate a learned position embedding (1 + g * g, D) bicubically to another grid."""
+def _resize_positions(owner: nn.Module, side: int) -> None:
+    """Interpolate a learned position embedding (1 + g * g, D) bicubically to another square."""
     old = owner.positional_embedding
     assert isinstance(old, nn.Parameter)
     token, grid = old.detach()[:1], old.detach()[1:]
-    side = round(len(grid) ** 0.5)
-    image = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    before = round(len(grid) ** 0.5)
+    image = grid.reshape(1, before, before, -1).permute(0, 3, 1, 2)
     image = F.interpolate(
-        image, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False
+        image, size=(side, side), mode="bicubic", antialias=True, align_corners=False
     )
-    grid = image.permute(0, 2, 3, 1).reshape(rows * columns, -1)
+    grid = image.permute(0, 2, 3, 1).reshape(side * side, -1)
     owner.positional_embedding = nn.Parameter(
         torch.cat([token, grid]), requires_grad=old.requires_grad
     )

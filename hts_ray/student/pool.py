@@ -174,21 +174,13 @@ class StudentPass:
             "memory": memory,
         }
         if pool.num_gpus > 0:
-            return decoded.map_batches(
-                StudentActor,
-                fn_constructor_args=(self, meter),
-                num_gpus=pool.num_gpus,
-                compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-                **options,
-            )
+            actors = ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size)
+            options |= {"fn_constructor_args": (self, meter), "num_gpus": pool.num_gpus}
+            return decoded.map_batches(StudentActor, compute=actors, **options)
         # Tasks reuse worker processes and these keep the student, so that the seconds which
         # importing open_clip takes are not paid again by every pipeline of a session.
-        return decoded.map_batches(
-            StudentActor(self, meter),
-            num_cpus=pool.num_cpus,
-            compute=TaskPoolStrategy(size=pool.max_size),
-            **options,
-        )
+        tasks, work = TaskPoolStrategy(size=pool.max_size), StudentActor(self, meter)
+        return decoded.map_batches(work, compute=tasks, num_cpus=pool.num_cpus, **options)
 
 
 class StudentActor:
