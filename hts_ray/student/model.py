@@ -116,10 +116,8 @@ class Student(CosineClassifier):
 
     def normalise(self, pixels: Pixels | Tensor) -> Tensor:
         """Turn uint8 (N, S, S, 3) into what `forward` takes, on the student's device."""
-        images = (
-            torch.as_tensor(pixels).to(self.image_mean.device).permute(0, 3, 1, 2).float() / 255
-        )
-        return self.standardise(images)
+        images = torch.as_tensor(pixels).to(self.image_mean.device)
+        return self.standardise(images.permute(0, 3, 1, 2).float() / 255)
 
     def standardise(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the deviation: (N, 3, S, S) in 0..1."""
