@@ -89,8 +89,9 @@ def restore(
             value=workers,
             remedy=f"go on with {position.workers}, or start again in another run directory",
         )
-    weights, saved = safetensors.torch.load(files[MODEL]), _optimizer_state(files)
-    average = optimizer.average
+    weights, average = safetensors.torch.load(files[MODEL]), optimizer.average
+    # weights_only: a checkpoint that someone else wrote cannot run code
+    saved = torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
     if average is not None:
         average.module.load_state_dict(weights)
         average.n_averaged.fill_(saved["averaged"])
@@ -99,14 +100,6 @@ def restore(
     if scaler is not None and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     return position
-
-
-def _optimizer_state(files: Mapping[str, bytes]) -> dict[str, Any]:
-    # weights_only: a checkpoint that someone else wrote cannot run code
-    saved: dict[str, Any] = torch.load(
-        io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True
-    )
-    return saved
 
 
 def find_unlisted(folder: str) -> str | None:
@@ -139,7 +132,7 @@ def _is_whole(folder: str) -> bool:
         files = read_files(folder)
         Position(**json.loads(files[STATE]))
         safetensors.torch.load(files[MODEL])
-        _optimizer_state(files)
+        torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
     except (OSError, ValueError, TypeError, RuntimeError, EOFError):
         return False
     except (safetensors.SafetensorError, pickle.UnpicklingError):
