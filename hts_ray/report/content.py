@@ -6,7 +6,7 @@ means "not known".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -123,12 +123,15 @@ class Confusion:
     @property
     def mistakes(self) -> int:
         """Wrong pseudo-labels, each counted once for every verb it was given in place of."""
-        return sum(
-            count
-            for row, values in enumerate(self.counts)
-            for column, count in enumerate(values[: len(self.verbs)])
-            if row != column
-        )
+        return sum(number for *_, number in self.pairs())
+
+    def pairs(self) -> Iterator[tuple[str, str, int]]:
+        """Yield (annotated class, labeled class, images) of every mistake."""
+        annotated = [*self.names, "none of these"]
+        for row, values in enumerate(self.counts):
+            for column, (labeled, number) in enumerate(zip(self.names, values, strict=False)):
+                if row != column and number:
+                    yield annotated[row], labeled, number
 
 
 @dataclass(frozen=True)

@@ -143,11 +143,5 @@ def _curve_classes(data: ReportData) -> list[tuple[int, str]]:
 
 def _confused_pairs(confusions: Sequence[Confusion]) -> list[tuple[str, str, int]]:
     """Return (annotated class, labeled class, images) of the most frequent mistakes."""
-    pairs = [
-        (table.names[row], table.names[column], number)
-        for table in confusions
-        for row, values in enumerate(table.counts[: len(table.verbs)])
-        for column, number in enumerate(values[: len(table.verbs)])
-        if row != column and number
-    ]
+    pairs = [pair for table in confusions for pair in table.pairs() if pair[0] in table.names]
     return sorted(pairs, key=lambda pair: -pair[2])[:MAX_CONFUSED_PAIRS]

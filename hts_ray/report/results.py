@@ -88,19 +88,16 @@ def read_training(run_dir: str, metrics: Mapping[str, Metrics]) -> list[Training
         path = folder.file("history.json")
         history = storage.read_json(path) if storage.exists(path) else []
         epochs = [epoch for epoch in history if isinstance(epoch, dict)]
+        loss, validation = (
+            [math.nan if (value := number(epoch, key)) is None else value for epoch in epochs]
+            for key in ("loss", "validation_mAP")
+        )
         if epochs:
             name = names.get(last_part(folder.path)) or _student_name(folder.path) or folder.key
             name = f"{name} ({folder.key})" if name in curves else name
-            curves[name] = TrainingCurve(
-                name, _column(epochs, "loss"), _column(epochs, "validation_mAP")
-            )
+            curves[name] = TrainingCurve(name, loss, validation)
     order = {name: place for place, name in enumerate(metrics)}
     return sorted(curves.values(), key=lambda curve: order.get(curve.name, len(order)))
-
-
-def _column(epochs: Sequence[Metrics], key: str) -> list[float]:
-    values = [number(epoch, key) for epoch in epochs]
-    return [math.nan if value is None else value for value in values]
 
 
 def _evaluated_student(run_dir: str, metrics: Metrics) -> str:
@@ -150,15 +147,12 @@ def gap_sentence(rows: Sequence[ComparisonRow]) -> str:
     else:
         way = "above" if hts.mean_ap > zero.mean_ap else "below"
         change = f"{hts.name} reaches {percent(hts.mean_ap)} % mAP, {gain} points {way} {zero.name}"
-    closed = None
-    if supervised is not None:
-        closed = gap_closed(zero.mean_ap, hts.mean_ap, supervised.mean_ap)
+    closed = row_gap(hts, rows)
     if closed is None or supervised is None:
         return f"{change}."
     top = f"{supervised.name} ({percent(supervised.mean_ap)} %)"
-    if closed < 0:
-        return f"{change}: none of the gap to {top} is closed."
-    return f"{change}: {closed * 100:.0f} % of the gap to {top} is closed."
+    part = "none" if closed < 0 else f"{closed * 100:.0f} %"
+    return f"{change}: {part} of the gap to {top} is closed."
 
 
 def row_gap(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> float | None:
