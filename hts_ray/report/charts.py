@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from markupsafe import Markup
 
 from hts_ray.metrics import mean_average_precision, wilson_interval
@@ -187,17 +188,15 @@ def precision_recall_chart(
 
 def reliability_chart(bins: Sequence[ReliabilityBin]) -> Chart:
     """Draw precision over probability with 95 % intervals, and how many labels each bin holds."""
+    intervals = [wilson_interval(entry.right, entry.labels) for entry in bins]
 
     def paint(drawing: Figure) -> None:
         top, below = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         top.plot([0, 1], [0, 1], color=BAR, linestyle=(0, (3, 2)), linewidth=1.2)
         x = [entry.mean_probability for entry in bins]
         y = [entry.precision for entry in bins]
-        ends = [wilson_interval(entry.right, entry.labels) for entry in bins]
-        errors = [
-            [max(at - low, 0) for at, (low, _) in zip(y, ends, strict=True)],
-            [max(high - at, 0) for at, (_, high) in zip(y, ends, strict=True)],
-        ]
+        lows, highs = zip(*intervals, strict=True)
+        errors = np.maximum([np.subtract(y, lows), np.subtract(highs, y)], 0)
         top.errorbar(x, y, errors, color=ACCENT, marker="o", capsize=2.5, elinewidth=1.2)
         top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="precision")
         left, width = [entry.low for entry in bins], [entry.high - entry.low for entry in bins]
@@ -212,9 +211,9 @@ def reliability_chart(bins: Sequence[ReliabilityBin]) -> Chart:
             count(entry.labels),
             percent(entry.mean_probability),
             percent(entry.precision),
-            " to ".join(percent(end) for end in wilson_interval(entry.right, entry.labels)),
+            " to ".join(map(percent, interval)),
         ]
-        for entry in bins
+        for entry, interval in zip(bins, intervals, strict=True)
     ]
     words = "; ".join(f"at {row[2]} % probability {row[3]} % of {row[1]} are right" for row in rows)
     return Chart(

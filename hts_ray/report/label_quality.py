@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hts_ray.classes import HoiClass
+from hts_ray.classes.prompts import spaced
 from hts_ray.report.content import Confusion, ReliabilityBin, Verdict
 
 Row = Mapping[str, Any]
@@ -97,13 +98,11 @@ def reliability(judged: Sequence[tuple[float, bool]], bins: int = BINS) -> list[
     # The small number puts 0.3, which is 2.9999999999999996 tenths in float32, where it belongs.
     places = np.clip((probabilities * bins + 1e-6).astype(int), 0, bins - 1)
     result = []
-    for place in range(bins):
+    for place in np.unique(places).tolist():
         chosen = places == place
-        labels = int(chosen.sum())
-        if labels:
-            mean = float(probabilities[chosen].mean())
-            low, high = place / bins, (place + 1) / bins
-            result.append(ReliabilityBin(low, high, labels, int(right[chosen].sum()), mean))
+        labels, mean = int(chosen.sum()), float(probabilities[chosen].mean())
+        low, high = place / bins, (place + 1) / bins
+        result.append(ReliabilityBin(low, high, labels, int(right[chosen].sum()), mean))
     return result
 
 
@@ -169,12 +168,7 @@ class ConfusionTable:
         tables = []
         for group, members in self._groups.items():
             names = [entry.name for entry in members]
-            verbs = [_spaced(entry.verb or "") for entry in members] if group else names
-            tables.append(Confusion(_spaced(group), verbs, names, self._counts[group].tolist()))
+            verbs = [spaced(entry.verb or "") for entry in members] if group else names
+            tables.append(Confusion(spaced(group), verbs, names, self._counts[group].tolist()))
         chosen = [table for table in tables if table.mistakes and len(table.verbs) > 1]
         return sorted(chosen, key=lambda table: -table.mistakes)
-
-
-def _spaced(name: str) -> str:
-    """Return one of HICO's names as people write it."""
-    return name.replace("_", " ")

@@ -83,13 +83,11 @@ def read_labels(path: str) -> Read:
     if isinstance(document, dict) and {"images", "categories"} <= document.keys():
         return read_coco(document, path)
     tasks = [document] if isinstance(document, dict) and "data" in document else document
-    if isinstance(tasks, list) and all(_is_task(task) for task in tasks):
+    if isinstance(tasks, list) and all(
+        isinstance(task, dict) and isinstance(task.get("data"), dict) for task in tasks
+    ):
         return read_label_studio(tasks)
     raise DataError(f"{path} is none of the known formats: give {FORMATS}")
-
-
-def _is_task(task: Any) -> bool:
-    return isinstance(task, dict) and isinstance(task.get("data"), dict)
 
 
 def read_label_studio(tasks: Sequence[Mapping[str, Any]]) -> Read:
@@ -110,19 +108,18 @@ def read_label_studio(tasks: Sequence[Mapping[str, Any]]) -> Read:
         counts["several_annotations"] += len(annotations) > 1
         if annotations:
             last = max(annotations, key=_precedence)
-            chosen.append((task, [r for r in last.get("result") or () if isinstance(r, dict)]))
+            result = [entry for entry in last.get("result") or () if isinstance(entry, dict)]
+            chosen.append((task["data"], result))
     ticked = any(entry.get("type") == "choices" for _, result in chosen for entry in result)
-    images = []
-    for task, result in chosen:
-        data = task["data"]
-        images.append(
-            ReadImage(
-                reference=_image_value(data),
-                image_id=_text(data.get("image_id")),
-                positive=_labels(result, ticked, unsure=False),
-                ambiguous=_labels(result, ticked, unsure=True),
-            )
+    images = [
+        ReadImage(
+            reference=_image_value(data),
+            image_id=_text(data.get("image_id")),
+            positive=_labels(result, ticked, unsure=False),
+            ambiguous=_labels(result, ticked, unsure=True),
         )
+        for data, result in chosen
+    ]
     return Read(tuple(images), counts=counts)
 
 
@@ -214,16 +211,12 @@ def read_csv(text: str, path: str = "the file") -> Read:
             reason = f"line {line} has {len(cells)} cells, the header {len(header)}: quote commas"
             problems.append(Problem(reference, "bad_line", reason))
             continue
-        negative = _split(row[tables.NEGATIVE]) if tables.NEGATIVE in header else None
-        images.append(
-            ReadImage(
-                reference=reference,
-                image_id=row.get(tables.IMAGE_ID) or None,
-                positive=_split(row[tables.POSITIVE]),
-                ambiguous=_split(row.get(tables.IGNORED) or ""),
-                negative=negative,
-            )
+        positive, ambiguous = (
+            _split(row.get(name, "")) for name in (tables.POSITIVE, tables.IGNORED)
         )
+        negative = _split(row[tables.NEGATIVE]) if tables.NEGATIVE in header else None
+        image_id = row.get(tables.IMAGE_ID) or None
+        images.append(ReadImage(reference, image_id, positive, ambiguous, negative))
     return Read(tuple(images), tuple(problems))
 
 

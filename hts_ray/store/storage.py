@@ -138,12 +138,10 @@ def _bucket(scheme: str, bucket: str, _environment: tuple[str | None, ...]) -> p
 
     `_environment` makes a change of the variables count.
     """
-    return _s3(bucket) if scheme == "s3" else _gcs()
-
-
-def _s3(bucket: str) -> pafs.FileSystem:
     from pyarrow import fs as pafs
 
+    if scheme != "s3":
+        return _gcs()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not region:
@@ -355,9 +353,5 @@ def delete_file(path: str) -> None:
 def remove_tree(path: str) -> None:
     """Remove a folder and what is in it; nothing happens when it is not there."""
     filesystem, inner = resolve(path)
-
-    def remove() -> None:
-        if kind(path) == "Directory":
-            filesystem.delete_dir(inner)
-
-    patiently(path, remove)
+    if kind(path) == "Directory":
+        patiently(path, lambda: filesystem.delete_dir(inner))
