@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.captions.matching import match_captions
-from hts_ray.classes import ClassTable
 from hts_ray.engine.deaths import KILLED_WORKER, Log, survive
 from hts_ray.engine.decoding import decoded_image
 from hts_ray.engine.image_pass import OK, QUARANTINED
@@ -28,7 +27,6 @@ from hts_ray.teacher.detector import load_detector
 from hts_ray.teacher.models.loading import load_on_device
 from hts_ray.teacher.prior import plain_images, prior_log_likelihoods
 from hts_ray.teacher.scorers import (
-    CaptionMatcher,
     CaptionVotes,
     ClassScorer,
     ImageFailure,
@@ -90,7 +88,9 @@ def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> 
     scorer: ClassScorer = PromptLikelihoods(captioner, prompts, teacher)
     if teacher.mode == "captions":
         beams = teacher.caption.decoding == "beam"
-        scorer = CaptionVotes(_matcher(table), len(table), weighted=beams)
+        scorer = CaptionVotes(
+            partial(match_captions, class_table=table), table.positions, weighted=beams
+        )
     elif teacher.search == "top_k":
         offsets = None
         if teacher.search_alpha:
@@ -115,27 +115,16 @@ def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> 
     )
 
 
-def _matcher(table: ClassTable) -> CaptionMatcher:
-    """Return what finds the classes of a table, by position, in captions."""
-
-    def match(captions: Sequence[str]) -> list[dict[int, float]]:
-        found = match_captions(captions, table)
-        return [{table.positions[class_id]: p for class_id, p in one.items()} for one in found]
-
-    return match
-
-
 class TeacherActor:
-    """The stateful step of Ray Data: `setup` loads the teacher, `process` scores a batch."""
+    """The stateful step of Ray Data: it loads the teacher once, then scores batch after batch.
+
+    The first actor of a run writes `table.json`.
+    """
 
     def __init__(self, assignment: Assignment, attempts: Log, meter: Meter) -> None:
         self.assignment = assignment
         self.attempts = attempts
         self.meter = meter
-        self.setup()
-
-    def setup(self) -> None:
-        """Load the teacher and write `table.json`, if no other actor has done so."""
         self._held = HeldGpus(self.meter, self.assignment.config.pool.num_gpus)
         captioner, device = load_on_device(self.assignment.config)
         if not storage.exists(self.assignment.info_path):

@@ -180,23 +180,6 @@ class ClassPrompts:
         return [list(values[end - n : end]) for end, n in zip(ends, self.counts, strict=True)]
 
 
-def class_scores(
-    scores: PromptScores,
-    prompts: ClassPrompts,
-    *,
-    length_normalize: bool = False,
-    reduction: Reduction = "log_mean_exp",
-) -> FloatArray:
-    """Combine prompt scores (R, P) into class log-likelihoods (R, C); see `reduce_templates`.
-
-    With `length_normalize` every prompt's sum is divided by its token count first.
-    """
-    values = scores.log_likelihoods.astype(np.float64)
-    if length_normalize:
-        values = values / scores.token_counts[None, :]
-    return reduce_templates(values, prompts.counts, reduction).astype(np.float32)
-
-
 def reduce_templates(
     values_RP: npt.NDArray[np.float64], counts: Sequence[int], reduction: Reduction
 ) -> npt.NDArray[np.float64]:
@@ -229,6 +212,12 @@ def score_classes(
     length_normalize: bool = False,
     reduction: Reduction = "log_mean_exp",
 ) -> FloatArray:
-    """Return log-likelihoods (R, C) of every class on every image; see `class_scores`."""
+    """Return log-likelihoods (R, C) of every class on every image; see `reduce_templates`.
+
+    With `length_normalize` every prompt's sum is divided by its token count first.
+    """
     scores = captioner.score(images, prompts.texts)
-    return class_scores(scores, prompts, length_normalize=length_normalize, reduction=reduction)
+    values = scores.log_likelihoods.astype(np.float64)
+    if length_normalize:
+        values = values / scores.token_counts[None, :]
+    return reduce_templates(values, prompts.counts, reduction).astype(np.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,7 +37,7 @@ TEACHER_ERROR = "teacher_error"
 OUT_OF_MEMORY = "out_of_memory"
 NOT_FINITE = "not_finite"
 
-# From captions to one {class position: probability} each; see `hts_ray.captions.matching`.
+# From captions to one {class id: probability} each; see `hts_ray.captions.matching`.
 CaptionMatcher = Callable[[Sequence[str]], list[dict[int, float]]]
 # Class scores (R, C) float32 of R crops and the captions of each: -inf means that the class was
 # left out, NaN that the model failed.
@@ -77,26 +77,27 @@ class CaptionVotes:
     """mode=captions: log-probabilities that a region's captions state each class.
 
     Sampled captions count alike, since likely ones come up often; the results of a beam search
-    are `weighted` by their probabilities. -inf where no caption names the class.
+    are `weighted` by their probabilities. -inf where no caption names the class. `positions` are
+    those of class ids among the C classes.
     """
 
     matcher: CaptionMatcher
-    num_classes: int
+    positions: Mapping[int, int]
     weighted: bool
 
     def __call__(
         self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
     ) -> FloatArray:
         """See `ClassScorer`."""
-        probabilities_RC = np.zeros((len(captions), self.num_classes))
+        probabilities_RC = np.zeros((len(captions), len(self.positions)))
         texts = [caption.text for of_region in captions for caption in of_region]
         matches = iter(self.matcher(texts))
         for row, of_region in enumerate(captions):
             scores = np.array([c.log_probability if self.weighted else 0.0 for c in of_region])
             weights = np.exp(scores - (scores.max() if len(scores) else 0.0))
             for weight in (weights / weights.sum()).tolist():
-                for position, probability in next(matches).items():
-                    probabilities_RC[row, position] += weight * probability
+                for class_id, probability in next(matches).items():
+                    probabilities_RC[row, self.positions[class_id]] += weight * probability
         with np.errstate(divide="ignore"):
             return np.log(np.minimum(probabilities_RC, 1.0)).astype(np.float32)
 

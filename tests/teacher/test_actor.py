@@ -47,7 +47,7 @@ def test_scorer_gets_what_the_settings_ask_for(tmp_path: Path) -> None:
     assert isinstance(speaking.class_scores, CaptionVotes)
     caption = CLASSES.primary_prompts[2]
     matched = speaking.class_scores.matcher([caption])[0]
-    assert max(matched, key=lambda position: matched[position]) == 2
+    assert CLASSES.positions[max(matched, key=lambda class_id: matched[class_id])] == 2
 
 
 def test_an_actor_hashes_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

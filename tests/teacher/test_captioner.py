@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from hts_ray.teacher.captioner import (
     PromptScores,
     SearchingCaptioner,
     TopSearch,
-    class_scores,
     score_classes,
 )
 from hts_ray.teacher.models.architectures import CrossAttentionDecoder, GitDecoder
@@ -169,19 +168,32 @@ def test_prompts_are_laid_out_once(tiny_git_path: Path) -> None:
     assert captioner.decoder.split.cache_info().currsize < 9
 
 
+class KnownCaptioner(DummyCaptioner):
+    """Gives the scores it is made with."""
+
+    def __init__(self, scores: PromptScores) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> PromptScores:
+        """Return them."""
+        return self.scores
+
+
 def test_class_scores_average_templates() -> None:
     """Catches templates summed, or averaged over a neighbouring class."""
     prompts = ClassPrompts.of([["a", "b", "c"], ["d"], ["e", "f"]], templates=2)
     assert prompts.texts == ("a", "b", "d", "e", "f")
     assert prompts.by_class([1, 2, 3, 4, 5]) == [[1, 2], [3], [4, 5]]
     values = np.log(np.array([[0.1, 0.3, 0.5, 0.2, 0.4]], np.float32))
-    scores = PromptScores(values, np.array([1, 2, 1, 4, 2]))
-    np.testing.assert_allclose(np.exp(class_scores(scores, prompts)), [[0.2, 0.5, 0.3]], rtol=1e-5)
-    normalized = class_scores(scores, prompts, length_normalize=True)
+    known = KnownCaptioner(PromptScores(values, np.array([1, 2, 1, 4, 2])))
+    scores = score_classes(known, [], prompts)
+    np.testing.assert_allclose(np.exp(scores), [[0.2, 0.5, 0.3]], rtol=1e-5)
+    normalized = score_classes(known, [], prompts, length_normalize=True)
     expected = [(0.1 + 0.3**0.5) / 2, 0.5, (0.2**0.25 + 0.4**0.5) / 2]
     np.testing.assert_allclose(np.exp(normalized), [expected], rtol=1e-5)
     far = PromptScores(np.full((1, 5), -3000.0, np.float32), np.ones(5, np.int64))
-    np.testing.assert_allclose(class_scores(far, prompts), -3000.0)
+    np.testing.assert_allclose(score_classes(KnownCaptioner(far), [], prompts), -3000.0)
 
 
 def test_nan_is_not_a_class_that_was_left_out() -> None:

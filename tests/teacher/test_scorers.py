@@ -101,7 +101,7 @@ class LettersCaptioner(DummyCaptioner):
 
 
 def find_numbers(captions: Sequence[str]) -> list[dict[int, float]]:
-    """Find class n, position n, in "class n"; the others say nothing."""
+    """Find class n in "class n"; the others say nothing."""
     numbers = [int(caption.split()[1]) for caption in captions]
     return [{number: 0.8} if number < 3 else {} for number in numbers]
 
@@ -113,9 +113,8 @@ def test_caption_mode(decoding: str, expected: float) -> None:
         {"mode": "captions", "caption": {"decoding": decoding, "count": 2}}
     )
     regions = RegionsConfig(grid_scales=(), grid_steps=())
-    prompts = ClassPrompts.of([["a"], ["b"], ["c"]], 1)
     captioner = LettersCaptioner()
-    votes = CaptionVotes(find_numbers, len(prompts), weighted=decoding == "beam")
+    votes = CaptionVotes(find_numbers, {0: 0, 1: 1, 2: 2}, weighted=decoding == "beam")
     result = RegionScorer(captioner, votes, regions, caption=settings.caption)(marked(1, 7, 2))
     assert all(isinstance(scored, ScoredImage) for scored in result)
     probabilities = np.exp(np.concatenate([scored.scores for scored in result]))  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,27 +62,15 @@ class CrossAttentionDecoder(Decoder):
         from transformers import DynamicCache, EncoderDecoderCache
 
         features = self.features(images)
-        regions, device = len(features), features.device
+        first = torch.full((len(features),), self.first_position or 0, device=features.device)
+        # The cross-attention's keys and values are kept too: they serve every node.
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        prefix = Prefix(cache, features[:, :1], first, features=(features,))
         count = len(self.start_ids)
-        first = (self.first_position or 0) + count
-        prefix = Prefix(
-            # The cross-attention's keys and values are kept too: they serve every node.
-            EncoderDecoderCache(DynamicCache(), DynamicCache()),
-            root=features[:, :1],
-            first_position=torch.full((regions,), first, device=device),
-            features=(features,),
-        )
-        start = torch.tensor(self.start_ids, device=device).expand(regions, count)
-        positions = torch.arange(first - count, first, device=device).expand(regions, count)
-        mask = None
-        if self.first_position is not None:
-            least = torch.finfo(features.dtype).min
-            above = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
-            mask = torch.zeros(regions, 1, count, count, dtype=features.dtype, device=device)
-            mask.masked_fill_(above, least)
-        hidden, _ = capture_hidden(self.head, lambda: self.forward(prefix, start, positions, mask))
-        prefix.root = hidden[:, -1:]
-        return prefix
+        above = torch.ones(count, count, dtype=torch.bool).tril()
+        visible = None if self.first_position is None else above
+        hidden = self.feed(prefix, torch.tensor(self.start_ids), visible=visible)
+        return replace(prefix, root=hidden[:, -1:], first_position=first + count, fed=0)
 
     def forward(
         self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor | None

@@ -97,16 +97,12 @@ class Loaded:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer, of families that need no processor."""
-        from transformers import AutoTokenizer
-
-        return self._load(AutoTokenizer)
+        return self._load("AutoTokenizer")
 
     @cached_property
     def processor(self) -> Any:
         """The processor of image and text."""
-        from transformers import AutoProcessor
-
-        processor = self._load(AutoProcessor)
+        processor = self._load("AutoProcessor")
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise model_error(
                 self.config,
@@ -118,13 +114,13 @@ class Loaded:
     @cached_property
     def image_processor(self) -> Any:
         """The image processor, of families that need no text with the image."""
-        from transformers import AutoImageProcessor
+        return self._load("AutoImageProcessor")
 
-        return self._load(AutoImageProcessor)
+    def _load(self, kind: str) -> Any:
+        import transformers
 
-    def _load(self, kind: Any) -> Any:
         try:
-            return kind.from_pretrained(
+            return getattr(transformers, kind).from_pretrained(
                 self.folder,
                 local_files_only=True,
                 trust_remote_code=self.config.trust_remote_code,

@@ -54,10 +54,11 @@ def on_device(images: Sequence[Pixels], device: str) -> list[Tensor]:
 
     Each image that is cropped travels once, however much its crops overlap.
     """
-    if not isinstance(images, CropBatch):
-        return [torch.from_numpy(np.array(image)).to(device) for image in images]
+    whole = images.images if isinstance(images, CropBatch) else images
     # A copy, since pixels out of Arrow are read-only, which torch does not know.
-    sources = [torch.from_numpy(np.array(image)).to(device) for image in images.images]
+    sources = [torch.from_numpy(np.array(image)).to(device) for image in whole]
+    if not isinstance(images, CropBatch):
+        return sources
     return [
         sources[number][top:bottom, left:right]
         for number, (left, top, right, bottom) in images.spans

@@ -26,7 +26,7 @@ from hts_ray.teacher.captioner import (
     ClassPrompts,
     PromptScores,
     TopSearch,
-    class_scores,
+    score_classes,
 )
 from hts_ray.teacher.models.catalog import TeacherModel, model_error, supported_families
 from hts_ray.teacher.models.families import Family, Loaded, build_family
@@ -110,8 +110,7 @@ class TransformersCaptioner:
         """
         decoder = self.decoder
         if search.top_k >= len(prompts) or not decoder.by_trie:
-            scores = self.score(images, prompts.texts)
-            return search.keep(class_scores(scores, prompts, reduction=search.reduction))
+            return search.keep(score_classes(self, images, prompts, reduction=search.reduction))
         sequences = self.tokenize(prompts.texts)
         groups = decoder.groups(self.prepare(images))
         return np.concatenate(
@@ -132,7 +131,8 @@ class TransformersCaptioner:
         nodes = texts * settings.max_tokens
         for group in self.decoder.groups(self.prepare(images), limit, nodes):
             first = len(captions)
-            seeds = [_seed(image) for image in images[first : first + len(group)]]
+            pixels = images[first : first + len(group)]
+            seeds = [[zlib.crc32(image.tobytes()), *image.shape] for image in pixels]
             for of_region in write_captions(self.decoder, group, settings, seeds):
                 captions.append([Caption(self._text(tokens), value) for tokens, value in of_region])
         return captions
@@ -157,10 +157,6 @@ class TransformersCaptioner:
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=fast.device)
         difference = ((fast - plain.to(fast.device)).abs() / lengths).max()
         return float(difference)
-
-
-def _seed(image: Pixels) -> list[int]:
-    return [zlib.crc32(image.tobytes()), *image.shape]
 
 
 def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> TransformersCaptioner:

@@ -101,7 +101,7 @@ def write_captions(
     state: Continuation = kind(decoder, prefix, texts)
     if settings.decoding == "beam":
         return _beam_search(state, decoder.end_ids, settings)
-    pick = _argmax if settings.decoding == "greedy" else _sampler(settings, seeds)
+    pick = None if settings.decoding == "greedy" else _sampler(settings, seeds)
     return _one_by_one(state, decoder.end_ids, settings.max_tokens, pick)
 
 
@@ -109,16 +109,16 @@ def _one_by_one(
     state: Continuation,
     end_ids: Sequence[int],
     max_tokens: int,
-    pick: Callable[[Tensor, int], Tensor],
+    pick: Callable[[Tensor, int], Tensor] | None,
 ) -> list[list[Written]]:
-    """Write every text on its own; `pick` chooses tokens (R, B) of log-probabilities."""
+    """Write every text on its own, of the tokens (R, B) that `pick` chooses or the likeliest."""
     regions, texts, _ = state.log_probs.shape
     ends = torch.tensor(end_ids, device=state.log_probs.device)
     going = torch.ones(regions, texts, dtype=torch.bool, device=ends.device)
     total = torch.zeros(regions, texts, dtype=torch.float64, device=ends.device)
     chosen, counted = [], []
     for step in range(max_tokens):
-        tokens = pick(state.log_probs, step)
+        tokens = pick(state.log_probs, step) if pick else state.log_probs.argmax(-1)
         gained = state.log_probs.gather(2, tokens[..., None])[..., 0].double()
         total += torch.where(going, gained, 0.0)
         going = going & ~torch.isin(tokens, ends)
@@ -134,10 +134,6 @@ def _one_by_one(
         for of_region in zip(tokens_RBT, lengths, total.tolist(), strict=True)
     ]
     return [sorted(of_region, key=lambda text: -text[1]) for of_region in written]
-
-
-def _argmax(log_probs: Tensor, step: int) -> Tensor:
-    return log_probs.argmax(-1)
 
 
 def _sampler(

@@ -46,7 +46,7 @@ class Footprint:
 
 def footprint(model: Any) -> Footprint:
     """Read the sizes of a transformers captioner from its config."""
-    text = _text_config(model.config)
+    text = getattr(model.config, "decoder", None) or model.config.get_text_config(decoder=True)
     heads = int(_first(text, "decoder_attention_heads", "num_attention_heads", default=1))
     width = int(_first(text, "hidden_size", "d_model", default=1))
     head_width = int(_first(text, "head_dim", "d_kv", default=0)) or width // heads
@@ -67,10 +67,6 @@ def footprint(model: Any) -> Footprint:
         eager=_first(text, "_attn_implementation") == "eager",
         vision=_vision_numbers(model.config),
     )
-
-
-def _text_config(config: Any) -> Any:
-    return getattr(config, "decoder", None) or config.get_text_config(decoder=True)
 
 
 def _vision_numbers(config: Any) -> float:

@@ -105,10 +105,11 @@ def _check(
         raise ValueError("every prompt must have at least one token")
     if search.top_k < 1:
         raise ValueError(f"top_k={search.top_k}: at least one class must be kept")
-    if offsets_C is not None and offsets_C.shape != (len(counts),):
-        raise ValueError(f"offsets of shape {offsets_C.shape} for {len(counts)} classes")
-    if offsets_C is not None and not np.isfinite(offsets_C).all():
-        raise ValueError("offsets must be finite")
+    if offsets_C is not None:
+        if offsets_C.shape != (len(counts),):
+            raise ValueError(f"offsets of shape {offsets_C.shape} for {len(counts)} classes")
+        if not np.isfinite(offsets_C).all():
+            raise ValueError("offsets must be finite")
 
 
 @dataclass(frozen=True, eq=False)
