@@ -194,14 +194,12 @@ def behind(tokenizer: Any, context: str = "", glue: str = "") -> Encode:
     return encode
 
 
-def _pixel_family(
-    loaded: Loaded, decoder: Decoder, encode: Encode, tokenizer: Any, text: Any
-) -> Family:
+def _pixel_family(loaded: Loaded, decoder: Decoder, encode: Encode, text: Any) -> Family:
     longest = getattr(text, "max_position_embeddings", None)
     model = loaded.model
     return Family(
         decoder,
-        tokenizer,
+        loaded.tokenizer,
         pixel_preparation(loaded.image_processor, str(model.device), model.dtype),
         encode,
         # Start tokens, the end, and RoBERTa's offset take positions too.
@@ -229,14 +227,14 @@ def _blip(loaded: Loaded) -> Family:
         start_ids=start_ids,
         end_ids=[text.sep_token_id],
     )
-    return _pixel_family(loaded, decoder, encode, loaded.tokenizer, text)
+    return _pixel_family(loaded, decoder, encode, text)
 
 
 def _git(loaded: Loaded) -> Family:
     config = loaded.model.config
     start_ids, encode = _begun(loaded, config.bos_token_id)
     decoder = GitDecoder(loaded.model, start_ids=start_ids, end_ids=[config.eos_token_id])
-    return _pixel_family(loaded, decoder, encode, loaded.tokenizer, config)
+    return _pixel_family(loaded, decoder, encode, config)
 
 
 def _vision_encoder_decoder(loaded: Loaded) -> Family:
@@ -270,7 +268,7 @@ def _vision_encoder_decoder(loaded: Loaded) -> Family:
         by_trie=first is not None,
         prompt_batch=loaded.config.prompt_batch,
     )
-    return _pixel_family(loaded, decoder, encode, tokenizer, text)
+    return _pixel_family(loaded, decoder, encode, text)
 
 
 def _first_set(model: Any, tokenizer: Any, *names: str) -> int | None:

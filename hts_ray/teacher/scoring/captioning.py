@@ -11,7 +11,6 @@ candidates, T tokens so far.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +25,11 @@ from hts_ray.teacher.scoring.decoders import Decoder, Prefix, select_regions
 Written = tuple[list[int], float]
 
 
-class Continuation(ABC):
+class Continuation:
     """B texts behind each of R regions, that grow by a token at a time.
+
+    By trie, texts are branches of a tree in the cache: taking up another branch moves nothing.
+    Otherwise they are rows of a batch, each with its copy of the region's cache.
 
     `log_probs` (R, B, V) float32 are the log-probabilities of each text's next token.
     """
@@ -35,56 +37,36 @@ class Continuation(ABC):
     def __init__(self, decoder: Decoder, prefix: Prefix, texts: int) -> None:
         self.decoder = decoder
         self.log_probs = self._of(prefix.root).expand(-1, texts, -1)
+        regions, device = len(prefix), prefix.root.device
+        rows = [region for region in range(regions) for _ in range(texts)]
+        self.prefix = prefix if decoder.by_trie else select_regions(prefix, rows)
+        self.lineage = torch.zeros(regions, texts, 0, dtype=torch.bool, device=device)
 
     def _of(self, hidden: Tensor) -> Tensor:
         return self.decoder.project(hidden).log_softmax(-1)
 
-    @abstractmethod
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
         """Put tokens (R, B) behind the texts numbered `parents` (R, B), or each behind its own."""
+        feed = self._feed_level if self.decoder.by_trie else self._feed_rows
+        self.log_probs = self._of(feed(tokens, parents)).view(*tokens.shape, -1)
 
-
-class TreeContinuation(Continuation):
-    """Texts as branches of a tree in the cache: taking up another branch moves nothing."""
-
-    def __init__(self, decoder: Decoder, prefix: Prefix, texts: int) -> None:
-        super().__init__(decoder, prefix, texts)
-        self.prefix = prefix
-        device = prefix.root.device
-        self.lineage = torch.zeros(len(prefix), texts, 0, dtype=torch.bool, device=device)
-        self.depth = 0
-
-    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
-        """Feed a level of the tree."""
+    def _feed_level(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         regions, texts, fed = self.lineage.shape
         if parents is not None:
             self.lineage = self.lineage.gather(1, parents[..., None].expand(-1, -1, fed))
         itself = torch.eye(texts, dtype=torch.bool, device=tokens.device)
         self.lineage = torch.cat([self.lineage, itself.expand(regions, -1, -1)], dim=2)
-        self.depth += 1
-        depths = torch.full((texts,), self.depth)
-        hidden = self.decoder.feed(self.prefix, tokens, depths, self.lineage)
-        self.log_probs = self._of(hidden)
+        depths = torch.full((texts,), fed // texts + 1)
+        return self.decoder.feed(self.prefix, tokens, depths, self.lineage)
 
-
-class RowContinuation(Continuation):
-    """Texts as rows of a batch, each with its copy of the region's cache."""
-
-    def __init__(self, decoder: Decoder, prefix: Prefix, texts: int) -> None:
-        super().__init__(decoder, prefix, texts)
-        rows = [region for region in range(len(prefix)) for _ in range(texts)]
-        self.rows = select_regions(prefix, rows)
-
-    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> None:
-        """Feed one token a row, after copying the caches of the rows that are continued."""
+    def _feed_rows(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         regions, texts = tokens.shape
         if parents is not None:
             offsets = torch.arange(regions, device=parents.device)[:, None] * texts
             order = (parents + offsets).flatten().tolist()
             if order != list(range(len(order))):
-                self.rows = select_regions(self.rows, order)
-        hidden = self.decoder.feed(self.rows, tokens.reshape(-1, 1))
-        self.log_probs = self._of(hidden).view(regions, texts, -1)
+                self.prefix = select_regions(self.prefix, order)
+        return self.decoder.feed(self.prefix, tokens.reshape(-1, 1))
 
 
 def write_captions(
@@ -97,8 +79,7 @@ def write_captions(
     """
     prefix = decoder.encode(regions)
     texts = settings.num_beams if settings.decoding == "beam" else settings.count
-    kind = TreeContinuation if decoder.by_trie else RowContinuation
-    state: Continuation = kind(decoder, prefix, texts)
+    state = Continuation(decoder, prefix, texts)
     if settings.decoding == "beam":
         return _beam_search(state, decoder.end_ids, settings)
     pick = None if settings.decoding == "greedy" else _sampler(settings, seeds)

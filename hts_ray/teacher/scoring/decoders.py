@@ -332,9 +332,9 @@ class Decoder(ABC):
         for first in range(0, len(hidden), chunk):
             logits = self.project(hidden[None, first : first + chunk])[0]
             within = (rows >= first) & (rows < first + chunk)
-            row = rows[within] - first
-            parts.append(logits[row, tokens[within]] - logits.logsumexp(-1)[row])
-        return torch.cat(parts)
+            row, token = (rows[within] - first).to(logits.device), tokens[within].to(logits.device)
+            parts.append(logits[row, token] - logits.logsumexp(-1)[row])
+        return torch.cat(parts).to(hidden.device)
 
 
 def _joined(images: Any, group: list[Any]) -> Any:
