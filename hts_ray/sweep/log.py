@@ -1,6 +1,9 @@
 """The trials of a sweep that ended, kept so that none is lost and none is run twice.
 
-Every trial that ends is a small JSON file at once, and a sweep that goes on runs the others only.
+Ray Tune saves the state of an experiment every ten seconds or later, so `Tuner.restore` runs again
+what ended since; its restored scheduler has lost its rungs (ray#35812); and the state is a pickle,
+which runs the code of whoever could write it. Here every trial that ends is a small JSON file at
+once, and a sweep that goes on asks Tune for the others only.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, TrialLog, best_first
 from hts_ray.sweep.plan import Plan
-from hts_ray.sweep.search import OnTrial
 from hts_ray.sweep.stage import BEST_FILE, FINALISTS_FILE
+from hts_ray.sweep.tune import OnTrial
 
 
 def trials_progress(plan: Plan, shown: Steps) -> OnTrial:

@@ -1,6 +1,6 @@
 """The sweep stage: region scores in, tried settings and the best of them out.
 
-Trials fit classifiers on cached features (`hts_ray.sweep.search`). The best few are trained in full
+Trials fit classifiers on cached features (`hts_ray.sweep.tune`). The best few are trained in full
 by the normal stages (`hts_ray.sweep.finalists`) and must then beat the run's own settings, or these
 are kept. Everything lies in one folder, named by settings and inputs; a sweep that was cut off goes
 on from what is there.
@@ -30,9 +30,9 @@ from hts_ray.sweep.data import SweepData, load_sweep_data
 from hts_ray.sweep.finalists import FOLDER, Finalist, run_finalists
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first, promising_first
 from hts_ray.sweep.plan import TABLE, Plan
-from hts_ray.sweep.search import OnTrial, run_trials
 from hts_ray.sweep.space import Space, nested
 from hts_ray.sweep.trial import run_trial
+from hts_ray.sweep.tune import OnTrial, run_trials
 
 TRIALS_FILE = "trials.parquet"
 FINALISTS_FILE = "finalists.json"
@@ -45,7 +45,7 @@ _SURE = 1.645
 def run_sweep(
     plan: Plan,
     *,
-    on_trial: OnTrial = lambda trial: None,
+    on_trial: OnTrial | None = None,
     on_features: ImagesDone | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> StageFolder:
