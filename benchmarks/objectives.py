@@ -150,11 +150,11 @@ def with_noise(data: SweepData, teacher: Teacher, seed: int) -> SweepData:
     regions = data.regions
     rng = np.random.default_rng([seed, 7])
     counts_N = np.diff(regions.offsets_N1)
-    classes = regions.scores_GC.shape[1]
+    classes = regions.scores_GS.shape[1]
     shared_NC = teacher.shared * rng.standard_normal((len(counts_N), classes), dtype=np.float32)
     noise_GC = np.repeat(shared_NC, counts_N, axis=0)
     noise_GC += teacher.own * rng.standard_normal(noise_GC.shape, dtype=np.float32)
-    noisy = replace(regions, scores_GC=regions.scores_GC + noise_GC)
+    noisy = replace(regions, scores_GS=regions.scores_GS + noise_GC)
     reference_NC = reference(data.config, noisy, data.feature_row_N >= 0)
     return replace(data, regions=noisy, reference_NC=reference_NC)
 

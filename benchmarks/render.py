@@ -401,6 +401,20 @@ def _caption_styles(report: Json) -> Iterator[Grid]:
     yield grid(columns, report["rows"], "With the grammar as it is")
 
 
+def _abstention(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("world", "seed"),
+        Column("classes", "classes"),
+        Column("what competes", "competes"),
+        Column("precision", "precision", number(2)),
+        Column("recall", "recall", number(2)),
+        Column("noise: none", "noise", number(2)),
+        Column("one colour: none", "one colour", number(2)),
+        Column("smooth: none", "smooth colours", number(2)),
+    ]
+    yield grid(columns, report["rows"])
+
+
 def _metrics_speed(report: Json) -> Iterator[Grid]:
     columns = [
         Column("scores", "scores"),
@@ -436,6 +450,7 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "losses": ("Losses", _losses),
     "sweep": ("Sweep", _sweep),
     "objectives": ("Objectives without labels", _objectives),
+    "abstention": ("None of these", _abstention),
     "caption_matching": ("Captions to classes", _caption_matching),
     "caption_styles": ("Captions by style", _caption_styles),
     "pipeline_efficiency": ("The teacher pass beside a bare loop", _pipeline_efficiency),

@@ -30,7 +30,7 @@ import pyarrow as pa
 import yaml
 
 from hts_ray.config import HtsConfig, load_config, override
-from hts_ray.engine.console import Steps, image_progress, print_line, steps
+from hts_ray.engine.console import Steps, image_progress, print_line, print_note, steps
 from hts_ray.engine.run import Run, Stage, open_run
 from hts_ray.engine.session import command_cluster
 from hts_ray.evaluate import evaluate_predictions
@@ -113,6 +113,11 @@ def filter_labels(
     run = _opened(config)
     stage = plan_filter(run, found(run, region_scores, "region_scores", "label")).run()
     run.record()
+    if not stage.stats["images_without_positive"]:
+        print_note(
+            "no image was left without a positive: if some show none of the classes, raise"
+            " filter.positive_threshold, or label with label.teacher.background=general"
+        )
     return stage
 
 

@@ -131,6 +131,9 @@ class TeacherConfig(Section):
     )
     top_k: int = setting(30, "classes of a region that search=top_k scores", ge=1)
     search_alpha: float = setting(0.0, "prior_alpha that search=top_k ranks with", ge=0.0, le=2.0)
+    background: Literal["general", "none"] = setting(
+        "general", "score sentences about other things too, so that a region may show no class"
+    )
     prior: Literal["plain", "sample", "none"] = setting(
         "plain", "images that log P(prompt) is estimated on: plain ones, or a sample of the run"
     )
@@ -204,6 +207,7 @@ class FilterConfig(Section):
     margins: tuple[float, ...] | None = setting(None, "context margins that count; all if not set")
     prior_alpha: float = setting(0.5, "alpha in log P(t|r) - alpha log P(t)", ge=0.0, le=2.0)
     temperature: float = setting(1.0, "of the softmax over classes", gt=0.0)
+    background: bool = setting(True, "stored background sentences compete with the classes")
     null_score: float | None = setting(None, "log-likelihood of an extra option `none of these`")
     aggregation: Literal["max", "mean", "top_k_mean", "noisy_or"] = setting(
         "top_k_mean", "how a class's regions become one probability"

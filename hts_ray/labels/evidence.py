@@ -3,7 +3,8 @@
 A region_scores folder is read a block of images at a time. The regions of a block are packed into
 arrays, and all its images are aggregated together.
 
-Shapes: N images, G regions of all of them, K regions that count, R regions of one image, C classes.
+Shapes: N images, G regions of all of them, K regions that count, R regions of one image, C classes,
+S = C + B sentences: those of the classes, then B of the background.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ _IGNORED_PREFIXES = [".", "_", "checkpoint", "quarantine", "stats.json", "table.
 class Regions:
     """The stored regions of N images: image i has the regions offsets_N1[i] to offsets_N1[i + 1].
 
-    `images` is a table of image_id, uri and split. `scores_GC` are float32 as they were stored,
-    `kinds_G` strings, and `margins_G` the context around each region as a share of its sides.
-    `info` is `read_info` of the folder.
+    `images` is a table of image_id, uri and split. `scores_GS` are float32 as they were stored, the
+    classes' and then the background's. `kinds_G` are strings, and `margins_G` the context around
+    each region as a share of its sides. `info` is `read_info` of the folder.
     """
 
     info: dict[str, Any]
     images: pa.Table
     offsets_N1: npt.NDArray[np.int64]
-    scores_GC: FloatArray
+    scores_GS: FloatArray
     kinds_G: npt.NDArray[np.str_]
     margins_G: FloatArray
 
@@ -101,7 +102,7 @@ def read_info(path: str) -> dict[str, Any]:
 def iter_region_rows(
     path: str, image_ids: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a region_scores folder that were scored, `scores` as (R, C) float32.
+    """Yield the rows of a region_scores folder that were scored, `scores` as (R, S) float32.
 
     `image_ids` are the few images that are wanted; None is all. Scores are nearly all of a run's
     bytes: only files that hold such an image are opened for them.
@@ -109,10 +110,11 @@ def iter_region_rows(
     few = [] if image_ids is None else [pc.field("image_id").isin(pa.array(image_ids, pa.string()))]
     for batch in _scored_batches(path, None, few, sparse=image_ids is not None):
         rows = batch.drop_columns(["scores"]).to_pylist()
-        offsets = batch.column("scores").offsets.to_numpy()
-        flat = batch.column("scores").values.to_numpy(zero_copy_only=False)
-        for row, start, end in zip(rows, offsets[:-1], offsets[1:], strict=True):
-            row["scores"] = flat[start:end].reshape(len(row["boxes"]), -1)
+        counts_N = batch.column("region_kinds").value_lengths().to_numpy()
+        ends = np.cumsum(counts_N)
+        scores_GS = _stored_scores(batch, int(counts_N.sum()))
+        for row, start, end in zip(rows, ends - counts_N, ends, strict=True):
+            row["scores"] = scores_GS[start:end]
             yield row
 
 
@@ -128,9 +130,9 @@ def read_regions(
         chosen.append(pc.field("split") == split)
     if image_ids is not None:
         chosen.append(pc.field("image_id").isin(pa.array(image_ids, pa.string())))
-    columns = [*IMAGE_COLUMNS, "scores", "region_kinds", "margins"]
+    columns = [*IMAGE_COLUMNS, "scores", "background", "region_kinds", "margins"]
     for batch in _scored_batches(path, columns, chosen):
-        kinds, scores = batch.column("region_kinds"), batch.column("scores").flatten()
+        kinds = batch.column("region_kinds")
         counts_N = kinds.value_lengths().to_numpy()
         margins_G = np.zeros(counts_N.sum(), np.float32)
         if "margins" in batch.schema.names:
@@ -141,7 +143,7 @@ def read_regions(
             info,
             pa.Table.from_batches([batch.select(IMAGE_COLUMNS)]),
             _offsets(counts_N),
-            scores.to_numpy(zero_copy_only=False).reshape(len(margins_G), -1),
+            _stored_scores(batch, len(margins_G)),
             np.asarray(kinds.flatten().to_pylist(), dtype=np.str_),
             margins_G,
         )
@@ -161,7 +163,7 @@ def pack_regions(blocks: Sequence[Regions]) -> Regions:
         blocks[0].info,
         images.take(pa.array(order_N)),
         offsets_N1,
-        _placed([block.scores_GC for block in blocks], place_G),
+        _placed([block.scores_GS for block in blocks], place_G),
         _placed([block.kinds_G for block in blocks], place_G),
         _placed([block.margins_G for block in blocks], place_G),
     )
@@ -187,17 +189,21 @@ def kept_regions(
 
 
 def class_probabilities(
-    scores_RC: FloatArray, info: dict[str, Any], config: FilterConfig
+    scores_RS: FloatArray, info: dict[str, Any], config: FilterConfig
 ) -> FloatArray:
     """Return class probabilities (R, C) of regional scores, whichever kind `info` says they are.
 
-    Log-likelihoods of prompts lose alpha times their prior and compete in a softmax. What
-    captions state is a probability already; prior_alpha, temperature and null_score say nothing
-    about it. Raises ConfigError for an alpha without a stored prior.
+    Log-likelihoods of prompts lose alpha times their prior and compete in a softmax, with the
+    background sentences too unless `config.background` is false. What captions state is a
+    probability already; prior_alpha, temperature and null_score say nothing about it. Raises
+    ConfigError for an alpha without a stored prior.
     """
     if info.get("score_kind") == "log_probability":
-        return np.asarray(np.exp(scores_RC))
-    prior_C = None
+        return np.asarray(np.exp(scores_RS))
+    classes = len(info["class_ids"])
+    if not config.background:
+        scores_RS = scores_RS[:, :classes]
+    prior_S = None
     if config.prior_alpha > 0:
         stored = info.get("prior_log_likelihoods")
         if stored is None:
@@ -206,10 +212,25 @@ def class_probabilities(
                 value=config.prior_alpha,
                 remedy="the teacher stored no prior: set it to 0, or label.teacher.prior=plain",
             )
-        prior_C = np.asarray(stored, dtype=np.float32)
-    return region_probabilities(
-        scores_RC, prior_C, config.prior_alpha, config.temperature, null_score=config.null_score
+        both = [*stored, *info.get("background_prior", ())]
+        prior_S = np.asarray(both[: scores_RS.shape[1]], dtype=np.float32)
+    probabilities_RS = region_probabilities(
+        scores_RS, prior_S, config.prior_alpha, config.temperature, null_score=config.null_score
     )
+    return probabilities_RS[:, :classes]
+
+
+def require_abstention(info: dict[str, Any], config: FilterConfig) -> None:
+    """Raise ConfigError where every region must show a class: one class, and nothing beside it."""
+    alone = len(info["class_ids"]) == 1 and info.get("score_kind") != "log_probability"
+    beside = (config.background and info.get("background")) or config.null_score is not None
+    if alone and not beside:
+        raise ConfigError(
+            "with one class and nothing beside it every image is positive",
+            field="filter.background",
+            value=config.background,
+            remedy="label with label.teacher.background=general, or set filter.null_score",
+        )
 
 
 def aggregate_regions(
@@ -223,7 +244,7 @@ def aggregate_regions(
     keep_G = kept_regions(regions.kinds_G, regions.margins_G, config)
     if chosen_G is not None:
         keep_G &= chosen_G
-    images, classes = len(regions.images), regions.scores_GC.shape[1]
+    images, classes = len(regions.images), len(regions.info["class_ids"])
     probabilities_NC = np.zeros((images, classes), np.float32)
     support_NC = np.zeros((images, classes), np.int16)
     # Summing an empty slice is fine where reduceat is not.
@@ -231,10 +252,10 @@ def aggregate_regions(
     counts_N = np.diff(kept_before_N1)
     for start, end in _spans(regions):
         inside = slice(int(regions.offsets_N1[start]), int(regions.offsets_N1[end]))
-        scores_KC = regions.scores_GC[inside][keep_G[inside]]
-        if not len(scores_KC):
+        scores_KS = regions.scores_GS[inside][keep_G[inside]]
+        if not len(scores_KS):
             continue
-        probabilities_KC = class_probabilities(scores_KC, regions.info, config)
+        probabilities_KC = class_probabilities(scores_KS, regions.info, config)
         firsts = kept_before_N1[start:end] - kept_before_N1[start]
         for count in np.unique(counts_N[start:end][counts_N[start:end] > 0]):
             rows = np.flatnonzero(counts_N[start:end] == count)
@@ -309,6 +330,17 @@ def _scored_batches(
             yield batch
 
 
+def _stored_scores(batch: pa.RecordBatch, regions: int) -> FloatArray:
+    """Return the scores (G, S) of a batch's regions; folders of before have no background."""
+    columns = [name for name in ("scores", "background") if name in batch.schema.names]
+    parts = [
+        batch.column(name).flatten().to_numpy(zero_copy_only=False).reshape(regions, -1)
+        for name in columns
+        if len(batch.column(name).flatten())
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
 def _offsets(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Return where each of (N,) lengths begins, and at last where all end: (N + 1,)."""
     return np.concatenate([[0], np.cumsum(counts)])
@@ -328,7 +360,7 @@ def _placed(parts: Sequence[npt.NDArray[Any]], place_G: npt.NDArray[np.int64]) -
 def _spans(regions: Regions) -> Iterator[tuple[int, int]]:
     """Yield ranges of images that have about `_BLOCK_BYTES` of scores."""
     images = len(regions.images)
-    per_image = max(1, regions.scores_GC.nbytes // max(images, 1))
+    per_image = max(1, regions.scores_GS.nbytes // max(images, 1))
     step = max(1, _BLOCK_BYTES // per_image)
     for start in range(0, images, step):
         yield start, min(start + step, images)

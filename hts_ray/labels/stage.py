@@ -17,7 +17,7 @@ from hts_ray.config import FilterConfig
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.labels.corrections import Corrected, apply_overrides, overrides_key, read_overrides
-from hts_ray.labels.evidence import Evidence, image_evidence, read_info
+from hts_ray.labels.evidence import Evidence, image_evidence, read_info, require_abstention
 from hts_ray.labels.select import REASONS, Selection, select
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, settings_hash
@@ -40,8 +40,10 @@ class PseudoLabels:
 def plan_filter(run: Run, region_scores: StageFolder) -> Stage:
     """Plan the filter over a region_scores folder: regional scores in, `pseudo_labels` out.
 
-    Raises DataError for corrections that cannot be read.
+    Raises DataError for corrections that cannot be read, ConfigError for settings under which no
+    image could be left without a positive.
     """
+    require_abstention(read_info(region_scores.path), run.config.filter)
     config, split = run.config.filter, run.config.train.split
     parts = [config.answer_settings(), split, region_scores.key, run.class_table.fingerprint()]
     if config.overrides is not None:

@@ -67,6 +67,8 @@ REGION_SCORES_SCHEMA = _schema(
     pa.field("captions", pa.list_(pa.list_(pa.string()))),  # R lists, empty if not asked for
     # R x C log-likelihoods, row-major; -inf for a class that was left out
     pa.field("scores", pa.list_(pa.float32())),
+    # R x B log-likelihoods of the background sentences of table.json; may be missing
+    pa.field("background", pa.list_(pa.float32())),
     pa.field("problems", pa.list_(pa.string())),  # boxes that could not be used, and why
     *_OUTCOME,
 )

@@ -232,7 +232,9 @@ class _Stored:
             margins.update(float(f"{m:.4g}") for m in np.unique(regions.margins_G[with_context_G]))
             most = max(most, int(np.diff(regions.offsets_N1).max()))
             more = min(len(regions.images), _SAMPLE_IMAGES - sampled)
-            best.append(regions.scores_GC[: regions.offsets_N1[more]].max(axis=1))
+            classes = len(regions.info["class_ids"])
+            sample_GC = regions.scores_GS[: regions.offsets_N1[more], :classes]
+            best.append(sample_GC.max(axis=1))
             sampled += more
         scores = np.concatenate(best)
         scores = scores[np.isfinite(scores)]

@@ -54,7 +54,11 @@ def image_task(batch: pa.Table, row: int) -> ImageTask:
 
 
 def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
-    """Return the contents of `table.json`; the prior costs a few forwards, once a run."""
+    """Return the contents of `table.json`; the prior costs a few forwards, once a run.
+
+    Prompts, token counts and prior are those of the C classes; `background` holds the sentences
+    that competed with them, `background_prior` their prior.
+    """
     config, prompts = assignment.config, assignment.prompts
     teacher, table = config.teacher, assignment.class_table
     captions = teacher.mode == "captions"
@@ -64,14 +68,17 @@ def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
         if captions
         else captioner.score(plain_images(1), prompts.texts).token_counts.tolist()
     )
+    classes = len(table)
     return {
         "class_ids": table.ids.tolist(),
         "class_fingerprint": table.fingerprint(),
         "score_kind": LOG_PROBABILITY if captions else LOG_LIKELIHOOD,
-        "prompts": prompts.by_class(prompts.texts),
+        "prompts": prompts.by_class(prompts.texts)[:classes],
         "prompts_hash": prompts.fingerprint(),
-        "token_counts": prompts.by_class(counts),
-        "prior_log_likelihoods": None if prior is None else prior.tolist(),
+        "token_counts": prompts.by_class(counts)[:classes],
+        "prior_log_likelihoods": None if prior is None else prior[:classes].tolist(),
+        "background": list(assignment.background),
+        "background_prior": None if prior is None else prior[classes:].tolist(),
         "model": teacher.model,
         "model_fingerprint": assignment.fingerprint,
         "length_normalize": teacher.length_normalize,
@@ -152,7 +159,8 @@ class TeacherActor:
             self.assignment.config.max_attempts,
         )
         results = dict(zip(readable, found, strict=True))
-        rows = [_output_row(batch, row, results.get(row)) for row in range(batch.num_rows)]
+        classes = len(self.assignment.class_table)
+        rows = [_output_row(batch, row, results.get(row), classes) for row in range(batch.num_rows)]
         return pa.Table.from_pylist(rows, schema=REGION_SCORES_SCHEMA)
 
     def _score(self, tasks: list[ImageTask]) -> list[ScoredImage | ImageFailure]:
@@ -167,7 +175,7 @@ class TeacherActor:
 
 
 def _output_row(
-    batch: pa.Table, row: int, result: ScoredImage | ImageFailure | None
+    batch: pa.Table, row: int, result: ScoredImage | ImageFailure | None, classes: int
 ) -> dict[str, Any]:
     names = ("image_id", "uri", "split", "width", "height", "error_kind", "error")
     output = {name: batch[name][row].as_py() for name in names}
@@ -182,7 +190,8 @@ def _output_row(
         "region_kinds": [region.kind for region in result.regions],
         "margins": [region.margin for region in result.regions],
         "captions": result.captions,
-        "scores": result.scores.ravel(),
+        "scores": result.scores[:, :classes].ravel(),
+        "background": result.scores[:, classes:].ravel(),
         "problems": result.problems,
         "status": OK,
     }

@@ -1,4 +1,4 @@
-"""What a teacher is asked in one run: the prompts, the boxes and the images of the prior.
+"""What a teacher is asked in one run: the sentences, the boxes and the images of the prior.
 
 Made by the driver without loading a model, and sent to every actor. Knows no Ray.
 """
@@ -16,6 +16,7 @@ from hts_ray.config import LabelConfig, RegionsConfig
 from hts_ray.errors import DataError
 from hts_ray.images.boxes import GivenBoxes, box_bytes, read_given_boxes
 from hts_ray.store.run import StageFolder
+from hts_ray.teacher.background import background_sentences
 from hts_ray.teacher.captioner import ClassPrompts
 from hts_ray.teacher.detector import check_detector, detector_fingerprint
 from hts_ray.teacher.models.catalog import check_teacher
@@ -29,7 +30,8 @@ class Assignment:
 
     `fingerprint` is the model's, made once by the driver; "" where nothing will be written.
     `prior_rows` are the manifest rows whose images the prior is estimated on, `limit` the
-    regions that an image may have by the run's budget.
+    regions that an image may have by the run's budget. `background` are sentences that compete
+    with the classes; `prompts` has the classes' prompts first, then one a background sentence.
     """
 
     config: LabelConfig
@@ -40,12 +42,15 @@ class Assignment:
     given: GivenBoxes | None = None
     prior_rows: pa.Table | None = None
     limit: int | None = None
+    background: tuple[str, ...] = field(init=False)
     prompts: ClassPrompts = field(init=False)
 
     def __post_init__(self) -> None:
         templates = self.config.teacher.prompt_templates
-        prompts = ClassPrompts.of(self.class_table.prompts, templates)
-        object.__setattr__(self, "prompts", prompts)
+        background = chosen_background(self.config, self.class_table)
+        asked = [*self.class_table.prompts, *((sentence,) for sentence in background)]
+        object.__setattr__(self, "background", background)
+        object.__setattr__(self, "prompts", ClassPrompts.of(asked, templates))
 
     @classmethod
     def plan(
@@ -79,6 +84,13 @@ class Assignment:
             prior_rows=sample,
             limit=None if budget is None else max(1, budget // max(1, len(rows))),
         )
+
+
+def chosen_background(config: LabelConfig, class_table: ClassTable) -> tuple[str, ...]:
+    """Return the background sentences of a teacher pass; none where captions are matched."""
+    if config.teacher.background == "none" or config.teacher.mode == "captions":
+        return ()
+    return background_sentences(class_table)
 
 
 def region_sources(config: RegionsConfig) -> list[str]:

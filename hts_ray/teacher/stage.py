@@ -40,7 +40,7 @@ from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import read_table
 from hts_ray.teacher.actor import TeacherActor
-from hts_ray.teacher.assignment import Assignment, region_sources
+from hts_ray.teacher.assignment import Assignment, chosen_background, region_sources
 from hts_ray.teacher.models.catalog import model_fingerprint
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
         manifest.fingerprint,
         fingerprint,
         region_sources(label.regions),
+        *chosen_background(label, run.class_table),
     )
     folder = run.stage("region_scores", key)
 

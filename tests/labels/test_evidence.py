@@ -17,6 +17,7 @@ from hts_ray.labels.evidence import (
     kept_regions,
     pack_regions,
     read_regions,
+    require_abstention,
 )
 from hts_ray.labels.select import aggregate, support
 from hts_ray.store import storage
@@ -107,7 +108,7 @@ def test_packed_regions_are_those_of_the_rows_in_the_order_of_the_ids(many, monk
     assert packed.image_ids.tolist() == sorted(rows)
     for image_id, (start, end) in zip(packed.image_ids, pairwise(packed.offsets_N1), strict=True):
         row = rows[image_id]
-        np.testing.assert_array_equal(packed.scores_GC[start:end], row["scores"])
+        np.testing.assert_array_equal(packed.scores_GS[start:end], row["scores"])
         assert packed.kinds_G[start:end].tolist() == row["region_kinds"]
         margins = row["margins"] or [0.0] * (end - start)
         np.testing.assert_allclose(packed.margins_G[start:end], margins)
@@ -173,7 +174,47 @@ def test_what_captions_state_is_a_probability_already():
 def test_classes_that_a_search_left_out_are_negative():
     """Catches -inf, the mark of a class that was left out, that turns a region into NaN."""
     scores_RC = np.array([[-3.0, -np.inf, -4.0]], np.float32)
-    info = {"score_kind": "log_likelihood", "prior_log_likelihoods": [-1.0, -2.0, -3.0]}
+    prior = [-1.0, -2.0, -3.0]
+    info = {"class_ids": [0, 1, 2], "prior_log_likelihoods": prior}
     found = class_probabilities(scores_RC, info, FilterConfig(prior_alpha=0.5))
     assert found[0, 1] == 0
     np.testing.assert_allclose(found.sum(), 1, rtol=1e-6)
+
+
+BACKGROUND = {
+    "class_ids": [4],
+    "prior_log_likelihoods": [-2.0],
+    "background": ["a wall", "the sky"],
+    "background_prior": [-1.0, -9.0],
+}
+
+
+def test_the_background_takes_the_probability_where_no_class_is_shown():
+    """Catches one class that is at probability 1 on every picture."""
+    scores_RS = np.array([[-1.0, -8.0, -9.0], [-8.0, -1.0, -9.0]], np.float32)
+    found = class_probabilities(scores_RS, BACKGROUND, FilterConfig(prior_alpha=0.0))
+    assert found.shape == (2, 1)
+    assert found[0, 0] > 0.99
+    assert found[1, 0] < 0.01
+    alone = FilterConfig(prior_alpha=0.0, background=False)
+    np.testing.assert_array_equal(class_probabilities(scores_RS, BACKGROUND, alone), 1)
+
+
+def test_the_prior_of_background_sentences_is_taken_off_too():
+    """Catches a background whose rare sentences never win against a frequent class."""
+    scores_RS = np.array([[-5.0, -8.0, -9.0]], np.float32)
+    found = class_probabilities(scores_RS, BACKGROUND, FilterConfig(prior_alpha=1.0))
+    expected = np.exp([-3.0, -7.0, 0.0])
+    np.testing.assert_allclose(found[0, 0], expected[0] / expected.sum(), rtol=1e-5)
+
+
+def test_one_class_with_nothing_beside_it_is_refused():
+    """Catches a filter whose every image is positive by construction."""
+    alone = {"class_ids": [4], "background": []}
+    with pytest.raises(ConfigError, match=r"label\.teacher\.background=general"):
+        require_abstention(alone, FilterConfig())
+    with pytest.raises(ConfigError, match=r"filter\.background = False"):
+        require_abstention(BACKGROUND, FilterConfig(background=False))
+    require_abstention(alone, FilterConfig(null_score=-2.0))
+    require_abstention(BACKGROUND, FilterConfig())
+    require_abstention({**alone, "score_kind": "log_probability"}, FilterConfig())

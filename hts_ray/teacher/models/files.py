@@ -21,8 +21,6 @@ from hts_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Larger files are hashed by name and size only: reading them would take too long.
-HASHED_BYTES = 64 << 20
 # What a model needs on disk, and what its fingerprint covers.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 # Seconds before each new attempt at a hub that failed.
@@ -84,18 +82,19 @@ class NamedModel:
     def fingerprint(self) -> str:
         """Return text that changes whenever the model may.
 
-        Of a local model: its folder's name and a hash over settings, tokenizer and weights (by
-        content up to 64 MB a file, by name and size above). Of a hub id: `id@revision`, unread.
+        Of a local model: its folder's name and a hash over settings, tokenizer and weights. Every
+        byte counts, since weights that are trained on in place keep names and sizes; a command
+        hashes once, which takes less time than loading. Of a hub id: `id@revision`, unread.
         """
         folder = self.local()
         if folder is None:
             return f"{self.name}@{self.revision or 'main'}"
         digest = hashlib.sha256()
         for path in sorted({path for pattern in MODEL_FILES for path in folder.rglob(pattern)}):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)}:{size};".encode())
-            if size < HASHED_BYTES:
-                digest.update(path.read_bytes())
+            digest.update(f"{path.relative_to(folder)}:{path.stat().st_size};".encode())
+            with open(path, "rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
         return f"{folder.name}@{digest.hexdigest()[:12]}"
 
     def load(self, kind: str, folder: Path, optional: Callable[[str], bool], **options: Any) -> Any:

@@ -169,6 +169,20 @@ def test_a_class_that_is_none_is_told(colours: str) -> None:
             assert caught.value.field == "label.teacher.model"
 
 
+def test_large_weights_that_were_trained_on_are_another_model(tmp_path: Path) -> None:
+    """Catches old scores that are used again for weights of the same name and size."""
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    weights = tmp_path / "model.safetensors"
+    with open(weights, "wb") as stream:
+        stream.truncate(70 << 20)
+    before = model_fingerprint(TeacherConfig(model=str(tmp_path)))
+    with open(weights, "r+b") as stream:
+        stream.seek(65 << 20)
+        stream.write(b"x")
+    assert weights.stat().st_size == 70 << 20
+    assert model_fingerprint(TeacherConfig(model=str(tmp_path))) != before
+
+
 def test_the_fingerprint_follows_the_source(colours: str, tmp_path: Path) -> None:
     """Catches a changed teacher answering under the old settings hash."""
     config = TeacherConfig(model=f"{colours}ColourTeacher")
