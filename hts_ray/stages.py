@@ -189,6 +189,16 @@ def predict(
     return _on_ray(plan, cluster, image_progress("predict"))
 
 
+def score_regions(config: HtsConfig | Run, student: StageFolder | str | None = None) -> StageFolder:
+    """Score the regions that the teacher saw with a student; returns student_scores."""
+    from hts_ray.student.region_scoring import plan_score  # torch loads slowly
+
+    run = _opened(config)
+    scores, source = found(run, None, "region_scores", "label"), student_path(run, student)
+    cluster = command_cluster(run.config, "predict", student=source)
+    return _on_ray(plan_score(run, source, scores), cluster, image_progress("score regions"))
+
+
 def student_path(run: Run, student: StageFolder | str | None = None) -> str:
     """Return a given student's folder, or that of the run's latest."""
     path = _path(student) or require_stage(run.run_dir, "student", "train").path

@@ -269,7 +269,7 @@ def _swept_scores(from_sweep: str | None) -> str | None:
     """Return the region scores that a sweep was over; None without a sweep."""
     if from_sweep is None:
         return None
-    from hts_ray.sweep.stage import find_sweep
+    from hts_ray.sweep.stage import find_sweep  # torch loads slowly
 
     return str(find_sweep(from_sweep).stats["region_scores"])
 
