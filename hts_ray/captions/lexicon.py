@@ -153,10 +153,9 @@ def _source() -> dict[str, Any]:
     for name, nouns in raw["objects"].items():
         for entry in nouns.split(","):
             noun, probability = _with_probability(entry.strip(), 1.0)
+            objects = things.setdefault(noun_key(noun), {})
             if probability > 0:
-                things.setdefault(noun_key(noun), {})[name] = probability
-            else:
-                things.setdefault(noun_key(noun), {})
+                objects[name] = probability
     sets = {key: frozenset(noun_key(word) for word in raw[key].split()) for key in _WORD_LISTS}
     return {
         **sets,

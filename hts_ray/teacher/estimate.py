@@ -21,8 +21,6 @@ from hts_ray.images.regions import Region
 from hts_ray.labels.evidence import class_probabilities
 from hts_ray.teacher.actor import image_task, region_scorer, table_info
 from hts_ray.teacher.assignment import Assignment
-from hts_ray.teacher.captioner import Captioner
-from hts_ray.teacher.models.catalog import needs_torch
 from hts_ray.teacher.models.loading import load_on_device
 from hts_ray.teacher.scorers import ImageFailure, ImageTask, RegionScorer, ScoredImage
 
@@ -70,13 +68,14 @@ def estimate(
 ) -> Estimate:
     """Measure the teacher on `sample` images spread over the manifest, and extrapolate.
 
-    The first scored image is scored twice: once to warm up. Class probabilities are those that
+    The first scored image is scored twice: once to warm up. Where this node has no GPU, the CPU is
+    measured. Class probabilities are those that
     `filtering` would make of the scores. Raises as a run would for settings it refuses.
     """
     selection = manifest.rows(config.splits, config.limit, config.limit_seed)
     assignment = Assignment.plan(config, class_table, selection)
     started = time.monotonic()
-    captioner, device = _load(config)
+    captioner, device = load_on_device(config, or_cpu=True)
     scorer = region_scorer(captioner, assignment, device)
     load_seconds = time.monotonic() - started
     count = min(sample, selection.num_rows)
@@ -119,17 +118,6 @@ def estimate(
     return Estimate(
         figures, _examples(scored, scorer, info, assignment, filtering or FilterConfig())
     )
-
-
-def _load(config: LabelConfig) -> tuple[Captioner, str]:
-    """Load as an actor would, on the CPU where the driver's node has no GPU."""
-    pool = config.pool
-    if pool.num_gpus and needs_torch(config.teacher):
-        import torch
-
-        if not torch.cuda.is_available():
-            pool = pool.model_copy(update={"num_gpus": 0.0})
-    return load_on_device(config.model_copy(update={"pool": pool}))
 
 
 def _examples(

@@ -35,24 +35,27 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     return load_pretrained(config, model_folder(config), device)
 
 
-def load_on_device(config: LabelConfig) -> tuple[Captioner, str]:
-    """Load the teacher as an actor of the pool would, and return the device for its company.
+def load_on_device(config: LabelConfig, *, or_cpu: bool = False) -> tuple[Captioner, str]:
+    """Load the teacher as an actor would, and return the device for its company.
 
-    Raises ConfigError for a teacher that does not load, or a GPU that is not there.
+    Raises ConfigError for a teacher that does not load, or a GPU that is not there; with `or_cpu`
+    the CPU takes its place.
     """
-    pool = config.pool
+    gpus = config.pool.num_gpus
     if not needs_torch(config.teacher) and config.regions.detector is None:
-        return load_captioner(config.teacher, "cuda" if pool.num_gpus else "cpu"), "cpu"
+        return load_captioner(config.teacher, "cuda" if gpus else "cpu"), "cpu"
     import torch
 
-    torch.set_num_threads(pool.threads)
-    if pool.num_gpus > 0 and not torch.cuda.is_available():
-        raise ConfigError(
-            "torch sees no GPU on this node",
-            field="label.pool.num_gpus",
-            value=pool.num_gpus,
-            remedy="set it to 0, or use nodes with GPUs and a CUDA build of torch",
-        )
-    device = "cuda" if pool.num_gpus > 0 else "cpu"
+    torch.set_num_threads(config.pool.threads)
+    if gpus and not torch.cuda.is_available():
+        if not or_cpu:
+            raise ConfigError(
+                "torch sees no GPU on this node",
+                field="label.pool.num_gpus",
+                value=gpus,
+                remedy="set it to 0, or use nodes with GPUs and a CUDA build of torch",
+            )
+        gpus = 0.0
+    device = "cuda" if gpus else "cpu"
     # On several GPUs accelerate spreads the model.
-    return load_captioner(config.teacher, "auto" if pool.num_gpus > 1 else device), device
+    return load_captioner(config.teacher, "auto" if gpus > 1 else device), device
