@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError
@@ -79,16 +79,6 @@ class AttemptLog:
             self._open.pop(image_id, None)
 
 
-class Log(Protocol):
-    """An AttemptLog, here or elsewhere."""
-
-    def begin(self, ids: Sequence[str], alone: bool = False) -> list[Deaths] | None:
-        """See AttemptLog."""
-
-    def end(self, ids: Sequence[str]) -> None:
-        """See AttemptLog."""
-
-
 class RemoteLog:
     """An AttemptLog in an actor; it forgets rather than fails when that actor is lost."""
 
@@ -111,6 +101,9 @@ class RemoteLog:
     def end(self, ids: Sequence[str]) -> None:
         """See AttemptLog; nobody waits for the answer."""
         self.handle.end.remote(list(ids))
+
+
+Log = AttemptLog | RemoteLog
 
 
 def start_log(meter: Meter) -> RemoteLog:

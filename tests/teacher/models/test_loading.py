@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hts_ray.config import CaptionConfig, TeacherConfig
+from hts_ray.config import CaptionConfig, LabelConfig, TeacherConfig
 from hts_ray.errors import ConfigError
 from hts_ray.teacher.captioner import ClassPrompts, SearchingCaptioner, score_classes
 from hts_ray.teacher.models.catalog import check_teacher, model_fingerprint
-from hts_ray.teacher.models.loading import load_captioner
+from hts_ray.teacher.models.loading import load_captioner, load_on_device
 
 
 def broken_copy(source: Path, target: Path, *, remove: str = "", **changes: Any) -> str:
@@ -79,6 +79,18 @@ def test_fingerprint_follows_the_files(tiny_blip_path: Path, tmp_path: Path) -> 
     assert model_fingerprint(config) != before
     hub = TeacherConfig(model="some/model", revision="abc")
     assert model_fingerprint(hub) == "some/model@abc"
+
+
+def test_a_missing_gpu_is_refused_or_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an actor that scores on the CPU unseen, and an estimate that needs a GPU here."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = LabelConfig.model_validate({"pool": {"num_gpus": 1}})
+    with pytest.raises(ConfigError, match="no GPU") as caught:
+        load_on_device(config)
+    assert caught.value.field == "label.pool.num_gpus"
+    assert load_on_device(config, or_cpu=True)[1] == "cpu"
 
 
 # -- classes of the user's own ------------------------------------------------------------------
