@@ -10,7 +10,6 @@ The client is Ray's own (its job API over HTTP, tokens included). This module ad
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import json
@@ -55,6 +54,9 @@ DETACHED = 130  # as a shell counts an interrupt: how the job ends is not known
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LOST_SECONDS = 300.0  # without an answer until the client gives up; the job goes on
 _STOP_SECONDS = 60.0
+_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.5, 10.0  # from one look at a job to the next
+_LOG_PER_SECOND = 1e6  # characters of a log
+_PATIENCE_SECONDS = 10.0  # that a job may take to start before the client says why it waits
 _NAMED_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 _NO_COMMAND = 127  # how a shell ends that finds no such program
 
@@ -330,17 +332,19 @@ def _interrupted(
 
 
 def _follow(client: JobSubmissionClient, job_id: str, tell: Tell) -> JobDetails:
-    """Print a job's log until the job has ended, also over lost connections."""
-    log = _Log()
-    answered = time.monotonic()
+    """Print a job's log until the job has ended, also over lost connections.
+
+    The server sends the whole log each time, so a long one is asked for less often. Says why a job
+    has not started yet, after a while and whenever the reason changes.
+    """
+    begun = answered = time.monotonic()
+    written, told = 0, ""
     while True:
-        with contextlib.suppress(OSError, RuntimeError, asyncio.TimeoutError):
-            asyncio.run(_stream(client, job_id, log, tell))
+        asked = time.monotonic()
         try:
-            info = client.get_job_info(job_id)
-            answered = time.monotonic()
+            info = client.get_job_info(job_id)  # before the log, which is then complete at the end
         except (OSError, RuntimeError) as error:
-            if time.monotonic() - answered > _LOST_SECONDS:
+            if asked - answered > _LOST_SECONDS:
                 hint = "; ".join(how_to_go_on(client, job_id))
                 raise UserError(
                     f"the cluster has not answered for {_LOST_SECONDS:g} s"
@@ -348,50 +352,20 @@ def _follow(client: JobSubmissionClient, job_id: str, tell: Tell) -> JobDetails:
                 ) from error
             time.sleep(2.0)
             continue
+        log = ""
+        with contextlib.suppress(OSError, RuntimeError):
+            log = client.get_job_logs(job_id)
+        sys.stdout.write(log[written:])
+        sys.stdout.flush()
+        written = max(written, len(log))
         if info.status.is_terminal():
             return info
-        time.sleep(0.5)
-
-
-class _Log:
-    """Writes a log that is read from its beginning again after each lost connection."""
-
-    def __init__(self) -> None:
-        self.written = 0
-        self._skip = 0
-
-    def rewind(self) -> None:
-        self._skip = self.written
-
-    def write(self, text: str) -> None:
-        fresh = text[self._skip :]
-        self._skip = max(0, self._skip - len(text))
-        self.written += len(fresh)
-        sys.stdout.write(fresh)
-        sys.stdout.flush()
-
-
-async def _stream(client: JobSubmissionClient, job_id: str, log: _Log, tell: Tell) -> None:
-    log.rewind()
-    waiting = asyncio.create_task(_tell_why_it_waits(client, job_id, tell))
-    try:
-        async for text in client.tail_job_logs(job_id):
-            waiting.cancel()
-            log.write(text)
-    finally:
-        waiting.cancel()
-
-
-async def _tell_why_it_waits(client: JobSubmissionClient, job_id: str, tell: Tell) -> None:
-    """Say why a job has not started yet, whenever the reason changes."""
-    told = None
-    while True:
-        await asyncio.sleep(10.0)
-        with contextlib.suppress(OSError, RuntimeError):
-            info = await asyncio.to_thread(client.get_job_info, job_id)
-            if info.status == "PENDING" and info.message and info.message != told:
-                told = info.message
-                tell(f"waiting: {told}")
+        answered = time.monotonic()
+        waits = info.status == "PENDING" and answered - begun > _PATIENCE_SECONDS
+        if waits and info.message and info.message != told:
+            told = info.message
+            tell(f"waiting: {told}")
+        time.sleep(min(max(_LOOK_SECONDS, written / _LOG_PER_SECOND), _LONGEST_LOOK_SECONDS))
 
 
 def read_requirements(path: Path) -> tuple[str, ...]:

@@ -41,16 +41,6 @@ def test_the_exit_code_is_the_job_s(status, driver, code):
     assert exit_code(SimpleNamespace(status=status, driver_exit_code=driver)) == code
 
 
-def test_a_log_that_is_read_again_is_printed_once(capsys):
-    """Would catch lines printed twice, or lost, after a lost connection."""
-    log = submit._Log()
-    for chunks in (["one\n", "tw"], ["one", "\ntwo\nth"], ["one\ntwo\nthree\n"]):
-        log.rewind()
-        for chunk in chunks:
-            log.write(chunk)
-    assert capsys.readouterr().out == "one\ntwo\nthree\n"
-
-
 def test_variables_and_requirements(tmp_path, monkeypatch):
     """Would catch a secret that has to be typed, or a requirement that breaks the cluster."""
     monkeypatch.setenv("SECRET", "a=b")
@@ -91,7 +81,7 @@ def test_a_server_s_traceback_is_told_in_its_last_line():
 
 
 class _Client:
-    """A job server: states, one a look, and logs, one a connection, that may break off."""
+    """A job server: states and logs, one a look, which may fail."""
 
     def __init__(self, statuses, logs=(), stops=True):
         self.statuses, self.logs, self.stops = list(statuses), list(logs), stops
@@ -112,49 +102,54 @@ class _Client:
     def stop_job(self, job_id):
         self.stopped = True
 
-    async def tail_job_logs(self, job_id):
-        for piece in self.logs.pop(0) if self.logs else []:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
+    def get_job_logs(self, job_id):
+        log = self.logs.pop(0) if self.logs else ""
+        if isinstance(log, BaseException):
+            raise log
+        return log
 
 
 def test_a_lost_connection_is_taken_up_again(capsys, monkeypatch):
-    """Would catch a tunnel that breaks for a moment being told as the job's failure."""
+    """Would catch a tunnel that breaks for a moment told as failure, and lines lost or repeated."""
     monkeypatch.setattr(submit.time, "sleep", lambda _: None)
-    logs = [["a\n", RuntimeError("closed")], ["a\n", "b\n"]]
-    client = _Client(["RUNNING", ConnectionError("refused"), "SUCCEEDED"], logs)
-    assert submit.wait(client, "job", tell=lambda _: None) == 0
-    assert capsys.readouterr().out == "a\nb\n"
+    logs = ["a\ntw", RuntimeError("closed"), "a\n", "a\ntwo\nb\n"]
+    statuses = ["RUNNING", "RUNNING", ConnectionError("refused"), "RUNNING", "SUCCEEDED"]
+    assert submit.wait(_Client(statuses, logs), "job", tell=lambda _: None) == 0
+    assert capsys.readouterr().out == "a\ntwo\nb\n"
     monkeypatch.setattr(submit, "_LOST_SECONDS", -1.0)
     with pytest.raises(UserError, match="--attach job"):
         submit.wait(_Client([ConnectionError("refused")]), "job", tell=lambda _: None)
 
 
 def test_a_job_that_never_ran_says_why(monkeypatch):
-    """Would catch a failed installation on the nodes that leaves no word."""
+    """Would catch a failed installation on the nodes, or a wait for room, that leaves no word."""
     told = []
     assert submit.wait(_Client(["FAILED"]), "job", tell=told.append) == 1
     assert told[0] == "why"
+    told.clear()
+    monkeypatch.setattr(submit.time, "sleep", lambda _: None)
+    monkeypatch.setattr(submit, "_PATIENCE_SECONDS", -1.0)
+    assert submit.wait(_Client(["PENDING", "PENDING", "SUCCEEDED"]), "job", tell=told.append) == 0
+    assert told == ["waiting: why", "job job: succeeded"]
 
 
 def test_an_interrupt_detaches_or_stops(monkeypatch):
     """Would catch Ctrl-C that kills a job of days, or that leaves no way back to it."""
     monkeypatch.setattr(submit.time, "sleep", lambda _: None)
     told = []
-    client = _Client(["RUNNING"], [[KeyboardInterrupt()]])
+    client = _Client(["RUNNING"], [KeyboardInterrupt()])
     assert submit.wait(client, "job", tell=told.append) == DETACHED
     assert not client.stopped
     assert any("--attach job" in line for line in told)
     assert any("ray job stop" in line for line in told)
-    client = _Client(["RUNNING"], [[KeyboardInterrupt()]])
+    client = _Client(["RUNNING"], [KeyboardInterrupt()])
     assert submit.wait(client, "job", tell=told.append, ask=lambda: True) == STOPPED
     assert client.stopped
 
     def interrupted_again():
         raise KeyboardInterrupt
 
-    client = _Client(["RUNNING"], [[KeyboardInterrupt()]])
+    client = _Client(["RUNNING"], [KeyboardInterrupt()])
     assert submit.wait(client, "job", tell=told.append, ask=interrupted_again) == DETACHED
     assert not client.stopped
 
