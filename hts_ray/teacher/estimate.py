@@ -104,7 +104,8 @@ def estimate(
     figures = {
         "images": count,
         "regions": None if regions is None else round(regions * count),
-        "prompts": 0 if config.teacher.mode == "captions" else len(assignment.prompts.texts),
+        "prompts": 0 if config.teacher.mode == "captions" else sum(map(len, info["prompts"])),
+        "background sentences": len(assignment.background),
         "tokens a region": sum(sum(of_class) for of_class in info["token_counts"]),
         "sample": len(times),
         "sample quarantined": failures,

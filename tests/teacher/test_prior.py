@@ -29,7 +29,9 @@ class CountingCaptioner(DummyCaptioner):
 
 def test_prior_of_plain_images(tmp_path: Path) -> None:
     """Catches a prior that averages log-probabilities instead of probabilities."""
-    assignment = plan(tmp_path, rows(tmp_path, 1), null_images=4, max_batch_regions=3)
+    assignment = plan(
+        tmp_path, rows(tmp_path, 1), null_images=4, max_batch_regions=3, background="none"
+    )
     prior = prior_log_likelihoods(DummyCaptioner(), assignment)
     scores = DummyCaptioner().score(plain_images(4), CLASSES.primary_prompts).log_likelihoods
     np.testing.assert_allclose(prior, np.log(np.exp(scores.astype(np.float64)).mean(0)), rtol=1e-6)
