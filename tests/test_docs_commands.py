@@ -37,7 +37,7 @@ NOT_RUN = {
 PYTHON = {
     "README.md": ["here"],
     "docs/predict.md": ["here"],
-    "docs/report.md": ["tests/report/test_gather.py"],
+    "docs/report.md": ["tests/report/test_collect.py"],
     "docs/teacher.md": ["tests/test_docs.py", "tests/test_docs.py"],
 }
 _MODELS = [
