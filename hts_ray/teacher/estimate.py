@@ -69,8 +69,8 @@ def estimate(
     """Measure the teacher on `sample` images spread over the manifest, and extrapolate.
 
     The first scored image is scored twice: once to warm up. Where this node has no GPU, the CPU is
-    measured. Class probabilities are those that
-    `filtering` would make of the scores. Raises as a run would for settings it refuses.
+    measured. Class probabilities are those that `filtering` would make of the scores. Raises as a
+    run would for settings it refuses.
     """
     selection = manifest.rows(config.splits, config.limit, config.limit_seed)
     assignment = Assignment.plan(config, class_table, selection)
@@ -116,9 +116,8 @@ def estimate(
         "seconds in all": None if seconds is None else load_seconds + seconds,
         "GPU-hours": None if seconds is None else seconds * pool.max_size * pool.num_gpus / 3600,
     }
-    return Estimate(
-        figures, _examples(scored, scorer, info, assignment, filtering or FilterConfig())
-    )
+    chosen = filtering or FilterConfig()
+    return Estimate(figures, _examples(scored, scorer, info, assignment, chosen))
 
 
 def _examples(
