@@ -72,14 +72,16 @@ class Manifest:
 def open_manifest(path: str) -> Manifest:
     """Read and check a manifest: a Parquet file, or a folder that holds `manifest.parquet`.
 
-    `image_id`, `uri` and `split` are needed; sizes and annotations that are not there are unknown.
+    Of a manifest that others made `image_id`, `uri` and `split` are needed; sizes and annotations
+    that are not there are unknown. In one of ours a missing column is damage.
     Raises DataError naming a missing column, a wrong type, missing values or an id that repeats.
     """
     path = storage.absolute(path)
     file = path if path.endswith(".parquet") else storage.join(path, FILE)
     table = read_table(file)
+    ours = b"hts_table" in (table.schema.metadata or {})
     for column in MANIFEST_SCHEMA:
-        if column.nullable and column.name not in table.column_names:
+        if not ours and column.nullable and column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(len(table), column.type))
     table = check_table(table, MANIFEST_SCHEMA, file)
     require_unique_ids(table, file)

@@ -200,7 +200,7 @@ def class_probabilities(
     """
     if info.get("score_kind") == "log_probability":
         return np.asarray(np.exp(scores_RS))
-    classes = len(info["class_ids"])
+    classes = len(info["class_ids"]) if "class_ids" in info else scores_RS.shape[1]
     if not config.background:
         scores_RS = scores_RS[:, :classes]
     prior_S = None

@@ -334,7 +334,7 @@ def test_arrays_may_be_read_only_and_travel_without_copies(load):
     data = load()
     buffers: list[pickle.PickleBuffer] = []
     packed = pickle.dumps(data, protocol=5, buffer_callback=buffers.append)
-    arrays = [data.regions.scores_GC, data.features_MD, data.flipped_MD, data.classifier_CD]
+    arrays = [data.regions.scores_GS, data.features_MD, data.flipped_MD, data.classifier_CD]
     arrays.append(data.reference_NC)
     nbytes = sum(array.nbytes for array in arrays)
     assert sum(memoryview(buffer).nbytes for buffer in buffers) >= nbytes
