@@ -189,12 +189,17 @@ def predict(
     return _on_ray(plan, cluster, image_progress("predict"))
 
 
-def score_regions(config: HtsConfig | Run, student: StageFolder | str | None = None) -> StageFolder:
+def score_regions(
+    config: HtsConfig | Run,
+    student: StageFolder | str | None = None,
+    region_scores: StageFolder | str | None = None,
+) -> StageFolder:
     """Score the regions that the teacher saw with a student; returns student_scores."""
     from hts_ray.student.region_scoring import plan_score  # torch loads slowly
 
     run = _opened(config)
-    scores, source = found(run, None, "region_scores", "label"), student_path(run, student)
+    scores = found(run, region_scores, "region_scores", "label")
+    source = student_path(run, student)
     cluster = command_cluster(run.config, "predict", student=source)
     return _on_ray(plan_score(run, source, scores), cluster, image_progress("score regions"))
 

@@ -18,7 +18,7 @@ from hts_ray.images.manifest import open_manifest
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
-from hts_ray.store.run import require_stage
+from hts_ray.store.run import finished_stages, require_stage
 from hts_ray.store.tables import ANNOTATION_COLUMNS, read_table, write_table
 from hts_ray.student import model as student_model
 from hts_ray.student.targets import training_labels
@@ -216,3 +216,17 @@ def test_a_command_reads_the_manifest_and_the_model_once(finished, monkeypatch):
         command(override(run.config, settings))
         assert read == [manifest]
         assert len(hashed) <= 1
+
+
+def test_a_student_scores_the_regions_that_the_teacher_saw(finished):
+    """Would catch scores of other regions or another split, and the arguments changed over."""
+    run, *_ = finished
+    passes = finished_stages(run.run_dir, "region_scores")
+    whole = next(stage for stage in passes if stage.stats["rows_in"] == 64)
+    scored = stages.score_regions(run, region_scores=whole)
+    teacher = whole.read(["image_id", "boxes"])
+    regions = {row["image_id"]: len(row["boxes"]) for row in teacher.to_pylist()}
+    rows = scored.read(["image_id", "scores"]).to_pylist()
+    assert len(rows) == 40  # the training split alone
+    classes = len(run.class_table)
+    assert all(len(row["scores"]) == classes * regions[row["image_id"]] for row in rows)
