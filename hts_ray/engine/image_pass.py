@@ -24,7 +24,7 @@ from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
-from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
+from hts_ray.store.tables import QUARANTINE_SCHEMA, count_rows, read_table, write_table
 
 if TYPE_CHECKING:
     import ray.data
@@ -118,27 +118,27 @@ def committed_names(stage: StageFolder) -> set[str]:
     return committed_writes(storage.list_names(stage.file(CHECKPOINT)))
 
 
-def data_files(stage: StageFolder, name: str | None = None) -> list[str]:
-    """Return the stage's data files: those of one committed write, or all."""
-    return [
-        stage.file(file)
-        for file in storage.list_names(stage.path)
-        if file.endswith(".parquet") and name in {None, written_by(file)}
-    ]
+def data_files(stage: StageFolder) -> list[str]:
+    """Return the names of the stage's data files, from one listing of its folder."""
+    return [name for name in storage.list_names(stage.path) if name.endswith(".parquet")]
 
 
 def committed_rows(stage: StageFolder) -> int:
-    """Return how many rows an earlier run committed, which a rerun leaves as they are."""
-    files = [path for name in committed_names(stage) for path in data_files(stage, name)]
-    return sum(len(read_table(path, ["image_id"])) for path in files)
+    """Return how many rows an earlier run committed, which a rerun leaves as they are.
+
+    Lists two folders and reads the footers of the files, on Arrow's threads.
+    """
+    committed = committed_names(stage)
+    files = [stage.file(name) for name in data_files(stage) if written_by(name) in committed]
+    return count_rows(files)
 
 
 def remove_uncommitted(stage: StageFolder) -> None:
     """Remove data whose write was not committed: a worker may outlive a killed driver."""
     committed = committed_names(stage)
-    for path in data_files(stage):
-        if written_by(path.rpartition("/")[2]) not in committed:
-            storage.delete_file(path)
+    for name in data_files(stage):
+        if written_by(name) not in committed:
+            storage.delete_file(stage.file(name))
 
 
 def finish(

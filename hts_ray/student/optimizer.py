@@ -89,7 +89,9 @@ def learning_rate_factor(
         return 1.0
     if optim.schedule == "warm_restarts":
         period = optim.restart_epochs * steps_per_epoch
-        done = step % period / period
+        restart = step // period * period
+        start = max(restart, optim.warmup_steps)  # the warm-up is the first period's beginning
+        done = (step - start) / (restart + period - start)
     else:
         done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
     return 0.5 * (1 + math.cos(math.pi * done))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
-from hts_ray.engine.image_pass import data_context, finish, image_dataset
+from hts_ray.engine.image_pass import committed_rows, data_context, finish, image_dataset
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import open_manifest
 from hts_ray.store import storage
@@ -77,3 +79,26 @@ def test_limit_does_not_move_on_resumption(ray_session, tmp_path, stage):
     from ray.data import DataContext
 
     assert DataContext.get_current().checkpoint_config is None
+
+
+def test_resuming_lists_the_folder_once(stage, monkeypatch):
+    """Catches a listing for every committed file: quadratic, 11 s at 2,000 files."""
+    for number in range(30):
+        write_table(stage.file(f"w{number}-0.parquet"), rows([f"{number}a", f"{number}b"]))
+        if number:  # the first write was not committed
+            (Path(stage.path) / "checkpoint").mkdir(exist_ok=True)
+            write_table(stage.file("checkpoint", f"w{number}.parquet"), rows([]))
+    listed = []
+    names = storage.list_names
+    monkeypatch.setattr(storage, "list_names", lambda path: listed.append(path) or names(path))
+    assert committed_rows(stage) == 58
+    assert sorted(listed) == [stage.path, stage.file("checkpoint")]
+
+
+def test_a_damaged_file_is_named_on_resumption(stage):
+    """Catches a traceback of Arrow's where a committed file was cut."""
+    (Path(stage.path) / "checkpoint").mkdir(parents=True)
+    Path(stage.file("w-0.parquet")).write_bytes(b"PAR1 cut")
+    write_table(stage.file("checkpoint", "w.parquet"), rows([]))
+    with pytest.raises(DataError, match=r"w-0\.parquet"):
+        committed_rows(stage)

@@ -20,6 +20,7 @@ def test_learning_rate_warms_up_and_ends(schedule):
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
     assert max(rates) <= 1.0
+    assert rates[10] == pytest.approx(1.0)  # the schedule begins where the warm-up ends
     jumps = [step for step, (a, b) in enumerate(itertools.pairwise(rates), 1) if b > a + 0.5]
     assert jumps == {"constant": [], "cosine": [], "warm_restarts": [50, 100]}[schedule]
     assert (rates[-1] < 0.01) == (schedule != "constant")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig
+from hts_ray.engine.compat import written_by
 from hts_ray.engine.decoding import decode_batch, decoded_image
 from hts_ray.engine.image_pass import committed_names, data_files
 from hts_ray.errors import ConfigError, DataError
@@ -251,7 +252,7 @@ def test_kill_and_rerun(tmp_path: Path, ray_session: None) -> None:
     process.wait()
     wait_for_quiet(stage)
     first = committed_names(stage)
-    kept = {p: Path(p).stat().st_mtime_ns for name in first for p in data_files(stage, name)}
+    kept = {p: Path(p).stat().st_mtime_ns for p in written(stage, first)}
     done = sum(read_table(path, ["image_id"]).num_rows for path in kept)
     assert 2 * block <= done < total
     assert not stage.finished
@@ -267,8 +268,13 @@ def test_kill_and_rerun(tmp_path: Path, ray_session: None) -> None:
     assert set(ids.values()) == {1}
     # Finished rows were neither redone nor rewritten: the second run wrote the others only.
     assert {p: Path(p).stat().st_mtime_ns for p in kept} == kept
-    second = [p for name in committed_names(stage) - first for p in data_files(stage, name)]
+    second = written(stage, committed_names(stage) - first)
     assert sum(read_table(path, ["image_id"]).num_rows for path in second) == total - done
+
+
+def written(stage: StageFolder, writes: set[str]) -> list[str]:
+    """Return the paths of the data files of some of Ray's writes."""
+    return [stage.file(name) for name in data_files(stage) if written_by(name) in writes]
 
 
 def wait_for_quiet(stage: StageFolder) -> None:
