@@ -96,7 +96,9 @@ def label(
     run = _opened(config)
     images = run.manifest(_path(manifest))
     plan = plan_label(limited(run, limit), images)
-    run.record(teacher_model=run.config.label.teacher.model)
+    run.record(
+        teacher_model=run.config.label.teacher.model, teacher_fingerprint=plan.inputs["teacher"]
+    )
     cluster = command_cluster(run.config, "label", manifest=images)
     return _on_ray(plan, cluster, image_progress("label"))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
+import json
 import os
 import random
 import socket
@@ -16,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -222,6 +225,74 @@ def faulty_store(endpoint: str) -> Iterator[FaultyStore]:
     thread.start()
     try:
         yield store
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@dataclass
+class Hub:
+    """A model hub of one machine: commits by branch, and the folder of each commit.
+
+    The next requests get the answers in `failures` (HTTP statuses) first; `asked` has the paths.
+    """
+
+    url: str = ""
+    branches: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, Path] = field(default_factory=dict)
+    failures: list[int] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body for a path of the hub's own layout."""
+        self.asked.append(path)
+        if self.failures:
+            return self.failures.pop(0), {}, b"the server is being mended"
+        parts = path.partition("?")[0].strip("/").split("/")
+        if parts[0] != "api":  # owner/name/resolve/commit/file
+            body = (self.commits[parts[3]] / "/".join(parts[4:])).read_bytes()
+            etag = hashlib.sha1(body, usedforsecurity=False).hexdigest()
+            return 200, {"X-Repo-Commit": parts[3], "ETag": f'"{etag}"'}, body
+        name, kind, *rest = "/".join(parts[2:4]), *(parts[4:] or ["revision", "main"])
+        commit = self.branches.get(rest[0], rest[0])
+        if commit not in self.commits:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        answer: Any = {"id": name, "sha": commit}
+        if kind == "tree":
+            answer = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
+                for file in self.commits[commit].iterdir()
+            ]
+        return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+
+
+@contextmanager
+def hub_server() -> Iterator[Hub]:
+    """Start a hub that knows what it is told of."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _answer(self) -> None:
+            status, headers, body = hub.answer(self.path)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = _answer
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
     finally:
         server.shutdown()
         server.server_close()

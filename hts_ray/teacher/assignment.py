@@ -18,8 +18,8 @@ from hts_ray.images.boxes import GivenBoxes, box_bytes, read_given_boxes
 from hts_ray.store.run import StageFolder
 from hts_ray.teacher.background import background_sentences
 from hts_ray.teacher.captioner import ClassPrompts
-from hts_ray.teacher.detector import check_detector, detector_fingerprint
-from hts_ray.teacher.models.catalog import check_teacher
+from hts_ray.teacher.detector import check_detector, detector_fingerprint, pinned_detector
+from hts_ray.teacher.models.catalog import check_teacher, pinned_teacher
 
 TABLE_INFO = "table.json"
 
@@ -68,6 +68,7 @@ class Assignment:
         """
         check_teacher(config.teacher)
         check_detector(config.regions)
+        config = pinned(config)
         sample = None
         if config.teacher.prior == "sample" and config.teacher.mode == "prompts":
             rng = np.random.default_rng(config.limit_seed)
@@ -84,6 +85,16 @@ class Assignment:
             prior_rows=sample,
             limit=None if budget is None else max(1, budget // max(1, len(rows))),
         )
+
+
+def pinned(config: LabelConfig) -> LabelConfig:
+    """Return the settings with every hub model at a commit, so that no node sees another one.
+
+    The hub is asked for names that may move, such as `main`. Raises ConfigError as
+    `NamedModel.pinned`.
+    """
+    models = {"teacher": pinned_teacher(config.teacher), "regions": pinned_detector(config.regions)}
+    return config.model_copy(update=models)
 
 
 def chosen_background(config: LabelConfig, class_table: ClassTable) -> tuple[str, ...]:

@@ -127,6 +127,12 @@ def _named(config: RegionsConfig) -> NamedModel:
     return NamedModel(config.detector, config.detector_revision, FIELD, field)
 
 
+def pinned_detector(config: RegionsConfig) -> RegionsConfig:
+    """Return the settings with a hub detector's revision as the commit that it names now."""
+    commit = None if config.detector is None else _named(config).pinned()
+    return config if commit is None else config.model_copy(update={"detector_revision": commit})
+
+
 def check_detector(config: RegionsConfig) -> None:
     """Look at a local detector's files without loading it; a hub id passes unread.
 

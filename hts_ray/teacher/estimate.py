@@ -75,7 +75,7 @@ def estimate(
     selection = manifest.rows(config.splits, config.limit, config.limit_seed)
     assignment = Assignment.plan(config, class_table, selection)
     started = time.monotonic()
-    captioner, device = load_on_device(config, or_cpu=True)
+    captioner, device = load_on_device(assignment.config, or_cpu=True)
     scorer = region_scorer(captioner, assignment, device)
     load_seconds = time.monotonic() - started
     count = min(sample, selection.num_rows)

@@ -40,7 +40,7 @@ from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import read_table
 from hts_ray.teacher.actor import TeacherActor
-from hts_ray.teacher.assignment import Assignment, chosen_background, region_sources
+from hts_ray.teacher.assignment import Assignment, chosen_background, pinned, region_sources
 from hts_ray.teacher.models.catalog import model_fingerprint
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
     Annotations are left out of its key: the teacher must not see them. Raises ConfigError for a
     teacher, boxes or a detector that cannot be used.
     """
-    label = run.config.label
+    label = pinned(run.config.label)
     fingerprint = model_fingerprint(label.teacher)
     key = settings_hash(
         label.answer_settings(),
@@ -83,7 +83,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
             progress=progress,
         )
 
-    return Stage(folder, {"manifest": manifest.path, "teacher": label.teacher.model}, work)
+    return Stage(folder, {"manifest": manifest.path, "teacher": fingerprint}, work)
 
 
 def label_images(
@@ -114,6 +114,7 @@ def label_images(
     stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
     started = time.monotonic()
     rows = manifest.rows(config.splits, config.limit, config.limit_seed)
+    config = pinned(config)
     if fingerprint is None:
         fingerprint = model_fingerprint(config.teacher)
     assignment = Assignment.plan(config, class_table, rows, fingerprint=fingerprint, stage=stage)

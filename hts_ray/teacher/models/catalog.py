@@ -151,6 +151,14 @@ def model_folder(config: TeacherConfig) -> Path:
     return folder
 
 
+def pinned_teacher(config: TeacherConfig) -> TeacherConfig:
+    """Return the settings with a hub id's revision as the commit that it names now."""
+    if is_dummy(config) or config.model.startswith(IMPORT):
+        return config
+    commit = TeacherModel.of(config).pinned()
+    return config if commit is None else config.model_copy(update={"revision": commit})
+
+
 def model_fingerprint(config: TeacherConfig) -> str:
     """Return text that changes whenever the teacher may give other scores.
 

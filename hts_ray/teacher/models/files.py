@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,8 @@ class NamedModel:
 
         Of a local model: its folder's name and a hash over settings, tokenizer and weights. Every
         byte counts, since weights that are trained on in place keep names and sizes; a command
-        hashes once, which takes less time than loading. Of a hub id: `id@revision`, unread.
+        hashes once, which takes less time than loading. Of a hub id: `id@revision`, unread; a
+        revision that does not change is had from `pinned`.
         """
         folder = self.local()
         if folder is None:
@@ -125,12 +126,48 @@ class NamedModel:
             )
         return model.eval().requires_grad_(False)
 
+    def pinned(self) -> str | None:
+        """Return the commit that the name means now, None for a local folder.
+
+        A branch may move: a driver asks the hub once, and every node takes that commit. Settings
+        and tokenizer are fetched too, so that the driver can check what it is asked. Where the hub
+        does not answer, it is the commit of this machine's cache, which is said.
+        """
+        if self.local() is not None:
+            return None
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            return self.revision
+        from huggingface_hub import HfApi, constants, snapshot_download
+
+        ask = partial(HfApi().model_info, self.name, revision=self.revision, expand=["sha"])
+        small = [pattern for pattern in self.patterns if pattern != "*.safetensors"]
+        fetch = partial(snapshot_download, self.name, revision=self.revision, allow_patterns=small)
+        try:
+            commit = str(self._from_hub(ask).sha)
+            self._from_hub(fetch)
+            return commit
+        except ConfigError as failure:
+            cause = failure.__cause__
+            if not constants.HF_HUB_OFFLINE and not (cause and _is_transient(cause)):
+                raise
+            try:
+                commit = Path(fetch(local_files_only=True)).name
+            except (OSError, ValueError):
+                raise failure from None
+        logger.warning(
+            "%s: commit %s of this machine's cache is taken for %s, as the hub was not asked or"
+            " does not answer",
+            self.name,
+            commit,
+            self.revision or "main",
+        )
+        return commit
+
     def _download(self) -> Path:
         """Return the model's folder in the hub's cache, fetching what is not there.
 
         A full commit that lies there complete is taken without a look at the network. The hub's
-        client locks every file, so that one actor of a node fetches and the others wait. Failures
-        that may pass are tried again.
+        client locks every file, so that one actor of a node fetches and the others wait.
         """
         from huggingface_hub import snapshot_download
 
@@ -142,18 +179,57 @@ class NamedModel:
                 folder = Path(fetch(local_files_only=True))
                 if _is_complete(folder):
                     return folder
+        return Path(self._from_hub(partial(fetch, local_files_only=False)))
+
+    def _from_hub(self, ask: Callable[[], Any]) -> Any:
+        """Return the hub's answer; failures that may pass are tried again, a line each."""
         for wait in (*RETRY_WAITS, None):
             try:
-                return Path(fetch(local_files_only=False))
+                with _quiet_hub():
+                    return ask()
             except Exception as error:
                 if wait is None or not _is_transient(error):
                     raise self.error(
-                        f"not a local folder, and not to be had from the hub: {error}",
-                        f"check the id and {self.revision_field}, or copy the model to a folder",
+                        f"not a local folder, and not to be had from the hub: {_reason(error)}",
+                        f"check the id and {self.revision_field}, copy the model to a folder and"
+                        f" give its path, or {_offline_remedy()}",
                     ) from error
-                logger.warning("the hub failed, trying again in %g s: %s", wait, error)
+                logger.warning("the hub failed, again in %g s: %s", wait, _reason(error))
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub's client from telling of its own attempts: ours are told in a line each."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
+def _reason(error: BaseException) -> str:
+    """Say in one line why the hub gave nothing: its client's texts are paragraphs with requests."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    if constants.HF_HUB_OFFLINE and isinstance(error, (hub.LocalEntryNotFoundError, OSError)):
+        return "HF_HUB_OFFLINE is set, and the hub's cache does not hold all of it"
+    if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, hub.GatedRepoError):
+        return f"access is gated: accept its terms there and set HF_TOKEN (status {status})"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return f"no such model, or a private one: then set HF_TOKEN (status {status})"
+    if isinstance(error, hub.RevisionNotFoundError):
+        return f"it has no such revision (status {status})"
+    text = next(iter(str(error).splitlines()), "")
+    return f"status {status}" if status else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -170,7 +246,15 @@ def _is_complete(folder: Path) -> bool:
     return (folder / "model.safetensors").is_file()
 
 
-def _is_transient(error: Exception) -> bool:
+def _offline_remedy() -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "unset HF_HUB_OFFLINE"
+    return "set HF_HUB_OFFLINE=1 where the hub's cache holds it"
+
+
+def _is_transient(error: BaseException) -> bool:
     """Return whether an error of the network or the server may pass."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

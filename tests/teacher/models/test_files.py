@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import servers
 
-from hts_ray.config import CaptionConfig, TeacherConfig
+from hts_ray.classes import hico_classes
+from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig, load_config, override
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError
+from hts_ray.images.manifest import Manifest
+from hts_ray.store.tables import MANIFEST_SCHEMA
+from hts_ray.teacher.detector import pinned_detector
 from hts_ray.teacher.models import files
-from hts_ray.teacher.models.catalog import model_folder
+from hts_ray.teacher.models.catalog import model_fingerprint, model_folder, pinned_teacher
 from hts_ray.teacher.models.loading import load_captioner
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -103,18 +111,18 @@ def test_a_wrong_id_is_not_asked_for_again(hub: Any, monkeypatch: pytest.MonkeyP
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     answers, waits = hub(http_error(404, RepositoryNotFoundError))
-    with pytest.raises(ConfigError, match="status 404"):
+    with pytest.raises(ConfigError, match=r"no such model.*status 404"):
         model_folder(TeacherConfig(model="some/model"))
     assert (len(answers.calls), waits) == (1, [])
     forbidden = LocalEntryNotFoundError("forbidden")
     forbidden.__cause__ = http_error(403)
     answers, waits = hub(forbidden)
-    with pytest.raises(ConfigError, match="forbidden"):
+    with pytest.raises(ConfigError, match="status 403"):
         model_folder(TeacherConfig(model="some/model"))
     assert (len(answers.calls), waits) == (1, [])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     answers, waits = hub(LocalEntryNotFoundError("offline"))
-    with pytest.raises(ConfigError, match="offline"):
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         model_folder(TeacherConfig(model="some/model"))
     assert (len(answers.calls), waits) == (1, [])
 
@@ -144,3 +152,103 @@ def test_half_a_snapshot_is_completed(hub: Any, tiny_blip_path: Path, tmp_path: 
     assert [call["local_files_only"] for call in answers.calls] == [True, False]
     (half / "model-2.safetensors").touch()
     assert model_folder(config) == half
+
+
+# -- which commit a branch means -----------------------------------------------------------------
+
+OTHER = "f" * 40
+
+
+@pytest.fixture
+def served(
+    tiny_blip_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[servers.Hub]:
+    """Serve a model from a hub with two commits; waits cost nothing, the cache is empty."""
+    from huggingface_hub import constants
+
+    with servers.hub_server() as hub:
+        hub.commits = {COMMIT: tiny_blip_path, OTHER: tiny_blip_path}
+        hub.branches = {"main": COMMIT}
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        yield hub
+
+
+NAMED = TeacherConfig(model="some/model")
+
+
+def test_a_branch_that_moves_is_another_stage(served: servers.Hub, tmp_path: Path) -> None:
+    """Catches answers of last month's `main` taken for those of today's."""
+    from hts_ray.teacher.stage import plan_label
+
+    config = load_config(extra={"run_dir": str(tmp_path / "run")})
+    config = override(config, {"label": {"teacher": {"model": NAMED.model}}})
+    run = Run(config, hico_classes().subset(range(3)))
+    manifest = Manifest("manifest", MANIFEST_SCHEMA.empty_table())
+    first = plan_label(run, manifest)
+    assert first.inputs["teacher"] == f"some/model@{COMMIT}"
+    assert plan_label(run, manifest).folder.key == first.folder.key
+    served.branches["main"] = OTHER
+    assert plan_label(run, manifest).folder.key != first.folder.key
+    # A commit that is written down asks nobody, and is the same stage.
+    served.asked.clear()
+    written = run.changed({"label": {"teacher": {"revision": COMMIT}}})
+    assert plan_label(written, manifest).folder.key == first.folder.key
+    assert served.asked == []
+
+
+def test_nodes_load_the_commit_of_the_driver(served: servers.Hub) -> None:
+    """Catches nodes that each take the `main` of the moment."""
+    config = pinned_teacher(NAMED)
+    assert config.revision == COMMIT
+    served.branches["main"] = OTHER
+    assert model_folder(config).name == COMMIT
+    assert model_fingerprint(config) == f"some/model@{COMMIT}"
+    detector = pinned_detector(RegionsConfig(detector="some/detector"))
+    assert detector.detector_revision == OTHER
+
+
+def test_weights_are_left_to_the_nodes(served: servers.Hub) -> None:
+    """Catches a driver that downloads what only actors need."""
+    pinned_teacher(NAMED)
+    files_asked = [path for path in served.asked if "/resolve/" in path]
+    assert any(path.endswith("config.json") for path in files_asked)
+    assert not any(path.endswith("safetensors") for path in files_asked)
+
+
+def test_a_hub_that_is_away_leaves_the_cache(
+    served: servers.Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches an outage that stops a run whose model is here, or a cache taken without a word."""
+    from huggingface_hub import constants
+
+    pinned_teacher(NAMED)
+    served.branches["main"] = OTHER
+    served.failures = [503] * 4
+    with caplog.at_level(logging.WARNING):
+        assert pinned_teacher(NAMED).revision == COMMIT
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.startswith("the hub failed, again in") for line in lines] == [True] * 3 + [False]
+    assert all("\n" not in line and len(line) < 200 for line in lines)
+    assert COMMIT in lines[-1]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pinned_teacher(NAMED).revision == COMMIT
+    with pytest.raises(ConfigError, match=r"HF_HUB_OFFLINE is set.*unset HF_HUB_OFFLINE"):
+        pinned_teacher(TeacherConfig(model="some/model", revision="other"))
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):  # the weights are not here
+        model_folder(pinned_teacher(NAMED))
+
+
+def test_a_revision_that_is_not_there_is_told_in_a_line(served: servers.Hub) -> None:
+    """Catches the client's paragraphs, with request ids, as an error message."""
+    with pytest.raises(ConfigError, match=r"no such revision.*revision") as caught:
+        pinned_teacher(TeacherConfig(model="some/model", revision="v9"))
+    assert "\n" not in str(caught.value)
+    served.failures = [503] * 4
+    with pytest.raises(ConfigError, match=r"status 503.*give its path.*HF_HUB_OFFLINE=1") as caught:
+        pinned_teacher(TeacherConfig(model="some/other"))
+    assert "\n" not in str(caught.value)
