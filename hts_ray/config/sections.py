@@ -205,6 +205,10 @@ class FilterConfig(Section):
 
     region_kinds: tuple[str, ...] | None = setting(None, "region kinds that count; all if not set")
     margins: tuple[float, ...] | None = setting(None, "context margins that count; all if not set")
+    prior: Literal["teacher", "sample"] = setting(
+        "teacher",
+        "log P(t): what `label.teacher.prior` stored, or the mean over the run's own regions",
+    )
     prior_alpha: float = setting(0.5, "alpha in log P(t|r) - alpha log P(t)", ge=0.0, le=2.0)
     temperature: float = setting(1.0, "of the softmax over classes", gt=0.0)
     background: bool = setting(True, "stored background sentences compete with the classes")

@@ -30,7 +30,7 @@ from hts_ray.exports.tables import RowWriter, label_columns, label_fields
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 _SETTINGS = (
-    "aggregation", "top_k", "prior_alpha", "temperature", "positive_threshold",
+    "aggregation", "top_k", "prior", "prior_alpha", "temperature", "positive_threshold",
     "negative_threshold", "per_class_quantile", "quantile_floor", "min_support",
     "support_threshold", "max_positives_per_image", "region_kinds", "margins",
 )  # fmt: skip

@@ -16,7 +16,13 @@ from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
 from hts_ray.images.manifest import Manifest, latest_manifest
-from hts_ray.labels.evidence import class_probabilities, iter_region_rows, kept_regions, read_info
+from hts_ray.labels.evidence import (
+    class_probabilities,
+    filter_info,
+    iter_region_rows,
+    kept_regions,
+    read_info,
+)
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
@@ -127,7 +133,9 @@ def _pseudo_labels(run: Run, stage: StageFolder, table: pa.Table, with_regions: 
             config = FilterConfig.model_validate(settings)
             positives = dict(zip(ids, table["positive_ids"].to_pylist(), strict=True))
             per_label = run.config.export.boxes_per_label
-            regions = supporting_regions(scores.path, config, positives, per_label)
+            regions = supporting_regions(
+                scores.path, config, positives, per_label, made.get("split")
+            )
     teacher = str(info.get("model", ""))
     if teacher.startswith(("/", ".", "~")) or storage.is_remote(teacher):
         # A path on the machine that labeled means nothing to others.
@@ -190,14 +198,15 @@ def _region_scores(run: Run, stage: StageFolder, made: Mapping[str, Any]) -> Sta
 
 
 def supporting_regions(
-    path: str, config: FilterConfig, positives: Mapping[str, Sequence[int]], per_label: int
+    path: str, config: FilterConfig, positives: Mapping[str, Sequence[int]], per_label: int, split: str | None
 ) -> dict[str, tuple[SupportRegion, ...]]:
     """Return the regions that agree on each positive class, the most probable first.
 
-    `path` is a region_scores folder, `positives` the class ids by image. A region agrees from
-    `support_threshold` on, as the filter counts it; at most `per_label` of them a class.
+    `path` is a region_scores folder, `positives` the class ids by image, `split` what was filtered.
+    A region agrees from `support_threshold` on, as the filter counts it; at most `per_label` of
+    them a class.
     """
-    info = read_info(path)
+    info = filter_info(path, config, split)
     column = {int(i): place for place, i in enumerate(info["class_ids"])}
     found = {}
     for row in iter_region_rows(path):

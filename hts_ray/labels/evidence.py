@@ -9,8 +9,8 @@ S = C + B sentences: those of the classes, then B of the background.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from hts_ray.labels.select import aggregate, region_probabilities, support
 from hts_ray.store import storage
 from hts_ray.store.aliases import BoolArray, FloatArray
 
+# Images of the run by whose number its own prior counts as much as the teacher's.
+PRIOR_IMAGES = 16
 _BATCH_ROWS = 256
 _BLOCK_BYTES = 4 << 20  # of scores that are turned into probabilities at a time
 _IGNORED_PREFIXES = [".", "_", "checkpoint", "quarantine", "stats.json", "table.json"]
@@ -97,6 +99,40 @@ def read_info(path: str) -> dict[str, Any]:
         raise DataError(f"no table.json in {path}: run `hts label` first") from None
     assert isinstance(info, dict)
     return info
+
+
+def filter_info(path: str, config: FilterConfig, split: str | None) -> dict[str, Any]:
+    """Return `read_info`, with `sample_prior` of a split's regions where the filter asks for it."""
+    info = read_info(path)
+    if config.prior == "teacher" or config.prior_alpha == 0:
+        return info
+    blocks = read_regions(path, split)
+    return with_sample_prior(info, ((len(block.images), block.scores_GS) for block in blocks))
+
+
+def with_sample_prior(
+    info: dict[str, Any], parts: Iterable[tuple[int, FloatArray]]
+) -> dict[str, Any]:
+    """Return `info` and `sample_prior`: what the run's own regions make of each of S sentences.
+
+    `parts` are numbers of images and their regions' scores (G, S). The prior is the mean score of
+    all N images' regions, drawn towards the teacher's prior (or none) as by `PRIOR_IMAGES` more
+    images: w mean + (1 - w) teacher's, w = N / (N + PRIOR_IMAGES). A mean of log-likelihoods, not
+    of likelihoods: the few regions that show a rare class hardly move it. None where a score is
+    -inf, as `search=top_k` leaves them.
+    """
+    images = regions = 0
+    total_S: Any = np.float64(0)
+    for count, scores_GS in parts:
+        images, regions = images + count, regions + len(scores_GS)
+        total_S = total_S + scores_GS.sum(axis=0, dtype=np.float64)
+    if not regions or not np.isfinite(total_S).all():
+        return {**info, "sample_prior": None}
+    stored = info.get("prior_log_likelihoods")
+    teachers_S = np.asarray([*(stored or ()), *(info.get("background_prior") or ())])
+    share = images / (images + PRIOR_IMAGES)
+    prior_S = share * total_S / regions + (0 if stored is None else (1 - share) * teachers_S)
+    return {**info, "sample_prior": prior_S.astype(np.float32).tolist()}
 
 
 def iter_region_rows(
@@ -195,29 +231,37 @@ def class_probabilities(
 
     Log-likelihoods of prompts lose alpha times their prior and compete in a softmax, with the
     background sentences too unless `config.background` is false. What captions state is a
-    probability already; prior_alpha, temperature and null_score say nothing about it. Raises
-    ConfigError for an alpha without a stored prior.
+    probability already; prior, prior_alpha, temperature and null_score say nothing about it.
+    Raises ConfigError for an alpha without the prior that `config.prior` names.
     """
     if info.get("score_kind") == "log_probability":
         return np.asarray(np.exp(scores_RS))
     classes = len(info["class_ids"]) if "class_ids" in info else scores_RS.shape[1]
     if not config.background:
         scores_RS = scores_RS[:, :classes]
-    prior_S = None
-    if config.prior_alpha > 0:
-        stored = info.get("prior_log_likelihoods")
-        if stored is None:
-            raise ConfigError(
-                field="filter.prior_alpha",
-                value=config.prior_alpha,
-                remedy="the teacher stored no prior: set it to 0, or label.teacher.prior=plain",
-            )
-        both = [*stored, *info.get("background_prior", ())]
-        prior_S = np.asarray(both[: scores_RS.shape[1]], dtype=np.float32)
+    prior_S = _prior(info, config)[: scores_RS.shape[1]] if config.prior_alpha > 0 else None
     probabilities_RS = region_probabilities(
         scores_RS, prior_S, config.prior_alpha, config.temperature, null_score=config.null_score
     )
     return probabilities_RS[:, :classes]
+
+
+def _prior(info: dict[str, Any], config: FilterConfig) -> FloatArray:
+    """Return the prior (S,) that alpha takes off; ConfigError where there is none."""
+    sample = config.prior == "sample"
+    stored = info.get("sample_prior" if sample else "prior_log_likelihoods")
+    if stored is None:
+        raise ConfigError(
+            field="filter.prior" if sample else "filter.prior_alpha",
+            value=config.prior if sample else config.prior_alpha,
+            remedy="scores that label.teacher.search=top_k left out have no mean: set"
+            " filter.prior=teacher, or label with search=all"
+            if sample
+            else "the teacher stored no prior: set it to 0, filter.prior=sample, or"
+            " label.teacher.prior=plain",
+        )
+    background = () if sample else info.get("background_prior", ())
+    return np.asarray([*stored, *background], dtype=np.float32)
 
 
 def require_abstention(info: dict[str, Any], config: FilterConfig) -> None:
@@ -276,9 +320,10 @@ def image_evidence(path: str, config: FilterConfig, split: str | None = None) ->
     left, ConfigError for region kinds that were not stored.
     """
     kinds, found = set[str](), []
+    info = filter_info(path, config, split)
     for regions in read_regions(path, split):
         kinds.update(regions.kinds_G.tolist())
-        evidence = aggregate_regions(regions, config)
+        evidence = aggregate_regions(replace(regions, info=info), config)
         if evidence.seen_N.any():
             found.append(evidence.seen())
     if not found:

@@ -162,6 +162,7 @@ def _filter_facts(folder: StageFolder, config: HtsConfig) -> Values:
         "negative below": f"{settings.negative_threshold:g}",
         "agreeing regions": f"at least {settings.min_support}",
         "prior": f"alpha {settings.prior_alpha:g}",
+        "prior estimated by": settings.prior,
         "settings hash": folder.key,
     }
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.images.thumbnail import stored_thumbnail
-from hts_ray.labels.evidence import class_probabilities, iter_region_rows
+from hts_ray.labels.evidence import class_probabilities, filter_info, iter_region_rows
 from hts_ray.report.content import GalleryItem, GalleryLabel, GalleryRegion, Verdict
 from hts_ray.report.formatting import finite
 from hts_ray.report.label_quality import Row, judge
@@ -43,9 +43,11 @@ def run_gallery(found: RunTables, max_images: int) -> list[GalleryItem]:
     annotated = found.annotations
     judged = {name: judge(row, annotated.get(name)) for name, row in candidates.items()}
     chosen = choose_images(judged, max_images)
-    info = storage.read_object(found.regions.file("table.json"))
     settings = found.config.filter
-    if info.get("prior_log_likelihoods") is None:
+    info = storage.read_object(found.regions.file("table.json"))
+    if info and settings.prior == "sample":
+        info = filter_info(found.regions.path, settings, found.config.train.split)
+    elif info.get("prior_log_likelihoods") is None:
         settings = settings.model_copy(update={"prior_alpha": 0.0})
     class_ids = [int(i) for i in info.get("class_ids") or found.names]
     max_bytes = min(_IMAGE_BYTES, GALLERY_BYTES // max(len(chosen), 1))

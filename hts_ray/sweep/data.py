@@ -9,7 +9,7 @@ images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,13 @@ from hts_ray.errors import DataError
 from hts_ray.evaluate import label_matrix
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.labels.corrections import read_overrides
-from hts_ray.labels.evidence import Evidence, Regions, aggregate_regions, pack_regions
+from hts_ray.labels.evidence import (
+    Evidence,
+    Regions,
+    aggregate_regions,
+    pack_regions,
+    with_sample_prior,
+)
 from hts_ray.labels.evidence import read_regions as read_blocks
 from hts_ray.metrics import POSITIVE
 from hts_ray.store.aliases import BoolArray, FloatArray
@@ -131,7 +137,9 @@ def read_regions(path: str, split: str, seed: int, max_images: int | None = None
     blocks = [*read_blocks(path, split, sample)]
     if not blocks:
         raise DataError(f"no scored image of split {split!r}: check train.split and label.splits")
-    return pack_regions(blocks)
+    packed = pack_regions(blocks)
+    info = with_sample_prior(packed.info, [(len(packed.images), packed.scores_GS)])
+    return replace(packed, info=info)
 
 
 def halve_regions(counts_N: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int8]:

@@ -195,7 +195,7 @@ def default_parameters(config: HtsConfig, region_scores: str) -> list[Parameter]
         most = min(found.most_regions, _MOST_REGIONS)
         parameters.append(Parameter("filter.top_k", 1, most, integer=True))
     if info.get("score_kind") != "log_probability":  # but log-likelihoods of prompts
-        if info.get("prior_log_likelihoods") is not None:
+        if info.get("prior_log_likelihoods") is not None or config.filter.prior == "sample":
             parameters.append(Parameter("filter.prior_alpha", 0.0, 1.0))
         levels = {float(f"{v:.3g}") for v in np.quantile(found.best_scores, _NULL_QUANTILES)}
         if config.filter.null_score is not None:

@@ -18,7 +18,7 @@ from hts_ray.engine.decoding import decode_batch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.manifest import Manifest
 from hts_ray.images.regions import Region
-from hts_ray.labels.evidence import class_probabilities
+from hts_ray.labels.evidence import class_probabilities, with_sample_prior
 from hts_ray.teacher.actor import image_task, region_scorer, table_info
 from hts_ray.teacher.assignment import Assignment
 from hts_ray.teacher.models.loading import load_on_device
@@ -128,6 +128,7 @@ def _examples(
     filtering: FilterConfig,
 ) -> list[ImageExample]:
     names, settings = assignment.class_table.names, assignment.config.teacher.caption
+    info = with_sample_prior(info, ((1, result.scores) for _, result in scored))
     examples = []
     for task, result in scored:
         captions = result.captions

@@ -10,6 +10,7 @@ from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels import evidence as evidence_module
 from hts_ray.labels.evidence import (
+    PRIOR_IMAGES,
     aggregate_regions,
     class_probabilities,
     image_evidence,
@@ -18,6 +19,7 @@ from hts_ray.labels.evidence import (
     pack_regions,
     read_regions,
     require_abstention,
+    with_sample_prior,
 )
 from hts_ray.labels.select import aggregate, support
 from hts_ray.store import storage
@@ -218,3 +220,62 @@ def test_one_class_with_nothing_beside_it_is_refused():
     require_abstention(alone, FilterConfig(null_score=-2.0))
     require_abstention(BACKGROUND, FilterConfig())
     require_abstention({**alone, "score_kind": "log_probability"}, FilterConfig())
+
+
+def centred(scores_GS, alpha, weight, teachers_S):
+    """Return the softmax of scores without their mean, drawn towards the teacher's prior."""
+    prior_S = weight * scores_GS.mean(axis=0) + (1 - weight) * np.asarray(teachers_S)
+    shifted = scores_GS - alpha * prior_S
+    return np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+
+
+def test_the_runs_own_prior_is_the_mean_score_of_its_regions(tmp_path, monkeypatch):
+    """Catches a mean over images or blocks, other splits in it, and a background left out."""
+    monkeypatch.setattr(evidence_module, "_BATCH_ROWS", 3)
+    stage = StageFolder(str(tmp_path), "region_scores", "k")
+    rng, rows, kept = np.random.default_rng(3), [], []
+    for i in range(12):
+        scores = rng.normal(-14, 3, (1 + i % 3, 4)).astype(np.float32)
+        split = "test" if i % 4 == 0 else "train"
+        kept += [scores] if split == "train" else []
+        row = {"image_id": f"{i:02d}", "uri": "/x.jpg", "split": split, "status": "ok"}
+        row |= {"boxes": [[0, 0, 9, 9]] * len(scores), "region_kinds": ["grid"] * len(scores)}
+        row |= {"scores": scores[:, :3].ravel(), "background": scores[:, 3:].ravel()}
+        rows.append(row)
+    write_table(
+        stage.file("part-0.parquet"), pa.Table.from_pylist(rows, schema=REGION_SCORES_SCHEMA)
+    )
+    info = {"class_ids": [0, 1, 2], "prior_log_likelihoods": [-3.0] * 3, "background_prior": [-9.0]}
+    storage.write_json(stage.file("table.json"), info)
+    config = FilterConfig(prior="sample", prior_alpha=0.7, aggregation="max")
+    found = image_evidence(stage.path, config, "train")
+    weight = 9 / (9 + PRIOR_IMAGES)
+    wanted = centred(np.concatenate(kept), 0.7, weight, [-3, -3, -3, -9])[:, :3]
+    ends = np.cumsum([len(scores) for scores in kept])[:-1]
+    expected = [part.max(axis=0) for part in np.split(wanted, ends)]
+    np.testing.assert_allclose(found.probabilities_NC, expected, rtol=1e-4)
+
+
+def test_the_runs_own_prior_needs_no_prior_of_the_teacher(tmp_path):
+    """Catches `label.teacher.prior=none` refused where the teacher's prior is not asked for."""
+    scores_GS = np.random.default_rng(4).normal(-9, 2, (8, 3)).astype(np.float32)
+    info = with_sample_prior({"prior_log_likelihoods": None}, [(4, scores_GS)])
+    found = class_probabilities(scores_GS, info, FilterConfig(prior="sample", prior_alpha=1.0))
+    np.testing.assert_allclose(found, centred(scores_GS, 1.0, 4 / (4 + 16), [0] * 3), rtol=1e-4)
+
+
+def test_a_rare_class_keeps_its_prior():
+    """Catches a mean of likelihoods, which the few regions that show a class would rule."""
+    scores_GS = np.full((200, 2), -20, np.float32)
+    scores_GS[:2, 1] = -2  # shown in 1 of 100 regions
+    info = with_sample_prior({"prior_log_likelihoods": [-20.0, -20.0]}, [(200, scores_GS)])
+    assert info["sample_prior"][1] - info["sample_prior"][0] < 0.2
+
+
+def test_scores_that_a_search_left_out_have_no_mean():
+    """Catches -inf averaged into a prior that turns every score into NaN."""
+    scores_GS = np.array([[-1, -np.inf], [-2, -3]], np.float32)
+    info = with_sample_prior({"prior_log_likelihoods": [-1.0, -1.0]}, [(2, scores_GS)])
+    with pytest.raises(ConfigError, match="search=top_k left out.*filter.prior=teacher"):
+        class_probabilities(scores_GS, info, FilterConfig(prior="sample"))
+    class_probabilities(scores_GS, info, FilterConfig(prior="sample", prior_alpha=0.0))
