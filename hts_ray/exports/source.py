@@ -198,7 +198,11 @@ def _region_scores(run: Run, stage: StageFolder, made: Mapping[str, Any]) -> Sta
 
 
 def supporting_regions(
-    path: str, config: FilterConfig, positives: Mapping[str, Sequence[int]], per_label: int, split: str | None
+    path: str,
+    config: FilterConfig,
+    positives: Mapping[str, Sequence[int]],
+    per_label: int,
+    split: str | None,
 ) -> dict[str, tuple[SupportRegion, ...]]:
     """Return the regions that agree on each positive class, the most probable first.
 
