@@ -276,6 +276,6 @@ def test_scores_that_a_search_left_out_have_no_mean():
     """Catches -inf averaged into a prior that turns every score into NaN."""
     scores_GS = np.array([[-1, -np.inf], [-2, -3]], np.float32)
     info = with_sample_prior({"prior_log_likelihoods": [-1.0, -1.0]}, [(2, scores_GS)])
-    with pytest.raises(ConfigError, match="search=top_k left out.*filter.prior=teacher"):
+    with pytest.raises(ConfigError, match=r"search=top_k left out.*filter.prior=teacher"):
         class_probabilities(scores_GS, info, FilterConfig(prior="sample"))
     class_probabilities(scores_GS, info, FilterConfig(prior="sample", prior_alpha=0.0))
