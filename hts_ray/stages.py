@@ -75,9 +75,10 @@ def start(config: HtsConfig) -> None:
 
 
 def prepare(config: HtsConfig | Run, source: str, root: str) -> StageFolder:
-    """Write the manifest of a HICO download (`hico`) or a folder of images (`folder`).
+    """Write the manifest of the images at `root`.
 
-    Raises DataError when no image is usable.
+    `source` is what they lie in: folder, list, webdataset, parquet, huggingface or hico. Raises
+    DataError when no image is usable.
     """
     run = _opened(config)
     with image_progress("prepare") as progress:

@@ -5,7 +5,7 @@ from click.shell_completion import CompletionItem
 # Below its heading: the name of a command, its module in hts_ray.cli, and its short help.
 _TABLE = """
 Stages
-  prepare stages List images in a manifest: a HICO download or any folder.
+  prepare stages List images in a manifest: a folder, a list, shards, a hub dataset or HICO.
   label stages Score every class prompt on every region of every image (the teacher).
   filter stages Turn regional scores into positives, ignored and negatives.
   train stages Fine-tune the student (train.labels: pseudo, annotations or none).

@@ -33,7 +33,7 @@ from hts_ray.engine.console import (
 )
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError
-from hts_ray.images.stage import prepare_manifest
+from hts_ray.images.stage import SOURCES, prepare_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.report.preview import write_preview
 from hts_ray.store import storage
@@ -43,17 +43,21 @@ from hts_ray.teacher.stage import plan_label
 
 
 @click.command()
-@argument("source", type=click.Choice(["hico", "folder"]))
-@option("--root", required=True, metavar="DIR", help="Folder of the download or images.")
+@argument("source", type=click.Choice(SOURCES))
+@option("--root", required=True, metavar="PATH",
+        help="Folder, table, shards (a {000..099} pattern too) or hub id.")  # fmt: skip
+@option("--no-headers", is_flag=True, help="Open no image: bad ones show later, sizes are unknown.")
 @stage_command()
-def prepare(settings: Settings, source: str, root: str) -> None:
-    """List images in a manifest: a HICO download or any folder."""
+def prepare(settings: Settings, source: str, root: str, no_headers: bool) -> None:
+    """List images in a manifest: a folder, a list, shards, a hub dataset or HICO."""
     run = settings.open()
+    if no_headers:
+        run = run.changed({"prepare": {"headers": False}})
     if settings.dry_run:
         write = storage.join(run.run_dir, "manifest-*")
         print_mapping("plan", {"read": f"{source} {root}", "write": write})
-        if not storage.exists(root):
-            raise ConfigError(field="--root", value=root, remedy="no such folder")
+        if "{" not in root and source != "huggingface" and not storage.exists(root):
+            raise ConfigError(field="--root", value=root, remedy="no such file or folder")
         return
     stage = stages.prepare(run, source, root)
     print_stage("prepare", stage)

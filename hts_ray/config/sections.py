@@ -26,9 +26,15 @@ class PrepareConfig(Section):
     """Where images come from and how they are checked while the manifest is written."""
 
     splits: tuple[str, ...] = setting(("train", "test"), "HICO splits to read")
-    split: str = setting("train", "split of every image of a plain folder")
+    split: str = setting("train", "split of images whose source does not name one")
     follow_symlinks: bool = setting(True, "follow links to folders (loops are cut)")
-    workers: int = execution(16, "threads that read image headers", ge=1, le=256)
+    column: str | None = setting(
+        None, "column of a Parquet file that holds the images' bytes; found if not set"
+    )
+    headers: bool = setting(
+        True, "look at every image's header: bad ones are found early, and sizes are known"
+    )
+    workers: int = execution(16, "threads that read image headers and shards", ge=1, le=256)
 
 
 class ImagesConfig(Section):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from hts_ray.config import ImagesConfig
 from hts_ray.engine.deaths import KILLED_WORKER, Log, each_in_a_process
 from hts_ray.errors import DataError
 from hts_ray.images.decode import DecodedImage, ImageError, decode_image
-from hts_ray.images.retry import read_image_bytes
+from hts_ray.images.retry import read_image_bytes, read_neighbours
 from hts_ray.store import storage
 from hts_ray.store.aliases import Pixels
 
@@ -52,40 +54,59 @@ def decode_batch(
     `hts_ray.images.retry.read_patiently`.
     """
     uris = table["uri"].to_pylist()
-    work = partial(_decode_row, images=images, square=square, retries=retries, meter=meter)
+    reader = Reader(retries, meter)
+    work = partial(_decode_row, images=images, square=square, reader=reader)
     ids = [f"decode {image_id}" for image_id in table["image_id"].to_pylist()] if attempts else []
     if attempts is not None and attempts.begin(ids) is not None:
         died = {"error_kind": KILLED_WORKER, "error": "the process that decoded it died"}
         rows = each_in_a_process(work, uris, lambda _: died)
     else:
+        reader.read_ahead(filter(None, uris))
         with ThreadPoolExecutor(min(_READ_THREADS, max(1, len(uris)))) as threads:
             rows = list(threads.map(work, uris))
     if attempts is not None:
         attempts.end(ids)
-    for field in DECODED_FIELDS:
-        if field.name in table.column_names:  # a manifest may know the size already
-            table = table.drop_columns([field.name])
-        values = pa.array([row.get(field.name) for row in rows], field.type)
-        table = table.append_column(field, values)
+    for column in DECODED_FIELDS:
+        if column.name in table.column_names:  # a manifest may know the size already
+            table = table.drop_columns([column.name])
+        values = pa.array([row.get(column.name) for row in rows], column.type)
+        table = table.append_column(column, values)
     return table
 
 
-def _decode_row(
-    uri: str | None,
-    images: ImagesConfig,
-    square: int | None,
-    retries: int,
-    meter: Meter | None = None,
-) -> dict[str, Any]:
-    def retried() -> None:
-        if meter is not None:
-            meter.count(retries=1)
+@dataclass
+class Reader:
+    """Reads images' bytes: those that lie together in a shard ahead, by few requests.
 
+    Storage that fails is asked again up to `retries` times, which a `meter` counts.
+    """
+
+    retries: int
+    meter: Meter | None
+    _ahead: dict[str, bytes] = field(default_factory=dict)
+
+    def read_ahead(self, uris: Iterable[str]) -> None:
+        """Read what is side by side in shards; `read` hands it out, each image once."""
+        self._ahead = read_neighbours(uris, self.retries, self._retried)
+
+    def read(self, uri: str) -> bytes:
+        """Return an image's bytes; raises what `read_image_bytes` raises."""
+        data = self._ahead.pop(uri, None)
+        return read_image_bytes(uri, self.retries, self._retried) if data is None else data
+
+    def _retried(self) -> None:
+        if self.meter is not None:
+            self.meter.count(retries=1)
+
+
+def _decode_row(
+    uri: str | None, images: ImagesConfig, square: int | None, reader: Reader
+) -> dict[str, Any]:
     try:
         if not uri:
             raise ImageError("missing", "the row has no uri")
         image = decode_image(
-            read_image_bytes(uri, retries, retried),
+            reader.read(uri),
             max_pixels=images.max_pixels,
             min_side=images.min_side,
             max_side=images.max_side,

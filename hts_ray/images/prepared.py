@@ -57,26 +57,38 @@ class Rejected:
 
 @dataclass
 class Found:
-    """What a reader found: images to be looked at, those that were bad before, more counts."""
+    """What a reader found: images to be looked at, those that were bad before, more counts.
+
+    `known` has, by image id, what the reader saw of an image already: its header, what is wrong
+    with it, or None where nobody is to look.
+    """
 
     images: list[Candidate] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    known: dict[str, ImageHeader | ImageError | None] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def inspect_images(
-    found: Found, *, workers: int = 16, progress: ImagesDone | None = None
+    found: Found, *, workers: int = 16, headers: bool = True, progress: ImagesDone | None = None
 ) -> Prepared:
     """Read every image's header in `workers` threads and sort the good from the bad.
 
     Rows keep their order. `progress(done, total, quarantined)` is called after every image.
+    Without `headers` no image is opened: sizes stay unknown unless the reader saw them.
     """
     bad = list(found.rejected)
     total = len(found.images) + len(bad)
-    kept: list[tuple[Candidate, ImageHeader]] = []
+    kept: list[tuple[Candidate, ImageHeader | None]] = []
+
+    def look(image: Candidate) -> ImageHeader | ImageError | None:
+        if image.image_id in found.known:
+            return found.known[image.image_id]
+        return _header_or_error(image) if headers else None
+
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        headers = pool.map(_header_or_error, found.images)
-        for image, header in zip(found.images, headers, strict=True):
+        seen = pool.map(look, found.images)
+        for image, header in zip(found.images, seen, strict=True):
             if isinstance(header, ImageError):
                 bad.append(Rejected(image.image_id, image.uri, header.kind, header.message))
             else:
@@ -124,12 +136,13 @@ def _header_or_error(candidate: Candidate) -> ImageHeader | ImageError:
 
 
 def _count_duplicates(
-    kept: Sequence[tuple[Candidate, ImageHeader]], pool: ThreadPoolExecutor
+    kept: Sequence[tuple[Candidate, ImageHeader | None]], pool: ThreadPoolExecutor
 ) -> int:
     # Files of unequal size differ, so only a few are ever read in full.
     same_size: defaultdict[tuple[int, int, int], list[str]] = defaultdict(list)
     for candidate, header in kept:
-        same_size[header].append(candidate.uri)
+        if header is not None:
+            same_size[header].append(candidate.uri)
     suspects = [uri for uris in same_size.values() if len(uris) > 1 for uri in uris]
     digests = Counter(digest for digest in pool.map(_digest, suspects) if digest)
     return sum(count - 1 for count in digests.values())

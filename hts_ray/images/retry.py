@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from hts_ray.errors import DataError
+from hts_ray.images import inside
 from hts_ray.images.decode import ImageError, probe_image
 from hts_ray.store import storage
 
 Result = TypeVar("Result")
 
-_HEAD_BYTES = 1 << 16  # where nearly every image has its size
+HEAD_BYTES = 1 << 16  # where nearly every image has its size
 # Errors of local and mounted disks that may go away, and those that will not.
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
 _LASTING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -34,7 +36,7 @@ def probe_uri(uri: str) -> ImageHeader:
 
     Raises ImageError, `missing` and `unreadable` among its kinds, and what `read_patiently` raises.
     """
-    data, size = read_patiently(uri, lambda: _read(uri, _HEAD_BYTES))
+    data, size = read_patiently(uri, lambda: _read(uri, HEAD_BYTES))
     try:
         return ImageHeader(*probe_image(data), size)
     except ImageError:
@@ -46,7 +48,7 @@ def probe_uri(uri: str) -> ImageHeader:
 def read_image_bytes(
     uri: str, retries: int = storage.RETRIES, retried: Callable[[], None] | None = None
 ) -> bytes:
-    """Return a file's bytes from a path or a URI that pyarrow can open.
+    """Return a file's bytes from a path or a URI that pyarrow can open, or an image inside a file.
 
     Raises ImageError: `missing` when nothing is there, `unreadable` for a folder, a pipe, a lack
     of permission or a storage that fails for this file; and what `read_patiently` raises.
@@ -91,9 +93,38 @@ def _may_pass(error: Exception, uri: str) -> bool:
     return storage.is_remote(uri) or number in _TRANSIENT
 
 
+def read_neighbours(
+    uris: Iterable[str],
+    retries: int = storage.RETRIES,
+    retried: Callable[[], None] | None = None,
+) -> dict[str, bytes]:
+    """Return the bytes of images that lie side by side in shards, by few requests and in order.
+
+    Images that are not there are left out, as are those of a shard that cannot be read: read
+    alone, each says why. Raises what `read_patiently` raises.
+    """
+    found: dict[str, bytes] = {}
+    for stretch in inside.stretches(uris):
+        file = stretch.spans[0].file
+
+        def read(stretch: inside.Stretch = stretch, file: str = file) -> dict[str, bytes]:
+            with _as_image_error(file):
+                return stretch.read()
+
+        with suppress(ImageError):
+            found |= read_patiently(file, read, retries, retried)
+    return found
+
+
 def _read(uri: str, most: int | None = None) -> tuple[bytes, int]:
     """Return a file's bytes, `most` of them at the most, and its size."""
-    try:
+    with _as_image_error(uri):
+        place = inside.place_of(uri)
+        if isinstance(place, inside.Cell):
+            data = place.read()
+            return data[:most], len(data)
+        if place is not None:
+            return place.read(most), place.length
         if storage.is_remote(uri) and not uri.startswith("/"):
             filesystem, inner = storage.resolve(uri)
             with filesystem.open_input_file(inner) as remote:
@@ -105,6 +136,12 @@ def _read(uri: str, most: int | None = None) -> tuple[bytes, int]:
             raise ImageError("unreadable", f"{uri} is not a file")
         with open(path, "rb") as local:
             return local.read(most), status.st_size
+
+
+@contextmanager
+def _as_image_error(uri: str) -> Iterator[None]:
+    try:
+        yield
     except ImageError:
         raise
     except Exception as error:

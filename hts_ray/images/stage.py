@@ -1,4 +1,4 @@
-"""The prepare stage: a HICO download or a folder of images in, a manifest out."""
+"""The prepare stage: images in, of whatever source, and a manifest out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,28 @@ from hts_ray.config import PrepareConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.folder import read_folder
 from hts_ray.images.hico import read_hico
+from hts_ray.images.listed import read_huggingface, read_list
 from hts_ray.images.manifest import FILE
-from hts_ray.images.prepared import inspect_images
+from hts_ray.images.prepared import Found, inspect_images
+from hts_ray.images.shards import read_shards
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, content_hash
 from hts_ray.store.tables import write_table
+
+SOURCES = ("folder", "list", "webdataset", "parquet", "huggingface", "hico")
+
+
+def _find(config: PrepareConfig, source: str, root: str, progress: ImagesDone | None) -> Found:
+    if source == "hico":
+        return read_hico(root, config.splits)
+    if source == "list":
+        return read_list(root, config)
+    if source == "huggingface":
+        return read_huggingface(root, config, progress)
+    if source in {"webdataset", "parquet"}:
+        return read_shards(source, root, config, progress)
+    return read_folder(root, config.split, follow_symlinks=config.follow_symlinks)
 
 
 def prepare_manifest(
@@ -21,18 +37,17 @@ def prepare_manifest(
     root: str,
     progress: ImagesDone | None = None,
 ) -> StageFolder:
-    """Write the manifest of a HICO download (`hico`) or a plain folder (`folder`) at `root`.
+    """Write the manifest of the images at `root`, which is one of SOURCES.
 
     The folder is named by the manifest's content, so it is known only when every image was looked
     at. Raises DataError when no image is usable, ConfigError for another source.
     """
-    if source == "hico":
-        found = read_hico(root, config.splits)
-    elif source == "folder":
-        found = read_folder(root, config.split, follow_symlinks=config.follow_symlinks)
-    else:
-        raise ConfigError(field="source", value=source, remedy="choose hico or folder")
-    prepared = inspect_images(found, workers=config.workers, progress=progress)
+    if source not in SOURCES:
+        raise ConfigError(field="source", value=source, remedy=f"choose {', '.join(SOURCES)}")
+    found = _find(config, source, root, progress)
+    prepared = inspect_images(
+        found, workers=config.workers, headers=config.headers, progress=progress
+    )
     stage = StageFolder(run_dir, "manifest", content_hash(prepared.manifest))
     if not stage.finished:
         write_table(stage.file(FILE), prepared.manifest)
@@ -47,7 +62,7 @@ def prepare_manifest(
             "rows_in": len(prepared.manifest) + len(prepared.quarantine),
             "rows_out": len(prepared.manifest),
             "quarantined": len(prepared.quarantine),
-            "root": storage.absolute(root),
+            "root": storage.absolute(root) if storage.kind(root) != "NotFound" else root,
         }
     )
     return stage

@@ -344,6 +344,16 @@ def list_names(path: str) -> list[str]:
     return sorted(i.base_name for i in patiently(path, lambda: filesystem.get_file_info(selector)))
 
 
+def walk(path: str) -> list[str]:
+    """Return the sorted paths of the files in a folder and below it, relative to it."""
+    from pyarrow import fs as pafs
+
+    filesystem, inner = resolve(path)
+    selector = pafs.FileSelector(inner, allow_not_found=True, recursive=True)
+    infos = patiently(path, lambda: filesystem.get_file_info(selector))
+    return sorted(i.path[len(inner) :].strip("/") for i in infos if i.type == pafs.FileType.File)
+
+
 def delete_file(path: str) -> None:
     """Remove a file; FileNotFoundError when it is not there."""
     filesystem, inner = resolve(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from labeled_run import POSITIVES, SIZE
 from PIL import Image
 
 from hts_ray.classes import ClassTable, HoiClass
-from hts_ray.config import override
+from hts_ray.config import PrepareConfig, override
 from hts_ray.exports.hub import dataset_card, size_category, split_name
 from hts_ray.exports.records import Context, LabeledImage, Origin
 from hts_ray.exports.source import read_labels
 from hts_ray.exports.writing import export_labels
+from hts_ray.images.retry import read_image_bytes
+from hts_ray.images.stage import prepare_manifest
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,23 @@ def test_datasets_opens_it(folder, labeled, tmp_path):
     with Image.open(uri) as original:
         assert rows["a/2"]["image"].size == SIZE
         assert np.array_equal(np.asarray(rows["a/2"]["image"]), np.asarray(original))
+
+
+def prepared_again(source, root):
+    """Return what `hts prepare` finds in an export: bytes by id."""
+    manifest = prepare_manifest(PrepareConfig(), str(root) + "-run", source, str(root)).read()
+    rows = zip(manifest["image_id"].to_pylist(), manifest["uri"].to_pylist(), strict=True)
+    return {image_id: read_image_bytes(uri) for image_id, uri in rows}
+
+
+def originals(labeled):
+    images = read_labels(labeled).images()
+    return {i.image_id: Path(i.uri).read_bytes() for i in images if i.image_id != "gone"}
+
+
+def test_an_image_folder_is_prepared_again(folder, labeled):
+    """Catches an export that we cannot read ourselves, or that loses ids."""
+    assert prepared_again("huggingface", folder) == originals(labeled)
 
 
 def test_the_card_tells_counts_teacher_settings_and_what_is_left_to_do(folder):
@@ -107,6 +127,13 @@ def test_the_library_reads_every_sample(shards_folder):
         i: ids for i, ids in POSITIVES.items() if i != "gone"
     }
     assert all(image.size == SIZE for image, _ in samples)
+
+
+def test_shards_are_prepared_again(shards_folder, labeled):
+    """Catches samples that are lost between two shards, or read at another's place."""
+    found = prepared_again("webdataset", shards_folder)
+    assert sorted(found.values()) == sorted(originals(labeled).values())
+    assert "train-000002/00000004" in found
 
 
 def test_the_card_s_example_is_right(shards_folder):

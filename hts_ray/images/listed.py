@@ -1,0 +1,162 @@
+"""Images that somebody has listed: a table of paths, or a dataset of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+
+from hts_ray.config import PrepareConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.folder import read_folder
+from hts_ray.images.prepared import Candidate, Found
+from hts_ray.images.shards import read_shards, split_of
+from hts_ray.store import storage
+from hts_ray.store.aliases import ImagesDone
+from hts_ray.store.tables import ANNOTATION_COLUMNS, read_table
+
+URI_COLUMNS = ("uri", "path", "file_name", "file", "filename", "filepath", "image_path", "url")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_METADATA = ("metadata.parquet", "metadata.csv", "metadata.jsonl")
+
+
+def read_list(path: str, config: PrepareConfig) -> Found:
+    """Find the images that a table lists: Parquet, CSV or JSON lines, a row an image.
+
+    Paths are in the first of URI_COLUMNS that is there; relative ones start at the table's
+    folder. `image_id` and `split` may be there too, and class ids by annotation; without an id the
+    path is the id. A path that repeats counts once (`repeated_rows`). Raises DataError for a table
+    that cannot be read, without paths, or with ids that repeat or are missing.
+    """
+    table = _read(path)
+    column = next((name for name in URI_COLUMNS if name in table.column_names), None)
+    if column is None:
+        raise DataError(
+            f"{path} has no column of paths: name one {URI_COLUMNS[0]!r}"
+            f" (found {', '.join(table.column_names)})"
+        )
+    return _listed(table, column, path, config.split)
+
+
+def _listed(table: pa.Table, column: str, path: str, split: str) -> Found:
+    found, folder = Found(), storage.absolute(path).rpartition("/")[0]
+    texts = _texts(table, column, path)
+    ids = _texts(table, "image_id", path) if "image_id" in table.column_names else texts
+    splits = table["split"].to_pylist() if "split" in table.column_names else [None] * len(table)
+    lists = {n: table[n].to_pylist() for n in ANNOTATION_COLUMNS if n in table.column_names}
+    uris: dict[str, str] = {}
+    for row, (image_id, text) in enumerate(zip(ids, texts, strict=True)):
+        uri = text if "://" in text or text.startswith("/") else storage.join(folder, text)
+        if uris.setdefault(image_id, uri) != uri:
+            raise DataError(f"{path}: image_id {image_id!r} stands for {uris[image_id]} and {uri}")
+        if len(uris) == len(found.images):
+            found.counts["repeated_rows"] += 1
+            continue
+        known = {name: values[row] for name, values in lists.items()}
+        found.images.append(Candidate(image_id, uri, str(splits[row] or split), **known))
+    return found
+
+
+def _read(path: str) -> pa.Table:
+    """Return a table; numbers that are ids stay text."""
+    if path.lower().endswith(".parquet") or storage.kind(path) == "Directory":
+        return read_table(path)
+    try:
+        data = io.BytesIO(storage.read_bytes(path).removeprefix(b"\xef\xbb\xbf"))
+        if path.lower().endswith((".jsonl", ".ndjson", ".json")):
+            return pajson.read_json(data)
+        header = data.readline().decode("utf-8")
+        delimiter = "\t" if "\t" in header else ","
+        data.seek(0)
+        text = {name.strip().strip('"'): pa.string() for name in header.split(delimiter)}
+        return pacsv.read_csv(
+            data,
+            parse_options=pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pacsv.ConvertOptions(column_types=text),
+        )
+    except FileNotFoundError as error:
+        raise DataError(f"no file {path}: check the path") from error
+    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as a table: {error}; give Parquet, CSV or JSON lines"
+        ) from error
+
+
+def _texts(table: pa.Table, name: str, path: str) -> list[str]:
+    values = table[name].cast(pa.string())
+    empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), fill_value=True)
+    if pc.any(empty).as_py():
+        row = pc.index(empty.combine_chunks(), True).as_py()
+        raise DataError(f"{path}: {name} is empty in row {row + 1}")
+    return [str(value) for value in values.to_pylist()]
+
+
+def read_huggingface(root: str, config: PrepareConfig, progress: ImagesDone | None = None) -> Found:
+    """Find the images of a Hugging Face dataset: a folder of one, or a hub id (`ID@REVISION`).
+
+    Known are Parquet files with an image column, and image folders with or without metadata. A hub
+    id is pinned to the commit that its revision is now. Raises DataError for other layouts.
+    """
+    if storage.kind(root) == "NotFound" and _HUB_ID.fullmatch(root.partition("@")[0]):
+        root = _pinned(root)
+    names = storage.walk(root)
+    metadata = [name for name in names if name.rpartition("/")[2] in _METADATA]
+    if metadata:
+        return _merge(_image_folder(storage.join(root, name), config) for name in metadata)
+    if any(name.lower().endswith(".parquet") for name in names):
+        return read_shards("parquet", root, config, progress)
+    if any(name.lower().endswith(".arrow") for name in names):
+        raise DataError(
+            f"{root} was written by Dataset.save_to_disk: write it as Parquet"
+            " (dataset.to_parquet(...)), of which images can be read one by one"
+        )
+    found = read_folder(root, config.split, follow_symlinks=config.follow_symlinks)
+    for number, image in enumerate(found.images):
+        split = split_of(image.image_id.split("/")[0], config.split)
+        found.images[number] = Candidate(image.image_id, image.uri, split)
+    return found
+
+
+def _image_folder(path: str, config: PrepareConfig) -> Found:
+    """Return the images of one metadata file of an image folder."""
+    table = _read(path)
+    if "file_name" not in table.column_names:
+        raise DataError(f"{path} has no column file_name, as an image folder's metadata must")
+    return _listed(table, "file_name", path, split_of(path, config.split))
+
+
+def _merge(parts: Iterable[Found]) -> Found:
+    merged = Found()
+    for part in parts:
+        merged.images += part.images
+        merged.counts.update(part.counts)
+    ids = [image.image_id for image in merged.images]
+    if len(set(ids)) != len(ids):  # file names repeat in the folders of splits
+        merged.images = [
+            Candidate(f"{image.split}/{image.image_id}", image.uri, image.split)
+            for image in merged.images
+        ]
+    return merged
+
+
+def _pinned(root: str) -> str:
+    """Return the address of a hub dataset at a commit."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name, _, revision = root.partition("@")
+    try:
+        commit = HfApi().dataset_info(name, revision=revision or None).sha
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ConfigError(
+            field="--root",
+            value=root,
+            remedy=f"neither a folder nor a dataset of the hub that can be read ({reason})",
+        ) from error
+    return f"hf://datasets/{name}@{commit}"
