@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from textwrap import shorten
 
 import numpy as np
 import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig, RegionsConfig
-from hts_ray.errors import DataError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.boxes import GivenBoxes, box_bytes, read_given_boxes
 from hts_ray.store.run import StageFolder
 from hts_ray.teacher.background import background_sentences
-from hts_ray.teacher.captioner import ClassPrompts
+from hts_ray.teacher.captioner import ClassPrompts, LimitedCaptioner
 from hts_ray.teacher.detector import check_detector, detector_fingerprint, pinned_detector
-from hts_ray.teacher.models.catalog import check_teacher, pinned_teacher
+from hts_ray.teacher.models.catalog import (
+    check_teacher,
+    model_error,
+    needs_torch,
+    pinned_teacher,
+)
+from hts_ray.teacher.models.loading import load_captioner
 
 TABLE_INFO = "table.json"
 
@@ -102,6 +109,42 @@ def chosen_background(config: LabelConfig, class_table: ClassTable) -> tuple[str
     if config.teacher.background == "none" or config.teacher.mode == "captions":
         return ()
     return background_sentences(class_table)
+
+
+def check_lengths(config: LabelConfig, class_table: ClassTable) -> None:
+    """Refuse sentences that are too long for a packaged teacher, without loading its weights.
+
+    Looks at the settings and the tokenizer alone; of a model with code of its own at nothing.
+    Raises ConfigError naming class, prompt, tokens and limit.
+    """
+    teacher = config.teacher
+    if not needs_torch(teacher) or teacher.trust_remote_code:
+        return
+    captioner = load_captioner(teacher, "meta")
+    if (
+        not isinstance(captioner, LimitedCaptioner)
+        or (longest := captioner.longest_prompt()) is None
+    ):
+        return
+    if longest < 1:
+        raise model_error(
+            teacher,
+            f"image and instruction alone are {1 - longest} tokens too long for it",
+            "shorten label.teacher.instruction, or take another model",
+        )
+    if teacher.mode == "captions":  # they end where the positions do
+        return
+    assignment = Assignment(config, class_table)
+    prompts = assignment.prompts
+    names = np.repeat([*class_table.names, *assignment.background], prompts.counts).tolist()
+    sequences = captioner.tokenize(prompts.texts)
+    for name, text, tokens in zip(names, prompts.texts, sequences, strict=True):
+        if len(tokens) > longest:
+            raise ConfigError(
+                f"class {name!r}: its prompt {shorten(text, 60)!r} has {len(tokens)} tokens,"
+                f" {teacher.model} takes at most {longest} behind image and instruction: shorten"
+                " it in the class file"
+            )
 
 
 def region_sources(config: RegionsConfig) -> list[str]:

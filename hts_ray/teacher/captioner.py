@@ -97,6 +97,17 @@ class SearchingCaptioner(Captioner, Protocol):
         """Return class log-likelihoods (R, C), -inf for the classes that were left out."""
 
 
+@runtime_checkable
+class LimitedCaptioner(Captioner, Protocol):
+    """A teacher that knows how long a sentence it can read."""
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the scored tokens of P prompts."""
+
+    def longest_prompt(self) -> int | None:
+        """Return how many tokens a prompt may have, None for any number."""
+
+
 class DummyCaptioner:
     """A teacher that costs nothing: numbers drawn from hashes of the pixels and the prompts.
 

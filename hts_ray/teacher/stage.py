@@ -40,7 +40,13 @@ from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import read_table
 from hts_ray.teacher.actor import TeacherActor
-from hts_ray.teacher.assignment import Assignment, chosen_background, pinned, region_sources
+from hts_ray.teacher.assignment import (
+    Assignment,
+    check_lengths,
+    chosen_background,
+    pinned,
+    region_sources,
+)
 from hts_ray.teacher.models.catalog import model_fingerprint
 
 if TYPE_CHECKING:
@@ -59,7 +65,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
     """Plan the teacher pass over a manifest: images in, `region_scores` out.
 
     Annotations are left out of its key: the teacher must not see them. Raises ConfigError for a
-    teacher, boxes or a detector that cannot be used.
+    teacher, boxes or a detector that cannot be used, and for prompts that are too long for it.
     """
     label = pinned(run.config.label)
     fingerprint = model_fingerprint(label.teacher)
@@ -72,6 +78,8 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
         *chosen_background(label, run.class_table),
     )
     folder = run.stage("region_scores", key)
+    if not folder.finished:
+        check_lengths(label, run.class_table)
 
     def work(progress: ImagesDone | None) -> object:
         return label_images(

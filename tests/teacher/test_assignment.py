@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from assignments import plan, rows
 
-from hts_ray.config import RegionsConfig
+from hts_ray.classes import load_class_table
+from hts_ray.config import LabelConfig, RegionsConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.teacher.assignment import region_sources
+from hts_ray.teacher.assignment import check_lengths, region_sources
 
 
 def test_boxes_that_fit_no_image_are_refused_before_the_run(tmp_path: Path) -> None:
@@ -32,3 +34,25 @@ def test_boxes_that_fit_no_image_are_refused_before_the_run(tmp_path: Path) -> N
     assert region_sources(RegionsConfig(boxes=str(path))) != before
     with pytest.raises(ConfigError, match=r"label.regions.boxes = '/no/such.json'"):
         region_sources(RegionsConfig(boxes="/no/such.json"))
+
+
+def test_prompts_too_long_are_refused_by_name(tmp_path: Path, tiny_path: Any) -> None:
+    """Catches hours of quarantined images, or scores of half a prompt, for one long sentence."""
+    source = tmp_path / "classes.csv"
+    source.write_text(f"name,prompts\na dog,a dog\nlong one,{'a person riding a horse ' * 100}\n")
+    table = load_class_table(str(source), None)
+
+    def check(model: str, **settings: Any) -> None:
+        teacher = {"model": model, "background": "none", **settings}
+        check_lengths(LabelConfig.model_validate({"teacher": teacher}), table)
+
+    said = r"class 'long one': its prompt 'a person.* has 500 tokens,.* at most 63 .*class file"
+    with pytest.raises(ConfigError, match=said):
+        check(str(tiny_path("blip")))
+    with pytest.raises(ConfigError, match="at most 469"):  # 512 less image and instruction
+        check(str(tiny_path("llava")))
+    check(str(tiny_path("blip")), mode="captions")
+    check(str(tiny_path("blip2_t5")))  # relative positions
+    check("builtin:dummy")
+    with pytest.raises(ConfigError, match=r"alone are \d+ tokens too long.*instruction"):
+        check(str(tiny_path("blip")), instruction="a dog " * 50, mode="captions")

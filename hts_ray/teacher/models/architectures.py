@@ -57,6 +57,10 @@ class CrossAttentionDecoder(Decoder):
         patches = image.numel() // 3 // (patch * patch) if isinstance(patch, int) else 0
         return len(self.start_ids), patches + 1
 
+    def taken(self, image: Any) -> int:
+        """Return the start tokens, from the first position on."""
+        return (self.first_position or 0) + len(self.start_ids)
+
     def encode(self, images: Tensor) -> Prefix:
         """Compute the image features (R, patches, D) and read the start tokens."""
         from transformers import DynamicCache, EncoderDecoderCache
@@ -206,6 +210,10 @@ class PrefixDecoder(ProcessedDecoder):
         """Return whether two regions can be read together: padded, or of one length."""
         # A batch of prompts has no mask for a prefix's padding.
         return super().joins(first, image) or (self.pads and self.by_trie)
+
+    def taken(self, image: Mapping[str, Tensor]) -> int:
+        """Return the tokens of image and instruction, and what the first position leaves out."""
+        return self.first + len(image["input_ids"][0])
 
     def encode(self, images: Sequence[Mapping[str, Tensor]]) -> Prefix:
         """Read image and instruction of R regions."""

@@ -138,13 +138,13 @@ def check_teacher(config: TeacherConfig) -> None:
         model_folder(config)
 
 
-def model_folder(config: TeacherConfig) -> Path:
+def model_folder(config: TeacherConfig, *, weights: bool = True) -> Path:
     """Return the folder of a model that has passed a look at its files, downloading a hub id.
 
-    Raises ConfigError when a file is missing, the family is not supported or the hub
-    cannot be reached.
+    Without `weights` as `NamedModel.files`. Raises ConfigError when a file is missing, the family
+    is not supported or the hub cannot be reached.
     """
-    folder, settings = TeacherModel.of(config).files()
+    folder, settings = TeacherModel.of(config).files(weights=weights)
     family = settings.get("model_type")
     if family not in FAMILIES and not config.trust_remote_code:
         raise model_error(config, f"family {family!r} is not supported", supported_families())

@@ -75,15 +75,13 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 class Family:
     """What a captioner is put together from.
 
-    `decoder` scores what `prepare` makes of R images; `encode` makes tokens of prompts, at most
-    `max_tokens` of them each (None for any number).
+    `decoder` scores what `prepare` makes of R images; `encode` makes tokens of prompts.
     """
 
     decoder: Decoder
     tokenizer: Any
     prepare: Callable[[Sequence[Pixels]], Any]
     encode: Encode
-    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -194,17 +192,16 @@ def behind(tokenizer: Any, context: str = "", glue: str = "") -> Encode:
     return encode
 
 
-def _pixel_family(loaded: Loaded, decoder: Decoder, encode: Encode, text: Any) -> Family:
-    longest = getattr(text, "max_position_embeddings", None)
+def _pixel_family(loaded: Loaded, decoder: Decoder, encode: Encode) -> Family:
     model = loaded.model
-    return Family(
-        decoder,
-        loaded.tokenizer,
-        pixel_preparation(loaded.image_processor, str(model.device), model.dtype),
-        encode,
-        # Start tokens, the end, and RoBERTa's offset take positions too.
-        max_tokens=longest - 2 - len(decoder.start_ids) if longest else None,
-    )
+    device = "cpu" if model.device.type == "meta" else str(model.device)
+    prepare = pixel_preparation(loaded.image_processor, device, model.dtype)
+    return Family(decoder, loaded.tokenizer, prepare, encode)
+
+
+def _positions(text: Any) -> int | None:
+    """Return how many positions a text model has; None where they are relative, as T5's."""
+    return getattr(text, "max_position_embeddings", None)
 
 
 def _begun(loaded: Loaded, start_id: int) -> tuple[list[int], Encode]:
@@ -226,15 +223,21 @@ def _blip(loaded: Loaded) -> Family:
         lambda pixels: model.vision_model(pixel_values=pixels).last_hidden_state,
         start_ids=start_ids,
         end_ids=[text.sep_token_id],
+        positions=_positions(text),
     )
-    return _pixel_family(loaded, decoder, encode, text)
+    return _pixel_family(loaded, decoder, encode)
 
 
 def _git(loaded: Loaded) -> Family:
     config = loaded.model.config
     start_ids, encode = _begun(loaded, config.bos_token_id)
-    decoder = GitDecoder(loaded.model, start_ids=start_ids, end_ids=[config.eos_token_id])
-    return _pixel_family(loaded, decoder, encode, config)
+    decoder = GitDecoder(
+        loaded.model,
+        start_ids=start_ids,
+        end_ids=[config.eos_token_id],
+        positions=_positions(config),
+    )
+    return _pixel_family(loaded, decoder, encode)
 
 
 def _vision_encoder_decoder(loaded: Loaded) -> Family:
@@ -264,11 +267,12 @@ def _vision_encoder_decoder(loaded: Loaded) -> Family:
         features,
         start_ids=start_ids,
         end_ids=[end],
+        positions=_positions(text),
         first_position=first,
         by_trie=first is not None,
         prompt_batch=loaded.config.prompt_batch,
     )
-    return _pixel_family(loaded, decoder, encode, text)
+    return _pixel_family(loaded, decoder, encode)
 
 
 def _first_set(model: Any, tokenizer: Any, *names: str) -> int | None:
@@ -315,6 +319,7 @@ def _prefix_family(
         loaded.model,
         end_ids=end_ids,
         pad_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        positions=_positions(language),
         by_trie=tree and tree_obstacle(language) is None,
         prompt_batch=loaded.config.prompt_batch,
     )
@@ -369,6 +374,7 @@ def _qformer(loaded: Loaded, words: str) -> Family:
         start_ids=[text.pad_token_id if start is None else start],
         end_ids=end_ids,
         pad_id=text.pad_token_id,
+        positions=_positions(text),
         by_trie=False,  # T5's position bias counts from the cache
         prompt_batch=loaded.config.prompt_batch,
     )
@@ -400,6 +406,7 @@ def _florence(loaded: Loaded) -> Family:
         start_ids=[text.decoder_start_token_id, *front],
         end_ids=loaded.end_ids(tokenizer),
         pad_id=tokenizer.pad_token_id,
+        positions=_positions(text),
     )
     words = loaded.config.instruction or "<CAPTION>"
     return Family(decoder, tokenizer, _processed(loaded, words), behind(tokenizer))

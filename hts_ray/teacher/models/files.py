@@ -56,17 +56,18 @@ class NamedModel:
             raise self.error("no such folder", "give a folder made by save_pretrained, or a hub id")
         return None
 
-    def files(self) -> tuple[Path, dict[str, Any]]:
+    def files(self, *, weights: bool = True) -> tuple[Path, dict[str, Any]]:
         """Return the folder and its config.json, downloading a hub id.
 
-        Raises ConfigError when the hub cannot be reached, settings or weights are missing, or the
-        settings are not readable.
+        Without `weights` these are not asked for, and a hub id must be `pinned`. Raises ConfigError
+        when the hub cannot be reached, settings or weights are missing, or the settings are not
+        readable.
         """
-        folder = self.local() or self._download()
+        folder = self.local() or (self._download() if weights else self._settings(True))
         path = folder / "config.json"
         if not path.is_file():
             raise self.error(f"{folder} holds no config.json", "use a transformers model")
-        if not any(folder.glob("*.safetensors")):
+        if weights and not any(folder.glob("*.safetensors")):
             raise self.error(
                 f"{folder} holds no .safetensors weights",
                 "convert them with save_pretrained; pickled weights are not loaded",
@@ -126,6 +127,24 @@ class NamedModel:
             )
         return model.eval().requires_grad_(False)
 
+    def skeleton(self, kind: str, folder: Path, *, trust_remote_code: bool = False) -> Any:
+        """Return the model of an Auto class without weights, on torch's meta device."""
+        import torch
+        import transformers
+
+        trusted = {"trust_remote_code": trust_remote_code}
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, **trusted
+            )
+            with torch.device("meta"):
+                model = getattr(transformers, kind).from_config(config, **trusted)
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # as in `load`
+            raise self.error(f"does not load: {type(error).__name__}: {error}") from error
+        return model
+
     def pinned(self) -> str | None:
         """Return the commit that the name means now, None for a local folder.
 
@@ -137,21 +156,19 @@ class NamedModel:
             return None
         if self.revision is not None and _COMMIT.fullmatch(self.revision):
             return self.revision
-        from huggingface_hub import HfApi, constants, snapshot_download
+        from huggingface_hub import HfApi, constants
 
         ask = partial(HfApi().model_info, self.name, revision=self.revision, expand=["sha"])
-        small = [pattern for pattern in self.patterns if pattern != "*.safetensors"]
-        fetch = partial(snapshot_download, self.name, revision=self.revision, allow_patterns=small)
         try:
             commit = str(self._from_hub(ask).sha)
-            self._from_hub(fetch)
+            self._from_hub(self._settings)
             return commit
         except ConfigError as failure:
             cause = failure.__cause__
             if not constants.HF_HUB_OFFLINE and not (cause and _is_transient(cause)):
                 raise
             try:
-                commit = Path(fetch(local_files_only=True)).name
+                commit = self._settings(local_files_only=True).name
             except (OSError, ValueError):
                 raise failure from None
         logger.warning(
@@ -162,6 +179,20 @@ class NamedModel:
             self.revision or "main",
         )
         return commit
+
+    def _settings(self, local_files_only: bool = False) -> Path:
+        """Return the folder in the hub's cache with everything but the weights."""
+        from huggingface_hub import snapshot_download
+
+        small = [pattern for pattern in self.patterns if pattern != "*.safetensors"]
+        return Path(
+            snapshot_download(
+                self.name,
+                revision=self.revision,
+                allow_patterns=small,
+                local_files_only=local_files_only,
+            )
+        )
 
     def _download(self) -> Path:
         """Return the model's folder in the hub's cache, fetching what is not there.

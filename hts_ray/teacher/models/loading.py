@@ -21,7 +21,8 @@ from hts_ray.teacher.models.catalog import (
 def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     """Load the teacher that `config.model` names onto a torch device and check it.
 
-    `device` may be "auto" for a model that is spread over all GPUs. The name is a hub id, a
+    `device` may be "auto" for a model that is spread over all GPUs, or "meta" for one that needs
+    no weights, as it only tokenizes. The name is a hub id, a
     local folder, `builtin:NAME` or `import:MODULE:CLASS`. Raises ConfigError naming
     label.teacher.model for a missing or incomplete model and for a family that is not supported.
     """
@@ -32,7 +33,7 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
         return teacher
     from hts_ray.teacher.models.pretrained import load_pretrained  # torch loads slowly
 
-    return load_pretrained(config, model_folder(config), device)
+    return load_pretrained(config, model_folder(config, weights=device != "meta"), device)
 
 
 def load_on_device(config: LabelConfig, *, or_cpu: bool = False) -> tuple[Captioner, str]:

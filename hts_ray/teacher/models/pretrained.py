@@ -41,6 +41,8 @@ CHECK_PROMPTS = ("a person riding a horse", "a person riding a bicycle", "a dog"
 # Height and width of the two images of the check: most families that cut an image into tiles or
 # patches of its own shape read prefixes of two lengths.
 CHECK_SHAPES = ((64, 64), (64, 160))
+# Shapes of regions for which one model or another reads the most tokens.
+LONGEST_SHAPES = ((1024, 1024), (512, 1536), (1536, 512))
 # Largest difference of fast and plain scores in nats a token: rounding at each precision,
 # far below the 0.5 and more that a wrong mask or position was seen to cost.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -59,14 +61,13 @@ class TransformersCaptioner:
         self.tokenizer = family.tokenizer
         self.prepare = family.prepare
         self.encode = family.encode
-        self.max_tokens = family.max_tokens
         self.append_eos = append_eos
         self._tokens = functools.lru_cache(_KEPT)(self._tokenized)
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the scored tokens of P prompts, the end token included if asked for.
 
-        Raises DataError for a prompt that has no token or too many.
+        Raises DataError for a prompt that has no token.
         """
         return self._tokens(tuple(prompts))
 
@@ -75,11 +76,8 @@ class TransformersCaptioner:
         # A prompt of nothing but an end token says nothing of the image.
         sequences = [[*sequence, *end] if sequence else [] for sequence in self.encode(prompts)]
         for prompt, sequence in zip(prompts, sequences, strict=True):
-            if not sequence or len(sequence) > (self.max_tokens or len(sequence)):
-                raise DataError(
-                    f"prompt {prompt!r} has {len(sequence)} tokens,"
-                    f" the teacher takes 1 to {self.max_tokens or 'many'}"
-                )
+            if not sequence:
+                raise DataError(f"prompt {prompt!r} has no tokens for this teacher")
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown != self.decoder.end_id:
             strange = [p for p, s in zip(prompts, sequences, strict=True) if unknown in s]
@@ -90,6 +88,17 @@ class TransformersCaptioner:
                     strange[0],
                 )
         return sequences
+
+    def longest_prompt(self) -> int | None:
+        """Return how many tokens a prompt may have behind image and instruction, None for any.
+
+        A model that cuts images into tiles reads longer ones for some shapes: the longest counts.
+        """
+        decoder = self.decoder
+        if decoder.positions is None:
+            return None
+        plain = [np.zeros((*shape, 3), np.uint8) for shape in LONGEST_SHAPES]
+        return decoder.positions - max(decoder.taken(image) for image in self.prepare(plain))
 
     @torch.inference_mode()
     def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> PromptScores:
@@ -162,14 +171,21 @@ class TransformersCaptioner:
 def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> TransformersCaptioner:
     """Load a checked model folder; ConfigError when it does not load or its scores are off.
 
-    `device` is a torch device, or "auto" for accelerate to share the layers out among all GPUs.
-    Weights are converted to `config.dtype` whatever precision they are stored in.
+    `device` is a torch device, or "auto" for accelerate to share the layers out among all GPUs. On
+    "meta" it has no weights and is not checked: it can tokenize. Weights are converted to
+    `config.dtype` whatever precision they are stored in.
     """
     dtype: torch.dtype = getattr(torch, config.dtype)
     # With a device map weights go from the file to their device one by one. No captioner reads
     # the poolers.
-    model = TeacherModel.of(config).load(
-        "AutoModelForImageTextToText",
+    named, kind = TeacherModel.of(config), "AutoModelForImageTextToText"
+    if device == "meta":
+        model = named.skeleton(kind, folder, trust_remote_code=config.trust_remote_code)
+        return TransformersCaptioner(
+            build_family(Loaded(config, folder, model)), append_eos=config.append_eos
+        )
+    model = named.load(
+        kind,
         folder,
         lambda weight: "pooler" in weight,
         dtype=dtype,

@@ -75,9 +75,13 @@ def write_captions(
     """Return `settings.count` token sequences and log-probabilities a region, likeliest first.
 
     `regions` is a group that `Decoder.encode` takes. The end token is counted in the
-    log-probability and left out of the tokens. `seeds` start each region's random numbers.
+    log-probability and left out of the tokens. `seeds` start each region's random numbers. A
+    caption ends where the model has no further position.
     """
     prefix = decoder.encode(regions)
+    if decoder.positions is not None:
+        longest = max(1, min(settings.max_tokens, decoder.positions - prefix.start))
+        settings = settings.model_copy(update={"max_tokens": longest})
     texts = settings.num_beams if settings.decoding == "beam" else settings.count
     state = Continuation(decoder, prefix, texts)
     if settings.decoding == "beam":

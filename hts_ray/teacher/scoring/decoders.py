@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hts_ray.engine.compat import select_cache
+from hts_ray.errors import DataError
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.memory import WORKSPACE, Footprint, footprint
 from hts_ray.teacher.scoring.trie import PromptTrie, TokenIds, edge_log_probs, split_tries
@@ -70,6 +71,11 @@ class Prefix:
 
     def __len__(self) -> int:
         return len(self.root)
+
+    @cached_property
+    def start(self) -> int:
+        """The highest position of any region's first prompt token."""
+        return int(self.first_position.max())
 
     @property
     def past(self) -> int:
@@ -123,7 +129,8 @@ class Decoder(ABC):
 
     `head` is the module that makes logits (R, N, V) of hidden states. `start_ids` are the tokens
     in front of every caption, where they are not part of the prepared inputs; `end_id` ends one,
-    as do all of `end_ids`.
+    as do all of `end_ids`. `positions` is how many positions the text model has, those in front
+    of the prompt included; None where nothing limits them.
 
     `by_trie` says how prompts are scored:
     - True, for a text model whose attention takes a tree mask: as a tree in one forward or a few.
@@ -141,12 +148,14 @@ class Decoder(ABC):
         *,
         end_ids: Sequence[int],
         start_ids: Sequence[int] = (),
+        positions: int | None = None,
         by_trie: bool = True,
         prompt_batch: int = 64,
     ) -> None:
         self.model = model
         self.head = head
         self.start_ids = tuple(start_ids)
+        self.positions = positions
         self.end_id = end_ids[0]
         self.end_ids = tuple(end_ids)
         self.by_trie = by_trie
@@ -192,6 +201,10 @@ class Decoder(ABC):
     def context(self, image: Any) -> tuple[int, int]:
         """Return a prepared region's tokens in front of the prompts, and its features."""
         return len(image["input_ids"][0]), 0
+
+    def taken(self, image: Any) -> int:
+        """Return how many positions come before the prompt of a prepared region."""
+        return len(self.start_ids)
 
     def region_bytes(self, image: Any, nodes: int | None = None) -> int:
         """Return about how many bytes one prepared region takes, an item of those given.
@@ -253,12 +266,18 @@ class Decoder(ABC):
 
         `tokens` is (N,) or (R, N). Each sees all before it, or, of a tree, what `visible` says,
         (N, fed + N) or (R, N, fed + N) bool, itself included; `depths` (1 below the root) has the
-        shape of the tokens.
+        shape of the tokens. Raises DataError behind the model's last position.
         """
         regions, nodes = len(prefix), tokens.shape[-1]
         device = prefix.root.device
         if depths is None:
             depths = torch.arange(1, nodes + 1) + prefix.fed
+        last = prefix.start + int(depths.max()) - 1
+        if self.positions is not None and last >= self.positions:
+            raise DataError(
+                f"image, instruction and prompt have {last + 1} tokens or more,"
+                f" the model has {self.positions} positions"
+            )
         tokens = tokens.to(device).expand(regions, nodes)
         positions = depths.to(device).expand(regions, nodes) - 1 + prefix.first_position[:, None]
         mask = None if visible is None else additive_mask(prefix, visible)

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from hts_ray.config import CaptionConfig, TeacherConfig
-from hts_ray.errors import ConfigError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.teacher.models import architectures, families
 from hts_ray.teacher.models.catalog import FAMILIES
 from hts_ray.teacher.models.loading import load_captioner
@@ -577,3 +577,30 @@ def test_settings_of_a_checkpoint_are_read(tiny_path: Callable[[str], Path]) -> 
     captioner = loaded(tiny_path("blip2_opt"))
     assert captioner.decoder.end_id == settings["eos_token_id"]
     assert captioner.decoder.end_id != captioner.tokenizer.eos_token_id
+
+
+# -- how long a prompt may be --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["blip", "git", "blip2_t5", "florence2", "llava", "kosmos2"])
+def test_prompts_end_where_positions_do(name: str, tiny_path: Callable[[str], Path]) -> None:
+    """Catches scores past a model's positions, and an IndexError in place of a reason."""
+    path = tiny_path(name)
+    longest = load_captioner(TeacherConfig(model=str(path)), "meta").longest_prompt()
+    captioner = loaded(path)
+    assert captioner.longest_prompt() == longest  # known without weights
+    if name in {"blip2_t5", "instructblip_t5"}:
+        assert longest is None
+    elif longest < 1000:
+        word = captioner.tokenize(["dog"])[0][-1]
+        for length in (longest, longest + 99):
+            sequences = [[word] * length, [word]]
+            images = captioner.prepare(IMAGES[:1])
+            if length == longest:
+                scores = captioner.decoder.log_likelihoods(images, sequences)
+                assert torch.isfinite(scores).all()
+                continue
+            with pytest.raises(DataError, match=f"the model has {captioner.decoder.positions} pos"):
+                captioner.decoder.log_likelihoods(images, sequences)
+        limit = CaptionConfig(max_tokens=longest + 99)
+        assert len(captioner.caption(IMAGES[:1], limit)[0]) == 1
