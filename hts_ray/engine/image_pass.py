@@ -123,14 +123,18 @@ def data_files(stage: StageFolder) -> list[str]:
     return [name for name in storage.list_names(stage.path) if name.endswith(".parquet")]
 
 
-def committed_rows(stage: StageFolder) -> int:
-    """Return how many rows an earlier run committed, which a rerun leaves as they are.
+def committed_files(stage: StageFolder, prefix: str = "") -> list[str]:
+    """Return the paths of the data that an earlier run committed, which a rerun leaves as it is.
 
-    Lists two folders and reads the footers of the files, on Arrow's threads.
+    `prefix` is how the names of the commits begin that count. Lists two folders.
     """
-    committed = committed_names(stage)
-    files = [stage.file(name) for name in data_files(stage) if written_by(name) in committed]
-    return count_rows(files)
+    committed = {name for name in committed_names(stage) if name.startswith(prefix)}
+    return [stage.file(name) for name in data_files(stage) if written_by(name) in committed]
+
+
+def committed_rows(stage: StageFolder, prefix: str = "") -> int:
+    """Return how many rows `committed_files` have, by their footers."""
+    return count_rows(committed_files(stage, prefix))
 
 
 def remove_uncommitted(stage: StageFolder) -> None:

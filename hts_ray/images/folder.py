@@ -71,9 +71,9 @@ class _Walk(Found):
             return True
         return False
 
-    def add(self, relative: str, uri: str) -> None:
+    def add(self, relative: str, uri: str, modified: int | None) -> None:
         """Take in an image."""
-        self.images.append(Candidate(relative, uri, self.split))
+        self.images.append(Candidate(relative, uri, self.split, modified=modified))
 
     def reject(self, relative: str, uri: str, kind: str, reason: str) -> None:
         """Take in what cannot be read."""
@@ -135,24 +135,24 @@ def _is_folder(entry: os.DirEntry[str], relative: str, found: _Walk) -> bool:
         found.counts["hidden"] += 1
         return False
     try:
-        mode = entry.stat().st_mode
+        status = entry.stat()
     except FileNotFoundError:
         found.reject(relative, entry.path, "missing", "a link to something that is not there")
         return False
     except OSError as error:
         found.reject(relative, entry.path, "unreadable", error.strerror or str(error))
         return False
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(status.st_mode):
         return True
     if found.is_wanted(relative):
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(status.st_mode):
             reason = "not a file but a pipe, socket or device"
             found.reject(relative, entry.path, "unreadable", reason)
         elif os.fsencode(entry.path).decode(errors="replace") != entry.path:
             reason = "the path is not UTF-8: rename it"
             found.reject(relative, entry.path, "unreadable", reason)
         else:
-            found.add(relative, entry.path)
+            found.add(relative, entry.path, status.st_mtime_ns)
     return False
 
 
@@ -168,4 +168,4 @@ def _read_remote(root: str, found: _Walk) -> None:
         relative = info.path[len(base) :].strip("/")
         if info.type == pafs.FileType.File and found.is_wanted(relative):
             # A key may hold what means something else in a URI: "#", "?", "%", spaces.
-            found.add(relative, f"{root}/{quote(relative)}")
+            found.add(relative, f"{root}/{quote(relative)}", info.mtime_ns)

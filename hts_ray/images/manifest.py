@@ -38,7 +38,10 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the images. Annotations are left out: no teacher or student may see them."""
-        return content_hash(self.table.drop_columns(list(ANNOTATION_COLUMNS)))
+        unseen = list(ANNOTATION_COLUMNS)
+        if not self.table["stamp"].is_valid().to_numpy().any():
+            unseen.append("stamp")  # so that manifests of before keep their hash
+        return content_hash(self.table.drop_columns(unseen))
 
     def rows(
         self, splits: Sequence[str] | None = None, limit: int | None = None, seed: int = 0
@@ -81,7 +84,8 @@ def open_manifest(path: str) -> Manifest:
     table = read_table(file)
     ours = b"hts_table" in (table.schema.metadata or {})
     for column in MANIFEST_SCHEMA:
-        if not ours and column.nullable and column.name not in table.column_names:
+        may_lack = not ours or column.name == "stamp"  # manifests of before have none
+        if may_lack and column.nullable and column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(len(table), column.type))
     table = check_table(table, MANIFEST_SCHEMA, file)
     require_unique_ids(table, file)

@@ -35,7 +35,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image to be looked at; the three lists of class ids are None without annotations."""
+    """An image to be looked at; the three lists of class ids are None without annotations.
+
+    `modified` is when the file was last changed, in nanoseconds since 1970, where the listing says.
+    """
 
     image_id: str
     uri: str
@@ -43,6 +46,7 @@ class Candidate:
     positive_ids: Sequence[int] | None = None
     negative_ids: Sequence[int] | None = None
     ambiguous_ids: Sequence[int] | None = None
+    modified: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,21 @@ def inspect_images(
 
 
 def manifest_table(rows: Sequence[tuple[Candidate, ImageHeader | None]]) -> pa.Table:
-    """Return a manifest; width and height are null where there is no header."""
+    """Return a manifest; width, height and stamp are null where there is no header."""
     return pa.Table.from_pylist(
-        [{**vars(image), **(header._asdict() if header else {})} for image, header in rows],
+        [
+            {**vars(image), **(header._asdict() if header else {}), "stamp": _stamp(image, header)}
+            for image, header in rows
+        ],
         MANIFEST_SCHEMA,
     )
+
+
+def _stamp(image: Candidate, header: ImageHeader | None) -> str | None:
+    """Return what changes with an image's bytes: its size and the time of its last change."""
+    if header is None or image.modified is None:
+        return None
+    return f"{header.size}-{image.modified}"
 
 
 def _in_utf8(row: Rejected) -> dict[str, str]:

@@ -48,6 +48,7 @@ from hts_ray.teacher.assignment import (
     region_sources,
 )
 from hts_ray.teacher.models.catalog import model_fingerprint
+from hts_ray.teacher.reuse import TAKEN, take_over
 
 if TYPE_CHECKING:
     import ray.data
@@ -110,9 +111,12 @@ def label_images(
     `progress` gets (done, total, quarantined) images about once a second, from another
     thread. Of the manifest only ids, URIs and splits are read.
 
-    Returns stats: rows_in, rows_out (scored), rows_resumed (found finished), quarantined,
-    quarantined_by_kind, bad_boxes, regions, seconds, rows_per_second and regions_per_second (of
-    this run). Raises DataError when nothing is selected, when the output does not hold every
+    Answers that earlier passes of the run have for unchanged images are taken over, see
+    `hts_ray.teacher.reuse`.
+
+    Returns stats: rows_in, rows_out (scored), rows_resumed (found finished), rows_taken_over (from
+    other passes), quarantined, quarantined_by_kind, bad_boxes, regions, seconds, rows_per_second
+    and regions_per_second (of this run). Raises DataError when nothing is selected, when the output does not hold every
     image once, and when every image was quarantined (the quarantine table is written all the
     same, and the rest is removed so that the next run tries again); ConfigError for a teacher
     that does not load.
@@ -127,6 +131,7 @@ def label_images(
         fingerprint = model_fingerprint(config.teacher)
     assignment = Assignment.plan(config, class_table, rows, fingerprint=fingerprint, stage=stage)
     expected = rows["image_id"].combine_chunks()
+    take_over(stage, assignment, manifest, expected)
     resumed = committed_rows(stage)
     before = _region_count(stage) if resumed else 0
     if resumed < len(expected):
@@ -143,6 +148,7 @@ def label_images(
     notes = _bad_boxes(stage)
     more_stats: dict[str, Any] = {
         "rows_resumed": resumed,
+        "rows_taken_over": committed_rows(stage, TAKEN),
         "rows_per_second": (len(expected) - resumed) / seconds,
         "regions": regions,
         "regions_per_second": (regions - before) / seconds,

@@ -1,0 +1,107 @@
+"""Answers of a run's earlier teacher passes, taken over where nothing that made them has changed.
+
+Every pass writes down what it asks, and of which manifest. One that asks the same takes the rows
+of images that have the same path and stamp in both manifests. They are committed as Ray Data
+commits rows, so Ray goes on with the other images.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray.engine.image_pass import CHECKPOINT, OK, committed_files
+from hts_ray.errors import DataError
+from hts_ray.images.manifest import Manifest, open_manifest
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder, settings_hash
+from hts_ray.store.tables import read_table, write_table
+from hts_ray.teacher.assignment import TABLE_INFO, Assignment, region_sources
+
+TAKEN = "taken-"  # how the names of commits begin that come from another pass
+_ASKED = "_asked.json"  # who reads a table passes over names that begin with an underscore
+_SAMPLING = {"splits", "limit", "limit_seed"}  # say which images are asked about, not what
+_IDENTITY = ("image_id", "uri", "split", "stamp")
+
+
+def take_over(
+    stage: StageFolder, assignment: Assignment, manifest: Manifest, ids: pa.Array
+) -> None:
+    """Commit to a pass the good answers that earlier passes of the run have for its images.
+
+    `ids` are its images. What it asks is written down for later passes.
+    """
+    asked = {
+        "asked": _question(assignment),
+        "manifest": manifest.path,
+        "images": manifest.fingerprint,
+    }
+    storage.write_json(stage.file(_ASKED), asked)
+    wanted = manifest.table.select(_IDENTITY)
+    wanted = wanted.filter(pc.and_(wanted["stamp"].is_valid(), pc.is_in(wanted["image_id"], ids)))
+    for file in committed_files(stage):
+        wanted = _without(wanted, read_table(file, ["image_id"]))
+    for source, images in _earlier(stage, asked["asked"]):
+        same = wanted.filter(pc.is_in(_keys(wanted), _keys(images)))
+        for file in committed_files(source) if len(same) else ():
+            rows = read_table(file)
+            chosen = pc.and_(
+                pc.equal(rows["status"], OK), pc.is_in(rows["image_id"], same["image_id"])
+            )
+            if len(rows := rows.filter(chosen)):
+                _commit(stage, rows)
+                same, wanted = _without(same, rows), _without(wanted, rows)
+                if not storage.exists(stage.file(TABLE_INFO)):
+                    info = storage.read_json(source.file(TABLE_INFO))
+                    storage.write_json(stage.file(TABLE_INFO), info)
+
+
+def _question(assignment: Assignment) -> str:
+    """Return a hash of all that makes an image's answer, besides the image."""
+    config, prior = assignment.config, assignment.prior_rows
+    settings = {k: v for k, v in config.answer_settings().items() if k not in _SAMPLING}
+    return settings_hash(
+        settings,
+        assignment.class_table.fingerprint(),
+        assignment.fingerprint,
+        region_sources(config.regions),
+        assignment.background,
+        assignment.limit,
+        None if prior is None else prior.to_pydict(),
+    )
+
+
+def _earlier(stage: StageFolder, question: str) -> Iterator[tuple[StageFolder, pa.Table]]:
+    """Yield the run's other passes that ask the same, finished or not, with their images."""
+    prefix = f"{stage.table}-"
+    for name in storage.list_names(stage.run_dir):
+        other = StageFolder(stage.run_dir, stage.table, name.removeprefix(prefix))
+        if not name.startswith(prefix) or other == stage:
+            continue
+        asked = storage.read_object(other.file(_ASKED))
+        with suppress(DataError):  # the manifest is gone
+            if asked.get("asked") == question:
+                manifest = open_manifest(asked["manifest"])
+                if manifest.fingerprint == asked["images"]:
+                    yield other, manifest.table
+
+
+def _keys(images: pa.Table) -> pa.ChunkedArray:
+    """Return what names each image together with its content, null where that is not known."""
+    return pc.binary_join_element_wise(*(images[name] for name in _IDENTITY), "\0")
+
+
+def _without(images: pa.Table, others: pa.Table) -> pa.Table:
+    return images.filter(pc.invert(pc.is_in(images["image_id"], others["image_id"])))
+
+
+def _commit(stage: StageFolder, rows: pa.Table) -> None:
+    """Add rows to a pass: the data first, then the ids, which make them count."""
+    name = f"{TAKEN}{uuid.uuid4().hex}"
+    write_table(stage.file(f"{name}-0.parquet"), rows)
+    ids = rows.select(["image_id"]).replace_schema_metadata(None)
+    write_table(stage.file(CHECKPOINT, f"{name}.parquet"), ids)
