@@ -238,7 +238,6 @@ def manifest_table(rows: int = 60) -> pa.Table:
         "positive_ids": lists,
         "negative_ids": lists,
         "ambiguous_ids": lists,
-        "stamp": [f"{n}-17" for n in range(rows)],
     }
     return pa.table(columns, schema=MANIFEST_SCHEMA)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -12,16 +12,18 @@ import pyarrow.compute as pc
 
 from hts_ray.errors import DataError
 from hts_ray.store import storage
-from hts_ray.store.run import content_hash, require_stage
+from hts_ray.store.run import content_hash, require_stage, settings_hash
 from hts_ray.store.tables import (
     ANNOTATION_COLUMNS,
     MANIFEST_SCHEMA,
+    STAMPS_SCHEMA,
     check_table,
     read_table,
     require_unique_ids,
 )
 
 FILE = "manifest.parquet"
+STAMPS_FILE = "_stamps.parquet"  # beside it; who reads the folder passes over such names
 IMAGE_COLUMNS = ("image_id", "uri", "split")  # all that a stage over images looks at
 
 
@@ -29,19 +31,18 @@ IMAGE_COLUMNS = ("image_id", "uri", "split")  # all that a stage over images loo
 class Manifest:
     """A manifest that was read and checked: `table` has the columns of MANIFEST_SCHEMA.
 
-    `path` is its Parquet file, which workers read for themselves.
+    `path` is its Parquet file, which workers read for themselves. `stamps` has the columns of
+    STAMPS_SCHEMA and a row for every image whose file is known.
     """
 
     path: str
     table: pa.Table
+    stamps: pa.Table = field(default_factory=STAMPS_SCHEMA.empty_table)
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the images. Annotations are left out: no teacher or student may see them."""
-        unseen = list(ANNOTATION_COLUMNS)
-        if not self.table["stamp"].is_valid().to_numpy().any():
-            unseen.append("stamp")  # so that manifests of before keep their hash
-        return content_hash(self.table.drop_columns(unseen))
+        return images_hash(self.table.drop_columns(list(ANNOTATION_COLUMNS)), self.stamps)
 
     def rows(
         self, splits: Sequence[str] | None = None, limit: int | None = None, seed: int = 0
@@ -72,6 +73,12 @@ class Manifest:
         return self.table.filter(known)
 
 
+def images_hash(table: pa.Table, stamps: pa.Table) -> str:
+    """Return a hash of a manifest's rows and of what is known of their files."""
+    parts = [content_hash(part) for part in (table, stamps) if len(part)]
+    return parts[0] if len(parts) == 1 else settings_hash(parts)
+
+
 def open_manifest(path: str) -> Manifest:
     """Read and check a manifest: a Parquet file, or a folder that holds `manifest.parquet`.
 
@@ -84,11 +91,13 @@ def open_manifest(path: str) -> Manifest:
     table = read_table(file)
     ours = b"hts_table" in (table.schema.metadata or {})
     for column in MANIFEST_SCHEMA:
-        may_lack = not ours or column.name == "stamp"  # manifests of before have none
-        if may_lack and column.nullable and column.name not in table.column_names:
+        if not ours and column.nullable and column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(len(table), column.type))
     table = check_table(table, MANIFEST_SCHEMA, file)
     require_unique_ids(table, file)
+    stamps = storage.join(file.rpartition("/")[0], STAMPS_FILE)
+    if ours and storage.exists(stamps):
+        return Manifest(file, table, check_table(read_table(stamps), STAMPS_SCHEMA, stamps))
     return Manifest(file, table)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from hts_ray.images.decode import ImageError
 from hts_ray.images.retry import ImageHeader, probe_uri, read_image_bytes
 from hts_ray.store.aliases import ImagesDone
-from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA
+from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA, STAMPS_SCHEMA
 
 STAGE = "prepare"
 
@@ -22,13 +22,14 @@ STAGE = "prepare"
 class Prepared:
     """Images that a run can use, those it cannot, and how many of each.
 
-    `manifest` has MANIFEST_SCHEMA, `quarantine` QUARANTINE_SCHEMA. `counts` holds `images`
-    (found or listed), `usable`, `quarantined`, one count for each kind of error, `duplicates`
-    (usable images whose content another one had before; they are kept), `annotated`, and what the
-    reader counted.
+    `manifest` has MANIFEST_SCHEMA, `stamps` STAMPS_SCHEMA, `quarantine` QUARANTINE_SCHEMA. `counts`
+    holds `images` (found or listed), `usable`, `quarantined`, one count for each kind of error,
+    `duplicates` (usable images whose content another one had before; they are kept), `annotated`,
+    and what the reader counted.
     """
 
     manifest: pa.Table
+    stamps: pa.Table
     quarantine: pa.Table
     counts: dict[str, int]
 
@@ -113,25 +114,22 @@ def inspect_images(
     }
     rows = [{**_in_utf8(row), "stage": STAGE} for row in bad]
     quarantine = pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
-    return Prepared(manifest_table(kept), quarantine, counts)
+    return Prepared(manifest_table(kept), _stamps_table(kept), quarantine, counts)
 
 
 def manifest_table(rows: Sequence[tuple[Candidate, ImageHeader | None]]) -> pa.Table:
-    """Return a manifest; width, height and stamp are null where there is no header."""
+    """Return a manifest; width and height are null where there is no header."""
     return pa.Table.from_pylist(
-        [
-            {**vars(image), **(header._asdict() if header else {}), "stamp": _stamp(image, header)}
-            for image, header in rows
-        ],
+        [{**vars(image), **(header._asdict() if header else {})} for image, header in rows],
         MANIFEST_SCHEMA,
     )
 
 
-def _stamp(image: Candidate, header: ImageHeader | None) -> str | None:
+def _stamps_table(rows: Sequence[tuple[Candidate, ImageHeader]]) -> pa.Table:
     """Return what changes with an image's bytes: its size and the time of its last change."""
-    if header is None or image.modified is None:
-        return None
-    return f"{header.size}-{image.modified}"
+    known = [(image, header) for image, header in rows if image.modified is not None]
+    stamps = [f"{header.size}-{image.modified}" for image, header in known]
+    return pa.table([[image.image_id for image, _ in known], stamps], schema=STAMPS_SCHEMA)
 
 
 def _in_utf8(row: Rejected) -> dict[str, str]:

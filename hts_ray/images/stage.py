@@ -7,12 +7,12 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.folder import read_folder
 from hts_ray.images.hico import read_hico
 from hts_ray.images.listed import read_huggingface, read_list
-from hts_ray.images.manifest import FILE
+from hts_ray.images.manifest import FILE, STAMPS_FILE, images_hash
 from hts_ray.images.prepared import Found, inspect_images
 from hts_ray.images.shards import read_shards
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
-from hts_ray.store.run import StageFolder, content_hash
+from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import write_table
 
 SOURCES = ("folder", "list", "webdataset", "parquet", "huggingface", "hico")
@@ -48,9 +48,11 @@ def prepare_manifest(
     prepared = inspect_images(
         found, workers=config.workers, headers=config.headers, progress=progress
     )
-    stage = StageFolder(run_dir, "manifest", content_hash(prepared.manifest))
+    key = images_hash(prepared.manifest, prepared.stamps)
+    stage = StageFolder(run_dir, "manifest", key)
     if not stage.finished:
         write_table(stage.file(FILE), prepared.manifest)
+        write_table(stage.file(STAMPS_FILE), prepared.stamps)
         write_table(stage.file("quarantine", "part-0.parquet"), prepared.quarantine)
     if not len(prepared.manifest):
         counts = ", ".join(f"{name} {value}" for name, value in prepared.counts.items())

@@ -53,14 +53,10 @@ ANNOTATION_COLUMNS = ("positive_ids", "negative_ids", "ambiguous_ids")
 _ANNOTATIONS = [pa.field(name, CLASS_IDS) for name in ANNOTATION_COLUMNS]
 
 MANIFEST_SCHEMA = _schema(
-    "manifest",
-    _ID,
-    _URI.with_nullable(False),
-    *_SIZE,
-    _SPLIT.with_nullable(False),
-    *_ANNOTATIONS,
-    pa.field("stamp", pa.string()),  # changes when the file does; null where that is not known
+    "manifest", _ID, _URI.with_nullable(False), *_SIZE, _SPLIT.with_nullable(False), *_ANNOTATIONS
 )
+# Beside a manifest, for images whose files are known: text that changes when the file does.
+STAMPS_SCHEMA = _schema("stamps", _ID, _required("stamp", pa.string()))
 CORRECTIONS_SCHEMA = _schema("corrections", _ID, *_ANNOTATIONS)
 REGION_SCORES_SCHEMA = _schema(
     "region_scores",

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from hts_ray.engine.image_pass import CHECKPOINT, OK, committed_files
 from hts_ray.errors import DataError
-from hts_ray.images.manifest import Manifest, open_manifest
+from hts_ray.images.manifest import IMAGE_COLUMNS, Manifest, open_manifest
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import read_table, write_table
@@ -25,7 +25,6 @@ from hts_ray.teacher.assignment import TABLE_INFO, Assignment, region_sources
 TAKEN = "taken-"  # how the names of commits begin that come from another pass
 _ASKED = "_asked.json"  # who reads a table passes over names that begin with an underscore
 _SAMPLING = {"splits", "limit", "limit_seed"}  # say which images are asked about, not what
-_IDENTITY = ("image_id", "uri", "split", "stamp")
 
 
 def take_over(
@@ -41,8 +40,7 @@ def take_over(
         "images": manifest.fingerprint,
     }
     storage.write_json(stage.file(_ASKED), asked)
-    wanted = manifest.table.select(_IDENTITY)
-    wanted = wanted.filter(pc.and_(wanted["stamp"].is_valid(), pc.is_in(wanted["image_id"], ids)))
+    wanted = _stamped(manifest).filter(pc.field("image_id").isin(ids))
     for file in committed_files(stage):
         wanted = _without(wanted, read_table(file, ["image_id"]))
     for source, images in _earlier(stage, asked["asked"]):
@@ -87,12 +85,18 @@ def _earlier(stage: StageFolder, question: str) -> Iterator[tuple[StageFolder, p
             if asked.get("asked") == question:
                 manifest = open_manifest(asked["manifest"])
                 if manifest.fingerprint == asked["images"]:
-                    yield other, manifest.table
+                    yield other, _stamped(manifest)
+
+
+def _stamped(manifest: Manifest) -> pa.Table:
+    """Return id, URI, split and stamp of the images whose stamp is known."""
+    images = manifest.table.select(IMAGE_COLUMNS)
+    return images.join(manifest.stamps, "image_id", join_type="inner")
 
 
 def _keys(images: pa.Table) -> pa.ChunkedArray:
-    """Return what names each image together with its content, null where that is not known."""
-    return pc.binary_join_element_wise(*(images[name] for name in _IDENTITY), "\0")
+    """Return what names each image together with its content."""
+    return pc.binary_join_element_wise(*(images[name] for name in images.column_names), "\0")
 
 
 def _without(images: pa.Table, others: pa.Table) -> pa.Table:

@@ -116,10 +116,10 @@ def label_images(
 
     Returns stats: rows_in, rows_out (scored), rows_resumed (found finished), rows_taken_over (from
     other passes), quarantined, quarantined_by_kind, bad_boxes, regions, seconds, rows_per_second
-    and regions_per_second (of this run). Raises DataError when nothing is selected, when the output does not hold every
-    image once, and when every image was quarantined (the quarantine table is written all the
-    same, and the rest is removed so that the next run tries again); ConfigError for a teacher
-    that does not load.
+    and regions_per_second (of this run). Raises DataError when nothing is selected, when the
+    output does not hold every image once, and when every image was quarantined (the quarantine
+    table is written all the same, and the rest is removed so that the next run tries again);
+    ConfigError for a teacher that does not load.
     """
     if stage.finished:
         return stage.stats
