@@ -71,9 +71,10 @@ class _Walk(Found):
             return True
         return False
 
-    def add(self, relative: str, uri: str, modified: int | None) -> None:
+    def add(self, relative: str, uri: str, size: int, modified: int | None) -> None:
         """Take in an image."""
-        self.images.append(Candidate(relative, uri, self.split, modified=modified))
+        stamp = None if modified is None else f"{size}-{modified}"
+        self.images.append(Candidate(relative, uri, self.split, stamp=stamp))
 
     def reject(self, relative: str, uri: str, kind: str, reason: str) -> None:
         """Take in what cannot be read."""
@@ -152,7 +153,7 @@ def _is_folder(entry: os.DirEntry[str], relative: str, found: _Walk) -> bool:
             reason = "the path is not UTF-8: rename it"
             found.reject(relative, entry.path, "unreadable", reason)
         else:
-            found.add(relative, entry.path, status.st_mtime_ns)
+            found.add(relative, entry.path, status.st_size, status.st_mtime_ns)
     return False
 
 
@@ -168,4 +169,4 @@ def _read_remote(root: str, found: _Walk) -> None:
         relative = info.path[len(base) :].strip("/")
         if info.type == pafs.FileType.File and found.is_wanted(relative):
             # A key may hold what means something else in a URI: "#", "?", "%", spaces.
-            found.add(relative, f"{root}/{quote(relative)}", info.mtime_ns)
+            found.add(relative, f"{root}/{quote(relative)}", info.size, info.mtime_ns)

@@ -38,7 +38,7 @@ class Prepared:
 class Candidate:
     """An image to be looked at; the three lists of class ids are None without annotations.
 
-    `modified` is when the file was last changed, in nanoseconds since 1970, where the listing says.
+    `stamp` changes with the file: its size and the time of its last change, where a listing has them.
     """
 
     image_id: str
@@ -47,7 +47,7 @@ class Candidate:
     positive_ids: Sequence[int] | None = None
     negative_ids: Sequence[int] | None = None
     ambiguous_ids: Sequence[int] | None = None
-    modified: int | None = None
+    stamp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ def inspect_images(
     }
     rows = [{**_in_utf8(row), "stage": STAGE} for row in bad]
     quarantine = pa.Table.from_pylist(rows, QUARANTINE_SCHEMA)
-    return Prepared(manifest_table(kept), _stamps_table(kept), quarantine, counts)
+    stamps = {image.image_id: image.stamp for image, _ in kept if image.stamp is not None}
+    known = pa.table([[*stamps], [*stamps.values()]], schema=STAMPS_SCHEMA)
+    return Prepared(manifest_table(kept), known, quarantine, counts)
 
 
 def manifest_table(rows: Sequence[tuple[Candidate, ImageHeader | None]]) -> pa.Table:
@@ -123,13 +125,6 @@ def manifest_table(rows: Sequence[tuple[Candidate, ImageHeader | None]]) -> pa.T
         [{**vars(image), **(header._asdict() if header else {})} for image, header in rows],
         MANIFEST_SCHEMA,
     )
-
-
-def _stamps_table(rows: Sequence[tuple[Candidate, ImageHeader]]) -> pa.Table:
-    """Return what changes with an image's bytes: its size and the time of its last change."""
-    known = [(image, header) for image, header in rows if image.modified is not None]
-    stamps = [f"{header.size}-{image.modified}" for image, header in known]
-    return pa.table([[image.image_id for image, _ in known], stamps], schema=STAMPS_SCHEMA)
 
 
 def _in_utf8(row: Rejected) -> dict[str, str]:
