@@ -38,7 +38,7 @@ class Prepared:
 class Candidate:
     """An image to be looked at; the three lists of class ids are None without annotations.
 
-    `stamp` changes with the file: its size and the time of its last change, where a listing has them.
+    `stamp` changes with the file: its size and the time of its last change, where they are known.
     """
 
     image_id: str
