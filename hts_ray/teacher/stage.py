@@ -135,13 +135,7 @@ def label_images(
     resumed = committed_rows(stage)
     before = _region_count(stage) if resumed else 0
     if resumed < len(expected):
-        with data_context(stage.file(CHECKPOINT)):
-            only = None if config.limit is None else expected
-            images = image_dataset(manifest.path, config.splits, only)
-            rows_per_block = block_rows(config, len(expected))
-            dataset = _scored(images, assignment, rows_per_block, Meter.of(stage, STAGE))
-        with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
-            dataset.write_parquet(stage.path)
+        _write_missing(stage, assignment, manifest, expected, progress)
     remove_uncommitted(stage)
     regions = _region_count(stage)
     seconds = time.monotonic() - started
@@ -158,6 +152,24 @@ def label_images(
     if progress is not None:
         progress(stats["rows_in"], stats["rows_in"], stats["quarantined"])
     return stats
+
+
+def _write_missing(
+    stage: StageFolder,
+    assignment: Assignment,
+    manifest: Manifest,
+    expected: pa.Array,
+    progress: ImagesDone | None,
+) -> None:
+    """Score the images that have no committed row yet."""
+    config = assignment.config
+    with data_context(stage.file(CHECKPOINT)):
+        only = None if config.limit is None else expected
+        images = image_dataset(manifest.path, config.splits, only)
+        rows_per_block = block_rows(config, len(expected))
+        dataset = _scored(images, assignment, rows_per_block, Meter.of(stage, STAGE))
+    with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
+        dataset.write_parquet(stage.path)
 
 
 def _region_count(stage: StageFolder) -> int:
