@@ -147,16 +147,16 @@ def _merge(parts: Iterable[Found]) -> Found:
 def _pinned(root: str) -> str:
     """Return the address of a hub dataset at a commit."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, _, revision = root.partition("@")
     try:
         commit = HfApi().dataset_info(name, revision=revision or None).sha
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # its client's versions raise errors of different libraries
         reason = str(error).split("\n", 1)[0]
         raise ConfigError(
             field="--root",
             value=root,
-            remedy=f"neither a folder nor a dataset of the hub that can be read ({reason})",
+            remedy=f"it is no folder, and the hub gives no such dataset ({reason}): check the id,"
+            " or copy the dataset to a folder",
         ) from error
     return f"hf://datasets/{name}@{commit}"

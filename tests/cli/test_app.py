@@ -153,7 +153,7 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
         "prepare", "folder", "--root", str(tmp_path / "no"), "--dry-run", capsys=capsys
     )
     assert code == 2
-    assert "no such folder" in err
+    assert "no such file or folder" in err
 
 
 def test_a_report_of_no_run_is_a_failure(tmp_path, capsys):

@@ -103,7 +103,7 @@ def test_a_dataset_of_parquet_files(tmp_path):
         read_huggingface(str(tmp_path / "arrow"), CONFIG)
 
 
-def test_a_plain_image_folder_and_an_unknown_dataset(tmp_path):
+def test_a_plain_image_folder_and_an_unknown_dataset(tmp_path, monkeypatch):
     """Catches splits that are lost, and a hub's traceback."""
     picture(tmp_path / "train" / "cat" / "1.png")
     picture(tmp_path / "test" / "cat" / "1.png")
@@ -112,5 +112,9 @@ def test_a_plain_image_folder_and_an_unknown_dataset(tmp_path):
         ("train/cat/1.png", "train"),
         ("test/cat/1.png", "test"),
     }
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", "http://127.0.0.1:9", raising=False)
+    with pytest.raises(ConfigError, match="no such dataset"):
+        read_huggingface("someone/none", CONFIG)
     with pytest.raises(ConfigError, match="source"):
         prepare_manifest(CONFIG, str(tmp_path), "zip", str(tmp_path))
