@@ -334,6 +334,11 @@ class TrainConfig(Section):
     class_balance: float = setting(
         0.0, "classes weigh (positives) ** -class_balance", ge=0.0, le=1.0
     )
+    center_images: int = setting(
+        0,
+        "images of the split whose mean logits are kept with the student, for predict.center",
+        ge=0,
+    )
     epochs: int = setting(10, "passes over the images", ge=1)
     batch_size: int = setting(128, "images of an optimizer step, over all workers", ge=1)
     accumulation: int = execution(1, "forward passes of a step: less memory for activations", ge=1)
@@ -395,6 +400,11 @@ class PredictConfig(Section):
     """Scoring images with a student."""
 
     split: str | None = setting("test", "split of the manifest; all if not set")
+    center: bool = setting(
+        False,
+        "take off each class's mean logit, and let an image's classes share its probability: scores"
+        " are its logarithms; for images that show one class each",
+    )
     images: ImagesConfig = ImagesConfig()
     pool: PoolConfig = execution(PoolConfig(), "the student's actors")
     batch_images: int = execution(64, "images given to an actor at a time", ge=1)

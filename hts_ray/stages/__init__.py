@@ -41,7 +41,7 @@ from hts_ray.review.agreement import review_sections
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
-from hts_ray.student.targets import training_labels, validation_rows
+from hts_ray.student.targets import center_rows, training_labels, validation_rows
 from hts_ray.teacher.stage import plan_label
 
 # The tables of a run, in the order in which its stages write them.
@@ -153,7 +153,8 @@ def plan_training(
     if pseudo_labels is not None:
         source = found(run, pseudo_labels, "pseudo_labels", "filter")
     labels = training_labels(run, source, images)
-    return plan_train(run, labels, validation_rows(run, images)), labels
+    center = center_rows(run, images)
+    return plan_train(run, labels, validation_rows(run, images), center), labels
 
 
 def sweep(config: HtsConfig | Run, region_scores: StageFolder | str | None = None) -> StageFolder:

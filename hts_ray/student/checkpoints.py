@@ -46,6 +46,7 @@ def save_student(student: Student, path: str, info: Mapping[str, Any] | None = N
         "class_fingerprint": student.class_table.fingerprint(),
         "sha256": {WEIGHTS: _sha256(weights), CLASSES: _sha256(classes)},
         "info": dict(info or {}),
+        **({} if student.class_means is None else {"class_means": student.class_means}),
     }
     description["sha256"][DESCRIPTION] = _description_hash(description)
     target = storage.join(path, DESCRIPTION)

@@ -148,7 +148,8 @@ def _write_open_clip(source: _Source, target: Path) -> Exported:
     name, arguments = _open_clip_model(student)
     if student.config.feature_space == "backbone":
         # open_clip's towers always project, so this one projects by the identity.
-        state["proj"] = torch.eye(student.classifier.shape[1])
+        name_of_it = "head.proj.weight" if hasattr(student.visual, "trunk") else "proj"
+        state[name_of_it] = torch.eye(student.classifier.shape[1])
     if target.suffix == ".safetensors":
         target.write_bytes(safetensors.torch.save(state))
     else:

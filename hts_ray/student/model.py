@@ -95,6 +95,7 @@ class Student(CosineClassifier):
         self.class_table = class_table
         self.model_cfg = model_cfg
         self.image_size = image_size
+        self.class_means: list[float] | None = None  # of the logits over a sample, if one was taken
         self.register_buffer("image_mean", torch.tensor(list(image_mean)), persistent=False)
         self.register_buffer("image_std", torch.tensor(list(image_std)), persistent=False)
         # Towers with a fixed position embedding keep it fixed whatever is trained.
@@ -194,13 +195,14 @@ def rebuild_student(
     config = StudentConfig.model_validate(description["student"])
     visual = build_image_tower(description["model_cfg"])
     if config.feature_space == "backbone":
-        visual.proj = None
+        _cut_projection(visual)
     _fit_tower(visual, description["image_size"])
     given = {name: description[name] for name in ARCHITECTURE}
     student = Student(visual, state["classifier"], config=config, class_table=class_table, **given)
     if len(state["classifier"]) != len(class_table):
         raise ValueError(f"{len(state['classifier'])} classifier rows, {len(class_table)} classes")
     student.load_state_dict(state)
+    student.class_means = description.get("class_means")
     return student.eval()
 
 
@@ -418,13 +420,25 @@ def _in_feature_space(
         visual.output_tokens = False  # CoCa's tower returns its tokens too
     if config.feature_space == "projected":
         return visual, texts_CE
-    projection_DE = getattr(visual, "proj", None)
-    if not isinstance(projection_DE, Tensor):
+    projection_DE = _cut_projection(visual)
+    if projection_DE is None:
         remedy = f"{config.model} has no projection to leave out: write projected"
         raise ConfigError(field="student.feature_space", value="backbone", remedy=remedy)
-    visual.proj = None
     # The cosine with proj @ text: (f proj) . t = f . (proj t)
     return visual, texts_CE @ projection_DE.detach().float().T
+
+
+def _cut_projection(visual: Any) -> Tensor | None:
+    """Leave the projection out of a tower and return it, (D, E); None where none is linear."""
+    projection: Tensor | None = getattr(visual, "proj", None)
+    if projection is not None:
+        visual.proj = None
+        return projection
+    last = getattr(getattr(visual, "head", None), "proj", None)  # behind one of timm's trunks
+    if isinstance(last, nn.Linear) and last.bias is None:
+        visual.head.proj = nn.Identity()
+        return last.weight.T
+    return None
 
 
 def _fit_tower(visual: Any, size: int | None) -> int:

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.config import PredictConfig
+from hts_ray.config import PoolConfig, PredictConfig
 from hts_ray.engine.decoding import stack_pixels
 from hts_ray.engine.image_pass import OK, image_dataset
 from hts_ray.engine.run import Run, Stage
-from hts_ray.errors import DataError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray, ImagesDone
@@ -47,12 +47,11 @@ def plan_predict(run: Run, student: str, manifest: Manifest) -> Stage:
         storage.read_json(description),
         manifest.fingerprint,
     )
-    folder = run.stage("predictions", key)
+    folder, task = run.stage("predictions", key), _pass(config, student)
 
     def work(progress: ImagesDone | None) -> object:
         splits = None if config.split is None else (config.split,)
         ids = manifest.rows(splits)["image_id"].combine_chunks()
-        task = _pass(config, student)
         read = partial(image_dataset, manifest.path, splits)
         return task.publish(folder, read, ids, "predict", progress, student_info(task.folder))
 
@@ -70,7 +69,17 @@ def student_info(folder: str) -> dict[str, Any]:
 
 def _pass(config: PredictConfig, student_path: str) -> StudentPass:
     folder = find_student(student_path)
-    return StudentPass(folder, StudentScorer, config.pool, config.images, config.batch_images)
+    if config.center and "class_means" not in description_of(folder):
+        raise ConfigError(
+            f"the student at {folder} kept no mean logits",
+            field="predict.center",
+            value=True,
+            remedy="train it with train.center_images=500",
+        )
+    given = (("center", config.center),)
+    return StudentPass(
+        folder, StudentScorer, config.pool, config.images, config.batch_images, given
+    )
 
 
 def score_images(
@@ -122,7 +131,11 @@ def estimate(
 
 
 class StudentScorer(StudentWorker):
-    """Turns rows with `pixels` into rows of `predictions`."""
+    """Turns rows with `pixels` into rows of `predictions`; with `center` see `centered`."""
+
+    def __init__(self, folder: str, pool: PoolConfig, *, center: bool = False) -> None:
+        super().__init__(folder, pool)
+        self._center = center
 
     @property
     def schema(self) -> pa.Schema:
@@ -132,4 +145,20 @@ class StudentScorer(StudentWorker):
     def vectors(self, table: pa.Table) -> dict[str, FloatArray]:
         """Return the logits."""
         pixels = stack_pixels(table, self.student.image_size)
-        return {"scores": self.student.compute(self.student.normalise(pixels))}
+        logits_GC = self.student.compute(self.student.normalise(pixels))
+        if self._center:
+            means_C = np.array(self.student.class_means, dtype=np.float32)
+            logits_GC = centered(logits_GC, means_C)
+        return {"scores": logits_GC}
+
+
+def centered(logits_NC: FloatArray, means_C: FloatArray) -> FloatArray:
+    """Return log-probabilities (N, C): a softmax over an image's logits less the classes' means.
+
+    A class that a student prefers on every image loses that advantage, as the prior of a caption
+    does in the filter. Among classes that exclude each other nothing else is taken away.
+    """
+    shifted_NC = logits_NC - means_C
+    top_N1 = shifted_NC.max(axis=1, keepdims=True)
+    total_N1 = np.exp(shifted_NC - top_N1).sum(axis=1, keepdims=True)
+    return np.asarray(shifted_NC - top_N1 - np.log(total_N1), dtype=np.float32)

@@ -138,6 +138,17 @@ def validation_rows(run: Run, manifest: str | None = None) -> pa.Table | None:
     return chosen
 
 
+def center_rows(run: Run, manifest: str | None = None) -> pa.Table | None:
+    """Return the images of `train.split` whose mean logits are kept; None where none are asked for.
+
+    A seeded sample of them, as image_id, uri and split.
+    """
+    train = run.config.train
+    if not train.center_images:
+        return None
+    return run.manifest(manifest).rows((train.split,), train.center_images, run.config.seed)
+
+
 def validation_due(config: TrainConfig, epoch: int) -> bool:
     """Return whether the validation images are scored after an epoch; after the last they are."""
     return epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0

@@ -44,6 +44,7 @@ from hts_ray.student.model import (
     with_learnt_scale,
 )
 from hts_ray.student.optimizer import Optimizer, settings_loss
+from hts_ray.student.predict import score_images
 from hts_ray.student.progress import training_progress
 from hts_ray.student.targets import WORK, Task, ValidationSet, training_set
 
@@ -51,10 +52,16 @@ if TYPE_CHECKING:
     import ray.data
 
 
-def plan_train(run: Run, labels: pa.Table | None, validation: pa.Table | None = None) -> Stage:
+def plan_train(
+    run: Run,
+    labels: pa.Table | None,
+    validation: pa.Table | None = None,
+    center: pa.Table | None = None,
+) -> Stage:
     """Plan a training on labels; None stores the zero-shot student.
 
-    `validation`, annotated rows of a manifest, is measured while the training runs.
+    `validation`, annotated rows of a manifest, is measured while the training runs. The mean logits
+    over the images `center` (image_id, uri, split) are kept with the student.
     """
     config = run.config
     key = settings_hash(
@@ -64,11 +71,12 @@ def plan_train(run: Run, labels: pa.Table | None, validation: pa.Table | None = 
         config.seed,
         run.class_table.fingerprint(),
         None if labels is None else content_hash(labels),
+        *([] if center is None else [content_hash(center)]),
     )
     folder = run.stage("student", key)
 
     def work(progress: TrainingTold | None) -> object:
-        return train_student(run, labels, folder, validation, progress)
+        return train_student(run, labels, folder, validation, progress, center)
 
     return Stage(folder, {"student": config.student.model, "labels": config.train.labels}, work)
 
@@ -79,6 +87,7 @@ def train_student(
     stage: StageFolder,
     validation: pa.Table | None = None,
     progress: TrainingTold | None = None,
+    center: pa.Table | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a student on labels and publish it in `stage`; returns the stage's stats.
 
@@ -112,7 +121,7 @@ def train_student(
             "classes_with_positives": data.classes_with_positives,
             "dropped_class_ids": data.dropped_ids,
         }
-    _save(run, stage, load_student(initial), outcome)
+    _save(run, stage, load_student(initial), outcome, center)
     last = outcome["history"][-1] if outcome["history"] else {}
     stage.publish(
         {
@@ -350,8 +359,14 @@ def _in_a_line(failure: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _save(run: Run, stage: StageFolder, student: Student, outcome: Mapping[str, Any]) -> None:
-    """Write the student, with trained weights if there are any, and its history."""
+def _save(
+    run: Run,
+    stage: StageFolder,
+    student: Student,
+    outcome: Mapping[str, Any],
+    center: pa.Table | None,
+) -> None:
+    """Write the student, with trained weights if there are any, its history and its means."""
     history = outcome["history"]
     if "weights" in outcome:
         trained = safetensors.torch.load(outcome["weights"])
@@ -359,4 +374,9 @@ def _save(run: Run, stage: StageFolder, student: Student, outcome: Mapping[str, 
     settings = run.config.train.answer_settings()
     info = {"train": settings, "seed": run.config.seed, "epochs": len(history)}
     save_student(student, stage.path, info)
+    if center is not None:
+        plain = run.config.predict.model_copy(update={"center": False})
+        _, logits_NC = score_images(stage.path, center, plain)
+        student.class_means = logits_NC.mean(axis=0).tolist()
+        save_student(student, stage.path, info)
     storage.write_json(stage.file("history.json"), history)

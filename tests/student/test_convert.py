@@ -62,6 +62,9 @@ def folders(tmp_path_factory, color_table, vit_path):
         "backbone": build_student(
             StudentConfig.model_validate({**vit, "feature_space": "backbone"}), color_table
         ),
+        "timm": build_student(
+            StudentConfig(model="builtin:world_clip", feature_space="backbone"), color_table
+        ),
         "paper": paper_student(color_table),
     }
     root = tmp_path_factory.mktemp("students")
@@ -104,7 +107,7 @@ def test_onnx_gives_the_same_logits_at_any_batch_size(name, folders, tmp_path):
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [("demo", ".pt"), ("projected", ".safetensors"), ("backbone", ".safetensors"),
-     ("backbone", ".pt")],
+     ("backbone", ".pt"), ("timm", ".pt")],
 )  # fmt: skip
 def test_open_clip_gives_the_same_image_features(name, suffix, folders, tmp_path):
     """Catches weights that open_clip silently leaves out, and a printed call that fails."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from hts_ray.config import OptimConfig, StudentConfig
 from hts_ray.errors import ConfigError
+from hts_ray.student.checkpoints import load_student, save_student
 from hts_ray.student.model import (
     build_student,
     checkpoint_activations,
@@ -86,6 +87,20 @@ def test_backbone_space_starts_with_the_same_scores_up_to_the_norm(
         texts = texts_by_hand(clip, vit_path, color_table, 2)
         assert student.classifier.shape == (3, 32)
         assert torch.allclose(features @ student.classifier.T, projected @ texts.T, atol=1e-4)
+
+
+def test_the_projection_behind_a_timm_trunk_is_left_out_too(color_table, tmp_path):
+    """Catches a head that still projects, and a stored student that is rebuilt with one."""
+    config = StudentConfig(model="builtin:world_clip", logit_scale=1.0)
+    whole = build_student(config, color_table).eval()
+    student = build_student(config.model_copy(update={"feature_space": "backbone"}), color_table)
+    save_student(student, str(tmp_path))
+    student, images = load_student(str(tmp_path)), random_images(size=80)
+    with torch.no_grad():
+        features, projected = student.visual(images), whole.visual(images)
+        assert features.shape[1] == student.classifier.shape[1] != projected.shape[1]
+        expected = projected @ whole.classifier.T
+        assert torch.allclose(features @ student.classifier.T, expected, atol=1e-4)
 
 
 def test_another_image_size_interpolates_the_positions(vit, color_table, student_config):

@@ -10,7 +10,7 @@ from crashes import crash_before_the_last_block
 
 from hts_ray.config import ImagesConfig, PoolConfig, PredictConfig
 from hts_ray.engine.decoding import decode_batch
-from hts_ray.errors import DataError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.manifest import open_manifest
 from hts_ray.store import storage
 from hts_ray.store.tables import predictions_schema, read_table, write_table
@@ -19,6 +19,7 @@ from hts_ray.student.checkpoints import save_student, student_fingerprint
 from hts_ray.student.model import build_student
 from hts_ray.student.predict import (
     StudentScorer,
+    centered,
     estimate,
     plan_predict,
     score_images,
@@ -170,3 +171,23 @@ def test_estimate_measures_without_writing(student_path, manifest, tmp_path):
     assert figures["seconds"] == pytest.approx(40 * figures["seconds_per_image"])
     assert figures["gpu_hours"] == 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_centred_scores_are_log_probabilities_less_the_means(student_path, color_world, tmp_path):
+    """Catches means that a stored student loses, are not subtracted, or are added; no refusal."""
+    student, folder = load_student(student_path), str(tmp_path / "student")
+    save_student(student, folder)
+    images = color_world.slice(0, 6).append_column("split", pa.array(["test"] * 6))
+    with pytest.raises(ConfigError, match=r"predict\.center.*train\.center_images=500"):
+        score_images(folder, images, PredictConfig(center=True))
+    ids, logits_NC = score_images(folder, images, PredictConfig())
+    student.class_means = [1.0, -2.0, 0.5]
+    save_student(student, folder)
+    again, found_NC = score_images(folder, images, PredictConfig(center=True))
+    assert again == ids
+    assert load_student(folder).class_means == student.class_means
+    shifted_NC = logits_NC - np.array(student.class_means)
+    expected = shifted_NC - np.log(np.exp(shifted_NC).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(found_NC, expected, atol=1e-4)
+    large = centered(np.float32([[1e4, 0.0]]), np.float32([0.0, 0.0]))
+    assert large.tolist() == [[0.0, -1e4]]

@@ -26,8 +26,8 @@ from hts_ray.student import load_student, loop
 from hts_ray.student import train as training
 from hts_ray.student.predict import score_images
 from hts_ray.student.progress import read_history
-from hts_ray.student.targets import training_set
-from hts_ray.student.train import estimate, train_student
+from hts_ray.student.targets import center_rows, training_set
+from hts_ray.student.train import estimate, plan_train, train_student
 
 CONFIG = TrainConfig(epochs=4, batch_size=8, num_workers=0, optim=OptimConfig(lr=3e-3))
 
@@ -95,6 +95,30 @@ def test_no_labels_store_the_zero_shot_student(train, stage, student_config, col
     student, expected = load_student(stage.path), build_student(student_config, color_table)
     assert torch.equal(student.classifier, expected.classifier)
     assert torch.equal(student.visual.conv1.weight, expected.visual.conv1.weight)
+
+
+def test_mean_logits_of_a_sample_are_kept_with_the_student(
+    run_of, student_config, color_world, stage, tmp_path
+):
+    """Catches means of another student or split, a sample as large as the set, an equal key."""
+    splits = pa.array(["train"] * 30 + ["test"] * (len(color_world) - 30))
+    path = str(tmp_path / "manifest.parquet")
+    columns = color_world.select(["image_id", "uri"]).append_column("split", splits)
+    write_table(path, columns)
+    run = run_of(
+        stage.run_dir,
+        train=CONFIG.model_copy(update={"labels": "none", "center_images": 12}),
+        student=student_config,
+    )
+    center = center_rows(run, path)
+    assert len(center) == 12
+    assert set(center["split"].to_pylist()) == {"train"}
+    plans = [plan_train(run, None, center=rows).folder.key for rows in (None, center)]
+    assert len(set(plans)) == 2
+    train_student(run, None, stage, center=center)
+    student = load_student(stage.path)
+    _, logits = score_images(stage.path, center, PredictConfig())
+    np.testing.assert_allclose(student.class_means, logits.mean(axis=0), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
