@@ -126,6 +126,9 @@ class TeacherConfig(Section):
     mode: Literal["prompts", "captions"] = setting(
         "prompts", "score the class prompts, or write captions and find the classes in them"
     )
+    pad_to_square: Literal["auto", "always", "never"] = setting(
+        "auto", "pad regions to squares; `auto` where the model's processor cuts off their ends"
+    )
     prompt_templates: int = setting(1, "templates of a class that are scored and combined", ge=1)
     template_reduction: Literal["log_mean_exp", "mean", "max"] = setting(
         "log_mean_exp", "how the templates become one score"

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hts_ray.config import TeacherConfig
@@ -44,7 +45,13 @@ from hts_ray.teacher.models.architectures import (
     SequenceToSequenceDecoder,
 )
 from hts_ray.teacher.models.catalog import model_error, supported_families
-from hts_ray.teacher.models.inputs import RegionInputs, pixel_preparation
+from hts_ray.teacher.models.inputs import (
+    RegionInputs,
+    cuts_ends,
+    margin_color,
+    pixel_preparation,
+    squared,
+)
 from hts_ray.teacher.scoring.decoders import Decoder
 
 # What chat models are asked before the prompts.
@@ -130,6 +137,11 @@ class Loaded:
                 "save them in the model's folder with save_pretrained",
             ) from error
 
+    def pads(self, image_processor: Any) -> bool:
+        """Return whether regions are padded to squares for an image processor."""
+        wanted = self.config.pad_to_square
+        return wanted == "always" or (wanted == "auto" and cuts_ends(image_processor))
+
     def end_ids(self, tokenizer: Any) -> list[int]:
         """Return the tokens that end a caption, the one that is scored first."""
         text = self.model.config.get_text_config(decoder=True)
@@ -195,7 +207,8 @@ def behind(tokenizer: Any, context: str = "", glue: str = "") -> Encode:
 def _pixel_family(loaded: Loaded, decoder: Decoder, encode: Encode) -> Family:
     model = loaded.model
     device = "cpu" if model.device.type == "meta" else str(model.device)
-    prepare = pixel_preparation(loaded.image_processor, device, model.dtype)
+    processor = loaded.image_processor
+    prepare = pixel_preparation(processor, device, model.dtype, pad=loaded.pads(processor))
     return Family(decoder, loaded.tokenizer, prepare, encode)
 
 
@@ -291,13 +304,15 @@ def _processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], Region
     from PIL import Image
 
     processor, model = loaded.processor, loaded.model
+    pads, color = loaded.pads(processor.image_processor), margin_color(processor.image_processor)
     start = processor.tokenizer.bos_token
     # A chat template may have written the start token that the tokenizer would add.
     options = {"add_special_tokens": False} if start and text.startswith(start) else {}
 
     def process(image: Pixels) -> dict[str, Tensor]:
         # A PIL image: of an array of 3 rows it would have to be guessed what is a channel.
-        picture = Image.fromarray(np.ascontiguousarray(image))
+        pixels = squared(torch.tensor(image), color).numpy() if pads else image
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
         inputs = processor(images=picture, text=text, return_tensors="pt", **options)
         return {
             name: value.to(model.dtype) if value.is_floating_point() else value

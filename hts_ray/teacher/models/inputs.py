@@ -25,20 +25,47 @@ TOKEN_INPUTS: Mapping[str, int] = {
 }
 
 
+def cuts_ends(processor: Any) -> bool:
+    """Return whether an image processor leaves only the middle of an image that is no square."""
+    size = getattr(processor, "size", None) or {}
+    return (
+        bool(getattr(processor, "do_center_crop", False)) and size.get("shortest_edge") is not None
+    )
+
+
+def margin_color(processor: Any) -> Tensor:
+    """Return the colour (3,) uint8 that becomes 0 in the model's eyes, or grey."""
+    mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
+    return (255 * torch.tensor(mean)).round().byte()
+
+
+def squared(image: Tensor, color: Tensor) -> Tensor:
+    """Return an image (H, W, 3) in the middle of a square of one colour, as LLaVA pads."""
+    height, width, _ = image.shape
+    side = max(height, width)
+    square = color.to(image.device).expand(side, side, 3).clone()
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
 def pixel_preparation(
-    processor: Any, device: str, dtype: torch.dtype
+    processor: Any, device: str, dtype: torch.dtype, *, pad: bool = False
 ) -> Callable[[Sequence[Pixels]], Tensor]:
     """Return what makes pixel values (R, 3, H, W) on a device of R images of any sizes.
 
-    The checkpoint's image processor resizes and crops, images of equal size together.
+    The checkpoint's image processor resizes and crops, images of equal size together. With `pad`
+    they are made squares before.
     """
+    color = margin_color(processor)
     scale = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
     mean, std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (mean, std))
 
     def prepare(images: Sequence[Pixels]) -> Tensor:
+        sources = on_device(images, device)
         pixels: Tensor = processor(
-            on_device(images, device),
+            [squared(source, color) for source in sources] if pad else sources,
             input_data_format="channels_last",
             do_rescale=False,
             do_normalize=False,

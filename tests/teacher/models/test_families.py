@@ -72,6 +72,16 @@ class Plain:
         shapes = {key: value.shape[1:] for key, value in inputs.items() if "qformer" not in key}
         return [key for key, shape in shapes.items() if shape == (length,)]
 
+    def picture(self, image: np.ndarray) -> Image.Image:
+        """Return what is shown: a square with margins where the ends would be cut off."""
+        picture, images = Image.fromarray(image), self.processor.image_processor
+        if not getattr(images, "do_center_crop", False):
+            return picture
+        side, color = max(picture.size), tuple(round(255 * mean) for mean in images.image_mean)
+        square = Image.new("RGB", (side, side), color)
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        return square
+
     @property
     def end_id(self) -> int:
         """The token that ends a caption."""
@@ -171,7 +181,7 @@ def plain_prefix(name: str, model: Any, processor: Any) -> Plain:
 @torch.inference_mode()
 def expected(family: Plain, image: np.ndarray, prompt: str, tokens: list[int]) -> list[float]:
     """Return the log-probabilities of a prompt's tokens and of the end token behind them."""
-    picture = Image.fromarray(image)
+    picture = family.picture(image)
     inputs = family.full(picture, prompt)
     start = family.start(picture)
     ids = inputs[family.key]
@@ -287,7 +297,7 @@ def test_captions_share_steps_where_scoring_needs_groups(
 
 def generated(family: Plain, image: np.ndarray, **settings: Any) -> list[tuple[str, float]]:
     """Return what the model's own `generate` writes, with its log-probability."""
-    picture = Image.fromarray(image)
+    picture = family.picture(image)
     inputs = family.full(picture, "a")
     start = family.start(picture)
     length = inputs[family.key].shape[1]
@@ -604,3 +614,22 @@ def test_prompts_end_where_positions_do(name: str, tiny_path: Callable[[str], Pa
                 captioner.decoder.log_likelihoods(images, sequences)
         limit = CaptionConfig(max_tokens=longest + 99)
         assert len(captioner.caption(IMAGES[:1], limit)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["git", "llava", "kosmos2", "blip", "qwen2_5_vl"])
+def test_the_ends_of_wide_regions_are_seen(name: str, tiny_path: Callable[[str], Path]) -> None:
+    """Catches processors that cut off the ends of a union box, with the person or the thing."""
+    wide = random_images((32, 96))[0]
+    ends = wide.copy()
+    ends[:, :30] = ends[:, 66:] = 255  # 62 % of it
+    pair = [wide, ends]
+    scores = loaded(tiny_path(name)).score(pair, PROMPTS).log_likelihoods
+    assert np.abs(scores[0] - scores[1]).max() > 0.01
+    if name in {"git", "llava", "kosmos2"}:
+        cut = loaded(tiny_path(name), pad_to_square="never").score(pair, PROMPTS).log_likelihoods
+        assert np.array_equal(cut[0], cut[1])
+    else:  # what sees all of it is left alone
+        never = loaded(tiny_path(name), pad_to_square="never").score(pair, PROMPTS)
+        np.testing.assert_array_equal(never.log_likelihoods, scores)
+        always = loaded(tiny_path(name), pad_to_square="always").score(pair, PROMPTS)
+        assert np.abs(always.log_likelihoods - scores).max() > 0.01
