@@ -200,7 +200,7 @@ def test_the_written_teacher_teaches(plugins: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CLIP_TEACHER", f"local-dir:{folder}")
     teacher = load_captioner(TeacherConfig(model="import:clip_teacher:ClipTeacher"))
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
-    scores = teacher.score(list(images), ["a person riding a horse", "a dog"])
+    scores = teacher.score(list(images), ("a person riding a horse", "a dog"))
     assert scores.log_likelihoods.shape == (2, 2)
     assert scores.token_counts.tolist() == [5, 2]
     np.testing.assert_allclose(np.exp(scores.log_likelihoods).sum(1), 1, rtol=1e-5)

@@ -99,7 +99,7 @@ def _preview_label(run: Run, given: str | None, sample: int, preview: str | None
     manifest, config = run.manifest(given), run.config
     plan = plan_label(run, manifest)
     measured = estimate_label(
-        config.label, manifest, run.class_table, sample=sample, filtering=config.filter
+        config.labeling, manifest, run.class_table, sample=sample, filtering=config.filter
     )
     for example in measured.examples:
         rows = [

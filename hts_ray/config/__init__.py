@@ -9,6 +9,7 @@ from hts_ray.config.load import override as override
 from hts_ray.config.load import parse_config as parse_config
 from hts_ray.config.load import preset_names as preset_names
 from hts_ray.config.load import walk_fields as walk_fields
+from hts_ray.config.sections import OPEN_CLIP as OPEN_CLIP
 from hts_ray.config.sections import AugmentConfig as AugmentConfig
 from hts_ray.config.sections import CaptionConfig as CaptionConfig
 from hts_ray.config.sections import ClassesConfig as ClassesConfig

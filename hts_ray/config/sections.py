@@ -109,11 +109,18 @@ class CaptionConfig(Section):
         yield too_many, f"count={self.count} is more than num_beams={self.num_beams}"
 
 
+OPEN_CLIP = "open_clip:"  # what a teacher's model begins with that is one of open_clip
+_CAPTIONER_SETTINGS = (
+    "mode", "captions", "instruction", "append_eos", "length_normalize", "template_reduction",
+)  # fmt: skip
+
+
 class TeacherConfig(Section):
     """The captioner that scores class prompts on regions."""
 
     model: str = setting(
-        "builtin:world_captioner", "hub id, path, builtin:NAME or import:MODULE:CLASS"
+        "builtin:world_captioner",
+        "hub id, path, builtin:NAME, open_clip:NAME/TAG or import:MODULE:CLASS",
     )
     revision: str | None = setting(None, "pinned revision of a hub model")
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
@@ -170,6 +177,11 @@ class TeacherConfig(Section):
         yield alpha and no_prior, f"search_alpha={alpha} needs a prior: prior=plain"
         captions = self.mode == "captions"
         yield top_k and captions, "mode=captions scores no prompts: use search=all"
+        fields = type(self).model_fields
+        for name in _CAPTIONER_SETTINGS if self.model.startswith(OPEN_CLIP) else ():
+            value = getattr(self, name)
+            told = f"{name}={value} is for captioners, not for model={self.model}: leave it out"
+            yield value != fields[name].default, told
 
 
 class PoolConfig(Section):
@@ -528,6 +540,17 @@ class HtsConfig(Section):
     sweep: SweepConfig = SweepConfig()
     export: ExportConfig = execution(ExportConfig(), "exports")
     ray: RayConfig = execution(RayConfig(), "the cluster")
+
+    @property
+    def labeling(self) -> LabelConfig:
+        """The teacher pass; `open_clip:student` is replaced by the model that `student` names."""
+        if self.label.teacher.model != f"{OPEN_CLIP}student":
+            return self.label
+        model, weights = self.student.model, self.student.pretrained
+        name = model if ":" in model else model.replace("/", "-")
+        named = f"{OPEN_CLIP}{name}" + (f"/{weights}" if weights else "")
+        teacher = self.label.teacher.model_copy(update={"model": named})
+        return self.label.model_copy(update={"teacher": teacher})
 
     def to_yaml(self) -> str:
         """Return the whole configuration as YAML that `--config` reads back."""

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.config import HtsConfig, PoolConfig, RayConfig
+from hts_ray.config import OPEN_CLIP, HtsConfig, PoolConfig, RayConfig
+from hts_ray.engine.clip import LOCAL
 from hts_ray.engine.compat import autoscaler_status
 from hts_ray.errors import ConfigError
 from hts_ray.images.manifest import Manifest
@@ -266,7 +267,8 @@ def worker_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
     yield "run_dir", config.run_dir
     stages = _stages(command)
     if "label" in stages:
-        yield from _model_path("label.teacher.model", config.label.teacher.model)
+        teacher = config.labeling.teacher.model.removeprefix(OPEN_CLIP).removeprefix(LOCAL)
+        yield from _model_path("label.teacher.model", teacher)
         yield from _model_path("label.regions.detector", config.label.regions.detector)
 
 
@@ -278,8 +280,8 @@ def driver_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
     if "label" in stages and config.label.regions.boxes:
         yield "label.regions.boxes", config.label.regions.boxes
     if "train" in stages:
-        if config.student.model.startswith("local-dir:"):
-            yield "student.model", config.student.model.removeprefix("local-dir:")
+        if config.student.model.startswith(LOCAL):
+            yield "student.model", config.student.model.removeprefix(LOCAL)
         yield from _model_path("student.pretrained", config.student.pretrained)
 
 

@@ -98,7 +98,7 @@ def label(
     images = run.manifest(_path(manifest))
     plan = plan_label(limited(run, limit), images)
     run.record(
-        teacher_model=run.config.label.teacher.model, teacher_fingerprint=plan.inputs["teacher"]
+        teacher_model=run.config.labeling.teacher.model, teacher_fingerprint=plan.inputs["teacher"]
     )
     cluster = command_cluster(run.config, "label", manifest=images)
     return _on_ray(plan, cluster, image_progress("label"))

@@ -30,7 +30,7 @@ from hts_ray.store.outputs import new_output, refuse_existing
 from hts_ray.store.packaged import BUILTIN
 from hts_ray.store.run import finished_stages
 from hts_ray.student import checkpoints
-from hts_ray.student.model import Student, model_config, resolve_name
+from hts_ray.student.model import Student, student_clip
 from hts_ray.student.official import HICO_CLASSES, format_error, official_checkpoint, read_official
 
 TOLERANCE = 1e-3
@@ -167,8 +167,8 @@ def _write_open_clip(source: _Source, target: Path) -> Exported:
 def _open_clip_model(student: Student) -> tuple[str, dict[str, Any]]:
     """Return open_clip's name of the student's architecture and what to create it with."""
     try:
-        name = resolve_name(student.config)
-        plain = model_config(name)
+        source = replace(student_clip(student.config), pretrained=None)
+        name, plain = source.resolve(), source.description()
     except ConfigError as error:
         problem = f"open_clip has no model for this student ({error})"
         raise format_error("open_clip", problem=problem) from error

@@ -6,39 +6,28 @@ because that takes seconds.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import pickle
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import OptimConfig, StudentConfig
+from hts_ray.engine.clip import ClipModel, class_embeddings
 from hts_ray.engine.compat import build_image_tower
 from hts_ray.engine.decoding import squash
 from hts_ray.errors import ConfigError
 from hts_ray.store.aliases import FloatArray, Pixels
-from hts_ray.store.packaged import BUILTIN, packaged_model
 
 Trainable = Literal["all", "head", "last"]
 ARCHITECTURE = ("model_cfg", "image_size", "image_mean", "image_std")
-_TEXT_BATCH = 256
 # Where towers keep their blocks: timm's trunks, a ResNet's four layers, a CLIP ViT.
 _BLOCKS = (
     ["blocks"], ["stages"], ["layers"], [f"layer{i}" for i in range(1, 5)], ["transformer"],
-)  # fmt: skip
-_CONFIG_FILE = "open_clip_config.json"
-_LOCAL, _HUB = "local-dir:", "hf-hub:"
-_UNREADABLE = (
-    RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
 
 
@@ -160,15 +149,10 @@ def build_student(config: StudentConfig, class_table: ClassTable) -> Student:
     """
     import open_clip
 
-    name = resolve_name(config)
-    model_cfg = model_config(name)
-    _check_pretrained(config, name)
-    if config.pretrained is not None and not name.startswith((_LOCAL, _HUB)):
-        tag = open_clip.get_pretrained_cfg(name, config.pretrained)
-        if tag.get("quick_gelu"):  # OpenAI's weights lose accuracy under the plain GELU
-            model_cfg["quick_gelu"] = True
-    clip = _create_clip(config, name, bool(model_cfg.get("quick_gelu")))
-    texts_CD = _text_embeddings(clip, name, class_table, config.prompt_templates)
+    source = student_clip(config)
+    clip, templates = source.load(), config.prompt_templates
+    prompts = [of_class[:templates] for of_class in class_table.prompts]
+    texts_CD = class_embeddings(clip, source.tokenizer(), prompts)
     visual, classifier_CD = _in_feature_space(clip.visual, texts_CD, config)
     preprocess = open_clip.get_model_preprocess_cfg(clip)
     size = _fit_tower(visual, config.image_size)
@@ -177,7 +161,7 @@ def build_student(config: StudentConfig, class_table: ClassTable) -> Student:
         classifier_CD,
         config=config,
         class_table=class_table,
-        model_cfg=model_cfg,
+        model_cfg=source.description(),
         image_size=size,
         image_mean=preprocess["mean"],
         image_std=preprocess["std"],
@@ -206,24 +190,14 @@ def rebuild_student(
     return student.eval()
 
 
-def source_fingerprint(config: StudentConfig) -> str:
-    """Return a hash of the local files that the student starts from; of a name, the name's.
+def student_clip(config: StudentConfig) -> ClipModel:
+    """Return the open_clip model that the student starts from."""
+    return ClipModel(config.model, config.pretrained)
 
-    Raises ConfigError when they are not there.
-    """
-    name = resolve_name(config)
-    digest = hashlib.sha256()
-    if name.startswith(_LOCAL):
-        files = sorted(path for path in Path(name[len(_LOCAL) :]).iterdir() if path.is_file())
-    else:
-        digest.update(f"{name} {config.pretrained}".encode())
-        files = [path for path in [Path(config.pretrained or "")] if path.is_file()]
-    for path in files:
-        digest.update(path.name.encode())
-        with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
+
+def source_fingerprint(config: StudentConfig) -> str:
+    """Return a hash of what the student starts from, see `ClipModel.fingerprint`."""
+    return student_clip(config).fingerprint()
 
 
 def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:
@@ -304,112 +278,6 @@ def checkpoint_activations(student: Student) -> None:
             value=True,
             remedy="leave it out, and raise train.accumulation instead",
         ) from error
-
-
-def resolve_name(config: StudentConfig) -> str:
-    """Return open_clip's name of the model: a known name, `hf-hub:...` or `local-dir:PATH`."""
-    import open_clip
-
-    name = config.model
-    if name.startswith(BUILTIN):
-        try:
-            name = _LOCAL + str(packaged_model(Path(__file__).parent, name, _CONFIG_FILE))
-        except FileNotFoundError as error:
-            raise _no_model(config.model, str(error)) from error
-    if name.startswith(_LOCAL):
-        folder = Path(name[len(_LOCAL) :])
-        if not (folder / _CONFIG_FILE).is_file():
-            raise _no_model(config.model, f"{folder} has no {_CONFIG_FILE}")
-        return f"{_LOCAL}{folder.resolve()}"
-    if name.startswith(_HUB):
-        return name
-    name = name.replace("/", "-")
-    if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
-        remedy = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
-        raise _no_model(config.model, remedy, "open_clip has no such model")
-    return name
-
-
-def _no_model(name: str, remedy: str, problem: str = "") -> ConfigError:
-    return ConfigError(problem, field="student.model", value=name, remedy=remedy)
-
-
-def model_config(name: str) -> dict[str, Any]:
-    """Return open_clip's description of a model; ConfigError when it cannot be read."""
-    import open_clip
-
-    try:
-        model_cfg = open_clip.get_model_config(name)
-    except Exception as error:  # a hub client raises many kinds, all of them mean the same
-        raise _no_model(name, f"its {_CONFIG_FILE} cannot be read: {error}") from error
-    if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg"} <= model_cfg.keys():
-        raise _no_model(name, f"its {_CONFIG_FILE} lacks embed_dim or vision_cfg")
-    return model_cfg
-
-
-def _check_pretrained(config: StudentConfig, name: str) -> None:
-    """Refuse a start from random weights, which would look like a bad student later."""
-    import open_clip
-
-    if name.startswith((_LOCAL, _HUB)):
-        if config.pretrained is not None:
-            remedy = f"leave it out: {config.model} brings its own weights"
-            raise ConfigError(field="student.pretrained", value=config.pretrained, remedy=remedy)
-        return
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if config.pretrained is None or not (
-        config.pretrained in tags or Path(config.pretrained).is_file()
-    ):
-        near = difflib.get_close_matches(str(config.pretrained), tags, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            "neither a tag of the model nor a weights file",
-            field="student.pretrained",
-            value=str(config.pretrained),
-            remedy=f"{hint}{name} has {', '.join(tags) or 'no tags: give a weights file'}",
-        )
-
-
-def _create_clip(config: StudentConfig, name: str, quick_gelu: bool) -> Any:
-    import open_clip
-
-    try:
-        clip = open_clip.create_model(
-            name,
-            pretrained=config.pretrained,
-            force_quick_gelu=quick_gelu,
-            require_pretrained=True,
-            weights_only=True,
-        )
-    except _UNREADABLE as error:
-        source = config.pretrained or config.model
-        raise ConfigError(
-            f"the weights of {config.model} cannot be loaded from {source}",
-            field="student.pretrained" if config.pretrained else "student.model",
-            value=source,
-            remedy=" ".join(str(error).split())[:300],
-        ) from error
-    return clip.eval()
-
-
-@torch.no_grad()
-def _text_embeddings(clip: Any, name: str, class_table: ClassTable, templates: int) -> Tensor:
-    """Return one unit vector per class, (C, E), from its first `templates` prompts."""
-    import open_clip
-
-    tokenizer = open_clip.get_tokenizer(name)
-    prompts = [
-        (c, text) for c, texts in enumerate(class_table.prompts) for text in texts[:templates]
-    ]
-    pieces = []
-    for start in range(0, len(prompts), _TEXT_BATCH):
-        tokens = tokenizer([text for _, text in prompts[start : start + _TEXT_BATCH]])
-        pieces.append(F.normalize(clip.encode_text(tokens).float(), dim=-1))
-    embeddings = torch.cat(pieces)
-    owners = torch.tensor([c for c, _ in prompts])
-    means = torch.stack([embeddings[owners == c].mean(dim=0) for c in range(len(class_table))])
-    return F.normalize(means, dim=-1)
 
 
 def _in_feature_space(

@@ -24,6 +24,7 @@ from hts_ray.store.tables import REGION_SCORES_SCHEMA
 from hts_ray.teacher.assignment import Assignment
 from hts_ray.teacher.captioner import Captioner, TopSearch
 from hts_ray.teacher.detector import load_detector
+from hts_ray.teacher.models.catalog import is_clip
 from hts_ray.teacher.models.loading import load_on_device
 from hts_ray.teacher.prior import plain_images, prior_log_likelihoods
 from hts_ray.teacher.scorers import (
@@ -39,8 +40,9 @@ from hts_ray.teacher.scorers import (
 
 logger = logging.getLogger(__name__)
 
-# What `scores` are: log P(prompt | region), or log P(a caption of the region states the class).
-LOG_LIKELIHOOD = "log_likelihood"
+# What `scores` are: log P(prompt | region), logits of similarity, or log P(a caption of the region
+# states the class).
+LOG_LIKELIHOOD, SIMILARITY = "log_likelihood", "similarity"
 LOG_PROBABILITY = "log_probability"
 
 
@@ -68,11 +70,11 @@ def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
         if captions
         else captioner.score(plain_images(1), prompts.texts).token_counts.tolist()
     )
-    classes = len(table)
+    classes, kind = len(table), SIMILARITY if is_clip(teacher) else LOG_LIKELIHOOD
     return {
         "class_ids": table.ids.tolist(),
         "class_fingerprint": table.fingerprint(),
-        "score_kind": LOG_PROBABILITY if captions else LOG_LIKELIHOOD,
+        "score_kind": LOG_PROBABILITY if captions else kind,
         "prompts": prompts.by_class(prompts.texts)[:classes],
         "prompts_hash": prompts.fingerprint(),
         "token_counts": prompts.by_class(counts)[:classes],

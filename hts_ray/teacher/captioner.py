@@ -88,6 +88,14 @@ class TopSearch:
 
 
 @runtime_checkable
+class ClassCaptioner(Captioner, Protocol):
+    """A teacher that makes one score of a class's prompts itself."""
+
+    def score_classes(self, images: Sequence[Pixels], prompts: ClassPrompts) -> FloatArray:
+        """Return the scores (R, C) of every class on every image."""
+
+
+@runtime_checkable
 class SearchingCaptioner(Captioner, Protocol):
     """A teacher that can leave out classes which cannot matter."""
 
@@ -227,6 +235,8 @@ def score_classes(
 
     With `length_normalize` every prompt's sum is divided by its token count first.
     """
+    if isinstance(captioner, ClassCaptioner):
+        return captioner.score_classes(images, prompts)
     scores = captioner.score(images, prompts.texts)
     values = scores.log_likelihoods.astype(np.float64)
     if length_normalize:

@@ -68,7 +68,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
     Annotations are left out of its key: the teacher must not see them. Raises ConfigError for a
     teacher, boxes or a detector that cannot be used, and for prompts that are too long for it.
     """
-    label = pinned(run.config.label)
+    label = pinned(run.config.labeling)
     fingerprint = model_fingerprint(label.teacher)
     key = settings_hash(
         label.answer_settings(),

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hts_ray.config import TeacherConfig
+from hts_ray.config import OPEN_CLIP, TeacherConfig
+from hts_ray.engine.clip import HUB, LOCAL, ClipModel
 from hts_ray.errors import ConfigError
 from hts_ray.store.packaged import BUILTIN, packaged_model
 from hts_ray.teacher.models.files import MODEL_FILES, NamedModel
@@ -54,6 +55,25 @@ def is_dummy(config: TeacherConfig) -> bool:
 def needs_torch(config: TeacherConfig) -> bool:
     """Return whether the teacher is one of the packaged kinds that run on torch."""
     return not is_dummy(config) and not config.model.startswith(IMPORT)
+
+
+def is_clip(config: TeacherConfig) -> bool:
+    """Return whether the teacher is a model of open_clip, `open_clip:...`."""
+    return config.model.startswith(OPEN_CLIP)
+
+
+def clip_model(config: TeacherConfig) -> ClipModel:
+    """Return the model that `open_clip:NAME/TAG`, or `open_clip:` and a folder, names.
+
+    What `student.model` takes is taken too.
+    """
+    name, weights = config.model.removeprefix(OPEN_CLIP), None
+    if Path(name).expanduser().is_dir() or name.startswith(("/", ".", "~")):
+        name = f"{LOCAL}{name}"
+    elif not name.startswith((LOCAL, HUB, BUILTIN)):
+        name, _, tag = name.partition("/")  # a tag may be a file: open_clip:RN50//w/rn50.pt
+        weights = tag or None
+    return ClipModel(name, weights, field=FIELD, weights_field=FIELD)
 
 
 def dummy_seconds(config: TeacherConfig) -> float:
@@ -134,6 +154,8 @@ def check_teacher(config: TeacherConfig) -> None:
         dummy_seconds(config)
     elif config.model.startswith(IMPORT):
         imported_class(config)
+    elif is_clip(config):
+        clip_model(config).check()
     elif TeacherModel.of(config).local() is not None:
         model_folder(config)
 
@@ -153,7 +175,7 @@ def model_folder(config: TeacherConfig, *, weights: bool = True) -> Path:
 
 def pinned_teacher(config: TeacherConfig) -> TeacherConfig:
     """Return the settings with a hub id's revision as the commit that it names now."""
-    if is_dummy(config) or config.model.startswith(IMPORT):
+    if is_dummy(config) or is_clip(config) or config.model.startswith(IMPORT):
         return config
     commit = TeacherModel.of(config).pinned()
     return config if commit is None else config.model_copy(update={"revision": commit})
@@ -166,6 +188,8 @@ def model_fingerprint(config: TeacherConfig) -> str:
     """
     if is_dummy(config):
         return f"{DUMMY}@1"
+    if is_clip(config):
+        return f"{config.model}@{clip_model(config).fingerprint()}"
     if not config.model.startswith(IMPORT):
         return TeacherModel.of(config).fingerprint()
     module = sys.modules[imported_class(config).__module__]

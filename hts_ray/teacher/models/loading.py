@@ -12,6 +12,7 @@ from hts_ray.teacher.models.catalog import (
     IMPORT,
     dummy_seconds,
     imported_class,
+    is_clip,
     is_dummy,
     model_folder,
     needs_torch,
@@ -22,8 +23,8 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     """Load the teacher that `config.model` names onto a torch device and check it.
 
     `device` may be "auto" for a model that is spread over all GPUs, or "meta" for one that needs
-    no weights, as it only tokenizes. The name is a hub id, a
-    local folder, `builtin:NAME` or `import:MODULE:CLASS`. Raises ConfigError naming
+    no weights, as it only tokenizes. The name is a hub id, a local folder, `builtin:NAME`,
+    `open_clip:NAME/TAG` or `import:MODULE:CLASS`. Raises ConfigError naming
     label.teacher.model for a missing or incomplete model and for a family that is not supported.
     """
     if is_dummy(config):
@@ -31,9 +32,12 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     if config.model.startswith(IMPORT):
         teacher: Captioner = imported_class(config)(config, device)
         return teacher
-    from hts_ray.teacher.models.pretrained import load_pretrained  # torch loads slowly
+    from hts_ray.teacher.models import clip, pretrained  # torch loads slowly
 
-    return load_pretrained(config, model_folder(config, weights=device != "meta"), device)
+    if is_clip(config):
+        return clip.load_clip(config, device)
+    folder = model_folder(config, weights=device != "meta")
+    return pretrained.load_pretrained(config, folder, device)
 
 
 def load_on_device(config: LabelConfig, *, or_cpu: bool = False) -> tuple[Captioner, str]:
