@@ -22,6 +22,7 @@ from hts_ray.teacher.captioner import ClassPrompts, LimitedCaptioner
 from hts_ray.teacher.detector import check_detector, detector_fingerprint, pinned_detector
 from hts_ray.teacher.models.catalog import (
     check_teacher,
+    is_clip,
     model_error,
     needs_torch,
     pinned_teacher,
@@ -118,7 +119,7 @@ def check_lengths(config: LabelConfig, class_table: ClassTable) -> None:
     Raises ConfigError naming class, prompt, tokens and limit.
     """
     teacher = config.teacher
-    if not needs_torch(teacher) or teacher.trust_remote_code:
+    if not needs_torch(teacher) or is_clip(teacher) or teacher.trust_remote_code:
         return
     captioner = load_captioner(teacher, "meta")
     if (
