@@ -122,6 +122,11 @@ def interval(value: Json) -> str:
     return f"{mean} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
 
 
+def share_interval(value: Json) -> str:
+    """Show {mean, low, high} as shares."""
+    return f"{value['mean']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+
+
 def mean_of(values: Sequence[float]) -> float:
     """Return the mean."""
     return sum(values) / len(values)
@@ -444,9 +449,28 @@ def _node_loss(report: Json) -> Iterator[Grid]:
     yield grid(columns, rows)
 
 
+def _photos(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("test mAP, %", "name"),
+        Column("mAP", "mAP", spread()),
+        Column("gap closed, 95 %", "gap_closed", share_interval),
+        Column("validation", "validation_mAP", PERCENT),
+        Column("labels' precision", "labels.precision", PERCENT, optional=True),
+        Column("recall", "labels.recall", PERCENT, optional=True),
+    ]
+    differences = [Column("difference in mAP", "name"), Column("points, 95 %", "points", interval)]
+    for name, found in report["sets"].items():
+        sizes = ", ".join(f"{count:,} {split}" for split, count in found["sizes"].items())
+        students = f"{len(found['students'])} students and {found['captioners']} captioner(s)"
+        yield grid(columns, found["rows"], f"{name}: {sizes} images; {students}")
+        rows = [{"name": pair["name"], "points": pair} for pair in found["differences"]]
+        yield grid(differences, rows)
+
+
 # Result -> title and tables, in the order of the page.
 TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "world": ("What each part of the method gains", _world),
+    "photos": ("Real photographs", _photos),
     "losses": ("Losses", _losses),
     "sweep": ("Sweep", _sweep),
     "objectives": ("Objectives without labels", _objectives),
