@@ -42,6 +42,10 @@ OBJECT_STORE_SHARE = 0.3
 _RAY_KINDS = {"RayJob", "RayCluster"}
 _CORE_KINDS = {"ServiceAccount", "PersistentVolumeClaim"}
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_ELASTIC = "kueue.x-k8s.io/elastic-job"
+_MOST_GROUPS = 17  # Kueue 0.19 and 0.20: 18 pod sets, one of them the head's
+# How a RayJob may end: its job, or its cluster.
+_ENDS = (("jobStatus", "SUCCEEDED"), ("jobStatus", "FAILED"), ("jobDeploymentStatus", "Failed"))
 _SPOT_LABELS = {
     "cloud.google.com/gke-spot",
     "eks.amazonaws.com/capacityType",
@@ -230,8 +234,8 @@ def _cluster_problems(cluster: Document) -> Iterator[str]:
 
 
 def _head_problems(head: Document) -> Iterator[str]:
-    if head.get("rayStartParams", {}).get("num-cpus") != "0":
-        yield 'head: rayStartParams.num-cpus must be "0": tasks there compete with the driver'
+    if (head.get("resources") or {}).get("CPU") != "0":
+        yield 'head: resources.CPU must be "0": tasks there compete with the driver'
     if head.get("serviceType", "ClusterIP") != "ClusterIP" or head.get("enableIngress"):
         yield "head: its ports must not be published: ClusterIP, no ingress, kubectl port-forward"
     pod = head["template"]["spec"]
@@ -337,27 +341,49 @@ def _job_problems(document: Document) -> Iterator[str]:
         yield "submissionMode: SidecarMode has no submitter to configure"
     if mode == "InteractiveMode" and spec.get("backoffLimit"):
         yield "backoffLimit: InteractiveMode does not retry"
-    if not spec.get("shutdownAfterJobFinishes"):
-        yield "shutdownAfterJobFinishes: must be true, or the cluster stays and is paid for"
+    yield from _deletion_problems(spec)
     if spec.get("activeDeadlineSeconds", 0) <= 0:
         yield "activeDeadlineSeconds: without it nothing limits the time that is paid for"
     if _QUEUE_LABEL in labels:
-        yield from _kueue_problems(spec)
+        yield from _kueue_problems(document)
     elif spec.get("suspend"):
         yield f"suspend: nothing would ever start it: no {_QUEUE_LABEL} label"
     yield from _entrypoint_problems(spec)
 
 
-def _kueue_problems(spec: Document) -> Iterator[str]:
+def _deletion_problems(spec: Document) -> Iterator[str]:
+    """Yield what would leave a cluster behind, or what the operator refuses in deleting it."""
+    rules = (spec.get("deletionStrategy") or {}).get("deletionRules") or []
+    if not rules:
+        if not spec.get("shutdownAfterJobFinishes"):
+            yield "shutdownAfterJobFinishes: must be true, or the cluster stays and is paid for"
+        return
+    if spec.get("shutdownAfterJobFinishes") or spec.get("ttlSecondsAfterFinished"):
+        yield "deletionStrategy: excludes shutdownAfterJobFinishes and ttlSecondsAfterFinished"
+    autoscaled = (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling")
+    if autoscaled and any(rule["policy"] == "DeleteWorkers" for rule in rules):
+        yield "deletionStrategy: DeleteWorkers is refused where the autoscaler is on"
+    ends = {(key, rule["condition"].get(key)) for rule in rules for key in rule["condition"]
+            if rule["policy"] in {"DeleteCluster", "DeleteSelf"}}  # fmt: skip
+    for end in _ENDS:
+        if end not in ends:
+            yield f"deletionStrategy: after {end[0]} {end[1]} the cluster stays and is paid for"
+
+
+def _kueue_problems(document: Document) -> Iterator[str]:
+    spec = document["spec"]
     groups = spec["rayClusterSpec"].get("workerGroupSpecs", [])
-    if spec["rayClusterSpec"].get("enableInTreeAutoscaling"):
-        yield "enableInTreeAutoscaling: Kueue admits jobs of a fixed size only"
+    elastic = (document["metadata"].get("annotations") or {}).get(_ELASTIC) == "true"
+    if spec["rayClusterSpec"].get("enableInTreeAutoscaling") and not elastic:
+        yield f'enableInTreeAutoscaling: Kueue wants the annotation {_ELASTIC}: "true" for it'
+    if not spec.get("shutdownAfterJobFinishes"):
+        yield "shutdownAfterJobFinishes: Kueue wants true, and so no deletionStrategy"
     if not spec.get("suspend"):
         yield "suspend: must be true, so that Kueue decides when it starts"
     if spec.get("clusterSelector"):
         yield "clusterSelector: Kueue admits jobs with a cluster of their own only"
-    if len(groups) > 7:
-        yield "workerGroupSpecs: Kueue takes at most 7"
+    if len(groups) > _MOST_GROUPS:
+        yield f"workerGroupSpecs: Kueue takes at most {_MOST_GROUPS}"
     if any(group["groupName"] == "head" for group in groups):
         yield "workerGroupSpecs: Kueue keeps the name head for itself"
 

@@ -45,6 +45,7 @@ TERM = (
     " nodeSelectorTerms 0 matchExpressions"
 )
 WITHOUT_GPU = {"requests": {"cpu": "7", "memory": "24Gi"}, "limits": {"memory": "24Gi"}}
+RULES = "spec deletionStrategy deletionRules"
 REDIS = [{"name": "RAY_REDIS_ADDRESS", "value": "redis:6379"}]
 AUTOSCALER_V2 = [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]
 
@@ -55,7 +56,7 @@ AUTOSCALER_V2 = [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]
         # The custom resource's schema.
         ("spec entrypont", "hts label", "entrypont"),
         ("spec entrypoint", 1, "is not of type 'string'"),
-        (f"{HEAD} rayStartParams num-cpus", 0, "is not of type 'string'"),
+        (f"{HEAD} resources CPU", 0, "is not of type 'string'"),
         (f"{HEAD} template", DELETE, "'template' is a required property"),
         (f"{HEAD} minReplicas", 1, "minReplicas"),
         (f"{GROUP} maxReplicas", "8", "is not of type 'integer'"),
@@ -76,16 +77,21 @@ AUTOSCALER_V2 = [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]
         ("metadata name", "h" * 48, "is too long"),
         # The operator's rules for jobs.
         ("spec submissionMode", "K8sJob", "'K8sJob' is not one of"),
-        ("spec submissionMode", "SidecarMode", "no submitter to configure"),
+        ("spec submitterConfig", {"backoffLimit": 2}, "no submitter to configure"),
         ("spec submissionMode", "InteractiveMode", "does not retry"),
-        ("spec shutdownAfterJobFinishes", False, "stays and is paid for"),
+        ("spec deletionStrategy", DELETE, "stays and is paid for"),
+        (f"{RULES} 1", DELETE, "after jobStatus FAILED the cluster stays"),
+        (f"{RULES} 2 policy", "DeleteNone", "after jobDeploymentStatus Failed the cluster stays"),
+        (f"{RULES} 0 policy", "DeleteWorkers", "refused where the autoscaler is on"),
+        (f"{RULES} 0 condition ttlSeconds", -1, "less than the minimum of 0"),
+        (f"{RULES} 0 condition jobStatus", "STOPPED", "is not one of"),
+        ("spec ttlSecondsAfterFinished", 300, "excludes shutdownAfterJobFinishes"),
         ("spec activeDeadlineSeconds", DELETE, "nothing limits the time"),
         ("spec backoffLimit", -1, "less than the minimum of 0"),
         ("spec suspend", True, "nothing would ever start it"),
         ("spec rayClusterSpec", DELETE, "needs a cluster of its own"),
         ("spec entrypoint", "", "nothing to run"),
-        ("spec entrypoint", "hts label label.pool.max_size=9", "more than the cluster's 8 GPUs"),
-        (f"{CONTAINER} resources", WITHOUT_GPU, "more than the cluster's 0 GPUs"),
+        ("spec entrypoint", "hts label label.pool.max_size=17", "than the cluster's 16 GPUs"),
         # Its rules for clusters.
         (f"{CLUSTER} authOptions", DELETE, "set token"),
         (f"{CLUSTER} rayVersion", DELETE, "needs it for token authentication"),
@@ -99,7 +105,7 @@ AUTOSCALER_V2 = [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]
         (f"{GROUP} maxReplicas", DELETE, "nothing limits the cost"),
         (f"{GROUP} suspend", True, "feature gate"),
         # Ours.
-        (f"{HEAD} rayStartParams num-cpus", "4", "compete with the driver"),
+        (f"{HEAD} resources CPU", "4", "compete with the driver"),
         (f"{HEAD} serviceType", "LoadBalancer", "must not be published"),
         (f"{HEAD} enableIngress", True, "must not be published"),
         (f"{HEAD_POD} affinity", DELETE, "may land on a spot node"),
@@ -141,8 +147,10 @@ def test_a_fault_in_the_job_is_noticed(path, new, words):
         ("metadata labels", DELETE, "nothing would ever start it"),
         ("spec suspend", False, "so that Kueue decides"),
         ("spec clusterSelector", {"ray.io/cluster": "hts"}, "a cluster of their own only"),
-        (f"{CLUSTER} enableInTreeAutoscaling", True, "a fixed size only"),
+        (f"{CLUSTER} enableInTreeAutoscaling", True, "wants the annotation"),
+        ("spec shutdownAfterJobFinishes", False, "Kueue wants true"),
         (f"{GROUP} groupName", "head", "keeps the name head"),
+        (f"{CONTAINER} resources", WITHOUT_GPU, "more than the cluster's 0 GPUs"),
         (f"{GROUP} maxReplicas", 5, "must be equal"),
         ("spec entrypoint", "hts train train.num_workers=5", "more than the cluster's 4 GPUs"),
     ],
@@ -154,14 +162,23 @@ def test_a_fault_in_the_gang_is_noticed(path, new, words):
     assert words in "\n".join(check.problems(job))
 
 
+def test_an_elastic_job_may_be_autoscaled_under_kueue():
+    """Would catch a check that refuses what Kueue takes."""
+    job = document("kuberay-train.yaml")
+    change(job, f"{CLUSTER} enableInTreeAutoscaling", True)
+    change(job, f"{GROUP} minReplicas", 0)
+    change(job, "metadata annotations", {"kueue.x-k8s.io/elastic-job": "true"})
+    assert check.problems(job) == []
+
+
 def test_too_many_groups_for_kueue_are_noticed():
     """Would catch a limit that is off by one."""
     job = document("kuberay-train.yaml")
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    groups.extend({**groups[0], "groupName": f"gpu-{number}"} for number in range(6))
+    groups.extend({**groups[0], "groupName": f"gpu-{number}"} for number in range(16))
     assert check.problems(job) == []
     groups.append({**groups[0], "groupName": "one-more"})
-    assert check.problems(job) == ["workerGroupSpecs: Kueue takes at most 7"]
+    assert check.problems(job) == ["workerGroupSpecs: Kueue takes at most 17"]
 
 
 def test_the_gang_fits_its_queue_and_fills_its_gpus():
