@@ -17,7 +17,13 @@ TEXTS = [
     for noun in ("bicycle", "horse", "hot dog", "dog", "bicycle wheel")
 ]
 # What instructions are made of, so that their tokens are words too.
-TRAINING_TEXTS = [*TEXTS, "Describe the image in one sentence.", "a photo of", "An image of"]
+TRAINING_TEXTS = [
+    *TEXTS,
+    "Describe the image in one sentence.",
+    "a photo of",
+    "An image of",
+    *["yes", "no", "Yes", "No", "Answer yes or no. Does this image show a person?"] * 8,
+]
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -91,7 +97,9 @@ def unigram_pieces(special: list[str]) -> list[tuple[str, float]]:
         vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False
     )
     trained.train_from_iterator(TRAINING_TEXTS, trainer)
-    return [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
+    pieces = dict(json.loads(trained.to_str())["model"]["vocab"])
+    answers = {f"▁{word}": -2.0 for word in ("yes", "no", "Yes", "No")}
+    return [*(pieces | answers).items()]
 
 
 def _saved(folder: Path, model: Any, processor: Any) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 NO_INTERACTION = "no_interaction"
@@ -17,6 +18,7 @@ _NAME_TEMPLATES = (
     "a photo showing {}",
     "a close-up photo of {}",
 )
+_PICTURE = re.compile(r"^an? (close-up )?(photo|picture|image) (of|showing) ")
 _NO_INTERACTION_TEMPLATES = (
     "a person and {}",
     "a photo of a person and {}",
@@ -110,6 +112,11 @@ def person_prompts(main: str, other: str | None = None) -> tuple[str, ...]:
 def name_prompts(name: str) -> tuple[str, ...]:
     """Return the five prompts of a named class, "a photo of a red car" first."""
     return _fill(_NAME_TEMPLATES, noun_phrase(name))
+
+
+def what_is_shown(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return prompts without "a photo of" and the like, each once: what a question can ask for."""
+    return tuple(dict.fromkeys(_PICTURE.sub("", prompt) or prompt for prompt in prompts))
 
 
 def _fill(templates: tuple[str, ...], text: str) -> tuple[str, ...]:

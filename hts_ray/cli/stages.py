@@ -81,8 +81,9 @@ def label(
         refuse_options({"preview": preview}, "give --dry-run with it")
     run = settings.open()
     negated = ", ".join(negated_names(run.class_table))
-    if negated and run.config.label.teacher.mode == "prompts":
-        console.print(f"negated classes need label.teacher.mode=captions, not prompts: {negated}")
+    mode = run.config.label.teacher.mode
+    if negated and mode != "captions":
+        console.print(f"negated classes need label.teacher.mode=captions, not {mode}: {negated}")
     if settings.dry_run:
         _preview_label(stages.limited(run, limit), manifest, sample, preview)
         return

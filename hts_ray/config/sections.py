@@ -130,8 +130,14 @@ class TeacherConfig(Section):
         None,
         "what a chat model is asked, or how the sentence begins; the family's own if not set",
     )
-    mode: Literal["prompts", "captions"] = setting(
-        "prompts", "score the class prompts, or write captions and find the classes in them"
+    mode: Literal["prompts", "captions", "questions"] = setting(
+        "prompts",
+        "score the class prompts, or write captions and find the classes in them, or ask of each"
+        " class whether it is shown, and compare `yes` to `no`",
+    )
+    question: str = setting(
+        "Answer yes or no. Does this image show {}?",
+        "of mode=questions; {} is what the class's sentence shows, best near the end",
     )
     pad_to_square: Literal["auto", "always", "never"] = setting(
         "auto", "pad regions to squares; `auto` where the model's processor cuts off their ends"
@@ -175,8 +181,9 @@ class TeacherConfig(Section):
         )
         alpha = self.search_alpha
         yield alpha and no_prior, f"search_alpha={alpha} needs a prior: prior=plain"
-        captions = self.mode == "captions"
-        yield top_k and captions, "mode=captions scores no prompts: use search=all"
+        other = self.mode != "prompts"
+        yield top_k and other, f"mode={self.mode} scores no prompts: use search=all"
+        yield self.question.count("{}") != 1, f"question={self.question!r} must hold {{}} once"
         fields = type(self).model_fields
         for name in _CAPTIONER_SETTINGS if self.model.startswith(OPEN_CLIP) else ():
             value = getattr(self, name)

@@ -22,12 +22,19 @@ import pyarrow.dataset as pads
 from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS
-from hts_ray.labels.select import aggregate, region_probabilities, support
+from hts_ray.labels.select import aggregate, odds_probabilities, region_probabilities, support
 from hts_ray.store import storage
 from hts_ray.store.aliases import BoolArray, FloatArray
 
 # Images of the run by whose number its own prior counts as much as the teacher's.
 PRIOR_IMAGES = 16
+# What `scores` are: log P(prompt | region), or logits of similarity; log P(a caption of the region
+# states the class); log P(yes) - log P(no), asked whether the region shows the class.
+LOG_LIKELIHOOD = "log_likelihood"
+SIMILARITY = "similarity"
+COMPETING = (LOG_LIKELIHOOD, SIMILARITY)
+LOG_PROBABILITY = "log_probability"
+LOG_ODDS = "log_odds"
 _BATCH_ROWS = 256
 _BLOCK_BYTES = 4 << 20  # of scores that are turned into probabilities at a time
 _IGNORED_PREFIXES = [".", "_", "checkpoint", "quarantine", "stats.json", "table.json"]
@@ -232,10 +239,17 @@ def class_probabilities(
     Log-likelihoods of prompts lose alpha times their prior and compete in a softmax, with the
     background sentences too unless `config.background` is false. What captions state is a
     probability already; prior, prior_alpha, temperature and null_score say nothing about it.
-    Raises ConfigError for an alpha without the prior that `config.prior` names.
+    Answers to questions do not compete either: see `odds_probabilities`, which knows the
+    temperature. Raises ConfigError for an alpha without the prior that `config.prior` names,
+    DataError for scores of an unknown kind.
     """
-    if info.get("score_kind") == "log_probability":
+    kind = info.get("score_kind", LOG_LIKELIHOOD)
+    if kind == LOG_PROBABILITY:
         return np.asarray(np.exp(scores_RS))
+    if kind == LOG_ODDS:
+        return odds_probabilities(scores_RS, info.get("prior_log_odds"), config.temperature)
+    if kind not in COMPETING:
+        raise DataError(f"the scores are {kind!r}, which this version cannot read: label again")
     classes = len(info["class_ids"]) if "class_ids" in info else scores_RS.shape[1]
     if not config.background:
         scores_RS = scores_RS[:, :classes]
@@ -266,7 +280,8 @@ def _prior(info: dict[str, Any], config: FilterConfig) -> FloatArray:
 
 def require_abstention(info: dict[str, Any], config: FilterConfig) -> None:
     """Raise ConfigError where every region must show a class: one class, and nothing beside it."""
-    alone = len(info["class_ids"]) == 1 and info.get("score_kind") != "log_probability"
+    compete = info.get("score_kind", LOG_LIKELIHOOD) in COMPETING
+    alone = len(info["class_ids"]) == 1 and compete
     beside = (config.background and info.get("background")) or config.null_score is not None
     if alone and not beside:
         raise ConfigError(

@@ -8,6 +8,7 @@ Shapes: R regions of one image, C classes, N images.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,6 +103,25 @@ def region_probabilities(
         if np.isposinf(scaled_RC).any():
             raise ValueError(f"temperature = {temperature!r}: too small, the scores overflow")
         return _softmax(scaled_RC, None if null_score is None else null_score / temperature)
+
+
+def odds_probabilities(
+    log_odds_RC: ArrayLike, nothing_C: ArrayLike | None = None, temperature: float = 1.0
+) -> FloatArray:
+    """Probability (R, C) in [0, 1] of each class, asked for by itself: sigmoid(odds / temperature).
+
+    Odds in nats are log P(yes) - log P(no), -inf for a class that was not asked for. Many models
+    say yes to whatever they are asked. `nothing_C` are the odds where there is nothing to see; a
+    class that gets more than 5 % there is moved down to that. ValueError for NaN or +inf.
+    """
+    odds = _floats("log_odds_RC", log_odds_RC)
+    if odds.size and not odds.max() < np.inf:
+        raise ValueError(f"log_odds_RC holds {odds.max()}: log odds are finite or -inf")
+    if nothing_C is not None:
+        bias_C = np.asarray(nothing_C, dtype=odds.dtype) + odds.dtype.type(math.log(19))
+        odds = odds - np.maximum(bias_C, 0)
+    with np.errstate(over="ignore"):
+        return np.asarray(1 / (1 + np.exp(-odds / float(temperature))), dtype=odds.dtype)
 
 
 def aggregate(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hts_ray.config import HtsConfig, PoolConfig
+from hts_ray.labels.evidence import LOG_ODDS, LOG_PROBABILITY
 from hts_ray.report.content import StageRow
 from hts_ray.report.results import LABEL_SOURCES, number
 from hts_ray.store import storage, tables
@@ -126,15 +127,18 @@ def _teacher_facts(folder: StageFolder, config: HtsConfig) -> Values:
         "revision": teacher.revision if same else "",
         "fingerprint": info.get("model_fingerprint"),
         "precision": teacher.dtype if same else "",
-        "reads": _reading(info, teacher.mode),
+        "reads": _reading(info),
         "regions": _regions(info.get("regions") or {}),
         "settings hash": folder.key,
     }
 
 
-def _reading(info: Values, mode: str) -> str:
-    if mode == "captions":
+def _reading(info: Values) -> str:
+    kind = info.get("score_kind")
+    if kind == LOG_PROBABILITY:
         return "captions, in which classes are found"
+    if kind == LOG_ODDS:
+        return f"answers to {str(info.get('question')).replace('{}', '(class)')!r}"
     search = info.get("search") or "all"
     return "the likelihood of every class's sentence" if search == "all" else f"search={search}"
 

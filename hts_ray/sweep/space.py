@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from hts_ray.config import HtsConfig, RangeConfig, find_setting, override, walk_fields
 from hts_ray.errors import ConfigError
-from hts_ray.labels.evidence import read_info, read_regions
+from hts_ray.labels.evidence import COMPETING, LOG_LIKELIHOOD, read_info, read_regions
 from hts_ray.labels.select import Aggregation
 
 Settings = dict[str, Any]  # dotted name: value
@@ -194,7 +194,7 @@ def default_parameters(config: HtsConfig, region_scores: str) -> list[Parameter]
     if found.most_regions > 1:
         most = min(found.most_regions, _MOST_REGIONS)
         parameters.append(Parameter("filter.top_k", 1, most, integer=True))
-    if info.get("score_kind") != "log_probability":  # but log-likelihoods of prompts
+    if info.get("score_kind", LOG_LIKELIHOOD) in COMPETING:
         if info.get("prior_log_likelihoods") is not None or config.filter.prior == "sample":
             parameters.append(Parameter("filter.prior_alpha", 0.0, 1.0))
         levels = {float(f"{v:.3g}") for v in np.quantile(found.best_scores, _NULL_QUANTILES)}

@@ -19,20 +19,22 @@ from hts_ray.engine.deaths import KILLED_WORKER, Log, survive
 from hts_ray.engine.decoding import decoded_image
 from hts_ray.engine.image_pass import OK, QUARANTINED
 from hts_ray.engine.telemetry import HeldGpus, Meter
+from hts_ray.labels.evidence import LOG_LIKELIHOOD, LOG_ODDS, LOG_PROBABILITY, SIMILARITY
 from hts_ray.store import storage
 from hts_ray.store.tables import REGION_SCORES_SCHEMA
 from hts_ray.teacher.assignment import Assignment
-from hts_ray.teacher.captioner import Captioner, TopSearch
+from hts_ray.teacher.captioner import ANSWERS, AskedCaptioner, Captioner, TopSearch
 from hts_ray.teacher.detector import load_detector
 from hts_ray.teacher.models.catalog import is_clip
 from hts_ray.teacher.models.loading import load_on_device
-from hts_ray.teacher.prior import plain_images, prior_log_likelihoods
+from hts_ray.teacher.prior import plain_images, prior_scores
 from hts_ray.teacher.scorers import (
     CaptionVotes,
     ClassScorer,
     ImageFailure,
     ImageTask,
     PromptLikelihoods,
+    QuestionOdds,
     RegionScorer,
     ScoredImage,
     breaks_device,
@@ -40,10 +42,8 @@ from hts_ray.teacher.scorers import (
 
 logger = logging.getLogger(__name__)
 
-# What `scores` are: log P(prompt | region), logits of similarity, or log P(a caption of the region
-# states the class).
-LOG_LIKELIHOOD, SIMILARITY = "log_likelihood", "similarity"
-LOG_PROBABILITY = "log_probability"
+# What the scores of each label.teacher.mode are, for `class_probabilities`.
+_KINDS = {"prompts": LOG_LIKELIHOOD, "captions": LOG_PROBABILITY, "questions": LOG_ODDS}
 
 
 def image_task(batch: pa.Table, row: int) -> ImageTask:
@@ -59,26 +59,31 @@ def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
     """Return the contents of `table.json`; the prior costs a few forwards, once a run.
 
     Prompts, token counts and prior are those of the C classes; `background` holds the sentences
-    that competed with them, `background_prior` their prior.
+    that competed with them, `background_prior` their prior. `question` and `answers` say what was
+    asked and compared, `prior_log_odds` what was answered where there is nothing to see.
     """
     config, prompts = assignment.config, assignment.prompts
     teacher, table = config.teacher, assignment.class_table
-    captions = teacher.mode == "captions"
-    prior = None if captions else prior_log_likelihoods(captioner, assignment)
-    counts = (
-        [0] * len(prompts.texts)
-        if captions
-        else captioner.score(plain_images(1), prompts.texts).token_counts.tolist()
-    )
-    classes, kind = len(table), SIMILARITY if is_clip(teacher) else LOG_LIKELIHOOD
+    classes, nothing = len(table), plain_images(1)
+    prior, odds, counts = None, None, [0] * len(prompts.texts)
+    if teacher.mode == "prompts":
+        prior = prior_scores(captioner, assignment)
+        counts = captioner.score(nothing, prompts.texts).token_counts.tolist()
+    elif teacher.mode == "questions":
+        assert isinstance(captioner, AskedCaptioner)
+        odds = prior_scores(captioner, assignment)
+        counts = captioner.ask(nothing, prompts.texts).token_counts.tolist()
     return {
         "class_ids": table.ids.tolist(),
         "class_fingerprint": table.fingerprint(),
-        "score_kind": LOG_PROBABILITY if captions else kind,
+        "score_kind": SIMILARITY if is_clip(teacher) else _KINDS[teacher.mode],
+        "question": teacher.question if teacher.mode == "questions" else None,
+        "answers": ANSWERS if teacher.mode == "questions" else None,
         "prompts": prompts.by_class(prompts.texts)[:classes],
         "prompts_hash": prompts.fingerprint(),
         "token_counts": prompts.by_class(counts)[:classes],
         "prior_log_likelihoods": None if prior is None else prior[:classes].tolist(),
+        "prior_log_odds": None if odds is None else odds.tolist(),
         "background": list(assignment.background),
         "background_prior": None if prior is None else prior[classes:].tolist(),
         "model": teacher.model,
@@ -100,10 +105,12 @@ def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> 
         scorer = CaptionVotes(
             partial(match_captions, class_table=table), table.positions, weighted=beams
         )
+    elif teacher.mode == "questions":
+        scorer = QuestionOdds.of(captioner, prompts, teacher)
     elif teacher.search == "top_k":
         offsets = None
         if teacher.search_alpha:
-            prior = prior_log_likelihoods(captioner, assignment)
+            prior = prior_scores(captioner, assignment)
             assert prior is not None
             offsets = (-teacher.search_alpha * prior).astype(np.float32)
         search = TopSearch(teacher.top_k, teacher.template_reduction, offsets)

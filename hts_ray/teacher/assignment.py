@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from hts_ray.classes import ClassTable
-from hts_ray.config import LabelConfig, RegionsConfig
+from hts_ray.classes.prompts import what_is_shown
+from hts_ray.config import LabelConfig, RegionsConfig, TeacherConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.boxes import GivenBoxes, box_bytes, read_given_boxes
 from hts_ray.store.run import StageFolder
 from hts_ray.teacher.background import background_sentences
-from hts_ray.teacher.captioner import ClassPrompts, LimitedCaptioner
+from hts_ray.teacher.captioner import ANSWERS, ClassPrompts, LimitedCaptioner
 from hts_ray.teacher.detector import check_detector, detector_fingerprint, pinned_detector
 from hts_ray.teacher.models.catalog import (
     check_teacher,
@@ -57,6 +58,8 @@ class Assignment:
         templates = self.config.teacher.prompt_templates
         background = chosen_background(self.config, self.class_table)
         asked = [*self.class_table.prompts, *((sentence,) for sentence in background)]
+        if self.config.teacher.mode == "questions":
+            asked = [what_is_shown(prompts) for prompts in asked]
         object.__setattr__(self, "background", background)
         object.__setattr__(self, "prompts", ClassPrompts.of(asked, templates))
 
@@ -78,7 +81,7 @@ class Assignment:
         check_detector(config.regions)
         config = pinned(config)
         sample = None
-        if config.teacher.prior == "sample" and config.teacher.mode == "prompts":
+        if config.teacher.prior == "sample" and config.teacher.mode != "captions":
             rng = np.random.default_rng(config.limit_seed)
             size = min(config.teacher.prior_sample, len(rows))
             sample = rows.take(np.sort(rng.choice(len(rows), size, replace=False)))
@@ -106,10 +109,15 @@ def pinned(config: LabelConfig) -> LabelConfig:
 
 
 def chosen_background(config: LabelConfig, class_table: ClassTable) -> tuple[str, ...]:
-    """Return the background sentences of a teacher pass; none where captions are matched."""
-    if config.teacher.background == "none" or config.teacher.mode == "captions":
+    """Return the background sentences of a teacher pass; none where classes do not compete."""
+    if config.teacher.background == "none" or config.teacher.mode != "prompts":
         return ()
     return background_sentences(class_table)
+
+
+def asked_words(config: TeacherConfig) -> tuple[object, ...]:
+    """Return the question and the answers that are compared; nothing in other modes."""
+    return (config.question, ANSWERS) if config.mode == "questions" else ()
 
 
 def check_lengths(config: LabelConfig, class_table: ClassTable) -> None:
@@ -138,7 +146,7 @@ def check_lengths(config: LabelConfig, class_table: ClassTable) -> None:
     assignment = Assignment(config, class_table)
     prompts = assignment.prompts
     names = np.repeat([*class_table.names, *assignment.background], prompts.counts).tolist()
-    sequences = captioner.tokenize(prompts.texts)
+    sequences = captioner.fed_tokens(prompts.texts)
     for name, text, tokens in zip(names, prompts.texts, sequences, strict=True):
         if len(tokens) > longest:
             raise ConfigError(

@@ -22,6 +22,12 @@ import numpy.typing as npt
 from hts_ray.config import CaptionConfig
 from hts_ray.store.aliases import FloatArray, Pixels
 
+# What counts as an answer, as far as a tokenizer has it as one token.
+_SPELLED = ("{}", " {}")
+ANSWERS = {
+    word: [form.format(said) for said in (word, word.title(), word.upper()) for form in _SPELLED]
+    for word in ("yes", "no")
+}
 Reduction = Literal["log_mean_exp", "mean", "max"]
 
 
@@ -109,11 +115,31 @@ class SearchingCaptioner(Captioner, Protocol):
 class LimitedCaptioner(Captioner, Protocol):
     """A teacher that knows how long a sentence it can read."""
 
-    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Return the scored tokens of P prompts."""
+    def fed_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of P prompts, or of the questions about them."""
 
     def longest_prompt(self) -> int | None:
         """Return how many tokens a prompt may have, None for any number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Answers to P questions about R regions.
+
+    `log_odds` is (R, P) float32, log P(yes) - log P(no) in nats. `token_counts` is (P,) int64, how
+    many tokens of each question were read.
+    """
+
+    log_odds: FloatArray
+    token_counts: npt.NDArray[np.int64]
+
+
+@runtime_checkable
+class AskedCaptioner(Captioner, Protocol):
+    """A teacher that can be asked, for mode=questions."""
+
+    def ask(self, images: Sequence[Pixels], phrases: Sequence[str]) -> Answers:
+        """Return the answers to `config.question` with each phrase in the place of its {}."""
 
 
 class DummyCaptioner:
@@ -129,15 +155,21 @@ class DummyCaptioner:
 
     def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> PromptScores:
         """Return pseudo-random log-likelihoods (R, P); a token is a word."""
+        scores = (-5.0 - 35.0 * self._drawn(images, prompts)).astype(np.float32)
+        return PromptScores(scores, _word_counts(prompts))
+
+    def ask(self, images: Sequence[Pixels], phrases: Sequence[str]) -> Answers:
+        """Return pseudo-random log odds (R, P) in (-8, 8)."""
+        odds = (8.0 - 16.0 * self._drawn(images, phrases)).astype(np.float32)
+        return Answers(odds, _word_counts(phrases))
+
+    def _drawn(self, images: Sequence[Pixels], texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Draw a number in [0, 1) for every pair."""
         image_keys = np.array([_pixel_hash(image) for image in images], dtype=np.uint64)
-        prompt_keys = np.array([zlib.crc32(p.encode()) for p in prompts], dtype=np.uint64)
-        mixed = _mix(_mix(image_keys)[:, None] ^ prompt_keys[None, :])
-        fraction = (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+        text_keys = np.array([zlib.crc32(text.encode()) for text in texts], dtype=np.uint64)
+        mixed = _mix(_mix(image_keys)[:, None] ^ text_keys[None, :])
         time.sleep(self.seconds * len(images))
-        return PromptScores(
-            log_likelihoods=(-5.0 - 35.0 * fraction).astype(np.float32),
-            token_counts=np.array([len(prompt.split()) for prompt in prompts], dtype=np.int64),
-        )
+        return (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
     def caption(self, images: Sequence[Pixels], settings: CaptionConfig) -> list[list[Caption]]:
         """Return the image's hash as its captions."""
@@ -148,6 +180,10 @@ class DummyCaptioner:
             ]
             for image in images
         ]
+
+
+def _word_counts(texts: Sequence[str]) -> npt.NDArray[np.int64]:
+    return np.array([len(text.split()) for text in texts], dtype=np.int64)
 
 
 def _pixel_hash(image: Pixels) -> int:

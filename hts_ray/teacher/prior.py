@@ -1,4 +1,4 @@
-"""What language alone makes of a prompt: log P(prompt), estimated on images.
+"""What language alone makes of a class, estimated on images: log P(prompt), or a bias to yes.
 
 Source: VisualGPTScore (Lin et al. 2023, section 4). Shape legend: M images, C classes.
 """
@@ -15,15 +15,18 @@ from hts_ray.errors import DataError
 from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.store.run import settings_hash
-from hts_ray.teacher.assignment import Assignment
-from hts_ray.teacher.captioner import Captioner, score_classes
+from hts_ray.teacher.assignment import Assignment, asked_words
+from hts_ray.teacher.captioner import Captioner
+from hts_ray.teacher.scorers import ClassScorer, PromptLikelihoods, QuestionOdds
 
 PRIORS = "priors"  # the folder of a run that keeps log P(prompt) from one pass to the next
 NULL_IMAGE_SIDE = 64
 
 
-def prior_log_likelihoods(captioner: Captioner, assignment: Assignment) -> FloatArray | None:
+def prior_scores(captioner: Captioner, assignment: Assignment) -> FloatArray | None:
     """Return log P(prompt) (C,) by the settings, None for prior=none.
+
+    With mode=questions it is the median of each class's log odds over the images.
 
     Kept in the run's `priors` folder under a hash of the model, the prompts, the images and the
     settings that change it, so that a second pass with other regions finds it. Raises DataError
@@ -39,6 +42,7 @@ def prior_log_likelihoods(captioner: Captioner, assignment: Assignment) -> Float
         [teacher.dtype, teacher.instruction, teacher.length_normalize, teacher.append_eos],
         [teacher.template_reduction, teacher.prior],
         teacher.null_images if sample is None else sample["uri"].to_pylist(),
+        *asked_words(teacher),
     )
     path = storage.join(assignment.run_dir, PRIORS, f"{key}.json") if assignment.run_dir else ""
     if path and storage.exists(path):
@@ -50,18 +54,14 @@ def prior_log_likelihoods(captioner: Captioner, assignment: Assignment) -> Float
         images = [decoded_image(decoded, row).pixels for row in good.tolist()]
         if not images:
             raise DataError("no image of the prior's sample can be read: use prior=plain")
+    asked = teacher.mode == "questions"
+    score: ClassScorer = PromptLikelihoods(captioner, assignment.prompts, teacher)
+    if asked:
+        score = QuestionOdds.of(captioner, assignment.prompts, teacher)
     batch = teacher.max_batch_regions
-    scores = [
-        score_classes(
-            captioner,
-            images[first : first + batch],
-            assignment.prompts,
-            length_normalize=teacher.length_normalize,
-            reduction=teacher.template_reduction,
-        )
-        for first in range(0, len(images), batch)
-    ]
-    prior = log_mean_exp(np.concatenate(scores))
+    starts = range(0, len(images), batch)
+    scores_MC = np.concatenate([score(images[first : first + batch], ()) for first in starts])
+    prior = np.median(scores_MC, axis=0) if asked else log_mean_exp(scores_MC)
     if not np.isfinite(prior).all():
         raise DataError("the teacher's scores of the prior's images are not finite: try float32")
     if path:

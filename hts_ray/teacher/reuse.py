@@ -20,7 +20,7 @@ from hts_ray.images.manifest import IMAGE_COLUMNS, Manifest, open_manifest
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import read_table, write_table
-from hts_ray.teacher.assignment import TABLE_INFO, Assignment, region_sources
+from hts_ray.teacher.assignment import TABLE_INFO, Assignment, asked_words, region_sources
 
 TAKEN = "taken-"  # how the names of commits begin that come from another pass
 _ASKED = "_asked.json"  # who reads a table passes over names that begin with an underscore
@@ -68,6 +68,7 @@ def _question(assignment: Assignment) -> str:
         assignment.fingerprint,
         region_sources(config.regions),
         assignment.background,
+        asked_words(config.teacher),
         assignment.limit,
         None if prior is None else prior.to_pydict(),
     )

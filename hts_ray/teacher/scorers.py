@@ -1,6 +1,6 @@
 """One batch of decoded images through a teacher, with every failure kept to its own image.
 
-How crops are scored is one of two `ClassScorer`s: by prompts, or by captions.
+How crops are scored is one of three `ClassScorer`s: by prompts, captions, or questions.
 `RegionScorer` does the rest. Neither knows Ray or files.
 
 Shape legend: R regions, P prompts, C classes.
@@ -22,11 +22,14 @@ from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Box, Detection, Region, propose_regions
 from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.teacher.captioner import (
+    AskedCaptioner,
     Caption,
     Captioner,
     ClassPrompts,
+    Reduction,
     SearchingCaptioner,
     TopSearch,
+    reduce_templates,
     score_classes,
 )
 from hts_ray.teacher.detector import Detector
@@ -102,6 +105,30 @@ class CaptionVotes:
             return np.log(np.minimum(probabilities_RC, 1.0)).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class QuestionOdds:
+    """mode=questions: log P(yes) - log P(no) of every class, asked for by its phrases."""
+
+    captioner: AskedCaptioner
+    phrases: ClassPrompts
+    reduction: Reduction
+
+    @classmethod
+    def of(
+        cls, captioner: Captioner, phrases: ClassPrompts, teacher: TeacherConfig
+    ) -> QuestionOdds:
+        """Ask a teacher that was loaded for it."""
+        assert isinstance(captioner, AskedCaptioner)
+        return cls(captioner, phrases, teacher.template_reduction)
+
+    def __call__(
+        self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
+    ) -> FloatArray:
+        """See `ClassScorer`."""
+        odds_RP = self.captioner.ask(crops, self.phrases.texts).log_odds.astype(np.float64)
+        return reduce_templates(odds_RP, self.phrases.counts, self.reduction).astype(np.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class ImageTask:
     """An image to score: its pixels, and what its given boxes are looked up by."""
@@ -115,9 +142,9 @@ class ImageTask:
 class ScoredImage:
     """What the teacher says of one image.
 
-    `scores` (R, C) float32 log-likelihoods, -inf for classes that were left out; `captions` one
-    list a region, empty unless captions were asked for; `problems` names the boxes that could not
-    be used and why.
+    `scores` (R, C) float32 are what the mode makes of the regions, -inf for classes that were left
+    out; `captions` one list a region, empty unless captions were asked for; `problems` names the
+    boxes that could not be used and why.
     """
 
     regions: list[Region]

@@ -42,6 +42,7 @@ from hts_ray.store.tables import read_table
 from hts_ray.teacher.actor import TeacherActor
 from hts_ray.teacher.assignment import (
     Assignment,
+    asked_words,
     check_lengths,
     chosen_background,
     pinned,
@@ -77,6 +78,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
         fingerprint,
         region_sources(label.regions),
         *chosen_background(label, run.class_table),
+        *asked_words(label.teacher),
     )
     folder = run.stage("region_scores", key)
     if not folder.finished:

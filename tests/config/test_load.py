@@ -50,6 +50,7 @@ def test_layers_apply_in_order(tmp_path):
         ("filter.negative_threshold=0.9", ["filter", "must not be above positive_threshold"]),
         ("label.pool.max_size=nine", ["label.pool.max_size = 'nine'", "integer"]),
         ("train.optim.lr=nan", ["train.optim.lr", "finite"]),
+        ("label.teacher.question=Is it?", ["label.teacher", "'Is it?' must hold {} once"]),
         ("nonsense", ["override = 'nonsense'", "section.name=value"]),
         ("a..b=1", ["override", "section.name=value"]),
         ("label.regions.grid_scales=[0.5]", ["label.regions", "one entry a scale"]),

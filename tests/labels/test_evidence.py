@@ -279,3 +279,17 @@ def test_scores_that_a_search_left_out_have_no_mean():
     with pytest.raises(ConfigError, match=r"search=top_k left out.*filter.prior=teacher"):
         class_probabilities(scores_GS, info, FilterConfig(prior="sample"))
     class_probabilities(scores_GS, info, FilterConfig(prior="sample", prior_alpha=0.0))
+
+
+def test_answers_to_questions_do_not_compete():
+    """Would catch odds read as likelihoods: one class would then take another's probability."""
+    info = {"class_ids": [1, 2], "score_kind": "log_odds", "prior_log_odds": None}
+    odds_RC = np.float32([[0, 0], [2, 2], [-np.inf, -2]])
+    found = class_probabilities(odds_RC, info, FilterConfig(null_score=50.0))
+    np.testing.assert_allclose(found[:2], 1 / (1 + np.exp(-odds_RC[:2])), rtol=1e-6)
+    assert found[2, 0] == 0
+    cooler = class_probabilities(odds_RC, info, FilterConfig(temperature=2.0))
+    assert cooler[1, 0] == pytest.approx(1 / (1 + np.exp(-1)))
+    require_abstention({**info, "class_ids": [1]}, FilterConfig())
+    with pytest.raises(DataError, match=r"'log_lines'.*label again"):
+        class_probabilities(odds_RC, {**info, "score_kind": "log_lines"}, FilterConfig())

@@ -14,6 +14,7 @@ from hts_ray.labels.select import (
     REASONS,
     aggregate,
     class_thresholds,
+    odds_probabilities,
     region_probabilities,
     select,
     support,
@@ -349,3 +350,21 @@ def test_an_aggregate_of_nothing_is_refused():
     """Catches an image without regions that ends as one without classes."""
     with pytest.raises(ValueError, match="no regions"):
         aggregate(np.zeros((0, 3)))
+
+
+def test_odds_lose_a_bias_to_yes_and_nothing_else():
+    """Would catch a model that says yes to a grey picture believed, or an honest no made a maybe.
+
+    Nothing to see gets at most 5 %; a class that got less keeps its odds.
+    """
+    odds_RC = np.float32([[4.0, 4.0, 4.0], [7.0, -9.0, -2.0]])
+    nothing_C = np.float32([4.0, -9.0, -2.0])
+    found = odds_probabilities(odds_RC, nothing_C)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose([found[0, 0], found[1, 2]], 0.05, rtol=1e-5)
+    assert found[1, 0] == pytest.approx(0.514, abs=1e-3)
+    np.testing.assert_allclose(found[:, 1], odds_probabilities(odds_RC)[:, 1])
+    assert odds_probabilities([[-np.inf, -1e4, 1e4]]).tolist() == [[0.0, 0.0, 1.0]]
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="log odds are finite"):
+            odds_probabilities([[0.0, wrong]])

@@ -12,8 +12,8 @@ from assignments import CLASSES, plan, rows
 from hts_ray.teacher.actor import region_scorer, table_info
 from hts_ray.teacher.captioner import DummyCaptioner
 from hts_ray.teacher.models.files import NamedModel
-from hts_ray.teacher.prior import prior_log_likelihoods
-from hts_ray.teacher.scorers import CaptionVotes, PromptLikelihoods
+from hts_ray.teacher.prior import plain_images, prior_scores
+from hts_ray.teacher.scorers import CaptionVotes, PromptLikelihoods, QuestionOdds
 
 
 def test_table_info_tells_what_the_scores_are(tmp_path: Path) -> None:
@@ -27,6 +27,13 @@ def test_table_info_tells_what_the_scores_are(tmp_path: Path) -> None:
     said = table_info(DummyCaptioner(), plan(tmp_path, table, mode="captions"))
     assert said["score_kind"] == "log_probability"
     assert said["prior_log_likelihoods"] is None
+    asked = table_info(DummyCaptioner(), plan(tmp_path, table, mode="questions", question="{}!"))
+    assert (asked["score_kind"], asked["question"]) == ("log_odds", "{}!")
+    assert asked["answers"]["no"][:2] == ["no", " no"]
+    assert asked["prior_log_likelihoods"] is None
+    plain = DummyCaptioner().ask(plain_images(3), CLASSES.primary_prompts).log_odds
+    np.testing.assert_allclose(asked["prior_log_odds"], np.median(plain, axis=0), rtol=1e-6)
+    json.dumps([said, asked])
 
 
 def test_scorer_gets_what_the_settings_ask_for(tmp_path: Path) -> None:
@@ -36,7 +43,7 @@ def test_scorer_gets_what_the_settings_ask_for(tmp_path: Path) -> None:
     scorer = region_scorer(DummyCaptioner(), assignment, "cpu")
     assert scorer.limit == 3
     assert scorer.caption is None
-    prior = prior_log_likelihoods(DummyCaptioner(), assignment)
+    prior = prior_scores(DummyCaptioner(), assignment)
     assert prior is not None
     assert isinstance(scorer.class_scores, PromptLikelihoods)
     assert scorer.class_scores.search is not None
@@ -46,6 +53,9 @@ def test_scorer_gets_what_the_settings_ask_for(tmp_path: Path) -> None:
     assert speaking.caption is not None
     assert isinstance(speaking.class_scores, CaptionVotes)
     caption = CLASSES.primary_prompts[2]
+    asking = region_scorer(DummyCaptioner(), plan(tmp_path, table, mode="questions"), "cpu")
+    assert isinstance(asking.class_scores, QuestionOdds)
+    assert asking.caption is None
     matched = speaking.class_scores.matcher([caption])[0]
     assert CLASSES.positions[max(matched, key=lambda class_id: matched[class_id])] == 2
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from assignments import plan, rows
 
-from hts_ray.classes import load_class_table
+from hts_ray.classes import load_class_table, name_prompts
+from hts_ray.classes.prompts import what_is_shown
 from hts_ray.config import LabelConfig, RegionsConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.teacher.assignment import check_lengths, region_sources
@@ -51,8 +52,20 @@ def test_prompts_too_long_are_refused_by_name(tmp_path: Path, tiny_path: Any) ->
         check(str(tiny_path("blip")))
     with pytest.raises(ConfigError, match="at most 469"):  # 512 less image and instruction
         check(str(tiny_path("llava")))
+    with pytest.raises(ConfigError, match=r"class 'long one'.*at most 4\d\d"):
+        check(str(tiny_path("llava")), mode="questions")
     check(str(tiny_path("blip")), mode="captions")
     check(str(tiny_path("blip2_t5")))  # relative positions
     check("builtin:dummy")
     with pytest.raises(ConfigError, match=r"alone are \d+ tokens too long.*instruction"):
         check(str(tiny_path("blip")), instruction="a dog " * 50, mode="captions")
+
+
+def test_questions_ask_for_what_a_prompt_shows(tmp_path: Path) -> None:
+    """Catches "does this image show a photo of ...", and background sentences that are asked."""
+    assignment = plan(tmp_path, rows(tmp_path, 1), mode="questions", prompt_templates=2)
+    assert assignment.background == ()
+    first = assignment.prompts.by_class(assignment.prompts.texts)[0]
+    assert first == ["a person boarding an airplane", "someone boarding an airplane"]
+    assert what_is_shown(name_prompts("red car")) == ("a red car",)
+    assert what_is_shown(["a photo of "]) == ("a photo of ",)

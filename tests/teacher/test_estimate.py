@@ -67,6 +67,19 @@ def test_figures_and_examples(tmp_path: Path) -> None:
     assert shown.top_classes[0][1] >= shown.top_classes[1][1] > 0
 
 
+def test_questions_are_measured_too(tmp_path: Path) -> None:
+    """Catches a preview that reads odds as likelihoods, or captions lost for want of prompts."""
+    images = open_manifest(make_manifest(tmp_path, 3))
+    found = estimate(config(mode="questions"), images, CLASSES, filtering=FilterConfig())
+    assert found.figures["prompts"] == 6
+    assert found.figures["background sentences"] == 0
+    assert found.figures["tokens a region"] == sum(len(p.split()) for p in CLASSES.primary_prompts)
+    tops = [region.top_classes for example in found.examples for region in example.regions]
+    assert all(len(top) == 3 for top in tops)
+    assert max(sum(p for _, p in top) for top in tops) > 1.5  # they do not compete
+    assert found.examples[0].regions[0].caption.startswith("image ")
+
+
 def test_gpu_hours_are_of_all_actors(tmp_path: Path) -> None:
     """Catches a price told for one actor of many."""
     manifest = make_manifest(tmp_path, 4)

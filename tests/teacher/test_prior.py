@@ -10,8 +10,8 @@ import pytest
 from assignments import CLASSES, plan, rows
 
 from hts_ray.errors import DataError
-from hts_ray.teacher.captioner import DummyCaptioner, PromptScores
-from hts_ray.teacher.prior import log_mean_exp, plain_images, prior_log_likelihoods
+from hts_ray.teacher.captioner import Answers, DummyCaptioner, PromptScores
+from hts_ray.teacher.prior import log_mean_exp, plain_images, prior_scores
 
 
 class CountingCaptioner(DummyCaptioner):
@@ -27,12 +27,22 @@ class CountingCaptioner(DummyCaptioner):
         return super().score(images, prompts)
 
 
+class AlwaysYes(DummyCaptioner):
+    """Agrees with everything."""
+
+    def ask(self, images: Sequence[np.ndarray], phrases: Sequence[str]) -> Answers:
+        """Agree."""
+        answers = super().ask(images, phrases)
+        answers.log_odds[:] = 9
+        return answers
+
+
 def test_prior_of_plain_images(tmp_path: Path) -> None:
     """Catches a prior that averages log-probabilities instead of probabilities."""
     assignment = plan(
         tmp_path, rows(tmp_path, 1), null_images=4, max_batch_regions=3, background="none"
     )
-    prior = prior_log_likelihoods(DummyCaptioner(), assignment)
+    prior = prior_scores(DummyCaptioner(), assignment)
     scores = DummyCaptioner().score(plain_images(4), CLASSES.primary_prompts).log_likelihoods
     np.testing.assert_allclose(prior, np.log(np.exp(scores.astype(np.float64)).mean(0)), rtol=1e-6)
 
@@ -42,23 +52,31 @@ def test_prior_of_a_sample_is_kept_for_the_run(tmp_path: Path) -> None:
     table = rows(tmp_path, 12, bad=3)
     captioner = CountingCaptioner()
     assignment = plan(tmp_path, table, prior="sample", prior_sample=8)
-    first = prior_log_likelihoods(captioner, assignment)
+    first = prior_scores(captioner, assignment)
     assert first is not None
     scored = captioner.images
     assert 5 <= scored <= 8  # the unreadable ones of the sample are left out
     other_regions = {"grid_scales": [], "grid_steps": []}
     again = plan(tmp_path, table, other_regions, prior="sample", prior_sample=8)
-    np.testing.assert_array_equal(prior_log_likelihoods(captioner, again), first)
+    np.testing.assert_array_equal(prior_scores(captioner, again), first)
     assert captioner.images == scored
+    asking = {"prior": "sample", "prior_sample": 8, "mode": "questions"}
+    odds = prior_scores(captioner, plan(tmp_path, table, **asking))
+    assert odds is not None
+    assert odds.shape == (4,)
+    assert np.abs(odds).max() < 8  # no log-likelihoods of the same images
+    worded = prior_scores(AlwaysYes(), plan(tmp_path, table, **asking, question="Is it {}?"))
+    assert worded is not None
+    assert (worded == 9).all()  # another question is another answer
     for changed in ({"prior_sample": 7}, {"append_eos": True}, {"template_reduction": "max"}):
         settings = {"prior": "sample", "prior_sample": 8, **changed}
-        prior_log_likelihoods(captioner, plan(tmp_path, table, **settings))
+        prior_scores(captioner, plan(tmp_path, table, **settings))
         assert captioner.images > scored
         scored = captioner.images
-    assert prior_log_likelihoods(captioner, plan(tmp_path, table, prior="none")) is None
+    assert prior_scores(captioner, plan(tmp_path, table, prior="none")) is None
     unreadable = plan(tmp_path, rows(tmp_path, 0, bad=2), prior="sample")
     with pytest.raises(DataError, match="prior=plain"):
-        prior_log_likelihoods(captioner, unreadable)
+        prior_scores(captioner, unreadable)
 
 
 def test_prior_is_a_mean_of_probabilities() -> None:

@@ -11,12 +11,20 @@ import pytest
 from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Detection
-from hts_ray.teacher.captioner import Caption, ClassPrompts, DummyCaptioner, PromptScores, TopSearch
+from hts_ray.teacher.captioner import (
+    Answers,
+    Caption,
+    ClassPrompts,
+    DummyCaptioner,
+    PromptScores,
+    TopSearch,
+)
 from hts_ray.teacher.scorers import (
     CaptionVotes,
     ImageFailure,
     ImageTask,
     PromptLikelihoods,
+    QuestionOdds,
     RegionScorer,
     ScoredImage,
 )
@@ -144,6 +152,18 @@ def test_search_on_a_teacher_that_knows_none() -> None:
             best = np.argsort(-(row_C + offsets))[:4]
             assert set(np.flatnonzero(np.isfinite(kept_C))) == set(best)
             np.testing.assert_array_equal(kept_C[best], row_C[best])
+
+
+def test_questions_are_combined_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches odds of another class's phrase, and a failed answer that passes for a low one."""
+    captioner = DummyCaptioner()
+    phrases = ClassPrompts.of([["a b"], ["c", "d"]], 2)
+    crops = [np.full((8, 8, 3), shade, np.uint8) for shade in (10, 20)]
+    odds = captioner.ask(crops, phrases.texts).log_odds
+    scores = QuestionOdds(captioner, phrases, "max")(crops, ())
+    np.testing.assert_array_equal(scores, np.stack([odds[:, 0], odds[:, 1:].max(1)], 1))
+    monkeypatch.setattr(captioner, "ask", lambda *_: Answers(odds * np.nan, np.ones(3, int)))
+    assert np.isnan(QuestionOdds(captioner, phrases, "log_mean_exp")(crops, ())).all()
 
 
 def test_given_boxes_and_detections_become_regions() -> None:

@@ -46,6 +46,9 @@ FAMILIES = {
     "kosmos-2": "Kosmos-2 (batched prompts)",
 }
 
+# Those that were taught to describe and not to answer, which mode=questions cannot ask.
+ONLY_CAPTIONERS = {"blip", "git", "vision-encoder-decoder", "florence2", "kosmos-2"}
+
 
 def is_dummy(config: TeacherConfig) -> bool:
     """Return whether it is the dummy: `builtin:dummy`, or `builtin:dummy:SECONDS` a region."""
@@ -100,14 +103,14 @@ def imported_class(config: TeacherConfig) -> Any:
             "write import:MODULE:CLASS, with MODULE importable on every node (PYTHONPATH, or"
             " beside the job's entry point)",
         ) from None
-    missing = [
-        method for method in ("score", "caption") if not callable(getattr(found, method, None))
-    ]
+    methods = ["score", "caption", *(["ask"] if config.mode == "questions" else [])]
+    missing = [method for method in methods if not callable(getattr(found, method, None))]
     if missing:
         raise model_error(
             config,
             f"{name} has no method {' and no '.join(missing)}",
-            "a teacher has the two methods of hts_ray.teacher.captioner.Captioner",
+            "a teacher has the two methods of hts_ray.teacher.captioner.Captioner, and `ask` of"
+            " AskedCaptioner for mode=questions",
         )
     return found
 
@@ -170,6 +173,13 @@ def model_folder(config: TeacherConfig, *, weights: bool = True) -> Path:
     family = settings.get("model_type")
     if family not in FAMILIES and not config.trust_remote_code:
         raise model_error(config, f"family {family!r} is not supported", supported_families())
+    if config.mode == "questions" and family in ONLY_CAPTIONERS:
+        raise model_error(
+            config,
+            f"family {family!r} describes images and answers no questions (label.teacher.mode)",
+            "set label.teacher.mode=prompts, or name a chat model, InstructBLIP, BLIP-2 or"
+            " PaliGemma",
+        )
     return folder
 
 

@@ -16,20 +16,22 @@ Capital letters and full stops stay as given.
 | Kosmos-2 | "An image of" |
 | chat models | INSTRUCTION in their chat template, and what it puts before an answer |
 
-`label.teacher.instruction` replaces the words; where there are none, it begins the sentence.
+`label.teacher.instruction` replaces the words; where there are none, it begins the sentence. With
+mode=questions the families that follow instructions are asked `label.teacher.question`: BLIP-2
+between "Question:" and "Answer:", PaliGemma behind "answer en", the others as it stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hts_ray.config import TeacherConfig
 from hts_ray.store.aliases import Pixels
@@ -52,12 +54,27 @@ from hts_ray.teacher.models.inputs import (
     pixel_preparation,
     squared,
 )
+from hts_ray.teacher.models.questions import (
+    AnswerTokens,
+    Encode,
+    Questions,
+    SplitQuestions,
+    WholeQuestions,
+)
 from hts_ray.teacher.scoring.decoders import Decoder
 
 # What chat models are asked before the prompts.
 INSTRUCTION = "Describe the image in one sentence."
 LLAVA_TEXT = "USER: <image>\n{} ASSISTANT:"
 _PROBE = "PROBE"
+# How a template opens a model's thoughts before its answer, and what ends them.
+_THOUGHTS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<reasoning>": "</reasoning>",
+    "[THINK]": "[/THINK]",
+    "◁think▷": "◁/think▷",
+}
 
 # Text decoders of VisionEncoderDecoder that take explicit position ids; the value is the start
 # token's. RoBERTa counts from behind its padding token's id.
@@ -75,20 +92,25 @@ TREE_TEXT_MODELS = {
     "qwen3",
     "qwen3_vl_text",
 }
-Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
 class Family:
     """What a captioner is put together from.
 
-    `decoder` scores what `prepare` makes of R images; `encode` makes tokens of prompts.
+    `decoder` scores what `prepare` makes of R images; `encode` makes tokens of prompts. Of families
+    that follow instructions `frame` puts what they read around a question, up to the answer, and
+    `vision` is the image encoder of those that read image and question together. `questions` is
+    there with mode=questions.
     """
 
     decoder: Decoder
     tokenizer: Any
     prepare: Callable[[Sequence[Pixels]], Any]
     encode: Encode
+    frame: Callable[[str], str] | None = None
+    vision: nn.Module | None = None
+    questions: Questions | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +185,40 @@ def build_family(loaded: Loaded) -> Family:
     A family that is not in the list was let in by trust_remote_code: it is fed as a chat model,
     by batches, and refused by the check of its scores if that is not what it needs.
     """
-    return _BUILDERS.get(loaded.model.config.model_type, _unknown)(loaded)
+    family = _BUILDERS.get(loaded.model.config.model_type, _unknown)(loaded)
+    if loaded.config.mode != "questions":
+        return family
+    return replace(family, questions=_questions(loaded, family))
+
+
+def _questions(loaded: Loaded, family: Family) -> Questions:
+    """Make what a family is asked of its frame and the settings' question."""
+    config, tokenizer, frame = loaded.config, family.tokenizer, family.frame
+    assert frame is not None, "families that cannot be asked are refused by name"
+    # The token of an answer may hold the space in front of it.
+    begun = frame(config.question.replace("{}", _PROBE)).rstrip(" ")
+    answers = AnswerTokens.of(behind(tokenizer, begun), behind(tokenizer))
+    if answers is None:
+        raise model_error(
+            config,
+            "its tokenizer has no single token for yes and another for no",
+            "label.teacher.mode=prompts, or another model",
+        )
+    before, _, after = begun.partition(_PROBE)
+    front = before.rstrip()
+
+    def ended(encode: Encode, front: str = "") -> Encode:
+        return lambda phrases: encode([f"{front}{phrase}{after}" for phrase in phrases])
+
+    if family.vision is None:
+        encode = ended(behind(tokenizer, front, before[len(front) :]))
+        return SplitQuestions(_processed(loaded, front), family.decoder, answers, encode)
+
+    def process(image: Pixels, phrase: str) -> dict[str, Tensor]:
+        return next(iter(_processed(loaded, f"{before}{phrase}{after}")([image])))
+
+    encode = ended(behind(tokenizer), before)
+    return WholeQuestions(process, family.vision, family.decoder, answers, encode)
 
 
 def tree_obstacle(text: Any) -> str | None:
@@ -342,44 +397,66 @@ def _prefix_family(
 
 
 def _chat(loaded: Loaded, kind: type[PrefixDecoder], *, tree: bool = True) -> Family:
-    words = loaded.config.instruction or INSTRUCTION
-    if getattr(loaded.processor, "chat_template", None):
-        text, glue = _chat_text(loaded.processor, words)
-    elif loaded.model.config.model_type == "llava":  # the first checkpoints have no template
-        text, glue = LLAVA_TEXT.format(words), " "
-    else:
+    processor = loaded.processor
+    templated = getattr(processor, "chat_template", None)
+    # The first checkpoints of LLaVA have no template.
+    if not templated and loaded.model.config.model_type != "llava":
         raise model_error(
             loaded.config,
             f"{loaded.folder} holds no chat template",
             "save chat_template.jinja with the processor",
         )
-    encode = behind(loaded.processor.tokenizer, text, glue)
-    return _prefix_family(loaded, kind, text, encode, tree=tree)
+    chat = partial(_chat_text, processor) if templated else _llava_text
+    text, glue = chat(loaded.config.instruction or INSTRUCTION)
+    encode = behind(processor.tokenizer, text, glue)
+    family = _prefix_family(loaded, kind, text, encode, tree=tree)
+    return replace(family, frame=lambda question: "".join(chat(question)))
 
 
 def _chat_text(processor: Any, words: str) -> tuple[str, str]:
-    """Return the text up to the answer, and what the template writes between the two."""
+    """Return the text up to the answer, and what the template writes between the two.
+
+    Thoughts that the template opens are closed: captions and answers follow at once.
+    """
     from jinja2 import TemplateError
 
     asked: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
     ]
     answer = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
-    text: str = processor.apply_chat_template(asked, add_generation_prompt=True)
+    options = {}
+    if "enable_thinking" in str(processor.chat_template):
+        options["enable_thinking"] = False
+    text = processor.apply_chat_template(asked, add_generation_prompt=True, **options)
+    text = _without_thoughts(text, len(text.rpartition(words)[0]))
     try:
-        whole: str = processor.apply_chat_template([*asked, answer])
+        whole: str = processor.apply_chat_template([*asked, answer], **options)
     except (TemplateError, TypeError, ValueError):
         return text, ""
     before, found, _ = whole.partition(_PROBE)
     return text, before[len(text) :] if found and before.startswith(text) else ""
 
 
-def _qformer(loaded: Loaded, words: str) -> Family:
+def _without_thoughts(text: str, start: int) -> str:
+    """Return text whose thoughts, if any are begun behind `start`, are ended."""
+    for opening, closing in _THOUGHTS.items():
+        if text.find(opening, start) > text.rfind(closing):
+            return f"{text.rstrip()}\n\n{closing}\n\n"
+    return text
+
+
+def _llava_text(words: str) -> tuple[str, str]:
+    return LLAVA_TEXT.format(words), " "
+
+
+def _qformer(loaded: Loaded, words: str, frame: str, *, reads_question: bool) -> Family:
     model = loaded.model
     words = loaded.config.instruction or words
     tokenizer = loaded.processor.tokenizer
     if getattr(model.config, "use_decoder_only_language_model", True):
-        return _prefix_family(loaded, QFormerDecoder, words, behind(tokenizer, words, " "))
+        family = _prefix_family(loaded, QFormerDecoder, words, behind(tokenizer, words, " "))
+        vision = model.vision_model if reads_question else None
+        return replace(family, frame=frame.format, vision=vision)
     end_ids = loaded.end_ids(tokenizer)
     text = model.config.text_config
     start = text.decoder_start_token_id
@@ -393,14 +470,17 @@ def _qformer(loaded: Loaded, words: str) -> Family:
         by_trie=False,  # T5's position bias counts from the cache
         prompt_batch=loaded.config.prompt_batch,
     )
-    return Family(decoder, tokenizer, _processed(loaded, words), behind(tokenizer))
+    family = Family(decoder, tokenizer, _processed(loaded, words), behind(tokenizer))
+    return replace(family, frame=frame.format, vision=model.vision_model)
 
 
 def _paligemma(loaded: Loaded) -> Family:
     words = loaded.config.instruction or "caption en"
     # The processor puts a line break behind the words; the answer begins a line.
     encode = behind(loaded.processor.tokenizer, words + "\n")
-    return _prefix_family(loaded, PaliGemmaDecoder, f"<image>{words}", encode)
+    family = _prefix_family(loaded, PaliGemmaDecoder, f"<image>{words}", encode)
+    vision = loaded.model.model.vision_tower
+    return replace(family, frame="<image>answer en {}".format, vision=vision)
 
 
 def _kosmos(loaded: Loaded) -> Family:
@@ -440,8 +520,12 @@ _BUILDERS: dict[str, Callable[[Loaded], Family]] = {
     "blip": _blip,
     "git": _git,
     "vision-encoder-decoder": _vision_encoder_decoder,
-    "blip-2": lambda loaded: _qformer(loaded, "a photo of"),
-    "instructblip": lambda loaded: _qformer(loaded, "A short image description:"),
+    "blip-2": lambda loaded: _qformer(
+        loaded, "a photo of", "Question: {} Answer:", reads_question=False
+    ),
+    "instructblip": lambda loaded: _qformer(
+        loaded, "A short image description:", "{}", reads_question=True
+    ),
     "paligemma": _paligemma,
     "llava": lambda loaded: _chat(loaded, PrefixDecoder),
     "llava_onevision": lambda loaded: _chat(loaded, PrefixDecoder),

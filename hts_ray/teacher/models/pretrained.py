@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hts_ray.config import CaptionConfig, TeacherConfig
 from hts_ray.errors import DataError
 from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.teacher.captioner import (
+    Answers,
     Caption,
     ClassPrompts,
     PromptScores,
@@ -34,6 +36,7 @@ from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.captioning import write_captions
 from hts_ray.teacher.scoring.memory import WORKSPACE
 from hts_ray.teacher.scoring.top_k import score_top
+from hts_ray.teacher.scoring.trie import TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class TransformersCaptioner:
         self.tokenizer = family.tokenizer
         self.prepare = family.prepare
         self.encode = family.encode
+        self.questions = family.questions
         self.append_eos = append_eos
         self._tokens = functools.lru_cache(_KEPT)(self._tokenized)
 
@@ -89,8 +93,12 @@ class TransformersCaptioner:
                 )
         return sequences
 
+    def fed_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of P prompts, or of the questions about them with mode=questions."""
+        return self.questions.encode(prompts) if self.questions else self.tokenize(prompts)
+
     def longest_prompt(self) -> int | None:
-        """Return how many tokens a prompt may have behind image and instruction, None for any.
+        """Return how many tokens `fed_tokens` may have behind image and instruction, None for any.
 
         A model that cuts images into tiles reads longer ones for some shapes: the longest counts.
         """
@@ -98,7 +106,8 @@ class TransformersCaptioner:
         if decoder.positions is None:
             return None
         plain = [np.zeros((*shape, 3), np.uint8) for shape in LONGEST_SHAPES]
-        return decoder.positions - max(decoder.taken(image) for image in self.prepare(plain))
+        prepare = self.questions.prepare if self.questions else self.prepare
+        return decoder.positions - max(decoder.taken(image) for image in prepare(plain))
 
     @torch.inference_mode()
     def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> PromptScores:
@@ -109,6 +118,14 @@ class TransformersCaptioner:
             log_likelihoods=scores.float().cpu().numpy(),
             token_counts=np.array([len(sequence) for sequence in sequences], dtype=np.int64),
         )
+
+    @torch.inference_mode()
+    def ask(self, images: Sequence[Pixels], phrases: Sequence[str]) -> Answers:
+        """Return log P(yes) - log P(no) of every pair; the model is loaded with mode=questions."""
+        assert self.questions is not None
+        counts = [len(sequence) for sequence in self.questions.encode(phrases)]
+        odds = self.questions.log_odds(images, phrases)
+        return Answers(odds.float().cpu().numpy(), np.array(counts, dtype=np.int64))
 
     def score_top(
         self, images: Sequence[Pixels], prompts: ClassPrompts, search: TopSearch
@@ -155,7 +172,8 @@ class TransformersCaptioner:
         """Return the largest difference of fast and plain scores, nats a token.
 
         A few prompts on two noise images of different shape, read together, each against one
-        full forward; the end token is scored too, whatever the settings.
+        full forward; the end token is scored too, whatever the settings. With mode=questions
+        so are questions about the same.
         """
         rng = np.random.default_rng(0)
         noise = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in CHECK_SHAPES]
@@ -163,9 +181,21 @@ class TransformersCaptioner:
         images = self.prepare(noise)
         fast = self.decoder.log_likelihoods(images, sequences)
         plain = torch.stack([self.decoder.reference(images, s) for s in sequences], dim=1)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=fast.device)
-        difference = ((fast - plain.to(fast.device)).abs() / lengths).max()
-        return float(difference)
+        difference = _largest(fast, plain, sequences)
+        if self.questions is not None:
+            fast, plain = (
+                answered(noise, CHECK_PROMPTS)
+                for answered in (self.questions.log_odds, self.questions.reference)
+            )
+            questions = self.questions.encode(CHECK_PROMPTS)
+            difference = max(difference, _largest(fast, plain, questions))
+        return difference
+
+
+def _largest(fast: Tensor, plain: Tensor, sequences: Sequence[TokenIds]) -> float:
+    """Return the largest difference of scores (R, P), each over its number of tokens."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return float(((fast.cpu() - plain.cpu()).abs() / lengths).max())
 
 
 def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> TransformersCaptioner:

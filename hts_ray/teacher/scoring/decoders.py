@@ -299,27 +299,36 @@ class Decoder(ABC):
     def _by_trie(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
         scores = torch.empty(len(prefix), len(sequences), device=prefix.root.device)
         for trie, prompts in self.tries(sequences):
-            hidden = prefix.root
-            if len(trie) > 1:
-                seen = trie.ancestors[1:, 1:]
-                fed = self.feed(prefix, trie.tokens[1:], trie.depths[1:], seen)
-                hidden = torch.cat([hidden, fed], dim=1)
-                self.rewind(prefix)
+            hidden = self._read_trie(prefix, trie)
             scores[:, prompts] = trie.sum_paths(edge_log_probs(self.head, hidden, trie))
         return scores
 
+    def _read_trie(self, prefix: Prefix, trie: PromptTrie) -> Tensor:
+        """Return the hidden states (R, T, D) of a trie's fed nodes, the root first."""
+        if len(trie) == 1:
+            return prefix.root
+        fed = self.feed(prefix, trie.tokens[1:], trie.depths[1:], trie.ancestors[1:, 1:])
+        self.rewind(prefix)
+        return torch.cat([prefix.root, fed], dim=1)
+
     def _by_batches(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
+        scores = torch.empty(len(prefix), len(sequences), device=prefix.root.device)
+        for region, chosen, batch in self._batches(prefix, sequences):
+            scores[region, chosen] = self._batch(batch, [sequences[i] for i in chosen])
+        return scores
+
+    def _batches(
+        self, prefix: Prefix, sequences: Sequence[TokenIds]
+    ) -> Iterator[tuple[int, list[int], Prefix]]:
+        """Yield a region, the numbers of some prompts, and a copy of its prefix for each."""
         # Prompts of equal length share a batch, for less padding.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         longest = len(sequences[order[-1]])
         rows = max(1, min(self.prompt_batch, self.workspace // self.row_bytes(prefix, longest)))
-        scores = torch.empty(len(prefix), len(sequences), device=prefix.root.device)
         for region in range(len(prefix)):
             for first in range(0, len(order), rows):
                 chosen = order[first : first + rows]
-                batch = select_regions(prefix, [region] * len(chosen))
-                scores[region, chosen] = self._batch(batch, [sequences[i] for i in chosen])
-        return scores
+                yield region, chosen, select_regions(prefix, [region] * len(chosen))
 
     def row_bytes(self, prefix: Prefix, longest: int) -> int:
         """Return about how many bytes one prompt of `longest` tokens takes behind a prefix."""
@@ -329,9 +338,7 @@ class Decoder(ABC):
     def _batch(self, prefix: Prefix, sequences: Sequence[TokenIds]) -> Tensor:
         """Return the sums (P,) of P prompts behind P copies of a region."""
         device = prefix.root.device
-        padded = [torch.tensor(sequence) for sequence in sequences]
-        ids = nn.utils.rnn.pad_sequence(padded, batch_first=True).to(device)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        ids, lengths = _padded(sequences, device)
         real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         hidden = prefix.root
         if ids.shape[1] > 1:
@@ -340,6 +347,47 @@ class Decoder(ABC):
         rows = torch.arange(int(lengths.sum()), device=device)
         scores[real] = self.token_log_probs(hidden[real], rows, ids[real])
         return scores.sum(1)
+
+    def answer_logits(
+        self, images: Any, sequences: Sequence[TokenIds], answers: TokenIds
+    ) -> Tensor:
+        """Return logits (R, P, A) float32 of A tokens, each the next one behind a sequence.
+
+        Logits of one position differ as log-probabilities do.
+        """
+        read = self._trie_ends if self.by_trie else self._batch_ends
+        parts = []
+        for group in self.groups(images):
+            prefix = self.encode(group)
+            logits = torch.empty(len(prefix), len(sequences), len(answers))
+            for regions, prompts, hidden in read(prefix, sequences):
+                logits[regions, prompts] = self.next_logits(hidden, answers).cpu()
+            parts.append(logits)
+        return torch.cat(parts)
+
+    def next_logits(self, hidden: Tensor, tokens: TokenIds) -> Tensor:
+        """Return logits (..., A) of A tokens behind hidden states (..., D), a few at a time."""
+        chunk = max(1, prompt_tree.MAX_LOGITS // self.vocabulary)
+        rows = torch.split(hidden.flatten(0, -2), chunk)
+        logits = torch.cat([self.project(part[None])[0][:, list(tokens)] for part in rows])
+        return logits.view(*hidden.shape[:-1], len(tokens))
+
+    def _trie_ends(
+        self, prefix: Prefix, sequences: Sequence[TokenIds]
+    ) -> Iterator[tuple[Any, list[int], Tensor]]:
+        """Yield all regions, the numbers of some sequences, and the states (R, P, D) behind."""
+        # A trie feeds all of a sequence but its last token, here one more than there is.
+        for trie, prompts in self.tries([[*sequence, -1] for sequence in sequences]):
+            yield slice(None), prompts, self._read_trie(prefix, trie)[:, trie.last_fed]
+
+    def _batch_ends(
+        self, prefix: Prefix, sequences: Sequence[TokenIds]
+    ) -> Iterator[tuple[Any, list[int], Tensor]]:
+        """Yield a region, the numbers of some sequences, and the states (P, D) behind."""
+        for region, prompts, batch in self._batches(prefix, sequences):
+            ids, lengths = _padded([sequences[i] for i in prompts], batch.root.device)
+            hidden = self.feed(batch, ids)
+            yield region, prompts, hidden[torch.arange(len(prompts)), lengths.cpu() - 1]
 
     def token_log_probs(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
         """Return log P(token) float32 (E,) behind rows, ascending, of hidden states (N, D).
@@ -354,6 +402,13 @@ class Decoder(ABC):
             row, token = (rows[within] - first).to(logits.device), tokens[within].to(logits.device)
             parts.append(logits[row, token] - logits.logsumexp(-1)[row])
         return torch.cat(parts).to(hidden.device)
+
+
+def _padded(sequences: Sequence[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens (P, L), filled up behind, and the lengths (P,) of the sequences."""
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    return ids, torch.tensor([len(row) for row in rows], device=device)
 
 
 def _joined(images: Any, group: list[Any]) -> Any:

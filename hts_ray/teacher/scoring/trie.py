@@ -43,6 +43,7 @@ class PromptTrie:
         edge_source: (E,) int64, fed index of the node that predicts an edge, ascending.
         edge_target: (E,) int64, the token predicted.
         paths: (P, L) int64, the edges of every prompt in order, padded with E.
+        last_fed: (P,) int64, the fed node that predicts a prompt's last token.
     """
 
     def __init__(self, sequences: Sequence[TokenIds]) -> None:
@@ -59,6 +60,8 @@ class PromptTrie:
         # Node n > 0 is the end of edge n - 1; the pad index E points one past the last edge.
         num_edges = len(parent) - 1
         self.paths = torch.from_numpy(np.where(node_paths < 0, num_edges, node_paths - 1))
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        self.last_fed = self.edge_source[self.paths.gather(1, lengths[:, None] - 1)[:, 0]]
         fed_parent = fed_index[parent[fed[1:]]]
         self.ancestors = torch.from_numpy(_ancestors(fed_parent, depth[fed]))
 
