@@ -428,7 +428,7 @@ def _chat_text(processor: Any, words: str) -> tuple[str, str]:
     if "enable_thinking" in str(processor.chat_template):
         options["enable_thinking"] = False
     text = processor.apply_chat_template(asked, add_generation_prompt=True, **options)
-    text = _without_thoughts(text, len(text.rpartition(words)[0]))
+    text = _without_thoughts(text, text.rfind(words) + len(words))
     try:
         whole: str = processor.apply_chat_template([*asked, answer], **options)
     except (TemplateError, TypeError, ValueError):
@@ -440,7 +440,7 @@ def _chat_text(processor: Any, words: str) -> tuple[str, str]:
 def _without_thoughts(text: str, start: int) -> str:
     """Return text whose thoughts, if any are begun behind `start`, are ended."""
     for opening, closing in _THOUGHTS.items():
-        if text.find(opening, start) > text.rfind(closing):
+        if text.rfind(opening, start) > text.rfind(closing, start):
             return f"{text.rstrip()}\n\n{closing}\n\n"
     return text
 
