@@ -18,7 +18,7 @@ More of a run
   sweep stages Try many settings of filter and training over one teacher pass, and keep the best.
 People and other tools
   export exchange Write labels in the format of another tool, or a student in another form.
-  import-labels exchange Read labels that people corrected: Label Studio JSON, COCO JSON or CSV.
+  import-labels exchange Read labels that people corrected: review page, Label Studio, COCO or CSV.
   review exchange Compare pseudo-labels with corrections that `hts import-labels` wrote to DIR.
   import-checkpoint exchange Turn a checkpoint of the paper's own code into a student.
 Machines

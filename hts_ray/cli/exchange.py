@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from hts_ray.engine.console import (
     print_line,
     print_mapping,
     print_next,
+    print_note,
     print_rows,
     print_written,
 )
@@ -23,8 +25,9 @@ from hts_ray.exports.writing import FORMATS as LABEL_FORMATS
 from hts_ray.exports.writing import check_output, export_labels
 from hts_ray.labels.corrections import OVERRIDES
 from hts_ray.review import agreement
+from hts_ray.review.corrected_files import Sample
 from hts_ray.review.corrected_files import read_labels as read_corrected
-from hts_ray.review.importing import import_labels, write_import
+from hts_ray.review.importing import import_labels, labels_of_page, write_import
 from hts_ray.store import storage
 from hts_ray.store.outputs import refuse_existing
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
@@ -131,19 +134,26 @@ def import_labels_command(
     force: bool,
     **chosen: Any,
 ) -> None:
-    """Read labels that people corrected: Label Studio JSON, COCO JSON or CSV."""
+    """Read labels that people corrected: review page, Label Studio, COCO or CSV."""
     run = settings.open()
     refuse_existing(output, replace=force, marker=OVERRIDES)
+    read, seed = read_corrected(file), run.config.seed
+    sample = read.sample
+    shown = None if sample is None else labels_of_page(run, sample, file)
     images = run.manifest(manifest).table
-    seed = run.config.seed
-    imported = import_labels(read_corrected(file), images, run.class_table, seed=seed, **chosen)
-    stage, found = _labels_stage(run, labels), None
+    imported = import_labels(read, images, run.class_table, seed=seed, **chosen)
+    stage, found = shown if shown and labels is None else _labels_stage(run, labels), None
     if stage is not None:
-        found = agreement.agreement_of(run.class_table, imported.corrections, stage)
+        found = agreement.agreement_of(
+            run.class_table, imported.corrections, stage, sample.image_ids if sample else None
+        )
     if settings.dry_run:
         print_mapping("plan", {"write": output, **imported.counts})
         return
-    write_import(imported, output, {agreement.AGREEMENT: found} if found else {}, force=force)
+    extra: dict[str, Any] = {agreement.AGREEMENT: found} if found else {}
+    if sample is not None:
+        extra[agreement.SAMPLE] = {"image_ids": sample.image_ids, "drawn": sample.drawn}
+    write_import(imported, output, extra, force=force)
     print_written("import-labels", output)
     print_mapping("counted", imported.counts)
     if imported.counts["quarantined"]:
@@ -151,6 +161,8 @@ def import_labels_command(
         for row in imported.quarantine.slice(0, _SHOWN).to_pylist():
             print_line(f"  {row['image_id']}: {row['error']}")
         print_line(f"all are listed in {storage.join(output, 'quarantine')}")
+    if sample is not None:
+        _print_sample(sample, imported.counts)
     if found is not None:
         _print_agreement(found)
     where, split = ["--run-dir", run.config.run_dir], chosen["split"]
@@ -163,6 +175,19 @@ def import_labels_command(
             "not both at once: they are the same images (--validation-share divides them)"
         )
     print_next("hts", "review", output, *where)
+
+
+def _print_sample(sample: Sample, counts: Mapping[str, int]) -> None:
+    """Say what of a review page is done, and what of it tells how good the labels are."""
+    waiting = counts.get("not_reviewed", 0)
+    if waiting:
+        print_note(f"{waiting} images of the page are open: finish them, save, import with --force")
+    counting = len(sample.image_ids)
+    if counting < sample.drawn:
+        print_note(
+            f"{counting} of {sample.drawn} images drawn at random tell precision and recall: those"
+            " up to the first that is open"
+        )
 
 
 @click.command("review")
@@ -205,6 +230,8 @@ def _print_agreement(found: dict[str, Any]) -> None:
         "wrong positives": overall["wrong"],
         "missed": f"{overall['missed']} called negative, {overall['undecided']} undecided",
     }
+    if found["left_out_as_chosen"]:
+        figures["not counted"] = f"{found['left_out_as_chosen']} corrected images, chosen not drawn"
     if found["applied"]:
         figures["note"] = "these labels were made from these corrections: of course they agree"
     elif found["left_out_as_applied"]:

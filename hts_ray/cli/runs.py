@@ -23,6 +23,7 @@ from hts_ray.engine.console import (
 )
 from hts_ray.engine.session import command_cluster
 from hts_ray.errors import DataError
+from hts_ray.report import write_review_page
 from hts_ray.store import storage
 from hts_ray.teacher.stage import plan_label
 
@@ -66,14 +67,38 @@ def demo(settings: Settings, seed: int) -> None:
 
 @click.command()
 @argument("run_dir", metavar="RUN")
-@option("--output", metavar="FILE", help="Where to write (default RUN/report.html).")
+@option(
+    "--output", metavar="FILE", help="Where to write (default RUN/report.html, or RUN/review.html)."
+)
 @option("--images", type=click.IntRange(min=0), default=200, show_default=True,
-        help="Images of the gallery, at most.")  # fmt: skip
-def report(run_dir: str, output: str | None, images: int) -> None:
+        help="Images of the gallery or to review, at most.")  # fmt: skip
+@option("--review", is_flag=True, help="Write the page to correct labels on instead.")
+def report(run_dir: str, output: str | None, images: int, review: bool) -> None:
     """Write one self-contained HTML page about a run."""
     if not storage.list_names(run_dir):
         raise DataError(f"{run_dir} holds no run: `hts` alone lists those that are found here")
+    if review:
+        _review_page(run_dir, output, images)
+        return
     with busy("report"):
         path = stages.write_run_report(run_dir, output, images)
     print_written("report", path)
     console.print("open it in a browser; it needs no other file")
+
+
+def _review_page(run_dir: str, output: str | None, images: int) -> None:
+    with busy("review"):
+        page = write_review_page(run_dir, output, images)
+    print_written("review", page.path)
+    counts = {
+        "images": f"{page.images}, {page.random} of them drawn at random",
+        "size": f"{page.size / 1e6:.1f} MB",
+    }
+    if page.corrected:
+        counts["left out"] = f"{page.corrected} images that people corrected before"
+    if page.unreadable:
+        counts["cannot be read any more"] = f"{page.unreadable} images"
+    print_mapping("page", counts)
+    console.print("open it in a browser; it needs no other file. Save there, and then")
+    saved = ["hts", "import-labels", "FILE", "--run-dir", run_dir, "--output", "corrected"]
+    print_next(*saved)

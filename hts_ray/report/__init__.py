@@ -9,11 +9,13 @@ from hts_ray.report.collect import DEFAULT_IMAGES, report_for_run
 from hts_ray.report.content import ComparisonRow, ReportData, Role, Section
 from hts_ray.report.page import render_report, write_report
 from hts_ray.report.results import gap_closed
+from hts_ray.report.review_page import ReviewPage, write_review_page
 
 __all__ = [
     "DEFAULT_IMAGES",
     "ComparisonRow",
     "ReportData",
+    "ReviewPage",
     "Role",
     "Section",
     "draw",
@@ -21,4 +23,5 @@ __all__ = [
     "render_report",
     "report_for_run",
     "write_report",
+    "write_review_page",
 ]

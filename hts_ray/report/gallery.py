@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hts_ray.config import FilterConfig
 from hts_ray.images.thumbnail import stored_thumbnail
 from hts_ray.labels.evidence import class_probabilities, filter_info, iter_region_rows
 from hts_ray.report.content import GalleryItem, GalleryLabel, GalleryRegion, Verdict
@@ -23,6 +24,7 @@ from hts_ray.report.formatting import finite
 from hts_ray.report.label_quality import Row, judge
 from hts_ray.report.read_run import RunTables
 from hts_ray.store import storage
+from hts_ray.store.run import StageFolder
 
 MAX_IGNORED_LABELS = 6
 BEST_CLASSES = 3
@@ -43,31 +45,51 @@ def run_gallery(found: RunTables, max_images: int) -> list[GalleryItem]:
     annotated = found.annotations
     judged = {name: judge(row, annotated.get(name)) for name, row in candidates.items()}
     chosen = choose_images(judged, max_images)
-    settings = found.config.filter
     info = storage.read_object(found.regions.file("table.json"))
-    if info and settings.prior == "sample":
-        info = filter_info(found.regions.path, settings, found.config.train.split)
-    elif info.get("prior_log_likelihoods") is None:
-        settings = settings.model_copy(update={"prior_alpha": 0.0})
     class_ids = [int(i) for i in info.get("class_ids") or found.names]
     max_bytes = min(_IMAGE_BYTES, GALLERY_BYTES // max(len(chosen), 1))
-    scored = {row["image_id"]: row for row in iter_region_rows(found.regions.path, chosen)}
+    settings, split = found.config.filter, found.config.train.split
+    shown = scored_images(found.regions, settings, split, chosen, _IMAGE_SIDE, max_bytes)
+    return [
+        gallery_item(
+            image,
+            row,
+            p_RC,
+            class_ids,
+            found.names,
+            candidates[row["image_id"]],
+            annotated.get(row["image_id"]),
+        )
+        for image, row, p_RC in shown
+    ]
+
+
+def scored_images(
+    regions: StageFolder,
+    settings: FilterConfig,
+    split: str | None,
+    chosen: Sequence[str],
+    side: int,
+    max_bytes: int,
+) -> Iterator[tuple[str, dict[str, Any], npt.NDArray[Any]]]:
+    """Yield (image, row of region_scores, class probabilities (R, C)) of the chosen images.
+
+    `settings` and `split` are those of the filter that made the labels. An image is a JPEG data
+    URI of at most `max_bytes` and `side` pixels. Images that were not
+    scored or cannot be read any more are left out.
+    """
+    info = storage.read_object(regions.file("table.json"))
+    if info and settings.prior == "sample":
+        info = filter_info(regions.path, settings, split)
+    elif info.get("prior_log_likelihoods") is None:
+        settings = settings.model_copy(update={"prior_alpha": 0.0})
+    scored = {row["image_id"]: row for row in iter_region_rows(regions.path, chosen)}
     rows = [scored[image_id] for image_id in chosen if image_id in scored]
     with ThreadPoolExecutor(_THREADS) as threads:
-        images = threads.map(lambda row: stored_thumbnail(row["uri"], _IMAGE_SIDE, max_bytes), rows)
-        return [
-            gallery_item(
-                image,
-                row,
-                class_probabilities(row["scores"], info, settings),
-                class_ids,
-                found.names,
-                candidates[row["image_id"]],
-                annotated.get(row["image_id"]),
-            )
-            for row, image in zip(rows, images, strict=True)
-            if image is not None
-        ]
+        images = threads.map(lambda row: stored_thumbnail(row["uri"], side, max_bytes), rows)
+        for row, image in zip(rows, images, strict=True):
+            if image is not None:
+                yield image, row, class_probabilities(row["scores"], info, settings)
 
 
 def _candidates(labels: pa.Table) -> list[dict[str, Any]]:

@@ -29,9 +29,7 @@ Curves = Mapping[str, Mapping[int, Sequence[float]]]
 
 def render_report(data: ReportData) -> str:
     """Return the report as one HTML document that needs no other file and no network."""
-    script, style = (
-        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.js", "report.css")
-    )
+    script, style = packaged("report.js"), packaged("palette.css", "report.css")
     roles = by_role(data.comparison)
     zero, hts = (roles[role].name if role in roles else None for role in ("zero_shot", "hts"))
     series, curves = _series(data), data.precision_recall
@@ -40,9 +38,9 @@ def render_report(data: ReportData) -> str:
         .get_template("page.html.j2")
         .render(
             data=data,
-            script=Markup(script),  # noqa: S704 - packaged
-            style=Markup(style),  # noqa: S704 - packaged
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            script=script,
+            style=style,
+            script_hash=content_security_hash(script),
             comparison=[
                 (row, row is roles.get("hts"), row_gap(row, data.comparison))
                 for row in data.comparison
@@ -78,6 +76,17 @@ def render_report(data: ReportData) -> str:
 def write_report(path: str, data: ReportData) -> None:
     """Render a report and write it to a path or URI in one step."""
     storage.write_bytes(path, render_report(data).encode("utf-8"))
+
+
+def packaged(*names: str) -> Markup:
+    """Return style sheets or scripts of the package, one after the other, as they are."""
+    texts = [(TEMPLATES / name).read_text(encoding="utf-8") for name in names]
+    return Markup("".join(texts))  # noqa: S704 - packaged
+
+
+def content_security_hash(script: str) -> str:
+    """Return by what a page's Content-Security-Policy knows its one script: base64 of SHA-256."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def environment(folder: Path = TEMPLATES) -> Environment:

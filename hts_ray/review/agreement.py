@@ -12,7 +12,7 @@ An agreement is over what people decided, and JSON-able, as it is stored, printe
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ Row = Mapping[str, Any]
 
 TABLE = "review"
 AGREEMENT = "agreement.json"
+SAMPLE = "agreement_sample.json"  # of an import: which of its images were drawn at random
 # What the machine and people said of a label that is counted as such.
 _SAID = {
     "wrong": ("positive", "negative"),
@@ -199,31 +200,51 @@ def corrections_of(path: str) -> pa.Table:
 
 
 def agreement_of(
-    class_table: ClassTable, corrections: pa.Table, labels: StageFolder
-) -> dict[str, Any]:
+    class_table: ClassTable,
+    corrections: pa.Table,
+    labels: StageFolder,
+    sample: Collection[str] | None = None,
+) -> dict[str, Any] | None:
     """Return the agreement of corrections with a pseudo_labels folder.
 
     Images whose corrections the folder has applied are left out: they agree because they were
-    made to. If there are no others they count, and `applied` says so.
+    made to. If there are no others they count, and `applied` says so. Where some images were
+    chosen, `sample` are those that were drawn: they alone count, or the doubtful images that
+    people looked at first would speak for all. Returns None when none of them was corrected.
     """
+    drawn = corrections
+    if sample is not None:
+        drawn = corrections.filter(pc.is_in(corrections["image_id"], pa.array(sample, pa.string())))
+        if not len(drawn):
+            return None
     corrected = storage.read_object(labels.file("table.json")).get("corrected_ids", ())
-    applied = pc.is_in(corrections["image_id"], pa.array(corrected, pa.string()))
-    others = corrections.filter(pc.invert(applied))
-    judged = others if len(others) else corrections
+    applied = pc.is_in(drawn["image_id"], pa.array(corrected, pa.string()))
+    others = drawn.filter(pc.invert(applied))
+    judged = others if len(others) else drawn
     columns = ["image_id", "uri", "positive_ids", "ignored_ids", "probability"]
     return {
         **measure_agreement(labels.read(columns), judged, class_table),
         "pseudo_labels": f"{labels.table}-{labels.key}",
-        "left_out_as_applied": len(corrections) - len(judged),
+        "left_out_as_applied": len(drawn) - len(judged),
+        "left_out_as_chosen": len(corrections) - len(drawn),
         "applied": len(others) == 0,
     }
 
 
 def review(run: Run, path: str, labels: StageFolder) -> dict[str, Any]:
-    """Measure the corrections at `path`, publish `review-KEY/agreement.json` and return it."""
-    corrections = corrections_of(path)
-    found = agreement_of(run.class_table, corrections, labels)
-    stage = run.stage(TABLE, settings_hash(labels.key, content_hash(corrections)))
+    """Measure the corrections at `path`, publish `review-KEY/agreement.json` and return it.
+
+    Raises DataError when only chosen images were corrected, which say nothing about the others.
+    """
+    corrections, file = corrections_of(path), storage.join(path, SAMPLE)
+    sample = storage.read_json(file)["image_ids"] if storage.exists(file) else None
+    found = agreement_of(run.class_table, corrections, labels, sample)
+    if found is None:
+        raise DataError(
+            f"{path}: none of the corrected images was drawn at random, so that they cannot tell"
+            " how good the labels are: finish the review page from its first image on"
+        )
+    stage = run.stage(TABLE, settings_hash(labels.key, content_hash(corrections), sample))
     storage.write_json(stage.file(AGREEMENT), found)
     rows = {"rows_in": len(corrections), "rows_out": found["images"], "quarantined": 0}
     stage.publish({**rows, **found["overall"]})

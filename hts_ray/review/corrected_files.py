@@ -1,4 +1,4 @@
-"""Files of corrected labels as other tools write them: Label Studio, COCO and CSV.
+"""Files of corrected labels: of the page of `hts report --review`, Label Studio, COCO and CSV.
 
 Every reader returns what the file says: images by the names it has for them, classes by their
 names. `hts_ray.review.importing` finds out what they are in a run.
@@ -12,15 +12,20 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import takewhile
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hts_ray.errors import DataError
 from hts_ray.exports import label_studio, tables
+from hts_ray.report.review_page import FORMAT as PAGE_FORMAT
 from hts_ray.store import storage
 
 FORMATS = (
-    "a Label Studio export (JSON: a list of tasks with annotations), COCO JSON (images,"
-    " categories, annotations) or a CSV file with the columns image_id and positive"
+    "what the page of `hts report --review` saved, a Label Studio export (JSON: a list of tasks"
+    " with annotations), COCO JSON (images, categories, annotations) or a CSV file with the"
+    " columns image_id and positive"
 )
 
 
@@ -29,7 +34,8 @@ class ReadImage:
     """What a file says of one image.
 
     `image_id` is the run's own id where the file has it, `reference` a path or address.
-    `negative` is None where the file lists no negatives, so that the other classes are open.
+    `negative` is None where the file lists no negatives, so that the other classes are open; in
+    an image that was looked at in `full` they are open too.
     """
 
     reference: str
@@ -37,6 +43,7 @@ class ReadImage:
     positive: tuple[str, ...]
     ambiguous: tuple[str, ...] = ()
     negative: tuple[str, ...] | None = None
+    full: bool = False
 
     @property
     def called(self) -> str:
@@ -54,12 +61,27 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What a file of the review page says of its images.
+
+    Of `drawn` random images those count whose ids are here: all from the first on until one was
+    left open. The reader chose which ones come later, and a choice is no sample.
+    """
+
+    pseudo_labels: str
+    classes: tuple[str, ...]
+    image_ids: tuple[str, ...]
+    drawn: int
+
+
+@dataclass(frozen=True)
 class Read:
     """The images of a file, its bad entries, and counts of what is neither (not reviewed yet)."""
 
     images: tuple[ReadImage, ...]
     problems: tuple[Problem, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    sample: Sample | None = None
 
 
 def read_labels(path: str) -> Read:
@@ -79,7 +101,11 @@ def read_labels(path: str) -> Read:
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{path} is not complete JSON: {error}") from error
+        raise DataError(
+            f"{path} is not complete JSON: {error}: save or export it once more"
+        ) from error
+    if isinstance(document, dict) and document.get("format") == PAGE_FORMAT:
+        return read_review_page(document, path)
     if isinstance(document, dict) and {"images", "categories"} <= document.keys():
         return read_coco(document, path)
     tasks = [document] if isinstance(document, dict) and "data" in document else document
@@ -88,6 +114,69 @@ def read_labels(path: str) -> Read:
     ):
         return read_label_studio(tasks)
     raise DataError(f"{path} is none of the known formats: give {FORMATS}")
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    image_id: str
+    part: Literal["random", "uncertain"]
+    seen: int | None
+    done: bool
+    right: list[str] = []
+    wrong: list[str] = []
+    missing: list[str] = []
+    absent: list[str] = []
+    unsure: list[str] = []
+
+
+class _SavedPage(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    version: Literal[1]
+    pseudo_labels: str
+    classes: list[str]
+    images: list[_Entry]
+
+
+def read_review_page(document: Mapping[str, Any], path: str = "the file") -> Read:
+    """Read what the page of `hts report --review` saved: the images that are done.
+
+    Images that were drawn at random were looked at in full. Raises DataError naming the first
+    field that is missing or wrong.
+    """
+    try:
+        page = _SavedPage.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
+        raise DataError(
+            f"{path}, field {where.lstrip('.')}: {first['msg']}: save the file from the page again"
+        ) from error
+    done = [entry for entry in page.images if entry.done]
+    drawn = [entry for entry in page.images if entry.part == "random"]
+    in_a_row = takewhile(lambda entry: entry.done, drawn)
+    images = [
+        ReadImage(
+            reference="",
+            image_id=entry.image_id,
+            positive=(*entry.right, *entry.missing),
+            ambiguous=tuple(entry.unsure),
+            negative=(*entry.wrong, *entry.absent),
+            full=entry.part == "random",
+        )
+        for entry in done
+    ]
+    counts = {
+        "not_reviewed": len(page.images) - len(done),
+        "seen_and_left_open": sum(
+            entry.seen is not None and not entry.done for entry in page.images
+        ),
+        "labels_nobody_could_tell": sum(len(entry.unsure) for entry in done),
+    }
+    counting = tuple(dict.fromkeys(entry.image_id for entry in in_a_row))
+    sample = Sample(page.pseudo_labels, tuple(page.classes), counting, len(drawn))
+    return Read(tuple(images), counts=counts, sample=sample)
 
 
 def read_label_studio(tasks: Sequence[Mapping[str, Any]]) -> Read:

@@ -19,12 +19,14 @@ import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.classes.prompts import phrase_key
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.manifest import FILE as MANIFEST
 from hts_ray.labels.corrections import OVERRIDES
-from hts_ray.review.corrected_files import Problem, Read, ReadImage
+from hts_ray.review.corrected_files import Problem, Read, ReadImage, Sample
 from hts_ray.store import storage
 from hts_ray.store.outputs import new_output, refuse_existing
+from hts_ray.store.run import StageFolder, finished_stages
 from hts_ray.store.tables import (
     ANNOTATION_COLUMNS,
     CORRECTIONS_SCHEMA,
@@ -131,6 +133,27 @@ class ClassNames:
         return f", did you mean {self._classes[near[0]].name!r}?" if near else ""
 
 
+def labels_of_page(run: Run, sample: Sample, file: str) -> StageFolder:
+    """Return the pseudo-labels that a review page showed.
+
+    Raises DataError naming the field of `file` by which it belongs to another run or other classes.
+    """
+    stages = {f"{s.table}-{s.key}": s for s in finished_stages(run.run_dir, "pseudo_labels")}
+    if sample.pseudo_labels not in stages:
+        raise DataError(
+            f"{file}, field pseudo_labels: the page showed {sample.pseudo_labels}, and"
+            f" {run.run_dir} has {', '.join(stages) or 'none'}: give the page's run with --run-dir"
+        )
+    differing = sorted({*sample.classes} ^ {*run.class_table.names})
+    if differing:
+        whose = "the page" if differing[0] in sample.classes else "the run"
+        raise DataError(
+            f"{file}, field classes: {len(differing)} are not the run's: only {whose} has"
+            f" {differing[0]!r}: give the settings of the page's run, or write the page anew"
+        )
+    return stages[sample.pseudo_labels]
+
+
 def import_labels(
     read: Read,
     manifest: pa.Table,
@@ -145,8 +168,8 @@ def import_labels(
 
     - An entry with an unknown image or class is quarantined as a whole: a label that is lost would
       turn into a negative.
-    - `unmarked` is what a class is that the file does not list; where it lists negatives, the rest
-      is unknown.
+    - `unmarked` is what a class is that the file does not list; where it lists negatives and the
+      image was not looked at in full, the rest is unknown.
     - `validation_share` in (0, 1) divides the images at random (by `seed`) between the manifest and
       the overrides; without it both hold all.
 
@@ -249,7 +272,7 @@ def _labels(
     if both:
         name = class_table[class_table.index_of(min(both))].name
         return Problem(entry.called, "contradiction", f"{name!r} is listed in two ways")
-    if entry.negative is None and unmarked == "negative":
+    if unmarked == "negative" and (entry.negative is None or entry.full):
         taken = {*positive, *ambiguous}
         negative = [i for i in class_table.positions if i not in taken]
     ids = map(sorted, (positive, negative, ambiguous))
@@ -276,7 +299,7 @@ def _quarantine(problems: Sequence[Problem]) -> pa.Table:
 def _nothing(read: Read, problems: Sequence[Problem]) -> str:
     if not problems:
         waiting = read.counts.get("not_reviewed", 0)
-        tasks = f"{waiting} tasks are there, and none was reviewed"
+        tasks = f"{waiting} images are there, and none was reviewed: submit or finish them first"
         return f"no corrected label: {tasks if waiting else 'the file lists no image'}"
     kinds = Counter(problem.kind for problem in problems)
     counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())

@@ -241,7 +241,7 @@ def contrast(one, two):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_is_enough(scheme):
     """Catches a colour that WCAG 2.2 AA calls unreadable, in either scheme."""
-    css = (Path(report.__file__).parent / "templates/report.css").read_text()
+    css = (Path(report.__file__).parent / "templates/palette.css").read_text()
     light, dark = re.findall(r":root {(.*?)}", css, flags=re.S)
     named = dict(re.findall(r"--([\w-]+): (#\w{6})", light if scheme == "light" else dark))
     for text, behind in [
@@ -249,6 +249,7 @@ def test_contrast_is_enough(scheme):
         *((kind, f"{kind}-soft") for kind in ("right", "wrong", "ignored", "accent")),
         ("page", "accent"),
         ("ink", "accent-soft"),
+        ("ink", "right-soft"),
     ]:
         assert contrast(named[text], named[behind]) >= 4.5, (text, behind)
     for line in [f"s{number}" for number in range(6)]:

@@ -112,7 +112,7 @@ def test_nothing_usable_is_an_error(labeled, manifest):
     """Catches an import that reports success over a file of another data set."""
     with pytest.raises(DataError, match=r"unknown_image 1.*'zzz'"):
         import_labels(Read((ReadImage("zzz", None, ()),)), manifest, labeled.class_table)
-    with pytest.raises(DataError, match="3 tasks are there, and none was reviewed"):
+    with pytest.raises(DataError, match="3 images are there, and none was reviewed"):
         import_labels(Read((), counts={"not_reviewed": 3}), manifest, labeled.class_table)
 
 
