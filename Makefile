@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 TORCH_OPTION := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: install demo test test-slow test-gpu test-faults lint format constraints benchmarks clean
+.PHONY: install demo test test-slow test-browser test-gpu test-faults lint format constraints benchmarks clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ test: install
 # Whole pipelines as jobs on object storage, the documentation's commands, the notebook.
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The review page in a headless Chromium, CHROMIUM or the one of the system; skips where there is none.
+test-browser: install
+	$(BIN)/python -m pytest -m browser
 
 # On a machine with a GPU.
 test-gpu: install

@@ -160,6 +160,7 @@ def import_labels_command(
         console.print(f"{imported.counts['quarantined']} entries could not be used:")
         for row in imported.quarantine.slice(0, _SHOWN).to_pylist():
             print_line(f"  {row['image_id']}: {row['error']}")
+        print_line(f"correct them in {file} and import again with --force;")
         print_line(f"all are listed in {storage.join(output, 'quarantine')}")
     if sample is not None:
         _print_sample(sample, imported.counts)

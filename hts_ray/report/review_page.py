@@ -9,7 +9,7 @@ Shapes: N images, R regions of one image, C classes.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -34,6 +34,7 @@ from hts_ray.store.run import StageFolder, require_stage
 FORMAT, VERSION = "hts-review", 1  # of the file that the page saves
 PAGE_BYTES = 30_000_000  # JPEG bytes of a page's images, which are a third more in the file
 _IMAGE_BYTES, _IMAGE_SIDE = 60_000, 900  # the most for one image
+_SIDE_OF_BYTES = 4  # a photograph of s x 3/4 s pixels has about (s / 4) ** 2 bytes
 _ROWS, _LEAST_OTHERS = 9, 3  # classes that a digit reaches; listed beside the machine's labels
 _POSITIVE, _UNDECIDED, _NEGATIVE = range(3)  # what the machine says of a listed class
 
@@ -78,8 +79,9 @@ def write_review_page(run_dir: str, path: str | None = None, max_images: int = 2
     class_ids = [int(i) for i in storage.read_object(regions.file("table.json"))["class_ids"]]
     columns = {class_id: column for column, class_id in enumerate(class_ids)}
     max_bytes = min(_IMAGE_BYTES, PAGE_BYTES // max(len(order), 1))
+    side = min(_IMAGE_SIDE, round(_SIDE_OF_BYTES * max_bytes**0.5))
     pictures, images = [], []
-    for picture, row, p_RC in scored_images(regions, settings, [*order], _IMAGE_SIDE, max_bytes):
+    for picture, row, p_RC in scored_images(regions, settings, [*order], side, max_bytes):
         name = row["image_id"]
         kept = kept_regions(row["region_kinds"], row["margins"] or None, settings)
         listed = listed_classes(labeled[name], row, np.where(kept[:, None], p_RC, 0.0), columns)
@@ -101,7 +103,7 @@ def write_review_page(run_dir: str, path: str | None = None, max_images: int = 2
         "images": images,
     }
     path = path or storage.join(run_dir, "review.html")
-    page = _rendered(data, pictures, run_dir).encode()
+    page = render_review_page(data, pictures, run_dir).encode()
     storage.write_bytes(path, page)
     unreadable, drawn = len(order) - len(images), sum(image[1] for image in images)
     return ReviewPage(path, len(page), len(images), drawn, unreadable, len(corrected))
@@ -170,7 +172,8 @@ def _teacher_pass(labels: StageFolder, name: str) -> StageFolder | None:
     return scores if name and scores.finished else None
 
 
-def _rendered(data: dict[str, Any], pictures: Sequence[str], run_dir: str) -> str:
+def render_review_page(data: Mapping[str, Any], pictures: Sequence[str], run_dir: str) -> str:
+    """Return the page as HTML: `data` is what its script needs, a picture base64 of a JPEG."""
     script = packaged("review_page.js")
     words = ["--run-dir", run_dir, "--output", "corrected"]
     return (

@@ -7,7 +7,13 @@ import json
 import pytest
 
 from hts_ray.errors import DataError
-from hts_ray.review.corrected_files import read_coco, read_csv, read_label_studio, read_labels
+from hts_ray.review.corrected_files import (
+    read_coco,
+    read_csv,
+    read_label_studio,
+    read_labels,
+    read_review_page,
+)
 
 
 def ticked(control, *names):
@@ -129,3 +135,65 @@ def test_the_content_tells_the_format(tmp_path):
             read_labels(str(path))
     with pytest.raises(DataError, match="no file"):
         read_labels(str(tmp_path / "none"))
+
+
+def entry(image_id, part="random", done=True, **labels):
+    return {"image_id": image_id, "part": part, "seen": 1, "done": done, **labels}
+
+
+def saved_page(*entries):
+    head = {"format": "hts-review", "version": 1, "run": "mine", "seed": 0}
+    head |= {"pseudo_labels": "pseudo_labels-1", "classes": ["a", "b"]}
+    return {**head, "saved_at": "2026-01-01T00:00:00Z", "images": list(entries)}
+
+
+def test_a_saved_page_says_what_was_drawn_and_seen():
+    """Catches open images that count as done, and drawn ones picked by hand that are a sample."""
+    labels = {"right": ["a"], "wrong": ["b"], "missing": ["c"], "absent": ["d"], "unsure": ["e"]}
+    read = read_review_page(
+        saved_page(
+            entry("r1", **labels),
+            entry("u1", "uncertain", **labels),
+            entry("r2"),
+            entry("u2", "uncertain", done=False),
+            entry("r3", done=False),
+            entry("r4", right=["a"]),
+        )
+    )
+    assert [image.image_id for image in read.images] == ["r1", "u1", "r2", "r4"]
+    first, doubtful = read.images[:2]
+    for image in (first, doubtful):
+        assert (image.positive, image.negative, image.ambiguous) == (
+            ("a", "c"),
+            ("b", "d"),
+            ("e",),
+        )
+    assert (first.full, doubtful.full) == (True, False)
+    assert read.counts == {
+        "not_reviewed": 2,
+        "seen_and_left_open": 2,
+        "labels_nobody_could_tell": 2,
+    }
+    assert read.sample.image_ids == ("r1", "r2")  # r4 comes after one that was left open
+    assert (read.sample.drawn, read.sample.pseudo_labels) == (4, "pseudo_labels-1")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 2}, "field version"),
+        ({"classes": "a"}, "field classes"),
+        ({"pseudo_labels": None}, "field pseudo_labels"),
+        ({"images": [entry("a"), entry("b") | {"done": "yes"}]}, r"field images\[1\].done"),
+        ({"images": [entry("a", "best")]}, r"field images\[0\].part"),
+        ({"images": [{"image_id": "a"}]}, r"field images\[0\].part: .*missing|Field required"),
+        ({"images": [entry("a", right="b")]}, r"field images\[0\].right"),
+    ],
+)
+def test_a_damaged_page_is_told_by_its_field(tmp_path, change, words):
+    """Catches a traceback, or labels that are quietly lost."""
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps({**saved_page(entry("a")), **change}))
+    with pytest.raises(DataError, match=words) as raised:
+        read_labels(str(path))
+    assert "save the file from the page again" in str(raised.value)
