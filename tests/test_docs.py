@@ -39,6 +39,7 @@ MAKE = {
     "demo": "takes minutes; tests/demo/test_run.py runs it small",
     "test": "runs this test",
     "test-slow": "a command of .ci/run",
+    "test-browser": "a command of .ci/run",
     "test-faults": "a command of .ci/run, as far as it names a kind",
     "lint": "a command of .ci/run",
     "format": "changes files",

@@ -168,9 +168,12 @@ def import_labels_command(
         _print_agreement(found)
     where, split = ["--run-dir", run.config.run_dir], chosen["split"]
     print_next("hts", "filter", *where, f"filter.overrides={output}", why="to train on them")
-    predict = ["hts", "predict", *where, "--manifest", output, f"predict.split={split}"]
-    print_next(*predict, why="to validate on them")
-    print_next("hts", "evaluate", *where, "--annotations", output, "--split", split, why="and then")
+    if imported.counts["validation_images"]:
+        predict = ["hts", "predict", *where, "--manifest", output, f"predict.split={split}"]
+        print_next(*predict, why="to validate on them")
+        print_next(
+            "hts", "evaluate", *where, "--annotations", output, "--split", split, why="and then"
+        )
     if chosen["validation_share"] is None:
         console.print(
             "not both at once: they are the same images (--validation-share divides them)"

@@ -81,7 +81,8 @@ def write_review_page(run_dir: str, path: str | None = None, max_images: int = 2
     max_bytes = min(_IMAGE_BYTES, PAGE_BYTES // max(len(order), 1))
     side = min(_IMAGE_SIDE, round(_SIDE_OF_BYTES * max_bytes**0.5))
     pictures, images = [], []
-    for picture, row, p_RC in scored_images(regions, settings, [*order], side, max_bytes):
+    split = made.get("split")
+    for picture, row, p_RC in scored_images(regions, settings, split, [*order], side, max_bytes):
         name = row["image_id"]
         kept = kept_regions(row["region_kinds"], row["margins"] or None, settings)
         listed = listed_classes(labeled[name], row, np.where(kept[:, None], p_RC, 0.0), columns)

@@ -170,6 +170,8 @@ def import_labels(
       turn into a negative.
     - `unmarked` is what a class is that the file does not list; where it lists negatives and the
       image was not looked at in full, the rest is unknown.
+    - Of a review page only the images that were drawn at random go into the manifest: doubtful
+      ones would make a validation set that is harder than the images are.
     - `validation_share` in (0, 1) divides the images at random (by `seed`) between the manifest and
       the overrides; without it both hold all.
 
@@ -179,15 +181,16 @@ def import_labels(
         raise ConfigError(
             field="--validation-share", value=validation_share, remedy="give a number in (0, 1)"
         )
-    labels, problems = _looked_up(read, manifest, class_table, unmarked)
+    labels, in_full, problems = _looked_up(read, manifest, class_table, unmarked)
     if not labels:
         raise DataError(_nothing(read, problems))
     labeled = _labeled(manifest, labels, split)
     corrections = labeled.select(CORRECTIONS_SCHEMA.names).cast(CORRECTIONS_SCHEMA)
-    validating = applied = np.ones(len(labeled), dtype=bool)
+    applied = np.ones(len(labeled), dtype=bool)
+    validating = applied if read.sample is None else np.isin(sorted(labels), [*in_full])
     if validation_share is not None:
         count = min(max(1, round(validation_share * len(labeled))), len(labeled) - 1)
-        drawn = np.random.default_rng(seed).permutation(len(labeled))[:count]
+        drawn = np.random.default_rng(seed).permutation(np.flatnonzero(validating))[:count]
         validating = np.isin(np.arange(len(labeled)), drawn)
         applied = ~validating
     counts = {
@@ -211,11 +214,12 @@ def import_labels(
 
 def _looked_up(
     read: Read, manifest: pa.Table, class_table: ClassTable, unmarked: Unmarked
-) -> tuple[dict[int, dict[str, list[int]]], list[Problem]]:
-    """Return labels by row of the manifest, and the entries that cannot be used."""
+) -> tuple[dict[int, dict[str, list[int]]], set[int], list[Problem]]:
+    """Return labels by row of the manifest, which rows were looked at in full, and bad entries."""
     images = ImageIndex(manifest["image_id"].to_pylist(), manifest["uri"].to_pylist())
     names = ClassNames(class_table)
     labels: dict[int, dict[str, list[int]]] = {}
+    in_full: set[int] = set()
     problems = list(read.problems)
     for entry in read.images:
         row = images.find(entry)
@@ -228,7 +232,9 @@ def _looked_up(
         else:
             assert isinstance(row, int)
             labels[row] = found
-    return labels, problems
+            if entry.full:
+                in_full.add(row)
+    return labels, in_full, problems
 
 
 def write_import(

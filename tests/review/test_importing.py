@@ -11,7 +11,7 @@ from hts_ray.classes import hico_classes
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluate import read_annotations
 from hts_ray.labels.corrections import read_overrides
-from hts_ray.review.corrected_files import Problem, Read, ReadImage
+from hts_ray.review.corrected_files import Problem, Read, ReadImage, Sample
 from hts_ray.review.importing import ClassNames, ImageIndex, import_labels, write_import
 from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA, read_table
 
@@ -106,6 +106,29 @@ def test_parts_do_not_share_an_image(labeled, manifest):
     assert again.manifest.equals(done.manifest)
     with pytest.raises(ConfigError, match="--validation-share"):
         import_labels(read, manifest, labeled.class_table, validation_share=1.0)
+
+
+def test_of_a_page_only_drawn_images_validate(labeled, manifest):
+    """Catches a validation set of doubtful images, and unticked classes that stay open in full."""
+    ids = manifest["image_id"].to_pylist()
+    sample = Sample("pseudo_labels-1", (), tuple(ids[:3]), 3)
+    images = tuple(
+        ReadImage("", name, ("wash car",), negative=("ride bicycle",), full=name in ids[:3])
+        for name in ids
+    )
+    done = import_labels(Read(images, sample=sample), manifest, labeled.class_table)
+    assert done.manifest["image_id"].to_pylist() == ids[:3]
+    assert done.overrides["negative_ids"].to_pylist() == [[18, 19]] * 3 + [[18]] * 3
+    half = import_labels(
+        Read(images, sample=sample), manifest, labeled.class_table, validation_share=0.34
+    )
+    assert len(half.manifest) == 2
+    assert {*half.manifest["image_id"].to_pylist()} < {*ids[:3]}
+    assert len(half.overrides) == 4
+    unknown = import_labels(
+        Read(images, sample=sample), manifest, labeled.class_table, unmarked="unknown"
+    )
+    assert unknown.overrides["negative_ids"].to_pylist() == [[18]] * 6
 
 
 def test_nothing_usable_is_an_error(labeled, manifest):
