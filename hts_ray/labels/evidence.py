@@ -22,7 +22,13 @@ import pyarrow.dataset as pads
 from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS
-from hts_ray.labels.select import aggregate, odds_probabilities, region_probabilities, support
+from hts_ray.labels.select import (
+    aggregate,
+    background_log_odds,
+    odds_probabilities,
+    region_probabilities,
+    support,
+)
 from hts_ray.store import storage
 from hts_ray.store.aliases import BoolArray, FloatArray
 
@@ -120,7 +126,7 @@ def filter_info(path: str, config: FilterConfig, split: str | None) -> dict[str,
 def with_sample_prior(
     info: dict[str, Any], parts: Iterable[tuple[int, FloatArray]]
 ) -> dict[str, Any]:
-    """Return `info` and `sample_prior`: what the run's own regions make of each of S sentences.
+    """Return `info` and `sample_prior`: what the run's own regions make of each of C classes.
 
     `parts` are numbers of images and their regions' scores (G, S). The prior is the mean score of
     all N images' regions, drawn towards the teacher's prior (or none) as by `PRIOR_IMAGES` more
@@ -128,18 +134,19 @@ def with_sample_prior(
     of likelihoods: the few regions that show a rare class hardly move it. None where a score is
     -inf, as `search=top_k` leaves them.
     """
-    images = regions = 0
-    total_S: Any = np.float64(0)
+    classes, images, regions = len(info["class_ids"]), 0, 0
+    total_C = np.zeros(classes)
     for count, scores_GS in parts:
         images, regions = images + count, regions + len(scores_GS)
-        total_S = total_S + scores_GS.sum(axis=0, dtype=np.float64)
-    if not regions or not np.isfinite(total_S).all():
+        total_C += scores_GS[:, :classes].sum(axis=0, dtype=np.float64)
+    if not regions or not np.isfinite(total_C).all():
         return {**info, "sample_prior": None}
     stored = info.get("prior_log_likelihoods")
-    teachers_S = np.asarray([*(stored or ()), *(info.get("background_prior") or ())])
     share = images / (images + PRIOR_IMAGES)
-    prior_S = share * total_S / regions + (0 if stored is None else (1 - share) * teachers_S)
-    return {**info, "sample_prior": prior_S.astype(np.float32).tolist()}
+    prior_C = share * total_C / regions
+    if stored is not None:
+        prior_C += (1 - share) * np.asarray(stored)
+    return {**info, "sample_prior": prior_C.astype(np.float32).tolist()}
 
 
 def iter_region_rows(
@@ -236,12 +243,14 @@ def class_probabilities(
 ) -> FloatArray:
     """Return class probabilities (R, C) of regional scores, whichever kind `info` says they are.
 
-    Log-likelihoods of prompts lose alpha times their prior and compete in a softmax, with the
-    background sentences too unless `config.background` is false. What captions state is a
-    probability already; prior, prior_alpha, temperature and null_score say nothing about it.
-    Answers to questions do not compete either: see `odds_probabilities`, which knows the
-    temperature. Raises ConfigError for an alpha without the prior that `config.prior` names,
-    DataError for scores of an unknown kind.
+    Log-likelihoods of prompts lose alpha times their prior and compete in a softmax. Unless
+    `config.background` is false, that is multiplied by the probability that the class stands above
+    the background, also above what it reaches beside that on pictures that show nothing; there no
+    prior is taken off. So alpha chooses between classes, and cannot make a class of what shows
+    none. What captions state is a probability already; prior, prior_alpha, temperature and
+    null_score say nothing about it. Answers to questions do not compete either: see
+    `odds_probabilities`, which knows the temperature. Raises ConfigError for an alpha without the
+    prior that `config.prior` names, DataError for scores of an unknown kind.
     """
     kind = info.get("score_kind", LOG_LIKELIHOOD)
     if kind == LOG_PROBABILITY:
@@ -251,17 +260,19 @@ def class_probabilities(
     if kind not in COMPETING:
         raise DataError(f"the scores are {kind!r}, which this version cannot read: label again")
     classes = len(info["class_ids"]) if "class_ids" in info else scores_RS.shape[1]
-    if not config.background:
-        scores_RS = scores_RS[:, :classes]
-    prior_S = _prior(info, config)[: scores_RS.shape[1]] if config.prior_alpha > 0 else None
-    probabilities_RS = region_probabilities(
-        scores_RS, prior_S, config.prior_alpha, config.temperature, null_score=config.null_score
+    scores_RC, background_RB = scores_RS[:, :classes], scores_RS[:, classes:]
+    prior_C = _prior(info, config) if config.prior_alpha > 0 else None
+    probabilities_RC = region_probabilities(
+        scores_RC, prior_C, config.prior_alpha, config.temperature, null_score=config.null_score
     )
-    return probabilities_RS[:, :classes]
+    if not config.background or not background_RB.shape[1]:
+        return probabilities_RC
+    odds_RC = background_log_odds(scores_RC, background_RB)
+    return probabilities_RC * odds_probabilities(odds_RC, info.get("null_log_odds"))
 
 
 def _prior(info: dict[str, Any], config: FilterConfig) -> FloatArray:
-    """Return the prior (S,) that alpha takes off; ConfigError where there is none."""
+    """Return the prior (C,) that alpha takes off; ConfigError where there is none."""
     sample = config.prior == "sample"
     stored = info.get("sample_prior" if sample else "prior_log_likelihoods")
     if stored is None:
@@ -274,8 +285,7 @@ def _prior(info: dict[str, Any], config: FilterConfig) -> FloatArray:
             else "the teacher stored no prior: set it to 0, filter.prior=sample, or"
             " label.teacher.prior=plain",
         )
-    background = () if sample else info.get("background_prior", ())
-    return np.asarray([*stored, *background], dtype=np.float32)
+    return np.asarray(stored, dtype=np.float32)
 
 
 def require_abstention(info: dict[str, Any], config: FilterConfig) -> None:

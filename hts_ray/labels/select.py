@@ -24,6 +24,7 @@ Aggregation = Literal["max", "mean", "top_k_mean", "noisy_or"]
 REASONS = ("ignored_band", "below_support", "over_cap")
 REASON_DTYPE = np.dtype([(reason, np.int32) for reason in REASONS])
 
+_FAR_ABOVE = 100.0  # nats
 # Classes whose probabilities are transposed at a time to find their thresholds.
 _BLOCK = 64
 
@@ -122,6 +123,22 @@ def odds_probabilities(
         odds = odds - np.maximum(bias_C, 0)
     with np.errstate(over="ignore"):
         return np.asarray(1 / (1 + np.exp(-odds / float(temperature))), dtype=odds.dtype)
+
+
+def background_log_odds(log_likelihoods_RC: FloatArray, background_RB: FloatArray) -> FloatArray:
+    """Log-odds (R, C) of each class against all B background sentences together, in nats.
+
+    Each class stands alone beside the background. -inf for a class that a search left out;
+    `_FAR_ABOVE` where it left out the whole background.
+    """
+    top_R1 = background_RB.max(axis=1, keepdims=True, initial=-np.inf)
+    top_R1 = np.where(np.isneginf(top_R1), 0, top_R1).astype(background_RB.dtype)
+    with np.errstate(divide="ignore"):
+        total_R1 = np.log(np.exp(background_RB - top_R1).sum(axis=1, keepdims=True)) + top_R1
+    left_out_RC = np.isneginf(log_likelihoods_RC)
+    with np.errstate(invalid="ignore"):
+        odds_RC = log_likelihoods_RC - total_R1
+    return np.where(left_out_RC, log_likelihoods_RC, np.minimum(odds_RC, _FAR_ABOVE))
 
 
 def aggregate(

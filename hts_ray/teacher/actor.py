@@ -27,7 +27,7 @@ from hts_ray.teacher.captioner import ANSWERS, AskedCaptioner, Captioner, TopSea
 from hts_ray.teacher.detector import load_detector
 from hts_ray.teacher.models.catalog import is_clip
 from hts_ray.teacher.models.loading import load_on_device
-from hts_ray.teacher.prior import plain_images, prior_scores
+from hts_ray.teacher.prior import null_log_odds, plain_images, prior_scores
 from hts_ray.teacher.scorers import (
     CaptionVotes,
     ClassScorer,
@@ -59,8 +59,9 @@ def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
     """Return the contents of `table.json`; the prior costs a few forwards, once a run.
 
     Prompts, token counts and prior are those of the C classes; `background` holds the sentences
-    that competed with them, `background_prior` their prior. `question` and `answers` say what was
-    asked and compared, `prior_log_odds` what was answered where there is nothing to see.
+    that competed with them, `null_log_odds` what the classes reach beside those on pictures that
+    show nothing. `question` and `answers` say what was asked and compared, `prior_log_odds` what
+    was answered where there is nothing to see.
     """
     config, prompts = assignment.config, assignment.prompts
     teacher, table = config.teacher, assignment.class_table
@@ -85,7 +86,7 @@ def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
         "prior_log_likelihoods": None if prior is None else prior[:classes].tolist(),
         "prior_log_odds": None if odds is None else odds.tolist(),
         "background": list(assignment.background),
-        "background_prior": None if prior is None else prior[classes:].tolist(),
+        "null_log_odds": null_log_odds(captioner, assignment),
         "model": teacher.model,
         "model_fingerprint": assignment.fingerprint,
         "length_normalize": teacher.length_normalize,

@@ -128,7 +128,7 @@ def _examples(
     filtering: FilterConfig,
 ) -> list[ImageExample]:
     names, settings = assignment.class_table.names, assignment.config.teacher.caption
-    info = with_sample_prior(info, ((1, result.scores) for _, result in scored))
+    info = with_sample_prior(info, [(1, result.scores) for _, result in scored])
     examples = []
     for task, result in scored:
         captions = result.captions

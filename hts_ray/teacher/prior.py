@@ -9,9 +9,11 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from hts_ray.engine.decoding import decode_batch, decoded_image
 from hts_ray.errors import DataError
+from hts_ray.labels.select import background_log_odds
 from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.store.run import settings_hash
@@ -58,15 +60,43 @@ def prior_scores(captioner: Captioner, assignment: Assignment) -> FloatArray | N
     score: ClassScorer = PromptLikelihoods(captioner, assignment.prompts, teacher)
     if asked:
         score = QuestionOdds.of(captioner, assignment.prompts, teacher)
-    batch = teacher.max_batch_regions
-    starts = range(0, len(images), batch)
-    scores_MC = np.concatenate([score(images[first : first + batch], ()) for first in starts])
+    scores_MC = _scored(score, images, teacher.max_batch_regions)
     prior = np.median(scores_MC, axis=0) if asked else log_mean_exp(scores_MC)
     if not np.isfinite(prior).all():
         raise DataError("the teacher's scores of the prior's images are not finite: try float32")
     if path:
         storage.write_json(path, prior.tolist())
     return prior
+
+
+def null_log_odds(captioner: Captioner, assignment: Assignment) -> list[float] | None:
+    """Return the highest log-odds (C,) of each class against the background where nothing shows.
+
+    In nats, over `empty_pictures`; None without a background.
+    """
+    teacher, classes = assignment.config.teacher, len(assignment.class_table)
+    if not assignment.background:
+        return None
+    score = PromptLikelihoods(captioner, assignment.prompts, teacher)
+    scores_MS = _scored(score, empty_pictures(), teacher.max_batch_regions)
+    odds_MC = background_log_odds(scores_MS[:, :classes], scores_MS[:, classes:])
+    highest: list[float] = odds_MC.max(axis=0).tolist()
+    return highest
+
+
+def _scored(score: ClassScorer, images: list[Pixels], batch: int) -> FloatArray:
+    starts = range(0, len(images), batch)
+    return np.concatenate([score(images[first : first + batch], ()) for first in starts])
+
+
+def empty_pictures() -> list[Pixels]:
+    """Return pictures that show nothing: black, grey, white, six of noise, three of soft colours."""
+    shape = (NULL_IMAGE_SIDE, NULL_IMAGE_SIDE)
+    soft = [np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8) for seed in range(3)]
+    return [
+        *plain_images(9),
+        *(np.asarray(Image.fromarray(colours).resize(shape)) for colours in soft),
+    ]
 
 
 def plain_images(count: int) -> list[Pixels]:

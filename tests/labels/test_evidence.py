@@ -187,7 +187,7 @@ BACKGROUND = {
     "class_ids": [4],
     "prior_log_likelihoods": [-2.0],
     "background": ["a wall", "the sky"],
-    "background_prior": [-1.0, -9.0],
+    "null_log_odds": [-9.0],
 }
 
 
@@ -202,12 +202,37 @@ def test_the_background_takes_the_probability_where_no_class_is_shown():
     np.testing.assert_array_equal(class_probabilities(scores_RS, BACKGROUND, alone), 1)
 
 
-def test_the_prior_of_background_sentences_is_taken_off_too():
-    """Catches a background whose rare sentences never win against a frequent class."""
-    scores_RS = np.array([[-5.0, -8.0, -9.0]], np.float32)
-    found = class_probabilities(scores_RS, BACKGROUND, FilterConfig(prior_alpha=1.0))
-    expected = np.exp([-3.0, -7.0, 0.0])
-    np.testing.assert_allclose(found[0, 0], expected[0] / expected.sum(), rtol=1e-5)
+def test_alpha_chooses_between_classes_and_makes_none_of_the_background():
+    """Catches a prior that lifts rare classes above what the picture shows."""
+    scores_RS = np.array([[-12.0, -15.0, -8.0, -9.0]], np.float32)
+    info = BACKGROUND | {"class_ids": [4, 5], "prior_log_likelihoods": [-2.0, -30.0]}
+    odds = scores_RS[0, :2] - np.logaddexp(-8.0, -9.0)
+    for alpha, between in ((0.0, [3.0, 0.0]), (1.0, [5.0, 30.0])):
+        found = class_probabilities(scores_RS, info, FilterConfig(prior_alpha=alpha))
+        share = np.exp(between) / np.exp(between).sum()
+        np.testing.assert_allclose(found[0], share / (1 + np.exp(-odds)), rtol=1e-4)
+        assert found.max() < 0.05
+
+
+def test_a_class_that_nothing_looks_like_has_to_stand_above_that():
+    """Catches noise that is taken for a class, as it would be without pictures of nothing."""
+    scores_RS = np.array([[-2.0, -8.0, -9.0], [-2.0, -4.0, -30.0]], np.float32)
+    noisy = BACKGROUND | {"null_log_odds": [2.0]}  # of 0.88
+    found = class_probabilities(scores_RS, noisy, FilterConfig(prior_alpha=0.0))
+    odds = [-2 - np.logaddexp(-8, -9), 2.0]
+    expected = 1 / (1 + np.exp(-(np.array(odds) - 2)) * 19)
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-4)
+    assert found[1, 0] == pytest.approx(0.05, abs=1e-3)
+    before = {**BACKGROUND, "null_log_odds": None}  # folders of before have none
+    assert class_probabilities(scores_RS, before, FilterConfig(prior_alpha=0.0))[1, 0] > 0.85
+
+
+def test_a_search_may_leave_out_a_class_or_all_of_the_background():
+    """Catches the NaN of two sentences that were both left out."""
+    left_out = -np.inf
+    scores_RS = np.array([[left_out, left_out, left_out], [-3, left_out, left_out]], np.float32)
+    found = class_probabilities(scores_RS, BACKGROUND, FilterConfig(prior_alpha=0.0))
+    np.testing.assert_array_equal(found[:, 0], [0, 1])
 
 
 def test_one_class_with_nothing_beside_it_is_refused():
@@ -245,12 +270,14 @@ def test_the_runs_own_prior_is_the_mean_score_of_its_regions(tmp_path, monkeypat
     write_table(
         stage.file("part-0.parquet"), pa.Table.from_pylist(rows, schema=REGION_SCORES_SCHEMA)
     )
-    info = {"class_ids": [0, 1, 2], "prior_log_likelihoods": [-3.0] * 3, "background_prior": [-9.0]}
+    info = {"class_ids": [0, 1, 2], "prior_log_likelihoods": [-3.0] * 3}
     storage.write_json(stage.file("table.json"), info)
     config = FilterConfig(prior="sample", prior_alpha=0.7, aggregation="max")
     found = image_evidence(stage.path, config, "train")
     weight = 9 / (9 + PRIOR_IMAGES)
-    wanted = centred(np.concatenate(kept), 0.7, weight, [-3, -3, -3, -9])[:, :3]
+    kept_GS = np.concatenate(kept)
+    odds_GC = kept_GS[:, :3] - kept_GS[:, 3:]
+    wanted = centred(kept_GS[:, :3], 0.7, weight, [-3, -3, -3]) / (1 + np.exp(-odds_GC))
     ends = np.cumsum([len(scores) for scores in kept])[:-1]
     expected = [part.max(axis=0) for part in np.split(wanted, ends)]
     np.testing.assert_allclose(found.probabilities_NC, expected, rtol=1e-4)
@@ -259,7 +286,7 @@ def test_the_runs_own_prior_is_the_mean_score_of_its_regions(tmp_path, monkeypat
 def test_the_runs_own_prior_needs_no_prior_of_the_teacher(tmp_path):
     """Catches `label.teacher.prior=none` refused where the teacher's prior is not asked for."""
     scores_GS = np.random.default_rng(4).normal(-9, 2, (8, 3)).astype(np.float32)
-    info = with_sample_prior({"prior_log_likelihoods": None}, [(4, scores_GS)])
+    info = with_sample_prior({"class_ids": [0, 1, 2]}, [(4, scores_GS)])
     found = class_probabilities(scores_GS, info, FilterConfig(prior="sample", prior_alpha=1.0))
     np.testing.assert_allclose(found, centred(scores_GS, 1.0, 4 / (4 + 16), [0] * 3), rtol=1e-4)
 
@@ -268,14 +295,18 @@ def test_a_rare_class_keeps_its_prior():
     """Catches a mean of likelihoods, which the few regions that show a class would rule."""
     scores_GS = np.full((200, 2), -20, np.float32)
     scores_GS[:2, 1] = -2  # shown in 1 of 100 regions
-    info = with_sample_prior({"prior_log_likelihoods": [-20.0, -20.0]}, [(200, scores_GS)])
+    info = with_sample_prior(
+        {"class_ids": [0, 1], "prior_log_likelihoods": [-20.0, -20.0]}, [(200, scores_GS)]
+    )
     assert info["sample_prior"][1] - info["sample_prior"][0] < 0.2
 
 
 def test_scores_that_a_search_left_out_have_no_mean():
     """Catches -inf averaged into a prior that turns every score into NaN."""
     scores_GS = np.array([[-1, -np.inf], [-2, -3]], np.float32)
-    info = with_sample_prior({"prior_log_likelihoods": [-1.0, -1.0]}, [(2, scores_GS)])
+    info = with_sample_prior(
+        {"class_ids": [0, 1], "prior_log_likelihoods": [-1.0, -1.0]}, [(2, scores_GS)]
+    )
     with pytest.raises(ConfigError, match=r"search=top_k left out.*filter.prior=teacher"):
         class_probabilities(scores_GS, info, FilterConfig(prior="sample"))
     class_probabilities(scores_GS, info, FilterConfig(prior="sample", prior_alpha=0.0))

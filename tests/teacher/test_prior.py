@@ -11,7 +11,13 @@ from assignments import CLASSES, plan, rows
 
 from hts_ray.errors import DataError
 from hts_ray.teacher.captioner import Answers, DummyCaptioner, PromptScores
-from hts_ray.teacher.prior import log_mean_exp, plain_images, prior_scores
+from hts_ray.teacher.prior import (
+    empty_pictures,
+    log_mean_exp,
+    null_log_odds,
+    plain_images,
+    prior_scores,
+)
 
 
 class CountingCaptioner(DummyCaptioner):
@@ -87,3 +93,17 @@ def test_prior_is_a_mean_of_probabilities() -> None:
     assert len({image.tobytes() for image in plain_images(5)}) == 5
     with pytest.raises(ValueError, match="at least one"):
         log_mean_exp(scores[:0])
+
+
+def test_what_classes_reach_where_nothing_shows(tmp_path: Path) -> None:
+    """Catches classes compared with themselves, and a mean in place of the highest."""
+    assignment = plan(tmp_path, rows(tmp_path, 1), background="general")
+    texts = [*CLASSES.primary_prompts, *assignment.background]
+    pictures = empty_pictures()
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures) == 12
+    scores_MS = DummyCaptioner().score(pictures, texts).log_likelihoods.astype(np.float64)
+    beside_M1 = np.log(np.exp(scores_MS[:, 4:]).sum(axis=1, keepdims=True))
+    expected = (scores_MS[:, :4] - beside_M1).max(axis=0)
+    np.testing.assert_allclose(null_log_odds(DummyCaptioner(), assignment), expected, rtol=1e-4)
+    alone = plan(tmp_path, rows(tmp_path, 1), background="none")
+    assert null_log_odds(DummyCaptioner(), alone) is None
