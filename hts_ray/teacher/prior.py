@@ -90,7 +90,7 @@ def _scored(score: ClassScorer, images: list[Pixels], batch: int) -> FloatArray:
 
 
 def empty_pictures() -> list[Pixels]:
-    """Return pictures that show nothing: black, grey, white, six of noise, three of soft colours."""
+    """Return pictures of nothing: black, grey, white, six of noise, three of soft colours."""
     shape = (NULL_IMAGE_SIDE, NULL_IMAGE_SIDE)
     soft = [np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8) for seed in range(3)]
     return [
