@@ -54,7 +54,7 @@ def _table(section: str, settings: list[Setting]) -> list[str]:
 def _meaning(setting: Setting) -> str:
     options = [setting.info.annotation, *get_args(setting.info.annotation)]
     choices = next((get_args(kind) for kind in options if get_origin(kind) is Literal), ())
-    named = ", ".join(f"`{choice}`" for choice in choices)
+    named = ", ".join(f"`{choice}`" for choice in choices if len(choices) > 1)
     return setting.description + (f" ({named})" if named else "")
 
 

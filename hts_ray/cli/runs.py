@@ -36,7 +36,8 @@ def pipeline_command(settings: Settings, manifest: str | None) -> None:
     run = settings.open()
     if settings.dry_run:
         images = run.manifest(manifest)
-        first = plan_label(run, images).folder.path
+        with stages.placed(run, "pipeline") as (on_devices, _):
+            first = plan_label(on_devices, images).folder.path
         rows = {"images": len(images.table), "write first": first}
         print_mapping("plan", {"read": images.path, **rows})
         return

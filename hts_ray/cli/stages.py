@@ -85,7 +85,8 @@ def label(
     if negated and mode != "captions":
         console.print(f"negated classes need label.teacher.mode=captions, not {mode}: {negated}")
     if settings.dry_run:
-        _preview_label(stages.limited(run, limit), manifest, sample, preview)
+        with stages.placed(stages.limited(run, limit), "label") as (on_devices, _):
+            _preview_label(on_devices, manifest, sample, preview)
         return
     stage = stages.label(run, manifest, limit=limit)
     print_stage("label", stage)
@@ -172,8 +173,9 @@ def train(
     if settings.dry_run:
         from hts_ray.student.train import estimate  # torch loads slowly
 
-        plan, labels = stages.plan_training(run, pseudo_labels, manifest)
-        figures = readable(estimate(run, labels))
+        with stages.placed(run, "train") as (on_devices, _):
+            plan, labels = stages.plan_training(on_devices, pseudo_labels, manifest)
+            figures = readable(estimate(on_devices, labels))
         print_mapping("plan", {"write": plan.folder.path, **figures})
         return
     stage = stages.train(run, pseudo_labels, manifest)
@@ -231,8 +233,9 @@ def _predict_table(
         from hts_ray.student.predict import estimate, plan_predict  # torch loads slowly
 
         found = run.manifest(manifest)
-        write = plan_predict(run, student, found).folder.path
-        figures = readable(estimate(run.config.predict, student, found))
+        with stages.placed(run, "predict") as (on_devices, _):
+            write = plan_predict(on_devices, student, found).folder.path
+            figures = readable(estimate(on_devices.config.predict, student, found))
         print_mapping("plan", {"student": student, "write": write, **figures})
         return
     stage = stages.predict(run, student, manifest)

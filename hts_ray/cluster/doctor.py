@@ -31,6 +31,7 @@ from hts_ray.cluster.facts import (
 )
 from hts_ray.config import HtsConfig
 from hts_ray.engine.console import console
+from hts_ray.engine.devices import on_node
 from hts_ray.engine.room import (
     check_paths,
     check_room,
@@ -119,7 +120,7 @@ def _facts_of_all_nodes(
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    pending = [_on_node(node["NodeID"], node_facts).remote(probe, names) for node in nodes]
+    pending = [on_node(node["NodeID"], node_facts).remote(probe, names) for node in nodes]
     facts, silent = [], []
     deadline = time.monotonic() + _NODE_TIMEOUT_S
     for node, reference in zip(nodes, pending, strict=True):
@@ -139,21 +140,12 @@ def _facts_of_all_nodes(
     return facts, silent
 
 
-def _on_node(node_id: str, function: Callable[..., Any]) -> Any:
-    """Return a remote function that runs on one node and takes no CPU from anything."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=here)
-
-
 def _clock_skew(node_id: str) -> float:
     """Return by how many seconds a node's clock is surely ahead of this one, or behind (< 0)."""
     import ray
 
     sent = time.time()
-    there: float = ray.get(_on_node(node_id, _now).remote(), timeout=_NODE_TIMEOUT_S)
+    there: float = ray.get(on_node(node_id, _now).remote(), timeout=_NODE_TIMEOUT_S)
     received = time.time()
     return max(0.0, there - received) + min(0.0, there - sent)
 
@@ -237,9 +229,9 @@ def judge_package(name: str, supported: Any, facts: Sequence[Facts]) -> Finding:
 def _wants_gpu(config: HtsConfig) -> str | None:
     """Return the setting that asks for a GPU, if one does."""
     wanted = {
-        "label.pool.num_gpus": config.label.pool.num_gpus,
-        "train.use_gpu": config.train.use_gpu,
-        "predict.pool.num_gpus": config.predict.pool.num_gpus,
+        "label.pool.num_gpus": config.label.pool.gpus,
+        "train.use_gpu": config.train.gpu,
+        "predict.pool.num_gpus": config.predict.pool.gpus,
     }
     return next((name for name, value in wanted.items() if value), None)
 

@@ -5,12 +5,41 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 _EXECUTION = "execution"
+
+
+def _or_auto(kind: Any) -> BeforeValidator:
+    """Return what lets `auto` pass and reports anything else as `kind` alone would."""
+    known = TypeAdapter(kind)
+
+    def check(value: Any) -> Any:
+        try:
+            return value if value == "auto" else known.validate_python(value)
+        except ValidationError as error:
+            message = f"{error.errors()[0]['msg']}, or auto".replace("{", "{{")
+            raise PydanticCustomError("or_auto", message) from None  # type: ignore[arg-type]
+
+    return BeforeValidator(check)
+
+
+AutoNumber = Annotated[
+    float | Literal["auto"], _or_auto(Annotated[float, Field(ge=0, allow_inf_nan=False)])
+]
+AutoBool = Annotated[bool | Literal["auto"], _or_auto(bool)]
 
 
 def setting(default: Any, meaning: str, **bounds: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import field_validator
 
-from hts_ray.config.fields import Section, execution, setting
+from hts_ray.config.fields import AutoBool, AutoNumber, Section, execution, setting
 
 
 class ClassesConfig(Section):
@@ -123,8 +123,10 @@ class TeacherConfig(Section):
         "hub id, path, builtin:NAME, open_clip:NAME/TAG or import:MODULE:CLASS",
     )
     revision: str | None = setting(None, "pinned revision of a hub model")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "of weights and activations"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "of weights and activations; auto: bfloat16 where every GPU has it, else float16, float32"
+        " on CPUs, and what the run's earlier passes had",
     )
     instruction: str | None = setting(
         None,
@@ -196,16 +198,23 @@ class PoolConfig(Section):
 
     min_size: int = setting(1, "fewest actors", ge=1)
     max_size: int = setting(1, "most actors", ge=1)
-    num_gpus: float = setting(0.0, "GPUs of an actor", ge=0.0)
+    num_gpus: AutoNumber = setting(
+        "auto", "GPUs of an actor; auto: as many as the model needs where the cluster has them"
+    )
     num_cpus: float = setting(1.0, "CPUs of an actor without a GPU", ge=0.0)
     memory_gib: float | None = setting(None, "memory that an actor reserves", gt=0)
     threads: int = setting(1, "torch threads of an actor", ge=1)
     tasks_in_flight: int = setting(3, "batches queued at an actor, so that it never waits", ge=1)
 
     @property
+    def gpus(self) -> float:
+        """GPUs of an actor; none as long as `engine.devices` has not chosen for `auto`."""
+        return 0.0 if self.num_gpus == "auto" else self.num_gpus
+
+    @property
     def actor_cpus(self) -> float:
         """Logical CPUs that an actor holds: Ray gives one to every actor that asks for a GPU."""
-        return 1.0 if self.num_gpus else self.num_cpus
+        return 1.0 if self.gpus else self.num_cpus
 
     def _contradictions(self) -> Iterator[tuple[object, str]]:
         yield self.max_size < self.min_size, "max_size must be at least min_size"
@@ -378,8 +387,12 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     augment: AugmentConfig = AugmentConfig()
     num_workers: int = execution(1, "Ray Train workers; 0 trains inside the driver process", ge=0)
-    use_gpu: bool = execution(False, "a GPU for each worker")
-    cpus_per_worker: float = execution(1.0, "logical CPUs that a worker holds", gt=0.0)
+    use_gpu: AutoBool = execution("auto", "a GPU for each worker; auto: where there are so many")
+    cpus_per_worker: AutoNumber = execution(
+        "auto",
+        "logical CPUs that a worker holds, and its torch threads; auto: one, and without a GPU its"
+        " share of the node's cores as threads",
+    )
     features: FeaturesConfig = execution(FeaturesConfig(), "for trainable=head")
     gradient_checkpointing: bool = execution(False, "less memory: compute activations twice")
     compile: bool = execution(False, "torch.compile the image tower")
@@ -390,6 +403,16 @@ class TrainConfig(Section):
         ("tensorboard",), "where curves go"
     )
     log_every: int = execution(10, "steps between logged losses", ge=1)
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a worker has a GPU; not as long as `engine.devices` has not chosen for `auto`."""
+        return self.use_gpu is True
+
+    @property
+    def worker_cpus(self) -> float:
+        """Logical CPUs that a worker holds."""
+        return 1.0 if self.cpus_per_worker == "auto" else self.cpus_per_worker
 
     @property
     def loss_parameters(self) -> dict[str, float | None]:
@@ -408,6 +431,7 @@ class TrainConfig(Section):
         return value
 
     def _contradictions(self) -> Iterator[tuple[object, str]]:
+        yield self.cpus_per_worker == 0, "cpus_per_worker must be above 0"
         for loss, settings in _LOSS_SETTINGS.items():
             for name in settings if loss != self.loss else ():
                 value = getattr(self, name)

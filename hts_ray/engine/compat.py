@@ -31,6 +31,33 @@ def served_autoscaler_status(client: Any) -> Any:
     return client._do_request("GET", "/api/cluster_status").json()["data"]["clusterStatus"]
 
 
+def local_gpus() -> float:
+    """Return how many GPUs Ray would count on this machine, if it started a node here."""
+    from ray._private.accelerators import get_accelerator_manager_for_resource
+
+    manager = get_accelerator_manager_for_resource("GPU")
+    visible = manager.get_current_process_visible_accelerator_ids()  # CUDA_VISIBLE_DEVICES
+    found = manager.get_current_node_num_accelerators()
+    return float(found if visible is None else min(found, len(visible)))
+
+
+def startable_gpus() -> list[tuple[str, float, int]]:
+    """Return (accelerator type or "", GPUs of a node, most nodes) of the joined cluster's groups.
+
+    Not every autoscaler tells Ray which nodes it can start: of Ray 2.60's own none does.
+    """
+    from ray._private.state import state
+
+    known = state.get_cluster_config()
+    found = []
+    for group in known.node_group_configs if known else ():
+        named = (name.partition("accelerator_type:")[2] for name in group.resources)
+        if group.max_count and group.resources.get("GPU", 0):
+            kind = next(filter(None, named), "")
+            found.append((kind, float(group.resources["GPU"]), max(1, group.max_count)))
+    return found
+
+
 def reread_variables() -> None:
     """Let an imported Ray read its environment again: it keeps RAY_AUTH_MODE from its import."""
     from ray._raylet import Config  # type: ignore[attr-defined]

@@ -38,6 +38,13 @@ class Node:
 
     host: str
     resources: Mapping[str, float]
+    node_id: str = ""
+
+    @property
+    def accelerator(self) -> str:
+        """The type of its GPUs, as Ray names it: A100; "" where Ray does not know it."""
+        named = (name.partition("accelerator_type:")[2] for name in self.resources)
+        return next(filter(None, named), "")
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ class Cluster:
         if found is None:
             grouped = any(_NODE_GROUP in (row.get("labels") or {}) for row in rows)
             found = grouped or _reports_node_types(status)
-        return cls(tuple(Node(row["host"], dict(row["resources"])) for row in rows), found)
+        known = (Node(row["host"], dict(row["resources"]), row.get("node_id", "")) for row in rows)
+        return cls(tuple(known), found)
 
 
 def _count(number: float, name: str) -> str:
@@ -98,6 +106,7 @@ def joined_cluster(config: RayConfig) -> Cluster:
     import ray
 
     names = {"host": "NodeManagerAddress", "resources": "Resources", "labels": "Labels"}
+    names["node_id"] = "NodeID"
     alive = [node for node in ray.nodes() if node["Alive"]]
     rows = [{key: node.get(name, {}) for key, name in names.items()} for node in alive]
     return Cluster.of_nodes(rows, config, autoscaler_status())
@@ -137,8 +146,8 @@ class Demand:
 def demands(config: HtsConfig, command: str) -> list[Demand]:
     """Return what a command needs at the least; none for what runs in the driver alone."""
     train = config.train
-    gpus = 1.0 if train.use_gpu else 0.0
-    trainers = Demand("train.num_workers", train.num_workers, train.cpus_per_worker, gpus, beside=1)
+    cpus, gpus = train.worker_cpus, float(train.gpu)
+    trainers = Demand("train.num_workers", train.num_workers, cpus, gpus, beside=1)
     if train.trainable == "head":
         trainers = _pool("train.features.pool", train.features.pool)
     found = {
@@ -147,10 +156,10 @@ def demands(config: HtsConfig, command: str) -> list[Demand]:
         "score": _pool("score.pool", config.score.pool),
         "train": trainers,
     }
-    return [found[stage] for stage in _stages(command) if stage in found]
+    return [found[stage] for stage in stages_of(command) if stage in found]
 
 
-def _stages(command: str) -> tuple[str, ...]:
+def stages_of(command: str) -> tuple[str, ...]:
     """Return the stages that a command runs."""
     return ("label", "train", "predict") if command in {"pipeline", "demo"} else (command,)
 
@@ -158,9 +167,9 @@ def _stages(command: str) -> tuple[str, ...]:
 def _pool(section: str, pool: PoolConfig, *, actors: bool = False) -> Demand:
     """Return the least that a pool needs; without GPUs students are tasks, which come and go."""
     memory = (pool.memory_gib or 0.0) * _GIB
-    if actors or pool.num_gpus:
+    if actors or pool.gpus:
         setting = f"{section}.min_size"
-        return Demand(setting, pool.min_size, pool.actor_cpus, pool.num_gpus, memory)
+        return Demand(setting, pool.min_size, pool.actor_cpus, pool.gpus, memory)
     # Only the filter of a resumed run holds its CPU beside the tasks.
     return Demand(f"{section}.num_cpus", 1, pool.num_cpus, 0.0, memory, beside=1)
 
@@ -265,7 +274,7 @@ def _not_shared(
 def worker_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
     """Yield (field, path) of what the settings let workers of a command open."""
     yield "run_dir", config.run_dir
-    stages = _stages(command)
+    stages = stages_of(command)
     if "label" in stages:
         teacher = config.labeling.teacher.model.removeprefix(OPEN_CLIP).removeprefix(LOCAL)
         yield from _model_path("label.teacher.model", teacher)
@@ -274,7 +283,7 @@ def worker_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
 
 def driver_paths(config: HtsConfig, command: str) -> Iterator[tuple[str, str]]:
     """Yield (field, path) of what the settings let the driver of a command open."""
-    stages = _stages(command)
+    stages = stages_of(command)
     if config.classes.source != "hico":
         yield "classes.source", config.classes.source
     if "label" in stages and config.label.regions.boxes:

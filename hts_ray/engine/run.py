@@ -14,6 +14,8 @@ from hts_ray.store import storage
 from hts_ray.store.provenance import git_commit, hardware, versions
 from hts_ray.store.run import StageFolder, settings_hash
 
+PROVENANCE = "provenance.json"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -43,16 +45,16 @@ class Run:
         """Return the run with other settings, given as nested mappings."""
         return Run(override(self.config, values), self.class_table, self._manifests)
 
-    def record(self, **more: Any) -> None:
+    def record(self, devices: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Write `config.yaml`, `classes.csv` and `provenance.json` into the run directory.
 
-        `more` is added to what earlier commands recorded.
+        `devices`, by stage, and `more` are added to what earlier commands recorded.
         """
         run_dir = self.config.run_dir
         storage.write_bytes(storage.join(run_dir, "config.yaml"), self.config.to_yaml().encode())
         self.class_table.to_csv(storage.join(run_dir, "classes.csv"))
-        path = storage.join(run_dir, "provenance.json")
-        earlier = storage.read_json(path) if storage.exists(path) else {}
+        path = storage.join(run_dir, PROVENANCE)
+        earlier = storage.read_object(path)
         made_by = {
             "versions": versions(),
             "hardware": hardware(),
@@ -61,6 +63,7 @@ class Run:
             "class_fingerprint": self.class_table.fingerprint(),
             "num_classes": len(self.class_table),
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "devices": {**earlier.get("devices", {}), **(devices or {})},
         }
         storage.write_json(path, {**earlier, **made_by, **more})
 

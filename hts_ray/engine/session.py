@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,12 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
             yield
     finally:
         ray.shutdown()
+
+
+def joined(config: RayConfig) -> AbstractContextManager[None]:
+    """Join the cluster that a command will run on, if it runs already; start none."""
+    named = config.address or os.environ.get("RAY_ADDRESS")
+    return ray_cluster(config) if named else contextlib.nullcontext()
 
 
 @contextmanager

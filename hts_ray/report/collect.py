@@ -64,7 +64,7 @@ def report_for_run(
         facts=run_facts(run_dir, found.config, provenance),
         comparison=comparison_rows(found.metrics, "" if student is None else student.path),
         funnel=_funnel(found),
-        stages=stage_rows(run_dir, found.config),
+        stages=stage_rows(run_dir),
         per_class=_class_rows(found),
         precision_recall={name: curve for name, curve in curves.items() if curve},
         reliability=reliability(found.quality.judged),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from hts_ray.config import HtsConfig, PoolConfig
+from hts_ray.config import HtsConfig
 from hts_ray.labels.evidence import LOG_ODDS, LOG_PROBABILITY
 from hts_ray.report.content import StageRow
 from hts_ray.report.results import LABEL_SOURCES, number
@@ -18,37 +18,29 @@ _VERSIONS = ("hts_ray", "ray", "torch", "transformers", "open_clip_torch", "pyth
 _HASH = 12  # digits of a hash that are shown
 
 
-def _pool_gpus(pool: PoolConfig) -> float:
-    return pool.max_size * pool.num_gpus
+# In the stages' order.
+_TABLES = (
+    "manifest", "region_scores", "pseudo_labels", "features", "student", "sweep", "predictions",
+)  # fmt: skip
+_ON_CPUS = {"manifest", "pseudo_labels"}
 
 
-# Of each table the number of GPUs that a configuration gives its stage; None where it is unknown.
-STAGE_GPUS: dict[str, Callable[[HtsConfig], float | None]] = {
-    "manifest": lambda config: 0.0,
-    "region_scores": lambda config: _pool_gpus(config.label.pool),
-    "pseudo_labels": lambda config: 0.0,
-    "features": lambda config: _pool_gpus(config.train.features.pool),
-    "student": lambda config: max(1.0, config.train.num_workers) * config.train.use_gpu,
-    "sweep": lambda config: None,
-    "predictions": lambda config: _pool_gpus(config.predict.pool),
-}
-
-
-def stage_rows(run_dir: str, config: HtsConfig) -> list[StageRow]:
+def stage_rows(run_dir: str) -> list[StageRow]:
     """Return counts, time and throughput of each table's latest folder, in the stages' order.
 
-    GPU-hours are the stage's time with all the GPUs that the run's settings give it: a pool that
-    was smaller for a while used fewer.
+    GPU-hours are the stage's time with all the GPUs that it was given: a pool that was smaller for
+    a while used fewer.
     """
     rows = []
-    for table, gpus_of in STAGE_GPUS.items():
+    for table in _TABLES:
         folders = finished_stages(run_dir, table)
         if not folders:
             continue
         stats = folders[-1].stats
         counts = (number(stats, key) for key in ("rows_in", "rows_out", "quarantined"))
         rows_in, rows_out, bad = (None if value is None else int(value) for value in counts)
-        seconds, gpus = number(stats, "seconds"), gpus_of(config)
+        seconds = number(stats, "seconds")
+        gpus = 0.0 if table in _ON_CPUS else number(stats, "gpus")
         rows.append(
             StageRow(
                 name=table.replace("_", " "),
@@ -78,7 +70,7 @@ def _stage_note(stats: Values, folders: int) -> str:
 def read_quarantine(run_dir: str) -> list[dict[str, Any]]:
     """Return the quarantined images of every table's latest folder, an image once a stage."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for table in STAGE_GPUS:
+    for table in _TABLES:
         folder = find_stage(run_dir, table)
         path = "" if folder is None else folder.file("quarantine")
         if not path or not storage.list_names(path):
@@ -126,7 +118,7 @@ def _teacher_facts(folder: StageFolder, config: HtsConfig) -> Values:
         "model": info.get("model"),
         "revision": teacher.revision if same else "",
         "fingerprint": info.get("model_fingerprint"),
-        "precision": teacher.dtype if same else "",
+        "precision": info.get("dtype"),
         "reads": _reading(info),
         "regions": _regions(info.get("regions") or {}),
         "settings hash": folder.key,

@@ -22,8 +22,9 @@ and once for all of them by `start`.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -31,8 +32,9 @@ import yaml
 
 from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.engine.console import Steps, image_progress, print_line, print_note, steps
-from hts_ray.engine.run import Run, Stage, open_run
-from hts_ray.engine.session import command_cluster
+from hts_ray.engine.devices import choose_devices, cluster_offer
+from hts_ray.engine.run import PROVENANCE, Run, Stage, open_run
+from hts_ray.engine.session import command_cluster, joined
 from hts_ray.evaluate import evaluate_predictions
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
@@ -42,6 +44,7 @@ from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 from hts_ray.student.targets import center_rows, training_labels, validation_rows
+from hts_ray.teacher.models.catalog import weights_gib
 from hts_ray.teacher.stage import plan_label
 
 # The tables of a run, in the order in which its stages write them.
@@ -96,12 +99,36 @@ def label(
     """
     run = _opened(config)
     images = run.manifest(_path(manifest))
-    plan = plan_label(limited(run, limit), images)
-    run.record(
-        teacher_model=run.config.labeling.teacher.model, teacher_fingerprint=plan.inputs["teacher"]
-    )
-    cluster = command_cluster(run.config, "label", manifest=images)
-    return _on_ray(plan, cluster, image_progress("label"))
+    with placed(limited(run, limit), "label") as (on_devices, devices):
+        plan = plan_label(on_devices, images)
+        teacher = {"teacher_model": on_devices.config.labeling.teacher.model}
+        run.record(devices, **teacher, teacher_fingerprint=plan.inputs["teacher"])
+        cluster = command_cluster(on_devices.config, "label", manifest=images)
+        return _on_ray(plan, cluster, image_progress("label"))
+
+
+@contextmanager
+def placed(run: Run, command: str) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Give the run with the devices and precision that `auto` stands for, and what to record.
+
+    A cluster that runs already is joined for the block. What was chosen is printed.
+    """
+    with joined(run.config.ray):
+        offer = cluster_offer(run.config, command)
+        known = storage.read_object(storage.join(run.run_dir, PROVENANCE))
+        teacher = run.config.labeling.teacher
+        begun = any(name.startswith("region_scores-") for name in storage.list_names(run.run_dir))
+        begun = begun and known.get("teacher_model") == teacher.model
+        choice = choose_devices(
+            run.config,
+            command,
+            offer,
+            earlier=known.get("devices", {}).get("label") if begun else None,
+            weights_gib=partial(weights_gib, teacher),
+        )
+        for line in choice.lines:
+            print_line(line)
+        yield run.changed(choice.config.model_dump()), dict(choice.record)
 
 
 def limited(run: Run, limit: int | None) -> Run:
@@ -134,13 +161,14 @@ def train(
     `manifest` is where annotations and the images of `train.validation_split` come from.
     """
     run = _opened(config)
-    plan, labels = plan_training(run, pseudo_labels, manifest)
-    run.record(student_model=run.config.student.model)
-    cluster = command_cluster(run.config, "train", labels=labels)
-    if plan.folder.finished:
-        return plan.folder
-    with cluster, steps() as shown:
-        return plan.run(shown.epochs("train", run.config.train.epochs))
+    with placed(run, "train") as (on_devices, devices):
+        plan, labels = plan_training(on_devices, pseudo_labels, manifest)
+        run.record(devices, student_model=run.config.student.model)
+        cluster = command_cluster(on_devices.config, "train", labels=labels)
+        if plan.folder.finished:
+            return plan.folder
+        with cluster, steps() as shown:
+            return plan.run(shown.epochs("train", run.config.train.epochs))
 
 
 def plan_training(
@@ -164,11 +192,12 @@ def sweep(config: HtsConfig | Run, region_scores: StageFolder | str | None = Non
     from hts_ray.sweep.stage import run_sweep  # torch loads slowly
 
     run = _opened(config)
-    plan = plan_sweep(run, found(run, region_scores, "region_scores", "label"))
-    run.record()
-    with command_cluster(run.config, "sweep"), steps() as shown:
-        features, on_trial = shown.images("sweep: features"), trials_progress(plan, shown)
-        return run_sweep(plan, on_trial=on_trial, on_features=features, tell=print_line)
+    with placed(run, "sweep") as (on_devices, devices):
+        plan = plan_sweep(on_devices, found(run, region_scores, "region_scores", "label"))
+        run.record(devices)
+        with command_cluster(on_devices.config, "sweep"), steps() as shown:
+            features, on_trial = shown.images("sweep: features"), trials_progress(plan, shown)
+            return run_sweep(plan, on_trial=on_trial, on_features=features, tell=print_line)
 
 
 def with_best(config: HtsConfig, sweep: StageFolder) -> HtsConfig:
@@ -188,9 +217,10 @@ def predict(
 
     run = _opened(config)
     source, images = student_path(run, student), run.manifest(_path(manifest))
-    plan = plan_predict(run, source, images)
-    cluster = command_cluster(run.config, "predict", manifest=images, student=source)
-    return _on_ray(plan, cluster, image_progress("predict"))
+    with placed(run, "predict") as (on_devices, _):
+        plan = plan_predict(on_devices, source, images)
+        cluster = command_cluster(on_devices.config, "predict", manifest=images, student=source)
+        return _on_ray(plan, cluster, image_progress("predict"))
 
 
 def score_regions(
@@ -204,8 +234,10 @@ def score_regions(
     run = _opened(config)
     scores = found(run, region_scores, "region_scores", "label")
     source = student_path(run, student)
-    cluster = command_cluster(run.config, "predict", student=source)
-    return _on_ray(plan_score(run, source, scores), cluster, image_progress("score regions"))
+    with placed(run, "score") as (on_devices, _):
+        cluster = command_cluster(on_devices.config, "score", student=source)
+        plan = plan_score(on_devices, source, scores)
+        return _on_ray(plan, cluster, image_progress("score regions"))
 
 
 def student_path(run: Run, student: StageFolder | str | None = None) -> str:
@@ -243,10 +275,12 @@ def pipeline(
     metrics, or an empty dict without annotations.
     """
     run = _opened(config)
-    run.record()
     images = run.manifest(_path(manifest))
-    with command_cluster(run.config, "pipeline", manifest=images), steps() as shown:
-        return run_all(run, images.path, on_stage=on_stage, watch=shown)
+    with placed(run, "pipeline") as (on_devices, devices):
+        run.record(devices)
+        cluster = command_cluster(on_devices.config, "pipeline", manifest=images)
+        with cluster, steps() as shown:
+            return run_all(on_devices, images.path, on_stage=on_stage, watch=shown)
 
 
 def run_all(

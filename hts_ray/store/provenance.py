@@ -31,14 +31,20 @@ def versions() -> dict[str, str]:
 def hardware() -> dict[str, Any]:
     """Return processor, cores, memory and GPUs of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    ours = hasattr(os, "sched_getaffinity")  # else the system does not say which cores are ours
     gpus = command_output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if ours else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": round(memory / 2**30, 1),
         "gpus": (gpus or "").splitlines(),
     }
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # else the system does not say which cores are ours
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def git_commit() -> str | None:

@@ -110,7 +110,7 @@ def plan_features(
     def work(progress: ImagesDone | None) -> object:
         ids = images["image_id"].combine_chunks()
         info = {"student": folder, **made_by, "flipped": flipped}
-        if config.pool.num_gpus > 0 or len(images) > config.local_images:
+        if config.pool.gpus > 0 or len(images) > config.local_images:
             source = stage.file(_INPUT, "images.parquet")
             write_table(source, images)
             read = partial(image_dataset, source)

@@ -27,6 +27,7 @@ from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.errors import DataError
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
+from hts_ray.store.provenance import usable_cores
 from hts_ray.student import resume
 from hts_ray.student.augment import augment
 from hts_ray.student.checkpoints import load_student
@@ -113,13 +114,11 @@ def _start(job: dict[str, Any]) -> _Worker:
 
     config = TrainConfig.model_validate(job["config"])
     meter = Meter(**job["meter"])
-    held = HeldGpus(meter, float(config.use_gpu))
+    held = HeldGpus(meter, float(config.gpu))
     if job["local"] is not None:
-        # The driver's process may have trained with other settings, and its threads would fight
-        # with the processes that decode; Ray limits a worker's own threads likewise.
-        forget_accelerator()
-        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.use_gpu)
+        forget_accelerator()  # the driver's process may have trained with other settings
+    torch.set_num_threads(_threads(config, local=job["local"] is not None))
+    accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.gpu)
     student = load_student(job["initial"])
     set_trainable(student, config.trainable, config.trainable_blocks)
     if config.learn_logit_scale:
@@ -147,6 +146,25 @@ def _start(job: dict[str, Any]) -> _Worker:
         meter=meter,
         held=held,
     )
+
+
+def _threads(config: TrainConfig, *, local: bool) -> int:
+    """Return the torch threads of this worker: its logical CPUs, or its share of the node's cores.
+
+    Sums, and with them the last digits of the weights, depend on the number of threads. In the
+    driver's process it is one: there they would fight with the processes that decode.
+    """
+    import ray
+    import ray.train
+
+    if config.cpus_per_worker != "auto" or config.gpu or local:
+        return max(1, int(config.worker_cpus))
+    here = ray.get_runtime_context().get_node_id()
+    logical = next(node["Resources"]["CPU"] for node in ray.nodes() if node["NodeID"] == here)
+    # A node may count more CPUs than there are, and a container may see more than it may use.
+    cores = min(usable_cores(), int(logical))
+    workers: int = ray.train.get_context().get_local_world_size()
+    return max(1, cores // workers)
 
 
 def _run_epoch(worker: _Worker, shard: Any, position: resume.Position) -> resume.Position:

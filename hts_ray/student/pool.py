@@ -48,8 +48,8 @@ class StudentWorker(ABC):
     problem = "the student's logits are not finite"
 
     def __init__(self, folder: str, pool: PoolConfig) -> None:
-        gpu = pool.num_gpus > 0 and torch.cuda.is_available()
-        if pool.num_gpus > 0 and not gpu:
+        gpu = pool.gpus > 0 and torch.cuda.is_available()
+        if pool.gpus > 0 and not gpu:
             logging.getLogger(__name__).warning("no GPU is visible: the student runs on the CPU")
         if not gpu:
             torch.set_num_threads(pool.threads)
@@ -162,6 +162,7 @@ class StudentPass:
             # Appending, because overwriting would delete what a resumed run counts as done.
             dataset.write_parquet(stage.path)
         seconds = time.monotonic() - started
+        more_stats["gpus"] = self.pool.max_size * self.pool.gpus
         return finish(
             stage, image_ids, name=name, seconds=seconds, table_info=info, more_stats=more_stats
         )
@@ -176,9 +177,9 @@ class StudentPass:
             "batch_size": self.batch_images,
             "memory": memory,
         }
-        if pool.num_gpus > 0:
+        if pool.gpus > 0:
             actors = ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size)
-            options |= {"fn_constructor_args": (self, meter), "num_gpus": pool.num_gpus}
+            options |= {"fn_constructor_args": (self, meter), "num_gpus": pool.gpus}
             return decoded.map_batches(StudentActor, compute=actors, **options)
         # Tasks reuse worker processes and these keep the student, so that the seconds which
         # importing open_clip takes are not paid again by every pipeline of a session.
@@ -195,7 +196,7 @@ class StudentActor:
     def __init__(self, task: StudentPass, meter: Meter) -> None:
         self._task, self._meter = task, meter
         self._fingerprint = student_fingerprint(task.folder)
-        self._held = HeldGpus(meter, task.pool.num_gpus)
+        self._held = HeldGpus(meter, task.pool.gpus)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return what the worker makes of a batch."""

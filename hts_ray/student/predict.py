@@ -120,7 +120,7 @@ def estimate(
         seconds = time.monotonic() - started
     per_image = seconds / len(chosen) if good else None
     total = None if per_image is None else per_image * len(images) / config.pool.max_size
-    gpu_hours = None if total is None else total * config.pool.num_gpus / 3600
+    gpu_hours = None if total is None else total * config.pool.gpus / 3600
     return {
         "images": len(images),
         "sample": good,

@@ -131,6 +131,7 @@ def train_student(
             "validation_mAP": last.get("validation_mAP"),
             "seconds": time.monotonic() - started,
             "rows_per_second": last.get("images_per_second", 0.0),
+            "gpus": max(1, run.config.train.num_workers) * run.config.train.gpu,
         }
     )
     storage.remove_tree(stage.file(WORK))  # optimizer states are as large as the model, twice
@@ -152,11 +153,11 @@ def estimate(run: Run, labels: pa.Table | None) -> dict[str, Any]:
     workers = max(1, config.num_workers)
     share = max(1, config.batch_size // workers)
     steps = config.epochs * max(1, -(-(len(data.table) // workers) // share))
-    passes, gpus = steps, float(workers * config.use_gpu)
+    passes, gpus = steps, float(workers * config.gpu)
     if config.trainable == "head":  # each image and its mirror image pass through the tower once
         pool = config.features.pool
         passes = -(-data.images * (1 + config.augment.flip) // (share * pool.max_size))
-        gpus = pool.num_gpus * pool.max_size
+        gpus = pool.gpus * pool.max_size
     device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
     per_step = _seconds_per_step(run, share, device)
     return {
@@ -204,7 +205,7 @@ def _check_config(run: Run) -> None:
             value=config.batch_size,
             remedy=f"use a multiple of train.num_workers = {workers}",
         )
-    if run.config.student.precision == "fp16" and not config.use_gpu:
+    if run.config.student.precision == "fp16" and not config.gpu:
         raise ConfigError(
             field="student.precision",
             value="fp16",
@@ -300,13 +301,13 @@ def _run_trainer(task: Task, job: dict[str, Any], datasets: dict[str, ray.data.D
     from ray.train.torch import TorchTrainer
 
     config = task.config
-    resources = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
+    resources = {"CPU": config.worker_cpus, **({"GPU": 1.0} if config.gpu else {})}
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
-            use_gpu=config.use_gpu,
+            use_gpu=config.gpu,
             resources_per_worker=resources if config.num_workers else None,
         ),
         run_config=RunConfig(

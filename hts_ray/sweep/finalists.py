@@ -123,11 +123,11 @@ def training_slots(train: TrainConfig) -> int:
     real one each too; the tasks that feed them do little after the first epoch.
     """
     resources = ray.cluster_resources()
-    cpus = train.num_workers * train.cpus_per_worker
+    cpus = train.num_workers * train.worker_cpus
     slots = int(float(resources.get("CPU", 1.0)) // (cpus + 1))
     if sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
         slots = min(slots, int((os.cpu_count() or 1) // cpus))
-    if train.use_gpu:
+    if train.gpu:
         slots = min(slots, int(resources.get("GPU", 0.0) // train.num_workers))
     return max(1, slots)
 
@@ -206,7 +206,7 @@ class _Final:
     def _score(self, student: StageFolder, images: pa.Table) -> tuple[list[str], FloatArray]:
         """Score images: few in this process, as features are, many as `hts predict` does."""
         config, class_table = self._plan.run.config, self._plan.run.class_table
-        if config.predict.pool.num_gpus == 0 and len(images) <= config.train.features.local_images:
+        if config.predict.pool.gpus == 0 and len(images) <= config.train.features.local_images:
             return score_images(student.path, images, config.predict)
         manifest = storage.join(self._folder, "images.parquet")
         write_table(manifest, images.select(IMAGE_COLUMNS))

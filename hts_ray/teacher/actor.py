@@ -91,6 +91,7 @@ def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
         "model_fingerprint": assignment.fingerprint,
         "length_normalize": teacher.length_normalize,
         "append_eos": teacher.append_eos,
+        "dtype": teacher.dtype,
         "search": teacher.search,
         "regions": config.regions.model_dump(mode="json"),
     }
@@ -142,7 +143,7 @@ class TeacherActor:
         self.assignment = assignment
         self.attempts = attempts
         self.meter = meter
-        self._held = HeldGpus(self.meter, self.assignment.config.pool.num_gpus)
+        self._held = HeldGpus(self.meter, self.assignment.config.pool.gpus)
         captioner, device = load_on_device(self.assignment.config)
         if not storage.exists(self.assignment.info_path):
             storage.write_json(self.assignment.info_path, table_info(captioner, self.assignment))

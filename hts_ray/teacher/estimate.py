@@ -114,7 +114,7 @@ def estimate(
         "seconds an image": per_image,
         "regions an image": regions,
         "seconds in all": None if seconds is None else load_seconds + seconds,
-        "GPU-hours": None if seconds is None else seconds * pool.max_size * pool.num_gpus / 3600,
+        "GPU-hours": None if seconds is None else seconds * pool.max_size * pool.gpus / 3600,
     }
     chosen = filtering or FilterConfig()
     return Estimate(figures, _examples(scored, scorer, info, assignment, chosen))

@@ -66,9 +66,13 @@ _BLOCKS_PER_ACTOR = 16
 def plan_label(run: Run, manifest: Manifest) -> Stage:
     """Plan the teacher pass over a manifest: images in, `region_scores` out.
 
-    Annotations are left out of its key: the teacher must not see them. Raises ConfigError for a
-    teacher, boxes or a detector that cannot be used, and for prompts that are too long for it.
+    Annotations are left out of its key: the teacher must not see them. Devices and precision should
+    have been chosen, see `hts_ray.stages.placed`; what is still `auto` is a CPU in float32. Raises
+    ConfigError for a teacher, boxes or a detector that cannot be used, and for prompts that are too
+    long for it.
     """
+    if run.config.label.teacher.dtype == "auto":
+        run = run.changed({"label": {"teacher": {"dtype": "float32"}}})
     label = pinned(run.config.labeling)
     fingerprint = model_fingerprint(label.teacher)
     key = settings_hash(
@@ -149,6 +153,7 @@ def label_images(
         "regions": regions,
         "regions_per_second": (regions - before) / seconds,
         "bad_boxes": len(notes),
+        "gpus": config.pool.max_size * config.pool.gpus,
     }
     stats = finish(stage, expected, name=STAGE, seconds=seconds, more_stats=more_stats, notes=notes)
     if progress is not None:
@@ -215,7 +220,7 @@ def _scored(
     config = assignment.config
     pool = config.pool
     resources: dict[str, Any] = (
-        {"num_gpus": pool.num_gpus} if pool.num_gpus else {"num_cpus": pool.num_cpus}
+        {"num_gpus": pool.gpus} if pool.gpus else {"num_cpus": pool.num_cpus}
     )
     if pool.memory_gib is not None:
         resources["memory"] = int(pool.memory_gib * _GIB)
@@ -263,10 +268,10 @@ def _warn_of_waiting(config: LabelConfig, resources: Mapping[str, float]) -> Non
     """Say what a cluster lacks: Ray would wait for it without a word."""
     pool = config.pool
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
-    if pool.num_gpus * pool.min_size > gpus:
+    if pool.gpus * pool.min_size > gpus:
         logger.warning(
             "waiting for GPUs: label.pool wants %g x %d, the cluster has %g",
-            pool.num_gpus,
+            pool.gpus,
             pool.min_size,
             gpus,
         )

@@ -170,3 +170,21 @@ def test_ray_reads_the_variables_that_we_set():
             text = path.read_text(encoding="utf-8", errors="replace")
             ours = {name for name in ours if name.removeprefix("RAY_") not in text}
     assert not ours
+
+
+def test_ray_counts_gpus_as_we_ask(monkeypatch, ray_session):
+    """Would catch a renamed way to ask which GPUs a node here would have, or could be started."""
+    assert compat.local_gpus() >= 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert compat.local_gpus() == 0
+    assert compat.startable_gpus() == []
+    from ray._private.state import state
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig
+
+    known = ClusterConfig()
+    known.node_group_configs.add(name="cpus", max_count=3, resources={"CPU": 8})
+    known.node_group_configs.add(
+        name="gpus", max_count=2, resources={"GPU": 4, "accelerator_type:L4": 1}
+    )
+    monkeypatch.setattr(state, "get_cluster_config", lambda: known)
+    assert compat.startable_gpus() == [("L4", 4.0, 2)]

@@ -57,7 +57,7 @@ def _evaluations(run):
         storage.write_json(student.file("history.json"), history)
         info = {"train": {"labels": "pseudo" if key == "b" else "none", "loss": "bce"}, "epochs": 2}
         storage.write_json(student.file("student.json"), {"info": info})
-        student.publish({"seconds": 3})
+        student.publish({"seconds": 3, "gpus": 2})
 
 
 @pytest.fixture
@@ -89,6 +89,7 @@ def run_dir(tmp_path):
             info = {"class_ids": CLASS_IDS, "prior_log_likelihoods": None, "model": "me/captioner"}
             info["regions"] = {"whole": True, "grid_scales": [0.5], "grid_steps": [3]}
             storage.write_json(stage.file("table.json"), info)
-        stage.publish({"rows_in": 6, "rows_out": len(rows), "quarantined": 0, "seconds": 1800})
+        counts = {"rows_in": 6, "rows_out": len(rows), "quarantined": 0}
+        stage.publish({**counts, "seconds": 1800, "gpus": 2.0})
     _evaluations(run)
     return run

@@ -9,17 +9,12 @@ from hts_ray.report.facts import read_quarantine, run_facts, stage_rows
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 
-GPUS = {
-    "label": {"pool": {"max_size": 4, "num_gpus": 0.5}},
-    "train": {"num_workers": 2, "use_gpu": True},
-}
-
 
 def test_only_finished_folders_count_and_the_latest_is_taken(run_dir):
     """Catches half-written results, and another table whose name begins alike."""
     storage.write_json(f"{run_dir}/student-half/history.json", [])
     storage.write_json(f"{run_dir}/student_scores-x/stats.json", {"finished_at": 1e12})
-    rows = {row.name: row for row in stage_rows(run_dir, parse_config({}))}
+    rows = {row.name: row for row in stage_rows(run_dir)}
     assert rows["student"].note == "the latest of 2"
     assert run_facts(run_dir, parse_config({}), {})["Student"]["settings hash"] == "b"
     assert "predictions" not in rows
@@ -27,20 +22,19 @@ def test_only_finished_folders_count_and_the_latest_is_taken(run_dir):
 
 def test_gpu_hours_are_time_by_gpus(run_dir):
     """Catches a pool's share of a GPU forgotten, workers without GPUs counted, and a wrong unit."""
-    rows = {row.name: row for row in stage_rows(run_dir, parse_config(GPUS))}
+    rows = {row.name: row for row in stage_rows(run_dir)}
     assert rows["region scores"].gpu_hours == pytest.approx(0.5 * 4 * 0.5)
     assert rows["student"].gpu_hours == pytest.approx(2 * 3 / 3600)
     assert rows["pseudo labels"].gpu_hours == 0
     assert rows["student"].note == "the latest of 2"
-    on_cpus = {row.name: row for row in stage_rows(run_dir, parse_config({}))}
-    assert on_cpus["student"].gpu_hours == 0
+    assert rows["manifest"].gpu_hours == 0
 
 
 def test_resumed_time_is_told(run_dir):
     """Catches a throughput that seems to belong to all rows where most came from an earlier run."""
     stage = StageFolder(run_dir, "region_scores", "abc")
     stage.publish({**stage.stats, "rows_resumed": 1234, "regions_per_second": 56.7})
-    rows = {row.name: row for row in stage_rows(run_dir, parse_config({}))}
+    rows = {row.name: row for row in stage_rows(run_dir)}
     assert "57 regions/s" in rows["region scores"].note
     assert "without 1,234 images" in rows["region scores"].note
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -185,10 +186,29 @@ def model_folder(config: TeacherConfig, *, weights: bool = True) -> Path:
 
 def pinned_teacher(config: TeacherConfig) -> TeacherConfig:
     """Return the settings with a hub id's revision as the commit that it names now."""
-    if is_dummy(config) or is_clip(config) or config.model.startswith(IMPORT):
+    if is_clip(config) or not needs_torch(config):
         return config
     commit = TeacherModel.of(config).pinned()
     return config if commit is None else config.model_copy(update={"revision": commit})
+
+
+def weights_gib(config: TeacherConfig, dtype: str) -> float | None:
+    """Return the size of a local teacher's weights in a precision; None of any other.
+
+    Counted from the headers of its safetensors files, so that nothing is loaded.
+    """
+    if is_clip(config) or not needs_torch(config):
+        return None
+    folder, numbers = TeacherModel.of(config).local(), 0
+    try:
+        for path in folder.glob("*.safetensors") if folder else ():
+            with open(path, "rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            tensors = (entry for name, entry in header.items() if name != "__metadata__")
+            numbers += sum(math.prod(tensor["shape"]) for tensor in tensors)
+    except (OSError, ValueError, MemoryError, KeyError, TypeError):
+        return None  # what is wrong with the file is told when it is loaded
+    return numbers * (4 if dtype == "float32" else 2) / 2**30 if numbers else None
 
 
 def model_fingerprint(config: TeacherConfig) -> str:

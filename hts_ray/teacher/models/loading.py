@@ -29,6 +29,7 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     """
     if is_dummy(config):
         return DummyCaptioner(dummy_seconds(config))
+    config = _with_dtype(config, device)
     if config.model.startswith(IMPORT):
         teacher: Captioner = imported_class(config)(config, device)
         return teacher
@@ -40,13 +41,26 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     return pretrained.load_pretrained(config, folder, device)
 
 
+def _with_dtype(config: TeacherConfig, device: str) -> TeacherConfig:
+    """Return the settings with a precision; the device's best where no plan has chosen one."""
+    if config.dtype != "auto":
+        return config
+    dtype = "float32"
+    if device not in {"cpu", "meta"}:
+        import torch
+
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if fast else "float16"
+    return config.model_copy(update={"dtype": dtype})
+
+
 def load_on_device(config: LabelConfig, *, or_cpu: bool = False) -> tuple[Captioner, str]:
     """Load the teacher as an actor would, and return the device for its company.
 
     Raises ConfigError for a teacher that does not load, or a GPU that is not there; with `or_cpu`
     the CPU takes its place.
     """
-    gpus = config.pool.num_gpus
+    gpus = config.pool.gpus
     if not needs_torch(config.teacher) and config.regions.detector is None:
         return load_captioner(config.teacher, "cuda" if gpus else "cpu"), "cpu"
     import torch
