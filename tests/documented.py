@@ -120,7 +120,7 @@ def check_hts(arguments: Sequence[str]) -> None:
             check_hts(given["arguments"])
         return
     settings, paths = split_settings(given.get("overrides", ()))
-    assert name == "predict" or not paths, f"hts {name} takes no {paths}"
+    assert name in {"autolabel", "predict"} or not paths, f"hts {name} takes no {paths}"
     if "preset" in given:
         load_config(preset=given["preset"], overrides=settings)
     if "form" in given:

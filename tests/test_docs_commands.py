@@ -22,6 +22,8 @@ pytestmark = pytest.mark.slow
 # Commands of ours that no test of this module runs, by how they begin, and why. They are parsed
 # all the same, by tests/test_docs.py.
 NOT_RUN = {
+    "hts autolabel photos": "downloads a model; that with --run-dir runs/mine is run",
+    "hts prepare folder --root ~/photos --preset own-images": "would set back the tiny models",
     "hts submit": "needs a cluster: tests/cluster/test_submit.py and tests/test_jobs.py start one",
     "hts doctor": "judges the machine it runs on: tests/cluster/test_doctor.py",
     "hts import-checkpoint": "needs the paper's file: tests/cli/test_app.py reads one made there",
@@ -40,6 +42,7 @@ NOT_RUN = {
 # Where a page's Python is run: here, or by the test that is named.
 PYTHON = {
     "README.md": ["here"],
+    "docs/own-images.md": ["tests/cli/test_autolabel.py"],
     "docs/predict.md": ["here"],
     "docs/report.md": ["tests/report/test_collect.py"],
     "docs/teacher.md": ["tests/test_docs.py", "tests/test_docs.py"],

@@ -9,6 +9,7 @@ from hts_ray.classes.prompts import pair_prompts as pair_prompts
 from hts_ray.classes.prompts import verb_phrase as verb_phrase
 from hts_ray.classes.read_csv import hico_classes as hico_classes
 from hts_ray.classes.read_csv import load_class_table as load_class_table
+from hts_ray.classes.read_csv import name_classes as name_classes
 from hts_ray.classes.read_csv import parse_class_csv as parse_class_csv
 from hts_ray.classes.read_csv import read_class_csv as read_class_csv
 from hts_ray.classes.table import ClassTable as ClassTable

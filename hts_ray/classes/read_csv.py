@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +106,33 @@ def parse_class_csv(data: bytes, name: str) -> ClassTable:
             raise second.wrong(f"{label} {value!r} is in line {first.line} too: {remedy}")
     present = [column for column in _FEW_SHOT if column in rows[0].cells]
     return ClassTable(classes, {_FEW_SHOT[column]: _flags(rows, column) for column in present})
+
+
+def name_classes(names: Sequence[str], before: ClassTable | None = None) -> ClassTable:
+    """Return the classes that a person names, whose prompts are made from the names.
+
+    Names of the table `before` keep their ids, so that corrections stay with their class and
+    another order is no other table. Raises ConfigError for an empty name, for one that is given
+    twice and for two that make the same prompt.
+    """
+    plain = [" ".join(name.split()) for name in names]
+    for place, name in enumerate(plain, start=1):
+        if not name:
+            raise ConfigError(f"class {place} of {len(names)} is empty: write what it shows")
+    if twice := first_repeat(plain):
+        raise ConfigError(f"class {plain[twice[1]]!r} is given twice: name it once")
+    known = {entry.name.casefold(): entry.class_id for entry in before or ()}
+    fresh = count(max(known.values(), default=-1) + 1)
+    ids = [known.get(name.casefold()) for name in plain]
+    numbered = [(next(fresh) if i is None else i, name) for i, name in zip(ids, plain, strict=True)]
+    classes = [_class_of(_Row("", 0, {"name": name}), i) for i, name in sorted(numbered)]
+    if twice := first_repeat([entry.prompts[0] for entry in classes]):
+        one, other = (classes[place].name for place in twice)
+        raise ConfigError(
+            f"classes {one!r} and {other!r} are both asked as {classes[twice[0]].prompts[0]!r}:"
+            " keep one, or use other words"
+        )
+    return ClassTable(tuple(classes))
 
 
 def _decode(data: bytes, name: str) -> str:

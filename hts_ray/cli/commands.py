@@ -4,6 +4,8 @@ from click.shell_completion import CompletionItem
 
 # Below its heading: the name of a command, its module in hts_ray.cli, and its short help.
 _TABLE = """
+Start here
+  autolabel autolabel Label a folder of images with the classes that you name.
 Stages
   prepare stages List images in a manifest: a folder, a list, shards, a hub dataset or HICO.
   label stages Score every class prompt on every region of every image (the teacher).

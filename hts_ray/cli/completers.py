@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
 import click
@@ -16,6 +16,8 @@ from click.shell_completion import CompletionItem
 
 from hts_ray.cli.commands import complete_command
 from hts_ray.config import find_setting, preset_names, walk_fields
+
+Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem[str]]]
 
 
 class Place(click.types.StringParamType):
@@ -73,6 +75,15 @@ def complete_path_or_setting(
     """Complete a setting where one is begun, else a file: for commands that take both."""
     settings = complete_setting(ctx, param, incomplete) if incomplete else []
     return settings or [CompletionItem(incomplete, type="file")]
+
+
+def complete_folder_or_setting(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Complete a folder, then settings: what else follows the folder are names of classes."""
+    if not ctx.params.get("overrides"):
+        return [CompletionItem(incomplete, type="dir")]
+    return complete_setting(ctx, param, incomplete) if "." in incomplete else []
 
 
 def complete_job(

@@ -11,18 +11,17 @@ import click
 
 from hts_ray.cli.completers import (
     PLACES,
-    complete_path_or_setting,
+    Completer,
     complete_preset,
     complete_setting,
 )
 from hts_ray.config import load_config
 from hts_ray.engine.console import duration, percent, print_line, print_next, print_rows
-from hts_ray.engine.run import Run, open_run
+from hts_ray.engine.run import CONFIG_FILE, Run, open_run
 from hts_ray.engine.telemetry import log_as, run_tag
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
 
-CONFIG_FILE = "config.yaml"
 _COMMON = ("config_file", "preset", "run_dir", "dry_run")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -44,7 +43,8 @@ def argument(*names: str, metavar: str | None = None, **settings: Any) -> Callab
 class Settings:
     """The common options of every stage command, resolved.
 
-    Without --config and --preset a run directory that has a `config.yaml` continues with it.
+    Without --config and --preset a run directory that has a `config.yaml` continues with it, and
+    another one starts from the `default` preset.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Settings:
         run_dir: str | None,
         overrides: Sequence[str],
         dry_run: bool,
+        default: str | None = None,
     ) -> None:
         self.dry_run = dry_run
         self.remembered = None
@@ -61,7 +62,7 @@ class Settings:
             path = storage.join(run_dir, CONFIG_FILE)
             self.remembered = path if storage.exists(path) else None
         self.config = load_config(
-            preset=preset,
+            preset=preset or (None if config_file else default),
             file=config_file or self.remembered,
             overrides=overrides,
             extra={"run_dir": run_dir} if run_dir else {},
@@ -78,15 +79,17 @@ def stage_command(
     default_preset: str | None = None,
     *,
     from_sweep: bool = False,
-    paths: bool = False,
+    paths: str = "",
+    complete: Completer = complete_setting,
+    home: Callable[[Sequence[str]], str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options that all stages share, and hand it their `Settings`.
 
     With `from_sweep` there is that option too; settings of the command line win over the sweep's.
-    With `paths` the command also gets its arguments that are no settings, as `paths`.
+    With `paths`, which is how its help calls them, the command also gets its arguments that are no
+    settings. `home` makes the run directory of them where none is given.
     """
-    shown = "[PATH]... [section.name=value]..." if paths else "[section.name=value]..."
-    complete = complete_path_or_setting if paths else complete_setting
+    shown = f"{paths} [section.name=value]...".strip()
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
@@ -102,9 +105,9 @@ def stage_command(
                 overrides, options["paths"] = split_settings(overrides)
             best = _sweep_overrides(options.get("from_sweep"))
             common = {name: options.pop(name) for name in _COMMON}
-            if common["config_file"] is None and common["preset"] is None:
-                common["preset"] = default_preset
-            settings = Settings(**common, overrides=[*best, *overrides])
+            if home is not None and common["run_dir"] is None:
+                common["run_dir"] = home(options["paths"])
+            settings = Settings(**common, overrides=[*best, *overrides], default=default_preset)
             if print_config:
                 click.echo(settings.config.to_yaml(), nl=False)
                 return

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from rich.markup import escape
 
 from hts_ray import stages
-from hts_ray.cli.options import CONFIG_FILE
 from hts_ray.engine.console import console, duration, print_next, print_rows
+from hts_ray.engine.run import CONFIG_FILE
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 

@@ -9,6 +9,7 @@ import click
 
 from hts_ray import stages
 from hts_ray.captions.matching import negated_names
+from hts_ray.cli.completers import complete_path_or_setting
 from hts_ray.cli.options import (
     Settings,
     argument,
@@ -192,7 +193,7 @@ def train(
 @option("--regions", is_flag=True, help="Of PATHs: score crops too, and locate the labels.")
 @option("--draw", metavar="DIR", help="Of PATHs: write pictures with the labels drawn.")
 @option("--json-lines", is_flag=True, help="Of PATHs: print JSON, a line an image.")
-@stage_command(paths=True)
+@stage_command(paths="[PATH]...", complete=complete_path_or_setting)
 def predict(
     settings: Settings,
     student: str | None,

@@ -14,7 +14,7 @@ from hts_ray.store import storage
 from hts_ray.store.provenance import git_commit, hardware, versions
 from hts_ray.store.run import StageFolder, settings_hash
 
-PROVENANCE = "provenance.json"
+CONFIG_FILE, CLASSES_FILE, PROVENANCE = "config.yaml", "classes.csv", "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Run:
         `devices`, by stage, and `more` are added to what earlier commands recorded.
         """
         run_dir = self.config.run_dir
-        storage.write_bytes(storage.join(run_dir, "config.yaml"), self.config.to_yaml().encode())
-        self.class_table.to_csv(storage.join(run_dir, "classes.csv"))
+        storage.write_bytes(storage.join(run_dir, CONFIG_FILE), self.config.to_yaml().encode())
+        self.class_table.to_csv(storage.join(run_dir, CLASSES_FILE))
         path = storage.join(run_dir, PROVENANCE)
         earlier = storage.read_object(path)
         made_by = {

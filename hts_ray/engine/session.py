@@ -30,6 +30,8 @@ _DEFAULT_ENVIRONMENT = {
     # On busy cores a node's agent takes longer than Ray's 30 s to report, and Ray gives up.
     "RAY_agent_register_timeout_ms": "120000",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    # Those of what Ray reads for itself, such as a checkpoint, go by no setting of a dataset's.
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",

@@ -7,6 +7,7 @@ In CSV the class names of an image share a cell with `|` between them, as prompt
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -16,8 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hts_ray.classes import ClassTable
 from hts_ray.errors import ConfigError
 from hts_ray.exports.records import Context, LabeledImage
+from hts_ray.store.tables import LABEL_ROWS_SCHEMA
 
 SEPARATOR = "|"
 IMAGE_ID, URI, SPLIT = "image_id", "uri", "split"
@@ -33,6 +36,7 @@ LABEL_FIELDS = (
     pa.field("negatives", pa.list_(pa.string())),
 )
 _MACHINE, _HUMAN = ("probability", "support"), ("negatives",)
+_SIDES = ("x0", "y0", "x1", "y1")
 _GROUP = 1000  # rows that are written at once
 
 
@@ -101,6 +105,34 @@ def write_parquet(images: Iterable[LabeledImage], context: Context, target: Path
             size = {"width": image.width, "height": image.height}
             place = {IMAGE_ID: image.image_id, URI: image.uri, SPLIT: image.split}
             rows.add({**place, **size, **label_columns(image, context)})
+
+
+def label_rows(images: Iterable[LabeledImage], class_table: ClassTable) -> pa.Table:
+    """Return rows of LABEL_ROWS_SCHEMA: one a label, and one for an image without any.
+
+    The box is the first region that supports the label.
+    """
+    names = {entry.class_id: entry.name for entry in class_table}
+    rows: list[dict[str, Any]] = []
+    for image in images:
+        boxes = {region.class_id: region.box for region in reversed(image.regions)}
+        for class_id, p in zip(image.positive_ids, image.probability, strict=True):
+            box = zip(_SIDES, (round(side, 1) for side in boxes.get(class_id, ())), strict=False)
+            found = {"class": names[class_id], "probability": round(p, 4), **dict(box)}
+            rows.append({"path": image.uri, **found})
+        if not image.positive_ids:
+            rows.append({"path": image.uri})
+    return pa.Table.from_pylist(rows, LABEL_ROWS_SCHEMA)
+
+
+def label_rows_csv(table: pa.Table) -> bytes:
+    """Return such rows as a UTF-8 CSV file with a header; what is null is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.column_names)
+    for batch in table.to_batches():
+        writer.writerows(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+    return text.getvalue().encode()
 
 
 class RowWriter:

@@ -50,13 +50,13 @@ def prepare_manifest(
     )
     key = images_hash(prepared.manifest, prepared.stamps)
     stage = StageFolder(run_dir, "manifest", key)
-    if not stage.finished:
+    if not stage.finished and prepared.counts["images"]:
         write_table(stage.file(FILE), prepared.manifest)
         write_table(stage.file(STAMPS_FILE), prepared.stamps)
         write_table(stage.file("quarantine", "part-0.parquet"), prepared.quarantine)
     if not len(prepared.manifest):
-        counts = ", ".join(f"{name} {value}" for name, value in prepared.counts.items())
-        raise DataError(f"no usable image under {root}: {counts}")
+        counts = ", ".join(f"{name} {value}" for name, value in prepared.counts.items() if value)
+        raise DataError(f"no usable image under {root}: {counts or 'it is empty'}")
     # Published on every call: later stages take the latest manifest.
     stage.publish(
         {

@@ -158,6 +158,7 @@ def choose_images(
 
     Greedy: each step takes the image whose classes and verdicts were shown least so far.
     Ignored classes count only as a verdict, or an image with many of them would always win.
+    Images without any label come last.
     """
     tokens: dict[str, list[tuple[str, object]]] = {}
     for image_id, labels in judged.items():
@@ -185,7 +186,8 @@ def choose_images(
         heapq.heappop(heap)
         chosen.append(left[place])
         shown.update(tokens[left[place]])
-    return chosen
+    bare = [image_id for image_id, found in tokens.items() if not found]
+    return [*chosen, *bare[: max_images - len(chosen)]]
 
 
 def gallery_classes(gallery: Sequence[GalleryItem]) -> list[tuple[int, str, int]]:

@@ -91,6 +91,13 @@ QUARANTINE_SCHEMA = _schema(
     _required("error_kind", pa.string()),
     pa.field("error", pa.string()),
 )
+# labels.csv: a row a label, and one for an image without any; the box is a region, in pixels.
+LABEL_ROWS_SCHEMA = _schema(
+    "label_rows",
+    _required("path", pa.string()),
+    pa.field("class", pa.string()),
+    *(pa.field(name, pa.float64()) for name in ("probability", "x0", "y0", "x1", "y1")),
+)
 STUDENT_SCORES_SCHEMA = _schema(
     "student_scores",
     *_IMAGE,

@@ -15,6 +15,8 @@ from hts_ray.classes import (
     HoiClass,
     hico_classes,
     load_class_table,
+    name_classes,
+    parse_class_csv,
     read_class_csv,
 )
 from hts_ray.errors import ConfigError, DataError
@@ -197,3 +199,19 @@ def test_any_bytes_give_a_table_or_a_user_error(tmp_path, data):
             read_class_csv(write(tmp_path, content))
         except (DataError, ConfigError):
             continue
+
+
+def test_named_classes_keep_their_ids():
+    """Catches corrections that move to another class when the names come in another order."""
+    before = name_classes(["a dog", "a cat", "a cow"])
+    after = name_classes(["a bird", "A COW", "a dog"], before)
+    assert [(entry.class_id, entry.name) for entry in after] == [
+        (0, "a dog"),
+        (2, "A COW"),
+        (3, "a bird"),
+    ]
+    assert before.names == ["a dog", "a cat", "a cow"]
+    assert before.primary_prompts[0] == parse_class_csv(b"name\na dog\n", "x").primary_prompts[0]
+    for names, words in ((["a", ""], "class 2 of 2 is empty"), (["a", "A"], "'A' is given twice")):
+        with pytest.raises(ConfigError, match=words):
+            name_classes(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,14 @@ from hts_ray.classes import ClassTable, HoiClass, hico_classes
 from hts_ray.errors import ConfigError
 from hts_ray.exports.records import Context, LabeledImage, Origin
 from hts_ray.exports.source import read_labels
-from hts_ray.exports.tables import label_columns, label_fields, write_csv, write_parquet
+from hts_ray.exports.tables import (
+    label_columns,
+    label_fields,
+    label_rows,
+    label_rows_csv,
+    write_csv,
+    write_parquet,
+)
 from hts_ray.exports.writing import export_labels
 from hts_ray.review.corrected_files import read_labels as read_back
 
@@ -32,6 +40,25 @@ def test_csv_reads_back(labeled, own_classes, tmp_path):
         for image in read_back(str(path)).images:
             assert image.positive == tuple(names[i] for i in POSITIVES[image.image_id])
             assert image.negative is None
+
+
+def test_rows_of_labels(labeled):
+    """Catches a label with the box of another class, and an image without labels that is lost."""
+    rows = read_labels(labeled)
+    table = label_rows(rows.images(), labeled.class_table)
+    names = dict(zip(labeled.class_table.positions, labeled.class_table.names, strict=True))
+    found = {(Path(row["path"]).name, row["class"]): row for row in table.to_pylist()}
+    assert len(found) == len(table) == sum(max(len(ids), 1) for ids in POSITIVES.values())
+    assert found["3.jpg", None]["probability"] is found["3.jpg", None]["x0"] is None
+    both = [found["2.png", names[class_id]] for class_id in (18, 19)]
+    assert [[row[side] for side in ("x0", "y0", "x1", "y1")] for row in both] == [
+        [0, 0, 60, 40]
+    ] * 2
+    assert both[0]["probability"] == 0.9
+    lines = label_rows_csv(table).decode().splitlines()
+    assert lines[0] == "path,class,probability,x0,y0,x1,y1"
+    assert f"{found['3.jpg', None]['path']},,,,,," in lines
+    assert any(line.endswith(f"{names[18]},0.9,0.0,0.0,60.0,40.0") for line in lines)
 
 
 def test_annotations_keep_their_negatives(labeled, tmp_path):

@@ -77,6 +77,7 @@ def test_chosen_images_cover_classes_and_verdicts():
     assert {"bad", "left", "gone", *(f"other{i}" for i in range(1, 6))} <= set(chosen)
     assert "empty" not in chosen
     assert chosen == choose_images(judged, 10)
+    assert choose_images(judged, 1000)[-1] == "empty"  # where there is room: misses hide there
 
 
 def test_every_choice_adds_most():
