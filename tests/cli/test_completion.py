@@ -32,12 +32,19 @@ def test_commands_options_and_choices_are_completed():
     """Catches a command that is not registered, and decorators that hide options."""
     assert completed("la") == ["label"]
     assert "--region-scores" in completed("filter", "--reg")
-    assert completed("prepare", "h") == ["hico"]
+    assert completed("prepare", "hi") == ["hico"]
     assert completed("train", "--preset", "") == preset_names()
     assert completed("train", "--preset", "hico-vitb3") == ["hico-vitb32"]
     assert completed("label", "--run-dir", "ru") == ["<dir>"]
     assert completed("label", "--config", "") == ["<file>"]
     assert completed("completion", "") == list(SHELLS)
+
+
+def test_a_folder_comes_before_its_classes():
+    """Catches settings offered for a folder, and files offered for the name of a class."""
+    assert completed("autolabel", "pho") == ["<dir>"]
+    assert completed("autolabel", "photos", "a d") == completed("autolabel", "photos", "") == []
+    assert "filter.top_k=" in completed("autolabel", "photos", "a dog", "filter.top_k")
 
 
 def test_settings_are_completed_part_by_part():
