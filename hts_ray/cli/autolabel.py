@@ -89,7 +89,7 @@ def _print_plan(run: Run, folder: str) -> None:
     names = run.class_table.names
     shown = textwrap.shorten(", ".join(names), _NAMES_WIDTH, placeholder=" ...")
     print_line(f"classes: {len(names):,} ({shown})")
-    print_line(f"teacher: {run.config.label.teacher.model}")
+    print_line(f"teacher: {run.config.labeling.teacher.model}")
     print_line(f"images:  {folder}")
     print_line(f"output:  {run.config.run_dir}")
 

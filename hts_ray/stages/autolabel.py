@@ -170,7 +170,7 @@ def open_folder(
     if teacher is not None:
         changes["label"] = {"teacher": {"model": teacher}}
     run = Run(override(config, changes), table)
-    check_teacher(run.config.label.teacher)
+    check_teacher(run.config.labeling.teacher)
     return run
 
 
@@ -203,7 +203,7 @@ def _agreed_file(run: Run) -> str:
 
 
 def _agreed_key(run: Run) -> str:
-    return settings_hash(run.config.label.answer_settings(), run.class_table.fingerprint())
+    return settings_hash(run.config.labeling.answer_settings(), run.class_table.fingerprint())
 
 
 def cluster(run: Run) -> AbstractContextManager[None]:
@@ -211,7 +211,7 @@ def cluster(run: Run) -> AbstractContextManager[None]:
     manifest = run.manifest()
     if is_agreed(run) and plan_label(run, manifest).folder.finished:
         return nullcontext()
-    return command_cluster(run.config, "pipeline", manifest=manifest)
+    return command_cluster(run.config, "label", manifest=manifest)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def label_sample(run: Run) -> Sample:
     evidence = image_evidence(scores.path, run.config.filter, run.config.train.split)
     labels = pseudo_label_table(choose_labels(evidence, run.config.filter, class_ids), class_ids)
     path = storage.join(run.config.run_dir, PREVIEW)
-    total = len(manifest.rows(run.config.label.splits))
+    total = len(manifest.rows(run.config.labeling.splits))
     write_sample(path, run, scores, labels, total)
     positives = labels["positive_ids"].to_pylist()
     counts = Counter(class_id for of_image in positives for class_id in of_image)

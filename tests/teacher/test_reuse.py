@@ -105,6 +105,7 @@ def test_a_sample_is_part_of_the_whole(photos: Path) -> None:
         {"regions": {"grid_scales": [0.5], "grid_steps": [2]}},
         {"regions": {"budget": 8}},
         {"teacher": {"model": "builtin:dummy", "prior": "sample"}},
+        {"teacher": {"model": "builtin:dummy", "dtype": "bfloat16"}},
         {"classes": 4},
     ],
 )
