@@ -737,7 +737,9 @@ def _qwen(folder: Path, prefix: str, vision: dict[str, Any], **text: Any) -> Pat
     area = {"min_pixels": 1024, "max_pixels": 4096}
     video = getattr(transformers, f"{prefix.replace('2_5_', '2')}VideoProcessor", None)
     video = video or transformers.Qwen2VLVideoProcessor
-    processor = getattr(transformers, f"{prefix}Processor")(
+    # Later models share the processor of Qwen3-VL.
+    named = getattr(transformers, f"{prefix}Processor", transformers.Qwen3VLProcessor)
+    processor = named(
         image_processor=Qwen2VLImageProcessor(patch_size=8, merge_size=2, **area),
         tokenizer=tokenizer,
         video_processor=video(patch_size=8, merge_size=2),
@@ -773,6 +775,268 @@ def qwen3_vl(folder: Path) -> Path:
         "deepstack_visual_indexes": [0],
     }
     return _qwen(folder, "Qwen3VL", vision, head_dim=8)
+
+
+def _vision_chat(folder: Path, model: str, config: Any, processor: Any) -> Path:
+    import transformers
+
+    return _saved(
+        folder, getattr(transformers, f"{model}ForConditionalGeneration")(config), processor
+    )
+
+
+def llava_next(folder: Path) -> Path:
+    """Save a LLaVA-NeXT: anyres tiles, with a LLaMA."""
+    from transformers import LlavaNextConfig, LlavaNextImageProcessor, LlavaNextProcessor
+
+    tokenizer = _llama_tokenizer({"image_token": "<image>"})
+    pinpoints = [[32, 64], [64, 32], [64, 64], [32, 96]]
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": 32}, crop_size=SIZE, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    config = LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **VISION, "projection_dim": 32},
+        text_config=_llama_text(len(tokenizer)).to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-2,
+    )
+    return _vision_chat(folder, "LlavaNext", config, processor)
+
+
+INTERN_SPECIAL = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+INTERN_TEMPLATE = QWEN_TEMPLATE.replace(
+    "<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n"
+)
+
+
+def internvl(folder: Path) -> Path:
+    """Save an InternVL, which cuts images into tiles, with Qwen2."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        Qwen2Tokenizer,
+    )
+
+    special = ["<|im_start|>", "<|im_end|>", *INTERN_SPECIAL.values()]
+    vocabulary, merges = byte_pieces(["<|endoftext|>", *special])
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=merges, eos_token="<|im_end|>", extra_special_tokens=INTERN_SPECIAL
+    )
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=SIZE, max_patches=3),
+        tokenizer,
+        InternVLVideoProcessor(size=SIZE),
+        image_seq_length=4,
+        chat_template=INTERN_TEMPLATE,
+    )
+    config = InternVLConfig(
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        text_config={
+            "model_type": "qwen2",
+            **SMALL,
+            "vocab_size": len(tokenizer),
+            "num_key_value_heads": 2,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    return _vision_chat(folder, "InternVL", config, processor)
+
+
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant'"
+    " else m['role'] %}<start_of_turn>{{ role }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}"
+    "{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def gemma3(folder: Path) -> Path:
+    """Save a Gemma 3: a sliding window shorter than the prefix, and an image that sees itself."""
+    from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor, GemmaTokenizer
+
+    special = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    vocabulary, merges = space_pieces(
+        ["<pad>", "<eos>", "<bos>", "<unk>", *special.values(), *turns]
+    )
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=special)
+    tokenizer.add_special_tokens({"additional_special_tokens": turns})
+    ids = tokenizer.convert_tokens_to_ids
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size=SIZE),
+        tokenizer,
+        image_seq_length=4,
+        chat_template=GEMMA_TEMPLATE,
+    )
+    config = Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
+        text_config={
+            **SMALL,
+            "vocab_size": len(tokenizer),
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 8,
+            "bos_token_id": 2,
+            "eos_token_id": ids("<end_of_turn>"),
+            "pad_token_id": 0,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=ids("<start_of_image>"),
+        eoi_token_index=ids("<end_of_image>"),
+        image_token_index=ids("<image_soft_token>"),
+    )
+    return _vision_chat(folder, "Gemma3", config, processor)
+
+
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}[IMG]{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %}[/INST]{% else %}{{ m['content'][0]['text'] }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def mistral3(folder: Path) -> Path:
+    """Save a Mistral 3: an image's shape is its tokens' grid."""
+    from transformers import (
+        LlamaTokenizer,
+        Mistral3Config,
+        PixtralImageProcessor,
+        PixtralProcessor,
+    )
+
+    marks = ["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    vocabulary, merges = space_pieces(["<unk>", "<s>", "</s>", *marks])
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, pad_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.add_bos_token = True
+    processor = PixtralProcessor(
+        PixtralImageProcessor(size={"longest_edge": 64}, patch_size=8),
+        tokenizer,
+        patch_size=8,
+        spatial_merge_size=2,
+        chat_template=MISTRAL_TEMPLATE,
+    )
+    config = Mistral3Config(
+        vision_config={"model_type": "pixtral", **VISION, "image_size": 64, "head_dim": 8},
+        text_config={
+            "model_type": "mistral",
+            **SMALL,
+            "vocab_size": len(tokenizer),
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": None,
+            "pad_token_id": 0,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+    )
+    return _vision_chat(folder, "Mistral3", config, processor)
+
+
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|image|>{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def mllama(folder: Path) -> Path:
+    """Save an mllama: every other layer attends to the image, whose keys share the text's cache."""
+    from transformers import GPT2Tokenizer, MllamaConfig, MllamaImageProcessor, MllamaProcessor
+
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|image|>", "<|python_tag|>"]
+    vocabulary, merges = byte_pieces(["<|begin_of_text|>", "<|eot_id|>", "<pad>", *marks])
+    tokenizer = GPT2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        unk_token="<pad>",
+        pad_token="<pad>",
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    ids = tokenizer.convert_tokens_to_ids
+    processor = MllamaProcessor(
+        MllamaImageProcessor(size=SIZE, max_image_tiles=4), tokenizer, chat_template=LLAMA_TEMPLATE
+    )
+    config = MllamaConfig(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_size": 64,
+            "vision_output_dim": 64,
+            "image_size": 32,
+            "patch_size": 8,
+            "intermediate_layers_indices": [0],
+        },
+        text_config={
+            **SMALL,
+            "num_hidden_layers": 4,
+            "vocab_size": len(tokenizer) - 1,  # the image's token is read and never written
+            "num_key_value_heads": 2,
+            "cross_attention_layers": [1, 3],
+            "max_position_embeddings": 512,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        image_token_index=ids("<|image|>"),
+    )
+    return _vision_chat(folder, "Mllama", config, processor)
+
+
+def qwen3_vl_moe(folder: Path) -> Path:
+    """Save a Qwen3-VL whose layers pick two of four experts a token."""
+    vision = {
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _qwen(folder, "Qwen3VLMoe", vision, head_dim=8, **experts)
+
+
+def qwen3_5(folder: Path) -> Path:
+    """Save a Qwen3.5, of layers with and without a recurrent state."""
+    vision = {"intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 64}
+    linear = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    return _qwen(folder, "Qwen3_5", vision, head_dim=16, **linear)
 
 
 def kosmos2(folder: Path) -> Path:
@@ -834,6 +1098,13 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
         qwen2_vl,
         qwen2_5_vl,
         qwen3_vl,
+        llava_next,
+        internvl,
+        gemma3,
+        mistral3,
+        mllama,
+        qwen3_vl_moe,
+        qwen3_5,
         kosmos2,
     )
 }

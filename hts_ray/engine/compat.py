@@ -136,4 +136,10 @@ def select_cache(cache: Any, pick: Callable[[Tensor], Tensor]) -> Any:
                 # Keys and values are only ever concatenated; other states may be written to.
                 picked = pick(value)
                 setattr(layer, name, picked if name in {"keys", "values"} else picked.clone())
+            elif isinstance(value, dict):  # of linear attention: a state by number, or None
+                states = {
+                    key: pick(state).clone() if isinstance(state, torch.Tensor) else state
+                    for key, state in value.items()
+                }
+                setattr(layer, name, states)
     return selected

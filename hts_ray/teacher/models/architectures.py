@@ -187,6 +187,7 @@ class PrefixDecoder(ProcessedDecoder):
     """
 
     first = 0
+    prompt_type = 0  # token type of a prompt, for models that tell text from images by it
     pads = True  # whether prefixes of unequal length can be read together
     text_model = ""  # what of the model runs behind its prefix, "" for all
 
@@ -218,7 +219,7 @@ class PrefixDecoder(ProcessedDecoder):
     def encode(self, images: Sequence[Mapping[str, Tensor]]) -> Prefix:
         """Read image and instruction of R regions."""
         regions = list(images)
-        assert all(self.joins(regions[0], region) for region in regions)
+        assert all(self.joins(regions[0], region) for region in regions[1:])
         inputs = self.moved(collate(regions, self.pad_id))
         mask = inputs["attention_mask"]
         padded = not bool(mask.all())
@@ -249,13 +250,14 @@ class PrefixDecoder(ProcessedDecoder):
 
     def asked(self, image: Mapping[str, Tensor], sequence: TokenIds) -> Mapping[str, Tensor]:
         """Return image, instruction and prompt as one text."""
-        return extended(image, torch.tensor([sequence]))
+        return extended(image, torch.tensor([sequence]), self.prompt_type)
 
 
 class PaliGemmaDecoder(PrefixDecoder):
     """PaliGemma: positions from 1; token types make image and instruction see each other."""
 
     first = 1
+    prompt_type = 1
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) float32, squashed behind the head where Gemma 2 does so."""
@@ -285,6 +287,60 @@ class QFormerDecoder(PrefixDecoder):
 
     pads = False  # a Q-Former's queries are as many for every image
     text_model = "language_model"
+
+
+class CountingDecoder(PrefixDecoder):
+    """A family of which nothing is known: it counts positions itself, for one region at a time."""
+
+    def joins(self, first: Mapping[str, Tensor], image: Mapping[str, Tensor]) -> bool:
+        """Return that no two regions are read together: what a model counts may be their own."""
+        return False
+
+    def position_ids(self, positions: Tensor) -> dict[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+
+class MllamaDecoder(PrefixDecoder):
+    """Llama 3.2 Vision: some layers attend to the image, whose keys lie in the text's cache."""
+
+    pads = False
+
+    def encode(self, images: Sequence[Mapping[str, Tensor]]) -> Prefix:
+        """Read image and instruction, and keep which tiles the last token sees: (R, 1, 1, T)."""
+        prefix = super().encode(images)
+        tiles = torch.cat([image["cross_attention_mask"][:, -1:] for image in images])
+        return replace(prefix, features=(tiles.to(prefix.root.device),))
+
+    def forward(
+        self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Any:
+        """Run the model with every token seeing the tiles."""
+        return self.language_model(
+            input_ids=tokens,
+            past_key_values=prefix.cache,
+            attention_mask=mask,
+            position_ids=positions,
+            cross_attention_mask=prefix.features[0].expand(-1, tokens.shape[1], -1, -1),
+            use_cache=True,
+        )
+
+    def rewind(self, prefix: Prefix) -> None:
+        """Forget the fed nodes in the layers that hold them; images' keys stay."""
+        across = self.model.config.get_text_config().cross_attention_layers
+        for number, layer in enumerate(prefix.cache.layers):
+            if prefix.fed and number not in across:
+                layer.crop(-prefix.fed)
+        prefix.fed = 0
+
+    def asked(self, image: Mapping[str, Tensor], sequence: TokenIds) -> Mapping[str, Tensor]:
+        """Return one text, with every token of the prompt seeing the tiles."""
+        tiles = image["cross_attention_mask"]
+        more = tiles[:, -1:].expand(-1, len(sequence), -1, -1)
+        return {
+            **super().asked(image, sequence),
+            "cross_attention_mask": torch.cat([tiles, more], 1),
+        }
 
 
 class KosmosDecoder(PrefixDecoder):

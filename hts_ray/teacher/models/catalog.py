@@ -44,6 +44,14 @@ FAMILIES = {
     "qwen2_vl": "Qwen2-VL (trie)",
     "qwen2_5_vl": "Qwen2.5-VL (trie)",
     "qwen3_vl": "Qwen3-VL (trie)",
+    "qwen3_vl_moe": "Qwen3-VL with experts (trie)",
+    "qwen3_5": "Qwen3.5 (batched prompts)",
+    "qwen3_5_moe": "Qwen3.5 with experts (batched prompts)",
+    "llava_next": "LLaVA-NeXT (trie)",
+    "internvl": "InternVL (trie)",
+    "mistral3": "Mistral 3 (trie)",
+    "gemma3": "Gemma 3 (batched prompts)",
+    "mllama": "Llama 3.2 Vision (trie)",
     "kosmos-2": "Kosmos-2 (batched prompts)",
 }
 
@@ -143,7 +151,8 @@ def model_error(config: TeacherConfig, message: str, remedy: str = "") -> Config
 def supported_families() -> str:
     """Say which families are supported, and how to add one."""
     return (
-        f"Supported: {'; '.join(FAMILIES.values())}. For another, write a class with the two"
+        f"Supported: {'; '.join(FAMILIES.values())}; other chat models of image and text that"
+        " transformers knows, if their scores pass. For another, write a class with the two"
         " methods of a Captioner and name it import:MODULE:CLASS; see the documentation's"
         ' "Choose and write a teacher"'
     )
@@ -172,7 +181,7 @@ def model_folder(config: TeacherConfig, *, weights: bool = True) -> Path:
     """
     folder, settings = TeacherModel.of(config).files(weights=weights)
     family = settings.get("model_type")
-    if family not in FAMILIES and not config.trust_remote_code:
+    if not (family in FAMILIES or config.trust_remote_code or _is_native(family)):
         raise model_error(config, f"family {family!r} is not supported", supported_families())
     if config.mode == "questions" and family in ONLY_CAPTIONERS:
         raise model_error(
@@ -182,6 +191,13 @@ def model_folder(config: TeacherConfig, *, weights: bool = True) -> Path:
             " PaliGemma",
         )
     return folder
+
+
+def _is_native(family: str | None) -> bool:
+    """Return whether transformers itself has a family of models of image and text."""
+    from transformers.models.auto import modeling_auto
+
+    return family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def pinned_teacher(config: TeacherConfig) -> TeacherConfig:

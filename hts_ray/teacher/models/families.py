@@ -36,10 +36,12 @@ from torch import Tensor, nn
 from hts_ray.config import TeacherConfig
 from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.models.architectures import (
+    CountingDecoder,
     CrossAttentionDecoder,
     Florence2Decoder,
     GitDecoder,
     KosmosDecoder,
+    MllamaDecoder,
     PaliGemmaDecoder,
     PrefixDecoder,
     QFormerDecoder,
@@ -85,11 +87,13 @@ TREE_TEXT_MODELS = {
     "gemma",
     "llama",
     "mistral",
+    "mllama_text_model",
     "opt",
     "qwen2",
     "qwen2_5_vl_text",
     "qwen2_vl_text",
     "qwen3",
+    "qwen3_vl_moe_text",
     "qwen3_vl_text",
 }
 
@@ -179,13 +183,19 @@ class Loaded:
         )
 
 
-def build_family(loaded: Loaded) -> Family:
+def ways(loaded: Loaded) -> int:
+    """Return in how many ways a model may be fed: one, or all that a chat model may need."""
+    return 1 if loaded.model.config.model_type in _BUILDERS else len(_WAYS)
+
+
+def build_family(loaded: Loaded, way: int = 0) -> Family:
     """Put the parts of a captioner together; ConfigError where the checkpoint lacks one.
 
-    A family that is not in the list was let in by trust_remote_code: it is fed as a chat model,
-    by batches, and refused by the check of its scores if that is not what it needs.
+    A family that is not in the list is a chat model of transformers, or was let in by
+    trust_remote_code. The check of its scores tells which of `ways` is what it needs, if any.
     """
-    family = _BUILDERS.get(loaded.model.config.model_type, _unknown)(loaded)
+    builder = _BUILDERS.get(loaded.model.config.model_type)
+    family = builder(loaded) if builder else _unknown(loaded, *_WAYS[way])
     if loaded.config.mode != "questions":
         return family
     return replace(family, questions=_questions(loaded, family))
@@ -507,15 +517,17 @@ def _florence(loaded: Loaded) -> Family:
     return Family(decoder, tokenizer, _processed(loaded, words), behind(tokenizer))
 
 
-def _unknown(loaded: Loaded) -> Family:
+def _unknown(loaded: Loaded, kind: type[PrefixDecoder], tree: bool) -> Family:
     try:
-        return _chat(loaded, PrefixDecoder, tree=False)
+        return _chat(loaded, kind, tree=tree)
     except (AttributeError, TypeError, ValueError) as error:
         raise model_error(
             loaded.config, f"it is no chat model of image and text: {error}", supported_families()
         ) from error
 
 
+# How a family of which nothing is known may be fed, the fastest first.
+_WAYS = ((PrefixDecoder, True), (PrefixDecoder, False), (CountingDecoder, False))
 _BUILDERS: dict[str, Callable[[Loaded], Family]] = {
     "blip": _blip,
     "git": _git,
@@ -534,6 +546,14 @@ _BUILDERS: dict[str, Callable[[Loaded], Family]] = {
     "qwen2_vl": lambda loaded: _chat(loaded, QwenDecoder),
     "qwen2_5_vl": lambda loaded: _chat(loaded, QwenDecoder),
     "qwen3_vl": lambda loaded: _chat(loaded, QwenDecoder),
+    "qwen3_vl_moe": lambda loaded: _chat(loaded, QwenDecoder),
+    "qwen3_5": lambda loaded: _chat(loaded, QwenDecoder),
+    "qwen3_5_moe": lambda loaded: _chat(loaded, QwenDecoder),
+    "mllama": lambda loaded: _chat(loaded, MllamaDecoder),
+    "llava_next": lambda loaded: _chat(loaded, PrefixDecoder),
+    "internvl": lambda loaded: _chat(loaded, PrefixDecoder),
+    "mistral3": lambda loaded: _chat(loaded, PrefixDecoder),
+    "gemma3": lambda loaded: _chat(loaded, PrefixDecoder),
     "florence2": _florence,
     "kosmos-2": _kosmos,
 }

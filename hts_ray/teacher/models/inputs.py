@@ -19,7 +19,7 @@ from hts_ray.store.aliases import Pixels
 TOKEN_INPUTS: Mapping[str, int] = {
     "input_ids": 0,
     "attention_mask": 1,
-    "token_type_ids": 1,  # PaliGemma: read causally, unlike its image and instruction
+    "token_type_ids": 0,
     "mm_token_type_ids": 0,
     "image_embeds_position_mask": 0,
 }
@@ -134,10 +134,12 @@ def collate(regions: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, T
     return joined
 
 
-def extended(inputs: Mapping[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+def extended(
+    inputs: Mapping[str, Tensor], tokens: Tensor, token_type: int = 0
+) -> dict[str, Tensor]:
     """Return one region's inputs with L prompt tokens (1, L) behind the image and instruction."""
     longer = dict(inputs)
-    for name, value in TOKEN_INPUTS.items():
+    for name, value in {**TOKEN_INPUTS, "token_type_ids": token_type}.items():
         if name in longer:
             part = tokens if name == "input_ids" else torch.full_like(tokens, value)
             longer[name] = torch.cat([longer[name], part.to(longer[name].dtype)], dim=1)

@@ -31,7 +31,7 @@ from hts_ray.teacher.captioner import (
     score_classes,
 )
 from hts_ray.teacher.models.catalog import TeacherModel, model_error, supported_families
-from hts_ray.teacher.models.families import Family, Loaded, build_family
+from hts_ray.teacher.models.families import Family, Loaded, build_family, ways
 from hts_ray.teacher.scoring import trie as prompt_tree
 from hts_ray.teacher.scoring.captioning import write_captions
 from hts_ray.teacher.scoring.memory import WORKSPACE
@@ -222,26 +222,30 @@ def load_pretrained(config: TeacherConfig, folder: Path, device: str) -> Transfo
         device_map="auto" if device == "auto" else {"": device},
         trust_remote_code=config.trust_remote_code,
     )
-    family = build_family(Loaded(config, folder, model))
-    captioner = TransformersCaptioner(family, append_eos=config.append_eos)
-    captioner.decoder.workspace = _workspace(config, model.device)
-    method = f"{captioner.decoder.method}, {config.dtype}"
+    loaded, flaws = Loaded(config, folder, model), []
+    for way in range(ways(loaded)):
+        captioner = TransformersCaptioner(build_family(loaded, way), append_eos=config.append_eos)
+        captioner.decoder.workspace = _workspace(config, model.device)
+        flaw = _flaw(captioner, TOLERANCE[dtype])
+        if flaw is None:
+            return captioner
+        flaws.append(f"{flaw} ({captioner.decoder.method}, {config.dtype})")
+    raise model_error(config, flaws[-1], _remedy(config))
+
+
+def _flaw(captioner: TransformersCaptioner, tolerance: float) -> str | None:
+    """Return what is wrong with a captioner's scores, None where they are as they should be."""
     try:
         difference = captioner.self_check()
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise model_error(config, f"does not score ({method}): {error}", _remedy(config)) from error
-    if not difference <= TOLERANCE[dtype]:
-        raise model_error(
-            config,
-            f"prompt scores differ from plain forwards by {difference:.2g} nats a token ({method})",
-            _remedy(config),
-        )
-    logger.info(
-        "%s scores by %s: %.1g nats a token off plain forwards", config.model, method, difference
-    )
-    return captioner
+        return f"does not score: {type(error).__name__}: {error}"
+    if not difference <= tolerance:
+        return f"prompt scores differ from plain forwards by {difference:.2g} nats a token"
+    method = captioner.decoder.method
+    logger.info("prompts are scored by %s: %.1g nats off plain forwards", method, difference)
+    return None
 
 
 def _workspace(config: TeacherConfig, device: torch.device) -> int:
