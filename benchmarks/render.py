@@ -420,6 +420,40 @@ def _abstention(report: Json) -> Iterator[Grid]:
     yield grid(columns, report["rows"])
 
 
+def _questions(report: Json) -> Iterator[Grid]:
+    if "ranking" in report:
+        found = report["ranking"]
+        columns = [
+            Column("mAP of the teacher's scores, %", "name"),
+            Column("chosen", "choice"),
+            Column("mean ± sd", "mAP", spread()),
+            Column("worlds", "worlds", lambda values: ", ".join(f"{100 * v:.1f}" for v in values)),
+        ]
+        yield grid(columns, found["rows"], f"{found['images']} images a world")
+        columns = [
+            Column("bound of object first", "bound", number(1)),
+            Column("chosen", "chosen", lambda value: "yes" if value else ""),
+            Column("questions asked, %", "asked", PERCENT),
+            Column("mAP, world 110", "tuning_mAP", PERCENT),
+            Column("mAP, worlds 0 to 2", "mAP", PERCENT),
+        ]
+        few = [r for n, r in enumerate(found["object_first"]) if r["chosen"] or n % 4 == 0]
+        yield grid(columns, few, "Object first")
+        columns = [
+            Column("empty", "name"),
+            *(Column(f"{n} class{'es' if n > 1 else ''}", str(n), number(2)) for n in (1, 3, 10)),
+        ]
+        yield grid(columns, found["empty"], "Pictures that show nothing and keep no positive")
+    if "cost" in report:
+        columns = [
+            Column("a region", "name"),
+            Column("CPU seconds", "seconds", number()),
+            Column("over prompts", "over_prompts", number()),
+            Column("tokens fed", "nodes", number(0)),
+        ]
+        yield grid(columns, report["cost"]["rows"], f"Cost, {report['cost']['rounds']} rounds")
+
+
 def _metrics_speed(report: Json) -> Iterator[Grid]:
     columns = [
         Column("scores", "scores"),
@@ -475,6 +509,7 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "sweep": ("Sweep", _sweep),
     "objectives": ("Objectives without labels", _objectives),
     "abstention": ("None of these", _abstention),
+    "questions": ("Questions beside likelihoods", _questions),
     "caption_matching": ("Captions to classes", _caption_matching),
     "caption_styles": ("Captions by style", _caption_styles),
     "pipeline_efficiency": ("The teacher pass beside a bare loop", _pipeline_efficiency),

@@ -91,7 +91,7 @@ def pair_prompts(verb: str, obj: str) -> tuple[str, ...]:
     The last one says it differently, with another noun or phrase, where one is known. HICO's
     objects have HICO's meaning ("mouse" is the computer's); spaces and underscores are the same.
     """
-    nouns = OBJECT_PHRASES.get(phrase_key(obj)) or (noun_phrase(obj),)
+    nouns = object_phrases(obj)
     if phrase_key(verb) == NO_INTERACTION:
         return _fill(_NO_INTERACTION_TEMPLATES, nouns[0])
     plain = (verb_phrase(verb) + " {o}",)
@@ -101,6 +101,11 @@ def pair_prompts(verb: str, obj: str) -> tuple[str, ...]:
     if len(said) == 1 and len(nouns) > 1 and "{o}" in phrases[0]:
         said.append(phrases[0].replace("{o}", nouns[1]))
     return person_prompts(*said)
+
+
+def object_phrases(obj: str) -> tuple[str, ...]:
+    """Return an object's noun with its determiner, and another noun where one is known."""
+    return OBJECT_PHRASES.get(phrase_key(obj)) or (noun_phrase(obj),)
 
 
 def person_prompts(main: str, other: str | None = None) -> tuple[str, ...]:

@@ -141,6 +141,11 @@ class TeacherConfig(Section):
         "Answer yes or no. Does this image show {}?",
         "of mode=questions; {} is what the class's sentence shows, best near the end",
     )
+    object_bound: float | None = setting(
+        None,
+        "with mode=questions, ask for objects first, and about their classes only where the"
+        " object's log odds are at least this",
+    )
     pad_to_square: Literal["auto", "always", "never"] = setting(
         "auto", "pad regions to squares; `auto` where the model's processor cuts off their ends"
     )
@@ -186,6 +191,8 @@ class TeacherConfig(Section):
         other = self.mode != "prompts"
         yield top_k and other, f"mode={self.mode} scores no prompts: use search=all"
         yield self.question.count("{}") != 1, f"question={self.question!r} must hold {{}} once"
+        objects = self.object_bound is not None and self.mode != "questions"
+        yield objects, f"object_bound={self.object_bound} needs mode=questions"
         fields = type(self).model_fields
         for name in _CAPTIONER_SETTINGS if self.model.startswith(OPEN_CLIP) else ():
             value = getattr(self, name)

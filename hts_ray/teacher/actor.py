@@ -33,6 +33,7 @@ from hts_ray.teacher.scorers import (
     ClassScorer,
     ImageFailure,
     ImageTask,
+    ObjectsFirst,
     PromptLikelihoods,
     QuestionOdds,
     RegionScorer,
@@ -108,7 +109,9 @@ def region_scorer(captioner: Captioner, assignment: Assignment, device: str) -> 
             partial(match_captions, class_table=table), table.positions, weighted=beams
         )
     elif teacher.mode == "questions":
-        scorer = QuestionOdds.of(captioner, prompts, teacher)
+        bound = teacher.object_bound
+        objects = None if bound is None else ObjectsFirst.of(table, bound)
+        scorer = QuestionOdds.of(captioner, prompts, teacher, objects)
     elif teacher.search == "top_k":
         offsets = None
         if teacher.search_alpha:

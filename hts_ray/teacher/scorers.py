@@ -14,7 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
+from hts_ray.classes import ClassTable
+from hts_ray.classes.prompts import object_phrases
 from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig
 from hts_ray.images.boxes import GivenBoxes
 from hts_ray.images.crops import CropBatch
@@ -105,28 +108,81 @@ class CaptionVotes:
             return np.log(np.minimum(probabilities_RC, 1.0)).astype(np.float32)
 
 
+@dataclass(frozen=True, eq=False)
+class ObjectsFirst:
+    """Objects that are asked for before their classes.
+
+    `phrases` are those of O objects; `of_class_C` is each class's object, -1 for a class without
+    one, which is always asked about. Others are where the object's log odds reach `bound`.
+    """
+
+    phrases: tuple[str, ...]
+    of_class_C: npt.NDArray[np.int64]
+    bound: float
+
+    @classmethod
+    def of(cls, table: ClassTable, bound: float) -> ObjectsFirst:
+        """Ask for the objects of a class table."""
+        phrases = [object_phrases(entry.object)[0] if entry.object else None for entry in table]
+        names = list(dict.fromkeys(filter(None, phrases)))
+        places = [names.index(phrase) if phrase else -1 for phrase in phrases]
+        return cls(tuple(names), np.array(places), bound)
+
+    def wanted(self, captioner: AskedCaptioner, crops: Sequence[Pixels]) -> FloatArray:
+        """Return 0 where a class (R, C) is to be asked about, -inf where not, NaN on failure."""
+        if not self.phrases:
+            return np.zeros((len(crops), len(self.of_class_C)), np.float32)
+        odds_RO = captioner.ask(crops, self.phrases).log_odds
+        wanted_RO = np.where(odds_RO >= self.bound, 0, -np.inf)
+        wanted_RO[np.isnan(odds_RO)] = np.nan
+        wanted_RC = wanted_RO[:, self.of_class_C]
+        wanted_RC[:, self.of_class_C < 0] = 0
+        return wanted_RC.astype(np.float32)
+
+
 @dataclass(frozen=True)
 class QuestionOdds:
-    """mode=questions: log P(yes) - log P(no) of every class, asked for by its phrases."""
+    """mode=questions: log P(yes) - log P(no) of every class, asked for by its phrases.
+
+    With `objects` -inf for the classes whose object is not there.
+    """
 
     captioner: AskedCaptioner
     phrases: ClassPrompts
     reduction: Reduction
+    objects: ObjectsFirst | None = None
 
     @classmethod
     def of(
-        cls, captioner: Captioner, phrases: ClassPrompts, teacher: TeacherConfig
+        cls,
+        captioner: Captioner,
+        phrases: ClassPrompts,
+        teacher: TeacherConfig,
+        objects: ObjectsFirst | None = None,
     ) -> QuestionOdds:
         """Ask a teacher that was loaded for it."""
         assert isinstance(captioner, AskedCaptioner)
-        return cls(captioner, phrases, teacher.template_reduction)
+        return cls(captioner, phrases, teacher.template_reduction, objects)
 
     def __call__(
         self, crops: Sequence[Pixels], captions: Sequence[Sequence[Caption]]
     ) -> FloatArray:
         """See `ClassScorer`."""
-        odds_RP = self.captioner.ask(crops, self.phrases.texts).log_odds.astype(np.float64)
-        return reduce_templates(odds_RP, self.phrases.counts, self.reduction).astype(np.float32)
+        if self.objects is None:
+            return self._of(crops, self.phrases)
+        scores_RC = self.objects.wanted(self.captioner, crops)
+        by_class = self.phrases.by_class(self.phrases.texts)
+        for asked_C in np.unique(scores_RC == 0, axis=0):
+            if asked_C.any():  # regions with the same objects are asked together
+                rows = np.flatnonzero(((scores_RC == 0) == asked_C).all(axis=1))
+                columns = np.flatnonzero(asked_C)
+                phrases = ClassPrompts.of([by_class[c] for c in columns], max(self.phrases.counts))
+                scores_RC[np.ix_(rows, columns)] = self._of([crops[r] for r in rows], phrases)
+        return scores_RC
+
+    def _of(self, crops: Sequence[Pixels], phrases: ClassPrompts) -> FloatArray:
+        odds_RP = self.captioner.ask(crops, phrases.texts).log_odds.astype(np.float64)
+        return reduce_templates(odds_RP, phrases.counts, self.reduction).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

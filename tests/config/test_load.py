@@ -51,6 +51,7 @@ def test_layers_apply_in_order(tmp_path):
         ("label.pool.max_size=nine", ["label.pool.max_size = 'nine'", "integer"]),
         ("train.optim.lr=nan", ["train.optim.lr", "finite"]),
         ("label.teacher.question=Is it?", ["label.teacher", "'Is it?' must hold {} once"]),
+        ("label.teacher.object_bound=0", ["object_bound=0.0 needs mode=questions"]),
         ("nonsense", ["override = 'nonsense'", "section.name=value"]),
         ("a..b=1", ["override", "section.name=value"]),
         ("label.regions.grid_scales=[0.5]", ["label.regions", "one entry a scale"]),

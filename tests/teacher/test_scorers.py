@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hts_ray.classes import ClassTable, HoiClass, hico_classes
 from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Detection
@@ -23,6 +24,7 @@ from hts_ray.teacher.scorers import (
     CaptionVotes,
     ImageFailure,
     ImageTask,
+    ObjectsFirst,
     PromptLikelihoods,
     QuestionOdds,
     RegionScorer,
@@ -164,6 +166,43 @@ def test_questions_are_combined_by_class(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_array_equal(scores, np.stack([odds[:, 0], odds[:, 1:].max(1)], 1))
     monkeypatch.setattr(captioner, "ask", lambda *_: Answers(odds * np.nan, np.ones(3, int)))
     assert np.isnan(QuestionOdds(captioner, phrases, "log_mean_exp")(crops, ())).all()
+
+
+class CountingCaptioner(DummyCaptioner):
+    """Counts its answers; fails to see horses in one picture."""
+
+    answers = 0
+
+    def ask(self, images: Sequence[np.ndarray], phrases: Sequence[str]) -> Answers:
+        """Count and answer."""
+        self.answers += len(images) * len(phrases)
+        found = super().ask(images, phrases)
+        for row, image in enumerate(images):
+            if image.max() == 30 and "a horse" in phrases:
+                found.log_odds[row, phrases.index("a horse")] = np.nan
+        return found
+
+
+def test_classes_wait_for_their_object() -> None:
+    """Catches classes asked of another object's regions, and a failed object passed for absent."""
+    table = hico_classes().subset([18, 139, 19, 140])  # ride and sit on: bicycle, horse
+    phrases = ClassPrompts.of(table.prompts, 2)
+    objects = ObjectsFirst.of(table, 1.5)
+    assert objects.phrases == ("a bicycle", "a horse")
+    captioner = CountingCaptioner()
+    crops = [np.full((8, 8, 3), shade, np.uint8) for shade in range(0, 120, 10)]
+    nouns = captioner.ask(crops, objects.phrases).log_odds
+    every = QuestionOdds(captioner, phrases, "mean")(crops, ())
+    captioner.answers = 0
+    scores = QuestionOdds(captioner, phrases, "mean", objects)(crops, ())
+    there = (nouns >= 1.5)[:, [0, 1, 0, 1]]
+    assert 0 < there.sum() < there.size
+    expected = np.where(there, every, -np.inf)
+    expected[3, [1, 3]] = np.nan
+    np.testing.assert_array_equal(scores, expected)
+    assert captioner.answers == nouns.size + 2 * there.sum()
+    thing = ClassTable((HoiClass(0, "red car", None, None, ("a photo of a red car",)),))
+    assert (ObjectsFirst.of(thing, 9.0).wanted(captioner, crops) == 0).all()
 
 
 def test_given_boxes_and_detections_become_regions() -> None:
