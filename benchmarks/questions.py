@@ -368,13 +368,14 @@ class Nothing:
 Rank = Callable[[Scored], NDArray[np.float32]]
 
 
-def likelihood_rankings(name: str, nothing: Nothing) -> dict[str, Rank]:
+def likelihood_rankings(
+    scores_of: Callable[[Scored], NDArray[np.float32]], prior_C: NDArray[np.float32]
+) -> dict[str, Rank]:
     """Return every choice of mode=prompts."""
 
     def rank(alpha: float, way: str) -> Rank:
-        prior_C = getattr(nothing, name)
         return lambda scored: scored.image_scores(
-            likelihood_probabilities(getattr(scored, name), prior_C, alpha), way
+            likelihood_probabilities(scores_of(scored), prior_C, alpha), way
         )
 
     return {f"alpha {a:g}, regions {w}": rank(a, w) for a in ALPHAS for w in WAYS}
@@ -485,8 +486,8 @@ def measure(folder: Path, images: int) -> dict[str, Any]:
     worlds = [score_world(asked, untaught, seed, images) for seed in JUDGED]
     rows, ranks, chosen = [], [], ""
     for name, rankings in (
-        ("likelihoods, untaught", likelihood_rankings("untaught", nothing)),
-        ("likelihoods", likelihood_rankings("likelihoods", nothing)),
+        ("likelihoods, untaught", likelihood_rankings(lambda s: s.untaught, nothing.untaught)),
+        ("likelihoods", likelihood_rankings(lambda s: s.likelihoods, nothing.likelihoods)),
         ("questions", question_rankings(nothing)),
     ):
         choice, rank = best(rankings, tuning)
