@@ -177,7 +177,7 @@ class QuestionOdds:
                 rows = np.flatnonzero(((scores_RC == 0) == asked_C).all(axis=1))
                 columns = np.flatnonzero(asked_C)
                 phrases = ClassPrompts.of([by_class[c] for c in columns], max(self.phrases.counts))
-                scores_RC[np.ix_(rows, columns)] = self._of([crops[r] for r in rows], phrases)
+                scores_RC[np.ix_(rows, columns)] = self._of([crops[int(r)] for r in rows], phrases)
         return scores_RC
 
     def _of(self, crops: Sequence[Pixels], phrases: ClassPrompts) -> FloatArray:
