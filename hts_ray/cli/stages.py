@@ -137,19 +137,19 @@ def filter_command(settings: Settings, region_scores: str | None, from_sweep: st
     """Turn regional scores into positives, ignored and negatives."""
     run = settings.open()
     given = region_scores or _swept_scores(from_sweep)
-    source = stages.found(run, given, "region_scores", "label")
     if settings.dry_run:
-        rows, write = source.stats.get("rows_out"), plan_filter(run, source).folder.path
-        print_mapping("plan", {"read": source.path, "images": rows, "write": write})
+        plan = stages.plan_filtering(run, given)
+        print_mapping("plan", {"read": plan.inputs["region_scores"], "write": plan.folder.path})
         return
     with busy("filter"):
-        stage = stages.filter_labels(run, source)
+        stage = stages.filter_labels(run, given)
     print_stage("filter", stage)
     names = ("positives", "positives_per_image", "images_without_positive",
              "classes_without_positive", "ignored_band", "below_support", "over_cap")  # fmt: skip
-    corrections = ("corrected_images", "corrected_labels", "overrides_unused")
+    more = ("passes", "images_in_some_passes", "corrected_images", "corrected_labels",
+            "overrides_unused")  # fmt: skip
     counts = {name: stage.stats.get(name) for name in names}
-    counts |= {name: stage.stats[name] for name in corrections if name in stage.stats}
+    counts |= {name: stage.stats[name] for name in more if name in stage.stats}
     print_mapping("counted", counts)
     print_next_stage("train", run)
 

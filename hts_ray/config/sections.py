@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import field_validator
+from pydantic import ValidationError, field_validator
 
 from hts_ray.config.fields import AutoBool, AutoNumber, Section, execution, setting
 
@@ -244,6 +244,21 @@ class LabelConfig(Section):
     transient_retries: int = execution(3, "retries of storage errors that may pass", ge=0)
 
 
+# Settings of the filter that say nothing about how one pass's regions are read.
+_OF_ALL_PASSES = {
+    "positive_threshold", "negative_threshold", "per_class_quantile", "quantile_floor",
+    "min_support", "max_positives_per_image", "overrides", "passes", "combine", "calibrate",
+}  # fmt: skip
+
+
+class PassConfig(Section):
+    """One of several teacher passes that the filter combines."""
+
+    scores: str = setting(..., "its folder, its key, or the model that scored")
+    weight: float = setting(1.0, "how much it counts beside the others; 0 leaves it out", ge=0.0)
+    settings: dict[str, Any] = setting({}, "settings of `filter` that are other ones for it")
+
+
 class FilterConfig(Section):
     """From regional log-likelihoods to positives, ignored and negatives."""
 
@@ -273,11 +288,44 @@ class FilterConfig(Section):
         8, "the most probable are kept, the others ignored", ge=1
     )
     overrides: str | None = execution(None, "corrections by people, from `hts import-labels`")
+    passes: Literal["all"] | tuple[PassConfig, ...] | None = execution(
+        None,
+        "teacher passes that are combined: `all` of the run, or a list of keys, models or folders,"
+        " each alone or as {scores, weight, settings}; if not set, the latest alone",
+    )
+    combine: Literal["geometric", "mean"] = execution(
+        "geometric",
+        "how the probabilities of several passes become one: the mean of odds, or of them",
+    )
+    calibrate: bool = execution(True, "several passes are put on one scale first, class by class")
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Let a name stand for a pass without settings of its own."""
+        if not isinstance(value, list | tuple):
+            return value
+        return [{"scores": str(item)} if isinstance(item, str | int) else item for item in value]
+
+    def of_pass(self, one: PassConfig) -> FilterConfig:
+        """Return the settings that a pass's regions are read with; ValueError for wrong ones."""
+        values = self.model_dump() | {"passes": None, "overrides": None} | one.settings
+        return FilterConfig.model_validate(values)
 
     def _contradictions(self) -> Iterator[tuple[object, str]]:
         low, high = self.negative_threshold, self.positive_threshold
         message = f"negative_threshold must not be above positive_threshold ({low} > {high})"
         yield low > high, message
+        for one in self.passes if isinstance(self.passes, tuple) else ():
+            wrong = sorted(set(one.settings) & _OF_ALL_PASSES)
+            yield wrong, f"passes: {', '.join(wrong)} is set for all passes together, in filter"
+            try:
+                self.of_pass(one)
+            except ValidationError as error:
+                first = error.errors()[0]
+                name = ".".join(map(str, first["loc"]))
+                told = f"{name} = {first['input']!r}: {first['msg']}"
+                yield True, f"passes: settings of {one.scores}: {told}"
 
 
 class StudentConfig(Section):

@@ -21,8 +21,8 @@ from hts_ray.labels.evidence import (
     filter_info,
     iter_region_rows,
     kept_regions,
-    read_info,
 )
+from hts_ray.labels.passes import TeacherPass, made_from
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
@@ -123,35 +123,28 @@ def _pseudo_labels(run: Run, stage: StageFolder, table: pa.Table, with_regions: 
     for name, values in zip(("width", "height"), _sizes(images, table["image_id"]), strict=True):
         table = table.append_column(name, values)
     made = storage.read_object(stage.file("table.json"))  # empty for folders of earlier versions
-    scores = _region_scores(run, stage, made)
-    settings, info, regions = made.get("filter"), {}, {}
+    passes = _teacher_passes(run, stage, made)
+    settings, regions = made.get("filter"), {}
     ids = table["image_id"].to_pylist()
-    if scores is not None:
+    if passes:
         settings = settings or run.config.filter.answer_settings()
-        info = read_info(scores.path)
         if with_regions:
-            config = FilterConfig.model_validate(settings)
             positives = dict(zip(ids, table["positive_ids"].to_pylist(), strict=True))
             per_label = run.config.export.boxes_per_label
-            regions = supporting_regions(
-                scores.path, config, positives, per_label, made.get("split")
-            )
-    teacher = str(info.get("model", ""))
-    if teacher.startswith(("/", ".", "~")) or storage.is_remote(teacher):
-        # A path on the machine that labeled means nothing to others.
-        teacher = teacher.rstrip("/").rsplit("/", 1)[-1]
+            regions = supporting_regions(passes, positives, per_label, made.get("split"))
+    revisions = [str(one.info.get("model_fingerprint", "")).rpartition("@")[2] for one in passes]
     origin = Origin(
         "pseudo_labels",
         name=f"{stage.table}-{stage.key}",
-        teacher=teacher,
-        teacher_revision=str(info.get("model_fingerprint", "")).rpartition("@")[2],
+        teacher=" + ".join(_teacher_name(one) for one in passes),
+        teacher_revision=" + ".join(revisions),
         settings=settings or {},
         corrected=len({*made.get("corrected_ids", ())} & {*ids}),
         details={"settings hash": stage.key, **_details(run)},
     )
     classes = frozenset(run.class_table.positions)
     missing = "no region boxes: the teacher pass of these labels is not in the run"
-    notes = (missing,) if with_regions and scores is None else ()
+    notes = (missing,) if with_regions and not passes else ()
     return LabelRows(table, classes, origin, regions, _root(images) if images else None, notes)
 
 
@@ -186,50 +179,67 @@ def _sizes(manifest: Manifest | None, image_ids: pa.ChunkedArray) -> tuple[pa.Ar
     return known["width"].take(rows), known["height"].take(rows)
 
 
-def _region_scores(run: Run, stage: StageFolder, made: Mapping[str, Any]) -> StageFolder | None:
-    """Return the teacher pass that the labels were filtered from, where it still exists."""
-    name = str(made.get("region_scores", ""))
-    if name:
-        scores = StageFolder(stage.run_dir, "region_scores", name.removeprefix("region_scores-"))
-        return scores if scores.finished else None
+def _teacher_passes(run: Run, stage: StageFolder, made: Mapping[str, Any]) -> list[TeacherPass]:
+    """Return the teacher passes that the labels were filtered from, where they still exist."""
+    if "region_scores" in made:
+        return made_from(stage.run_dir, made)
     latest = find_stage(stage.run_dir, "region_scores")
     same = latest is not None and plan_filter(run, latest).folder.key == stage.key
-    return latest if same else None
+    return [TeacherPass(latest, run.config.filter)] if latest and same else []
+
+
+def _teacher_name(one: TeacherPass) -> str:
+    """Return the model's name; a path on the machine that labeled means nothing to others."""
+    name = str(one.info.get("model", ""))
+    local = name.startswith(("/", ".", "~")) or storage.is_remote(name)
+    return name.rstrip("/").rsplit("/", 1)[-1] if local else name
 
 
 def supporting_regions(
-    path: str,
-    config: FilterConfig,
+    passes: Sequence[TeacherPass],
     positives: Mapping[str, Sequence[int]],
     per_label: int,
     split: str | None,
 ) -> dict[str, tuple[SupportRegion, ...]]:
     """Return the regions that agree on each positive class, the most probable first.
 
-    `path` is a region_scores folder, `positives` the class ids by image, `split` what was filtered.
-    A region agrees from `support_threshold` on, as the filter counts it; at most `per_label` of
-    them a class.
+    `positives` are the class ids by image, `split` what was filtered. A region agrees from its
+    pass's `support_threshold` on, as the filter counts it; at most `per_label` of them a class.
     """
-    info = filter_info(path, config, split)
+    found: dict[str, dict[int, list[SupportRegion]]] = {}
+    for one in passes:
+        info = filter_info(one.folder.path, one.config, split)
+        for row in iter_region_rows(one.folder.path):
+            wanted = positives.get(row["image_id"])
+            if wanted:
+                of_image = found.setdefault(row["image_id"], {i: [] for i in wanted})
+                for region in _agreeing(row, info, one.config, wanted):
+                    of_image[region.class_id].append(region)
+    return {
+        image_id: tuple(
+            region
+            for regions in by_class.values()
+            for region in sorted(regions, key=lambda region: -region.probability)[:per_label]
+        )
+        for image_id, by_class in found.items()
+    }
+
+
+def _agreeing(
+    row: Mapping[str, Any], info: dict[str, Any], config: FilterConfig, wanted: Sequence[int]
+) -> Iterator[SupportRegion]:
+    """Yield the regions of one image that agree on a class that is wanted."""
     column = {int(i): place for place, i in enumerate(info["class_ids"])}
-    found = {}
-    for row in iter_region_rows(path):
-        wanted = [i for i in positives.get(row["image_id"], ()) if i in column]
-        keep = np.flatnonzero(kept_regions(row["region_kinds"], row["margins"] or None, config))
-        if not wanted or not len(keep):
-            continue
-        p_RC = class_probabilities(row["scores"][keep], info, config)
-        regions = []
-        for class_id in wanted:
-            p_R = p_RC[:, column[class_id]]
-            order = np.argsort(-p_R, kind="stable")[:per_label]
-            for region in order[p_R[order] >= config.support_threshold]:
-                place = int(keep[region])
-                box: Box = tuple(float(side) for side in row["boxes"][place])  # type: ignore[assignment]
-                kind = row["region_kinds"][place]
-                regions.append(SupportRegion(class_id, box, float(p_R[region]), kind))
-        found[row["image_id"]] = tuple(regions)
-    return found
+    keep = np.flatnonzero(kept_regions(row["region_kinds"], row["margins"] or None, config))
+    if not len(keep):
+        return
+    p_RC = class_probabilities(row["scores"][keep], info, config)
+    for class_id in column.keys() & set(wanted):
+        p_R = p_RC[:, column[class_id]]
+        for region in np.flatnonzero(p_R >= config.support_threshold):
+            place = int(keep[region])
+            box: Box = tuple(float(side) for side in row["boxes"][place])  # type: ignore[assignment]
+            yield SupportRegion(class_id, box, float(p_R[region]), row["region_kinds"][place])
 
 
 def _details(run: Run) -> dict[str, str]:

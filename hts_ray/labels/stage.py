@@ -6,6 +6,7 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,8 @@ from hts_ray.config import FilterConfig
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.labels.corrections import Corrected, apply_overrides, overrides_key, read_overrides
-from hts_ray.labels.evidence import Evidence, image_evidence, read_info, require_abstention
+from hts_ray.labels.evidence import Evidence
+from hts_ray.labels.passes import TeacherPass, chosen_passes, together
 from hts_ray.labels.select import REASONS, Selection, select
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, settings_hash
@@ -37,27 +39,33 @@ class PseudoLabels:
     corrections: Corrected | None = None
 
 
-def plan_filter(run: Run, region_scores: StageFolder) -> Stage:
-    """Plan the filter over a region_scores folder: regional scores in, `pseudo_labels` out.
+def plan_filter(run: Run, region_scores: StageFolder | None = None) -> Stage:
+    """Plan the filter: regional scores in, `pseudo_labels` out.
 
-    Raises DataError for corrections that cannot be read, ConfigError for settings under which no
-    image could be left without a positive.
+    It reads the passes that `filter.passes` names, else `region_scores`. Raises DataError for
+    corrections that cannot be read, and as `chosen_passes`.
     """
-    require_abstention(read_info(region_scores.path), run.config.filter)
     config, split = run.config.filter, run.config.train.split
-    parts = [config.answer_settings(), split, region_scores.key, run.class_table.fingerprint()]
+    passes = chosen_passes(run.run_dir, config, region_scores)
+    parts: list[Any] = [config.answer_settings(), split]
+    if config.passes is None:
+        parts += [passes[0].folder.key]
+    else:
+        parts += [[one.record() for one in passes], config.combine, config.calibrate]
+    parts += [run.class_table.fingerprint()]
     if config.overrides is not None:
         parts += ["overrides", overrides_key(config.overrides)]
     folder = run.stage("pseudo_labels", settings_hash(*parts))
 
     def work(_progress: object) -> object:
-        return filter_regions(config, region_scores.path, split, folder)
+        return filter_regions(config, passes, split, folder)
 
-    return Stage(folder, {"region_scores": region_scores.path}, work)
+    read = ", ".join(one.folder.path for one in passes)
+    return Stage(folder, {"region_scores": read}, work)
 
 
 def filter_regions(
-    config: FilterConfig, region_scores: str, split: str | None, stage: StageFolder
+    config: FilterConfig, passes: Sequence[TeacherPass], split: str | None, stage: StageFolder
 ) -> dict[str, Any]:
     """Write `pseudo_labels` for the images of `split` (None: all) and return the stage's counts.
 
@@ -67,9 +75,9 @@ def filter_regions(
     if stage.finished:
         return stage.stats
     started = time.perf_counter()
-    class_ids = np.asarray(read_info(region_scores)["class_ids"], dtype=np.int16)
+    class_ids = np.asarray(passes[0].info["class_ids"], dtype=np.int16)
     overrides = None if config.overrides is None else read_overrides(config.overrides)
-    evidence = image_evidence(region_scores, config, split)
+    evidence, combined = together(passes, config, split)
     labels = choose_labels(evidence, config, class_ids, overrides)
     selection, corrections = labels.selection, labels.corrections
     summary = selection.summary()
@@ -86,7 +94,9 @@ def filter_regions(
         {
             "class_ids": class_ids.tolist(),
             "filter": config.answer_settings(),
-            "region_scores": region_scores.rstrip("/").rsplit("/", 1)[-1],
+            "region_scores": passes[0].name,
+            **({"passes": [one.record() for one in passes]} if combined else {}),
+            "combine": config.combine if combined else None,
             "split": split,
             "corrected_ids": [] if corrections is None else list(corrections.image_ids),
         },
@@ -96,6 +106,7 @@ def filter_regions(
     stage.publish(
         {
             **summary,
+            **combined,
             **({} if corrections is None else corrections.counts()),
             "rows_in": len(table),
             "rows_out": len(table),

@@ -149,6 +149,8 @@ def _regions(settings: Values) -> str:
 
 def _filter_facts(folder: StageFolder, config: HtsConfig) -> Values:
     settings = config.filter
+    made = storage.read_object(folder.file("table.json"))
+    passes = [f"{one['region_scores']} x {one['weight']:g}" for one in made.get("passes") or ()]
     regions = f" of {settings.top_k} regions" if settings.aggregation == "top_k_mean" else ""
     quantile = settings.per_class_quantile
     own = "" if quantile is None else f", or a class's own {quantile:g} quantile"
@@ -159,6 +161,7 @@ def _filter_facts(folder: StageFolder, config: HtsConfig) -> Values:
         "agreeing regions": f"at least {settings.min_support}",
         "prior": f"alpha {settings.prior_alpha:g}",
         "prior estimated by": settings.prior,
+        "combined": f"{', '.join(passes)}: {made['combine']}" if made.get("combine") else "",
         "settings hash": folder.key,
     }
 

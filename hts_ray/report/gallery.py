@@ -18,13 +18,18 @@ import pyarrow.compute as pc
 
 from hts_ray.config import FilterConfig
 from hts_ray.images.thumbnail import stored_thumbnail
-from hts_ray.labels.evidence import class_probabilities, filter_info, iter_region_rows
+from hts_ray.labels.evidence import (
+    class_probabilities,
+    filter_info,
+    iter_region_rows,
+    kept_regions,
+)
+from hts_ray.labels.passes import TeacherPass
 from hts_ray.report.content import GalleryItem, GalleryLabel, GalleryRegion, Verdict
 from hts_ray.report.formatting import finite
 from hts_ray.report.label_quality import Row, judge
 from hts_ray.report.read_run import RunTables
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder
 
 MAX_IGNORED_LABELS = 6
 BEST_CLASSES = 3
@@ -39,17 +44,16 @@ def run_gallery(found: RunTables, max_images: int) -> list[GalleryItem]:
 
     Images that cannot be read any more are left out.
     """
-    if found.regions is None or found.labels is None or max_images < 1:
+    if not found.passes or found.labels is None or max_images < 1:
         return []
     candidates = {row["image_id"]: row for row in _candidates(found.labels)}
     annotated = found.annotations
     judged = {name: judge(row, annotated.get(name)) for name, row in candidates.items()}
     chosen = choose_images(judged, max_images)
-    info = storage.read_object(found.regions.file("table.json"))
-    class_ids = [int(i) for i in info.get("class_ids") or found.names]
     max_bytes = min(_IMAGE_BYTES, GALLERY_BYTES // max(len(chosen), 1))
-    settings, split = found.config.filter, found.config.train.split
-    shown = scored_images(found.regions, settings, split, chosen, _IMAGE_SIDE, max_bytes)
+    info = storage.read_object(found.passes[0].folder.file("table.json"))
+    class_ids = [int(i) for i in info.get("class_ids") or found.names]
+    split = found.config.train.split
     return [
         gallery_item(
             image,
@@ -60,36 +64,60 @@ def run_gallery(found: RunTables, max_images: int) -> list[GalleryItem]:
             candidates[row["image_id"]],
             annotated.get(row["image_id"]),
         )
-        for image, row, p_RC in shown
+        for image, row, p_RC in scored_images(found.passes, split, chosen, _IMAGE_SIDE, max_bytes)
     ]
 
 
 def scored_images(
-    regions: StageFolder,
-    settings: FilterConfig,
+    passes: Sequence[TeacherPass],
     split: str | None,
     chosen: Sequence[str],
     side: int,
     max_bytes: int,
-) -> Iterator[tuple[str, dict[str, Any], npt.NDArray[Any]]]:
+) -> Iterator[tuple[str, Row, npt.NDArray[Any]]]:
     """Yield (image, row of region_scores, class probabilities (R, C)) of the chosen images.
 
-    `settings` and `split` are those of the filter that made the labels. An image is a JPEG data
-    URI of at most `max_bytes` and `side` pixels. Images that were not
-    scored or cannot be read any more are left out.
+    `passes` and `split` are those that made the labels. A row has the regions of all passes, and
+    `counts` (R,) says which of them the filter counted. An image is a JPEG data URI of at most
+    `max_bytes` and `side` pixels. Images that were not scored or cannot be read any more are left
+    out.
     """
-    info = storage.read_object(regions.file("table.json"))
+    scored: dict[str, tuple[Row, npt.NDArray[Any]]] = {}
+    for one in passes:
+        info, settings = _reading(one, split)
+        for row in iter_region_rows(one.folder.path, chosen):
+            row["counts"] = kept_regions(row["region_kinds"], row["margins"] or None, settings)
+            said = row, class_probabilities(row["scores"], info, settings)
+            seen = scored.get(row["image_id"])
+            scored[row["image_id"]] = said if seen is None else _joined(*seen, *said)
+    found = [scored[image_id] for image_id in chosen if image_id in scored]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        images = threads.map(lambda row: stored_thumbnail(row[0]["uri"], side, max_bytes), found)
+        for (row, p_RC), image in zip(found, images, strict=True):
+            if image is not None:
+                yield image, row, p_RC
+
+
+def _reading(one: TeacherPass, split: str | None) -> tuple[dict[str, Any], FilterConfig]:
+    """Return a pass's `table.json` and settings; those of before stored no prior to take off."""
+    info, settings = storage.read_object(one.folder.file("table.json")), one.config
     if info and settings.prior == "sample":
-        info = filter_info(regions.path, settings, split)
+        info = filter_info(one.folder.path, settings, split)
     elif info.get("prior_log_likelihoods") is None:
         settings = settings.model_copy(update={"prior_alpha": 0.0})
-    scored = {row["image_id"]: row for row in iter_region_rows(regions.path, chosen)}
-    rows = [scored[image_id] for image_id in chosen if image_id in scored]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        images = threads.map(lambda row: stored_thumbnail(row["uri"], side, max_bytes), rows)
-        for row, image in zip(rows, images, strict=True):
-            if image is not None:
-                yield image, row, class_probabilities(row["scores"], info, settings)
+    return info, settings
+
+
+def _joined(
+    first: Row, p_RC: npt.NDArray[Any], second: Row, more_RC: npt.NDArray[Any]
+) -> tuple[Row, npt.NDArray[Any]]:
+    """Put the regions of a second pass behind those of the first."""
+    row = dict(first)
+    for name in ("boxes", "region_kinds", "counts"):
+        row[name] = [*first[name], *second[name]]
+    both = ((first, p_RC), (second, more_RC))
+    row["captions"] = [c for of, p in both for c in of.get("captions") or [[]] * len(p)]
+    return row, np.concatenate([p_RC, more_RC])
 
 
 def _candidates(labels: pa.Table) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import yaml
 from hts_ray.classes import ClassTable, read_class_csv
 from hts_ray.config import HtsConfig, parse_config
 from hts_ray.errors import ConfigError
+from hts_ray.labels.passes import TeacherPass, made_from
 from hts_ray.report.label_quality import LabelQuality, measure
 from hts_ray.report.results import read_evaluations
 from hts_ray.store import storage
@@ -38,6 +39,7 @@ class RunTables:
     config: HtsConfig
     manifest: pa.Table | None
     regions: StageFolder | None
+    passes: list[TeacherPass]
     labels: pa.Table | None
     metrics: Mapping[str, Mapping[str, Any]]
 
@@ -80,12 +82,17 @@ def read_run(run_dir: str, labels: StageFolder | None = None) -> RunTables:
         find_stage(run_dir, "manifest"),
         labels or find_stage(run_dir, "pseudo_labels"),
     )
+    config, regions = _run_config(text), find_stage(run_dir, "region_scores")
+    passes = made_from(run_dir, storage.read_object(labels.file("table.json"))) if labels else []
+    if not passes and regions is not None:
+        passes = [TeacherPass(regions, config.filter)]
     return RunTables(
         classes=read_class_csv(classes) if storage.exists(classes) else None,
         config_text=text,
-        config=_run_config(text),
+        config=config,
         manifest=manifest and manifest.read(["image_id", "split", *ANNOTATION_COLUMNS]),
-        regions=find_stage(run_dir, "region_scores"),
+        regions=regions,
+        passes=passes,
         labels=labels and labels.read(["image_id", *_LABEL_COLUMNS]),
         metrics=read_evaluations(run_dir),
     )

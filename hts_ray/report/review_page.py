@@ -19,9 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.config import FilterConfig
 from hts_ray.errors import DataError
-from hts_ray.labels.evidence import kept_regions
+from hts_ray.labels.passes import made_from
 from hts_ray.report.formatting import finite
 from hts_ray.report.gallery import scored_images
 from hts_ray.report.label_quality import Row
@@ -29,7 +28,7 @@ from hts_ray.report.page import content_security_hash, environment, packaged
 from hts_ray.report.read_run import read_run
 from hts_ray.report.results import last_part
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, require_stage
+from hts_ray.store.run import require_stage
 
 FORMAT, VERSION = "hts-review", 1  # of the file that the page saves
 PAGE_BYTES = 30_000_000  # JPEG bytes of a page's images, which are a third more in the file
@@ -63,28 +62,27 @@ def write_review_page(run_dir: str, path: str | None = None, max_images: int = 2
     stage = require_stage(run_dir, "pseudo_labels", "filter")
     found = read_run(run_dir, stage)
     made = storage.read_object(stage.file("table.json"))
-    regions = _teacher_pass(stage, str(made.get("region_scores", "")))
-    if found.labels is None or found.classes is None or regions is None:
+    passes = made_from(stage.run_dir, made)
+    if found.labels is None or found.classes is None or not passes:
         raise DataError(
             f"{stage.path} has lost its teacher pass or classes.csv, which say where a label was"
             " seen: run `hts label` and `hts filter`"
         )
-    settings = FilterConfig.model_validate(made.get("filter") or found.config.filter)
     corrected = {*made.get("corrected_ids", ())} & {*found.labels["image_id"].to_pylist()}
     order = review_order(found.labels, corrected, found.config.seed, max_images)
     labels = found.labels.filter(
         pc.is_in(found.labels["image_id"], pa.array([*order], pa.string()))
     )
     labeled = {row["image_id"]: row for row in labels.to_pylist()}
-    class_ids = [int(i) for i in storage.read_object(regions.file("table.json"))["class_ids"]]
+    class_ids = [int(i) for i in passes[0].info["class_ids"]]
     columns = {class_id: column for column, class_id in enumerate(class_ids)}
     max_bytes = min(_IMAGE_BYTES, PAGE_BYTES // max(len(order), 1))
     side = min(_IMAGE_SIDE, round(_SIDE_OF_BYTES * max_bytes**0.5))
     pictures, images = [], []
     split = made.get("split")
-    for picture, row, p_RC in scored_images(regions, settings, split, [*order], side, max_bytes):
+    for picture, row, p_RC in scored_images(passes, split, [*order], side, max_bytes):
         name = row["image_id"]
-        kept = kept_regions(row["region_kinds"], row["margins"] or None, settings)
+        kept = np.asarray(row["counts"])
         listed = listed_classes(labeled[name], row, np.where(kept[:, None], p_RC, 0.0), columns)
         rows = [[found.classes.index_of(i), *more] for i, *more in listed if i in found.names]
         pictures.append(picture.partition(",")[2])
@@ -165,12 +163,6 @@ def listed_classes(
             _POSITIVE if class_id in given else _UNDECIDED if class_id in undecided else _NEGATIVE
         )
         yield class_id, round(p, 4) if finite(p) else None, box, said
-
-
-def _teacher_pass(labels: StageFolder, name: str) -> StageFolder | None:
-    table, _, key = name.partition("-")
-    scores = StageFolder(labels.run_dir, table, key)
-    return scores if name and scores.finished else None
 
 
 def render_review_page(data: Mapping[str, Any], pictures: Sequence[str], run_dir: str) -> str:

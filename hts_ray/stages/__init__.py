@@ -22,7 +22,7 @@ and once for all of them by `start`.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from hts_ray.engine.console import Steps, image_progress, print_line, print_note
 from hts_ray.engine.devices import choose_devices, cluster_offer
 from hts_ray.engine.run import PROVENANCE, Run, Stage, open_run
 from hts_ray.engine.session import command_cluster, joined
+from hts_ray.errors import ConfigError
 from hts_ray.evaluate import evaluate_predictions
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
@@ -137,11 +138,15 @@ def limited(run: Run, limit: int | None) -> Run:
 
 
 def filter_labels(
-    config: HtsConfig | Run, region_scores: StageFolder | str | None = None
+    config: HtsConfig | Run,
+    region_scores: StageFolder | str | Sequence[StageFolder | str] | None = None,
 ) -> StageFolder:
-    """Turn the teacher's scores into pseudo-labels."""
+    """Turn the teacher's scores into pseudo-labels.
+
+    Several teacher passes, given here or by `filter.passes`, are combined.
+    """
     run = _opened(config)
-    stage = plan_filter(run, found(run, region_scores, "region_scores", "label")).run()
+    stage = plan_filtering(run, region_scores).run()
     run.record()
     if not stage.stats["images_without_positive"]:
         print_note(
@@ -149,6 +154,26 @@ def filter_labels(
             " filter.positive_threshold, or label with label.teacher.background=general"
         )
     return stage
+
+
+def plan_filtering(
+    run: Run, region_scores: StageFolder | str | Sequence[StageFolder | str] | None = None
+) -> Stage:
+    """Plan `filter_labels`; ConfigError when passes are named here and by `filter.passes`."""
+    named = run.config.filter.passes
+    if named is not None and region_scores is not None:
+        raise ConfigError(
+            "region scores are given beside it",
+            field="filter.passes",
+            value=run.config.filter.model_dump(mode="json")["passes"],
+            remedy="leave one of them out",
+        )
+    if isinstance(region_scores, Sequence) and not isinstance(region_scores, str):
+        paths = [_path(one) for one in region_scores]
+        return plan_filter(run.changed({"filter": {"passes": paths}}))
+    if named is not None:
+        return plan_filter(run)
+    return plan_filter(run, found(run, region_scores, "region_scores", "label"))
 
 
 def train(

@@ -70,6 +70,13 @@ def plan_sweep(run: Run, region_scores: StageFolder) -> Plan:
             value=config.train.labels,
             remedy="a sweep tries settings of pseudo-labels: set train.labels=pseudo",
         )
+    if config.filter.passes is not None:
+        raise ConfigError(
+            field="filter.passes",
+            value=config.filter.model_dump(mode="json")["passes"],
+            remedy="a sweep tries settings over one teacher pass: leave it out, sweep each pass by"
+            " itself, and give what was best as the `settings` of that pass",
+        )
     space = build_space(config, region_scores.path)
     if sweep.search == "optuna":
         make_proposer(sweep, space)  # refuses early where it is not installed

@@ -3,6 +3,7 @@
 import pytest
 
 from hts_ray.errors import DataError
+from hts_ray.labels.passes import TeacherPass
 from hts_ray.labels.stage import filter_regions
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -11,7 +12,7 @@ from hts_ray.store.tables import read_table
 
 def run(scores, tmp_path, config, split="train"):
     stage = StageFolder(str(tmp_path), "pseudo_labels", str(hash(config)))
-    stats = filter_regions(config, scores.path, split, stage)
+    stats = filter_regions(config, [TeacherPass(scores, config)], split, stage)
     return {r["image_id"]: r for r in read_table(stage.path).to_pylist()}, stats
 
 

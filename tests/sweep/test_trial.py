@@ -16,6 +16,7 @@ from hts_ray.classes import read_class_csv
 from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluate import label_matrix
+from hts_ray.labels.passes import TeacherPass
 from hts_ray.labels.stage import filter_regions
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
@@ -167,7 +168,9 @@ def random_settings(seed: int) -> dict[str, Any]:
 def published(config: HtsConfig, stored: dict[str, Any], folder: Path) -> StageFolder:
     """Run the filter stage."""
     stage = StageFolder(str(folder), "pseudo_labels", "k")
-    filter_regions(config.filter, stored["scores"], "train", stage)
+    run_dir, _, key = stored["scores"].partition("/region_scores-")
+    scores = StageFolder(run_dir, "region_scores", key)
+    filter_regions(config.filter, [TeacherPass(scores, config.filter)], "train", stage)
     return stage
 
 

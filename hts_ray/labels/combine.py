@@ -1,0 +1,116 @@
+"""Several opinions of the same images made into one: calibrated class by class, then averaged.
+
+Pure functions on what `image_evidence` found of each teacher pass. Shapes: N images, C classes,
+O of the passes' opinions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from hts_ray.errors import DataError
+from hts_ray.images.manifest import IMAGE_COLUMNS
+from hts_ray.labels.evidence import Evidence
+from hts_ray.store.aliases import BoolArray, FloatArray
+
+Combination = Literal["geometric", "mean"]
+
+_LEAST = 1e-4  # what 0 counts as among odds, and 1 as its opposite: no opinion is a veto
+
+
+def combine(
+    passes: Sequence[Evidence],
+    weights: Sequence[float],
+    method: Combination = "geometric",
+    *,
+    calibrate: bool = True,
+) -> Evidence:
+    """Return one Evidence of the images of all passes, in the order of their ids.
+
+    With `calibrate` every pass's probabilities of a class are first replaced, in their order, by
+    those of the passes' common distribution, see `common_scale`: which pass is right is decided by
+    how it ranks the images, not by how sure it sounds. Then `mean` is the weighted mean of the
+    probabilities, `geometric` that of their odds: p / (1 - p) is the geometric mean of theirs,
+    which one low opinion lowers more. An image that some passes lack is judged by the others.
+    `support_NC` is the number of regions that agree, over all passes that count.
+
+    A pass of weight 0 is as if it were not there. The order of the passes changes nothing but the
+    last bits; passes that say the same are as good as one. Raises DataError when no weight is
+    above 0.
+    """
+    counted = [(found, weight) for found, weight in zip(passes, weights, strict=True) if weight > 0]
+    if not counted:
+        raise DataError("no teacher pass to combine has a weight above 0")
+    images, rows = _all_images([found for found, _ in counted])
+    classes = counted[0][0].probabilities_NC.shape[1]
+    stacked_ONC = np.zeros((len(counted), len(images), classes), np.float32)
+    support_NC = np.zeros((len(images), classes), np.int64)
+    weight_ON = np.zeros((len(counted), len(images)))
+    for o, ((found, weight), row_N) in enumerate(zip(counted, rows, strict=True)):
+        stacked_ONC[o, row_N] = found.probabilities_NC
+        support_NC[row_N] += found.support_NC
+        weight_ON[o, row_N] = weight
+    if calibrate:
+        common_scale(stacked_ONC, weight_ON)
+    share_ON1 = (weight_ON / weight_ON.sum(axis=0))[:, :, None]
+    if method == "mean":
+        together_NC = (share_ON1 * stacked_ONC).sum(axis=0)
+    else:
+        inner_ONC = _LEAST + (1 - 2 * _LEAST) * stacked_ONC.astype(np.float64)
+        odds_NC = (share_ON1 * np.log(inner_ONC / (1 - inner_ONC))).sum(axis=0)
+        together_NC = (1 / (1 + np.exp(-odds_NC)) - _LEAST) / (1 - 2 * _LEAST)
+    return Evidence(
+        images,
+        together_NC.clip(0, 1).astype(np.float32),
+        support_NC.astype(np.int16),
+        np.ones(len(images), dtype=bool),
+    )
+
+
+def common_scale(stacked_ONC: FloatArray, weight_ON: FloatArray) -> None:
+    """Put the probabilities of O passes on one scale, class by class, in place.
+
+    A class's values in a pass are replaced by those of the same rank in the common distribution:
+    at every quantile the weighted mean of the passes' values there. Equal values stay equal, at the
+    mean of their ranks'. Where all passes say the same nothing changes. `weight_ON` is 0 where a
+    pass lacks an image. Source: quantile normalization, Bolstad et al. 2003.
+    """
+    passes, images, classes = stacked_ONC.shape
+    has_ON = weight_ON > 0
+    weight_O = weight_ON.max(axis=1) / weight_ON.max(axis=1).sum()
+    grid = (np.arange(images) + 0.5) / images
+    for c in range(classes):
+        columns = [stacked_ONC[o, has_ON[o], c] for o in range(passes)]
+        common = np.zeros(images)
+        for column, weight in zip(columns, weight_O, strict=True):
+            common += weight * np.interp(grid, _places(len(column)), np.sort(column))
+        for o, column in enumerate(columns):
+            values, group, counts = np.unique(column, return_inverse=True, return_counts=True)
+            ranked = np.interp(_places(len(column)), grid, common)
+            means = np.add.reduceat(ranked, np.cumsum(counts) - counts) / counts
+            stacked_ONC[o, has_ON[o], c] = means[group] if len(values) else column
+
+
+def _places(count: int) -> FloatArray:
+    """Return the quantiles (count,) that sorted values stand for."""
+    return (np.arange(count) + 0.5) / count
+
+
+def _all_images(passes: Sequence[Evidence]) -> tuple[pa.Table, list[npt.NDArray[np.int64]]]:
+    """Return the images of all passes, each once and by id, and each pass's rows among them."""
+    together = pa.concat_tables([found.images.select(IMAGE_COLUMNS) for found in passes])
+    ids, firsts = np.unique(together["image_id"].to_numpy(), return_index=True)
+    images = together.take(pa.array(firsts)).combine_chunks()
+    rows = [np.searchsorted(ids, found.images["image_id"].to_numpy()) for found in passes]
+    return images, rows
+
+
+def only_some(passes: Sequence[Evidence]) -> BoolArray:
+    """Return which of all images (N,) some passes lack."""
+    images, rows = _all_images(passes)
+    return np.asarray(np.bincount(np.concatenate(rows), minlength=len(images)) < len(passes))

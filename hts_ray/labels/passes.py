@@ -1,0 +1,181 @@
+"""The teacher passes that the filter reads: the latest alone, or several that are combined.
+
+Every pass is a region_scores folder. Shapes: C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray.config import FilterConfig, PassConfig
+from hts_ray.errors import ConfigError, DataError
+from hts_ray.labels.combine import combine, only_some
+from hts_ray.labels.evidence import Evidence, image_evidence, read_info, require_abstention
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder, finished_stages, given_stage
+from hts_ray.store.tables import read_table
+
+TABLE = "region_scores"
+_FIELD = "filter.passes"
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """A teacher pass as the filter reads it: with which settings, and with which weight."""
+
+    folder: StageFolder
+    config: FilterConfig
+    weight: float = 1.0
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """See `read_info`."""
+        return read_info(self.folder.path)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.folder.table}-{self.folder.key}"
+
+    def record(self) -> dict[str, Any]:
+        """Return what made labels of it, as `made_from` reads it back."""
+        settings = self.config.answer_settings()
+        return {TABLE: self.name, "weight": self.weight, "filter": settings}
+
+
+def chosen_passes(
+    run_dir: str, config: FilterConfig, latest: StageFolder | None
+) -> list[TeacherPass]:
+    """Return the passes that `filter.passes` names, by their keys; `latest` alone where it is None.
+
+    Raises ConfigError for a name that fits none or several, for fewer than two passes, and for
+    settings under which every region must show a class; DataError for passes over other classes
+    or other images than the first's.
+    """
+    if config.passes is None:
+        assert latest is not None
+        chosen = [TeacherPass(latest, config)]
+    else:
+        stored = finished_stages(run_dir, TABLE)
+        named = config.passes
+        if isinstance(named, str):
+            named = tuple(PassConfig(scores=folder.key) for folder in stored)
+        models = [str(read_info(folder.path).get("model")) for folder in stored]
+        folders = [_find(stored, models, one.scores) for one in named]
+        passes = [
+            TeacherPass(folder, config.of_pass(one), one.weight)
+            for folder, one in zip(folders, named, strict=True)
+        ]
+        chosen = sorted(passes, key=lambda one: one.folder.key)
+        _check_together(chosen)
+    for one in chosen:
+        require_abstention(one.info, one.config)
+    return chosen
+
+
+def together(
+    passes: Sequence[TeacherPass], config: FilterConfig, split: str | None
+) -> tuple[Evidence, dict[str, int]]:
+    """Return what the passes say of every image of a split, and the counts of combining them."""
+    found = [image_evidence(one.folder.path, one.config, split) for one in passes]
+    if len(found) == 1:
+        return found[0], {}
+    some = int(only_some(found).sum())
+    weights = [one.weight for one in passes]
+    evidence = combine(found, weights, config.combine, calibrate=config.calibrate)
+    return evidence, {"passes": len(passes), "images_in_some_passes": some}
+
+
+def made_from(run_dir: str, made: Mapping[str, Any]) -> list[TeacherPass]:
+    """Return the passes that labels were filtered from, by their `table.json`, that still exist."""
+    records = made.get("passes") or [{TABLE: made.get(TABLE), "filter": made.get("filter")}]
+    passes = [
+        TeacherPass(
+            StageFolder(run_dir, TABLE, str(record[TABLE]).removeprefix(f"{TABLE}-")),
+            FilterConfig.model_validate(record.get("filter") or {}),
+            record.get("weight", 1.0),
+        )
+        for record in records
+        if record[TABLE]
+    ]
+    return [one for one in passes if one.folder.finished]
+
+
+def _find(stored: Sequence[StageFolder], models: Sequence[str], name: str) -> StageFolder:
+    """Return the pass of a key, a folder or a teacher's model; ConfigError for none or several."""
+    key = name.rstrip("/").rpartition("/")[2].removeprefix(f"{TABLE}-")
+    pairs = list(zip(stored, models, strict=True))
+    fitting = [folder for folder in stored if folder.key == key]
+    fitting = fitting or [folder for folder, model in pairs if model == name]
+    if not fitting and "/" in name and storage.exists(name):
+        return given_stage(name, TABLE)
+    if len(fitting) != 1:
+        known = ", ".join(f"{folder.key} ({model})" for folder, model in pairs) or "none"
+        raise ConfigError(
+            "fits several teacher passes" if fitting else "no such teacher pass",
+            field=_FIELD,
+            value=name,
+            remedy=f"give one of the run's keys: {known}",
+        )
+    return fitting[0]
+
+
+def _check_together(passes: Sequence[TeacherPass]) -> None:
+    """Refuse passes that cannot be combined: too few, or of other classes or images."""
+    keys = [one.folder.key for one in passes]
+    if len(set(keys)) < 2:
+        raise ConfigError(
+            f"{len(passes)} teacher passes are nothing to combine"
+            if len(set(keys)) == len(keys)
+            else f"{keys[0]} is named twice",
+            field=_FIELD,
+            value=keys,
+            remedy="label again with another teacher, or leave it out",
+        )
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        remedy = f"{twice} is named twice: give it a weight instead"
+        raise ConfigError(field=_FIELD, value=keys, remedy=remedy)
+    if not any(one.weight for one in passes):
+        raise ConfigError(field=_FIELD, value=keys, remedy="give one of them a weight above 0")
+    first, *others = passes
+    images = _images(first)
+    for other in others:
+        for name in ("class_ids", "class_fingerprint"):
+            if first.info.get(name) != other.info.get(name):
+                raise DataError(
+                    f"{first.name} and {other.name} were scored with different classes: label"
+                    " again with one class list, or name others in filter.passes"
+                )
+        _check_same_images(first, images, other)
+
+
+def _images(one: TeacherPass) -> pa.Table:
+    return read_table(one.folder.path, ["image_id", "uri"]).combine_chunks()
+
+
+def _check_same_images(first: TeacherPass, images: pa.Table, other: TeacherPass) -> None:
+    """Refuse two passes that share no image, or have other files for one."""
+    theirs = _images(other)
+    place = pc.index_in(theirs["image_id"], value_set=images["image_id"].combine_chunks())
+    shared = place.is_valid()
+    at = images["uri"].take(place.filter(shared)).to_numpy(zero_copy_only=False)
+    uris = theirs["uri"].filter(shared).to_numpy(zero_copy_only=False)
+    differ = np.flatnonzero(at != uris)
+    if len(at) and not len(differ):
+        return
+    what = "share no image"
+    if len(differ):
+        name = theirs["image_id"].filter(shared)[int(differ[0])].as_py()
+        what = f"have different files of image {name!r}"
+    raise DataError(
+        f"{first.name} and {other.name} {what}: they were made of different manifests, name others"
+        " in filter.passes"
+    )
