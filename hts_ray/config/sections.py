@@ -297,7 +297,7 @@ class FilterConfig(Section):
         "geometric",
         "how the probabilities of several passes become one: the mean of odds, or of them",
     )
-    calibrate: bool = execution(True, "several passes are put on one scale first, class by class")
+    calibrate: bool = execution(False, "several passes are put on one scale first, class by class")
 
     @field_validator("passes", mode="before")
     @classmethod

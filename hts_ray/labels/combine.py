@@ -28,7 +28,7 @@ def combine(
     weights: Sequence[float],
     method: Combination = "geometric",
     *,
-    calibrate: bool = True,
+    calibrate: bool = False,
 ) -> Evidence:
     """Return one Evidence of the images of all passes, in the order of their ids.
 

@@ -93,9 +93,9 @@ def scored_images(
     found = [scored[image_id] for image_id in chosen if image_id in scored]
     with ThreadPoolExecutor(_THREADS) as threads:
         images = threads.map(lambda row: stored_thumbnail(row[0]["uri"], side, max_bytes), found)
-        for (row, p_RC), image in zip(found, images, strict=True):
+        for (whole, p_RC), image in zip(found, images, strict=True):
             if image is not None:
-                yield image, row, p_RC
+                yield image, whole, p_RC
 
 
 def _reading(one: TeacherPass, split: str | None) -> tuple[dict[str, Any], FilterConfig]:

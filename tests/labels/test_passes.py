@@ -80,7 +80,7 @@ def test_the_key_names_all_that_decides(run, tmp_path):
         plan_filter(run, StageFolder(str(tmp_path), "region_scores", "aaaa")).folder.key,
         planned(run, "all").folder.key,
         planned(run, "all", combine="mean").folder.key,
-        planned(run, "all", calibrate=False).folder.key,
+        planned(run, "all", calibrate=True).folder.key,
         planned(run, ["aaaa", {"scores": "bbbb", "weight": 2}]).folder.key,
         planned(run, ["aaaa", {"scores": "bbbb", "settings": {"temperature": 2}}]).folder.key,
     ]
