@@ -9,6 +9,7 @@ import pyarrow as pa
 from hts_ray.engine.run import Run
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.thumbnail import thumbnail_data_uri
+from hts_ray.labels.passes import TeacherPass
 from hts_ray.report.content import ReportData
 from hts_ray.report.gallery import run_gallery
 from hts_ray.report.page import environment, write_report
@@ -41,6 +42,7 @@ def write_sample(path: str, run: Run, regions: StageFolder, labels: pa.Table, to
         " other words, and pictures that show none should have no label. Thresholds adapt to all"
         " images, so a few labels may still change.",
     ]
-    found = RunTables(run.class_table, "", run.config, None, regions, labels, {})
+    passes = [TeacherPass(regions, run.config.filter)]
+    found = RunTables(run.class_table, "", run.config, None, regions, passes, labels, {})
     gallery = run_gallery(found, len(labels))
     write_report(path, ReportData("Preview of a sample", intro=told, gallery=gallery))
