@@ -26,6 +26,7 @@ from hts_ray.engine.console import (
     console,
     image_progress,
     percent,
+    print_line,
     print_mapping,
     print_next,
     print_rows,
@@ -34,6 +35,7 @@ from hts_ray.engine.console import (
 )
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError
+from hts_ray.images.decode import HEIC_REMEDY
 from hts_ray.images.stage import SOURCES, prepare_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.report.preview import write_preview
@@ -64,6 +66,8 @@ def prepare(settings: Settings, source: str, root: str, no_headers: bool) -> Non
     print_stage("prepare", stage)
     counts = {k: v for k, v in stage.stats.items() if isinstance(v, int) and "rows" not in k}
     print_mapping("counted", counts)
+    if counts.get("needs_heic"):
+        print_line(f"{counts['needs_heic']} HEIC pictures were left out: {HEIC_REMEDY}")
     print_next_stage("label", run)
 
 

@@ -11,7 +11,7 @@ import io
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -30,18 +30,25 @@ ErrorKind = Literal[
     "decode_error",
     "unreadable",
     "missing",
+    "needs_heic",
 ]
 ERROR_KINDS: tuple[str, ...] = get_args(ErrorKind)
 
 # Pillow reads some fifty formats; one of them (EPS) starts Ghostscript. These are photographs',
 # as far as this Pillow was built with them.
 Image.init()
+with suppress(ImportError):  # the extra `heic`
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 FORMATS = tuple(
     name
-    for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
+    for name in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "HEIF")
     if name in Image.OPEN
 )
 
+HEIC_REMEDY = "install pillow-heif on every node: pip install 'hts-ray[heic]'"
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -135,6 +142,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open an image; whatever it meets, also in the block, becomes an ImageError."""
     if not data:
         raise ImageError("empty", "the file is empty")
+    if "HEIF" not in FORMATS and _signature(data) == "HEIF":
+        raise ImageError("needs_heic", f"a HEIC picture: {HEIC_REMEDY}")
     try:
         with _quiet_pillow(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             yield image
@@ -209,6 +218,8 @@ def _signature(data: bytes) -> str | None:
         return "WEBP"
     if data[4:12] in (b"ftypavif", b"ftypavis"):
         return "AVIF"
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "HEIF"
     return next((name for magic, name in _SIGNATURES.items() if data.startswith(magic)), None)
 
 

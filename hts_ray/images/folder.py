@@ -16,7 +16,7 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.prepared import Candidate, Found, Rejected
 from hts_ray.store import storage
 
-_ENDINGS = "jpg jpeg jpe jfif png gif webp avif bmp tif tiff ppm jp2"
+_ENDINGS = "jpg jpeg jpe jfif png gif webp avif bmp tif tiff ppm jp2 heic heif"
 EXTENSIONS = tuple(f".{ending}" for ending in _ENDINGS.split())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hts_ray.config import PrepareConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.decode import HEIC_REMEDY
 from hts_ray.images.folder import read_folder
 from hts_ray.images.hico import read_hico
 from hts_ray.images.listed import read_huggingface, read_list
@@ -56,7 +57,8 @@ def prepare_manifest(
         write_table(stage.file("quarantine", "part-0.parquet"), prepared.quarantine)
     if not len(prepared.manifest):
         counts = ", ".join(f"{name} {value}" for name, value in prepared.counts.items() if value)
-        raise DataError(f"no usable image under {root}: {counts or 'it is empty'}")
+        remedy = f": {HEIC_REMEDY}" if prepared.counts.get("needs_heic") else ""
+        raise DataError(f"no usable image under {root}: {counts or 'it is empty'}{remedy}")
     # Published on every call: later stages take the latest manifest.
     stage.publish(
         {

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hts_ray.images import decode
 from hts_ray.images.decode import ERROR_KINDS, ImageError, decode_image, probe_image
 
 PHOTOS = Path(skimage.__file__).parent / "data"  # these ship inside the wheel
@@ -286,3 +287,24 @@ def test_garbage_raises_only_image_errors(data):
             decode_image(head + data)
         except ImageError:
             continue
+
+
+def test_heic_is_read_or_named_with_its_remedy(monkeypatch):
+    """Would catch an iPhone's pictures left out without a word, turned, or without a remedy."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels = np.zeros((48, 96, 3), np.uint8)
+    pixels[:, :48] = (200, 40, 40)
+    stream = io.BytesIO()
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(stream, quality=90)
+    image = decode.decode_image(stream.getvalue())
+    assert (image.width, image.height) == (96, 48)
+    assert np.abs(image.pixels.astype(int) - pixels)[:, 8:40].mean() < 12
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(turned, exif=exif.tobytes())
+    assert decode.decode_image(turned.getvalue()).pixels.shape == (96, 48, 3)
+    monkeypatch.setattr(decode, "FORMATS", tuple(f for f in decode.FORMATS if f != "HEIF"))
+    with pytest.raises(decode.ImageError, match=r"pip install 'hts-ray\[heic\]'") as caught:
+        decode.decode_image(stream.getvalue())
+    assert caught.value.kind == "needs_heic"
