@@ -10,7 +10,7 @@ class file as `classes.source` takes it. Exact duplicates are dropped, then imag
 seed into train (whose labels only the supervised row sees), validation (on which every setting is
 chosen) and test (scored once). Every step is the product's own: prepare, label on Ray Data, filter,
 sweep, train. Students learn the classifier in CLIP's feature space before its projection, on
-features that are computed once; test scores are `hts predict`'s, which one row checks. Intervals
+features that are computed once; that their scores are `hts predict`'s is checked. Intervals
 are of the difference in mAP over 1,000 bootstraps of the test images, students averaged.
 """
 
@@ -37,14 +37,15 @@ from measured import measured_on, read_results, write_results
 from numpy.typing import NDArray
 
 from hts_ray import stages
-from hts_ray.config import HtsConfig
+from hts_ray.config import OPEN_CLIP, HtsConfig
 from hts_ray.engine.console import print_rows
 from hts_ray.engine.run import Run, open_run
-from hts_ray.errors import DataError, UserError
+from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.evaluate import label_matrix, read_predictions
 from hts_ray.images.manifest import FILE, IMAGE_COLUMNS, open_manifest
-from hts_ray.labels.evidence import aggregate_regions
-from hts_ray.labels.stage import plan_filter
+from hts_ray.labels.evidence import aggregate_regions, filter_info
+from hts_ray.labels.passes import chosen_passes, together
+from hts_ray.labels.stage import choose_labels, plan_filter
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -55,34 +56,46 @@ from hts_ray.student.head import HeadData, fit_head, head_logits
 from hts_ray.student.predict import centered
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
-from hts_ray.sweep.data import load_sweep_data, read_regions, zero_shot_classifier
-from hts_ray.sweep.space import Settings, Space, build_space, nested, trial_config
-from hts_ray.sweep.trial import fit_classifier, pseudo_label
+from hts_ray.sweep.data import read_regions, zero_shot_classifier
+
+Choices = dict[str, tuple[Any, ...]]
+Drawn = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "photos.json"
 SIZES = (1800, 400, 1000)  # train, validation, test
 SPLITS = ("train", "validation", "test")
 DRAWS = 60  # settings that are tried on the validation images, a row
+CHANGED = 0.35  # of the settings, in a step from the best so far
 SEEDS = (0, 1, 2)  # students of a row
 BOOTSTRAPS = 1000
 
-# Where every row's settings are drawn from; a row adds its own.
-FITTED = {
-    "train.optim.head_lr": {"low": 3e-4, "high": 3e-2, "log": True},
-    "train.loss_temperature": {"choices": [0.0625, 0.25, 0.5, 1.0, 2.0, 4.0]},
-    "train.optim.grad_clip": {"choices": [None, 1.0]},
-    "train.epochs": {"choices": [5, 10, 20]},
+# What is drawn for a row: how one teacher pass is read, how several become one, which classes of an
+# image are positives, and how the classifier is fitted. The first of each is a row's first try.
+READ: Choices = {
+    "prior_alpha": (1.0, 0.0, 0.5, 0.75, 1.25),
+    "temperature": (1.0, 0.5, 2.0),
+    "region_kinds": (None, ["whole"]),
+    "top_k": (5, 1, 2, 3),
 }
-FILTERED = {
-    "filter.prior_alpha": {"choices": [0.0, 0.5, 0.75, 1.0, 1.25]},
-    "filter.temperature": {"low": 0.3, "high": 4.0, "log": True},
-    "filter.region_kinds": {"choices": [None, ["whole"]]},
-    "filter.top_k": {"choices": [1, 2, 3, 5]},
-    "filter.positive_threshold": {"low": 0.3, "high": 0.98},
-    "filter.negative_threshold": {"low": 0.005, "high": 0.3, "log": True},
-    "filter.per_class_quantile": {"choices": [None, 0.98, 0.95, 0.92, 0.9]},
-    "filter.quantile_floor": {"low": 0.05, "high": 0.5},
-    "train.soft_labels": {"choices": [False, True]},
+TOGETHER: Choices = {
+    "weight": (0.5, 0.25, 1.0, 2.0),  # of the captioner; CLIP's is 1
+    "combine": ("geometric", "mean"),
+    "calibrate": (True, False),
+}
+SELECTED: Choices = {
+    "positive_threshold": (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9),
+    "negative_threshold": (0.1, 0.01, 0.03, 0.2),
+    "per_class_quantile": (0.95, None, 0.97, 0.93, 0.9, 0.85),
+    "quantile_floor": (0.2, 0.05, 0.1, 0.3),
+    "max_positives_per_image": (8, 1, 2),
+}
+FITTED: Choices = {
+    "logit_scale": (50.0, 20.0, 100.0),
+    "loss_temperature": (1.0, 0.0625, 0.25, 0.5, 2.0, 4.0),
+    "epochs": (10, 3, 5, 20),
+    "soft_labels": (False, True),
+    "head_lr": (3e-3, 3e-4, 1e-3, 1e-2, 3e-2),
+    "grad_clip": (None, 1.0),
 }
 
 
@@ -216,6 +229,8 @@ class Row:
     chosen: dict[str, Any] = field(default_factory=dict)
     validation: float | None = None
     counts: dict[str, Any] = field(default_factory=dict)
+    drawn: Drawn = field(default_factory=dict)
+    student: StageFolder | None = None  # the first
 
 
 @dataclass(frozen=True)
@@ -292,119 +307,204 @@ def predicted(bench: Bench, run: Run, student: StageFolder) -> NDArray[Any]:
     return scores_NC[[row[image_id] for image_id in bench.ids("test")]]
 
 
-def label(bench: Bench, model: str, splits: Sequence[str]) -> StageFolder:
+def label(bench: Bench, model: str, splits: Sequence[str], **regions: Any) -> StageFolder:
     """A teacher's pass over some splits, by `hts label`."""
-    teacher = {"label": {"teacher": {"model": model}, "splits": list(splits)}}
-    return stages.label(bench.run.changed(teacher), bench.manifest)
+    teacher = {"model": model}
+    if not model.startswith(OPEN_CLIP):  # which takes the mean of the sentences' directions
+        teacher["template_reduction"] = "mean"
+    changes = {"label": {"teacher": teacher, "splits": list(splits), "regions": regions}}
+    return stages.label(bench.run.changed(changes), bench.manifest)
 
 
-def teacher_rows(bench: Bench, scores: StageFolder, judged: StageFolder) -> list[Row]:
-    """What the teacher says of the test images itself, from the whole image and from all regions.
+def teacher_row(bench: Bench, scores: StageFolder, judged: StageFolder) -> Row:
+    """What the captioner says of the whole test images itself.
 
     The prior is taken from its pass over the training images; alpha is chosen on validation.
     """
-    rows = []
-    for name, kinds in (("teacher, whole image", ["whole"]), ("teacher, regions", None)):
-        base = {"region_kinds": kinds, "prior": "sample", "background": False}
-        tried = {}
-        for alpha in (0.0, 0.5, 0.75, 1.0, 1.25):
-            config = bench.run.changed({"filter": {**base, "prior_alpha": alpha}}).config
-            tried[alpha] = (config, _teacher_scores(bench, config, scores, judged, "validation"))
-        by_alpha = {alpha: bench.ap(found, "validation") for alpha, (_, found) in tried.items()}
-        best = max(by_alpha, key=lambda alpha: by_alpha[alpha])
-        found = _teacher_scores(bench, tried[best][0], scores, judged, "test")
-        chosen = {"filter.prior_alpha": best}
-        rows.append(
-            Row(name, "no student", [found], chosen, by_alpha[best], {"by_alpha": by_alpha})
-        )
-    return rows
-
-
-def _teacher_scores(
-    bench: Bench, config: HtsConfig, scores: StageFolder, judged: StageFolder, split: str
-) -> NDArray[Any]:
-    info = read_regions(scores.path, "train", 0).info
-    regions = replace(read_regions(judged.path, split, 0), info=info)
-    found = aggregate_regions(regions, config.filter)
-    row = {image_id: n for n, image_id in enumerate(regions.image_ids.tolist())}
-    return found.probabilities_NC[[row[image_id] for image_id in bench.ids(split)]]
+    found: dict[tuple[str, float], NDArray[Any]] = {}
+    for alpha in READ["prior_alpha"]:
+        changes = {"region_kinds": ["whole"], "prior": "sample", "prior_alpha": alpha}
+        config = bench.run.changed({"filter": changes}).config.filter
+        info = filter_info(scores.path, config, "train")
+        for split in ("validation", "test"):
+            regions = replace(read_regions(judged.path, split, 0), info=info)
+            evidence = aggregate_regions(regions, config)
+            row = {image_id: n for n, image_id in enumerate(regions.image_ids.tolist())}
+            rows = [row[image_id] for image_id in bench.ids(split)]
+            found[split, alpha] = evidence.probabilities_NC[rows]
+    value = {
+        alpha: bench.ap(found["validation", alpha], "validation") for alpha in READ["prior_alpha"]
+    }
+    best = max(value, key=lambda alpha: value[alpha])
+    chosen, counts = {"prior_alpha": best}, {"validation_by_alpha": value}
+    return Row("teacher", "whole image", [found["test", best]], chosen, value[best], counts)
 
 
 def pseudo_row(
-    bench: Bench, name: str, note: str, passes: Sequence[StageFolder], changes: Mapping[str, Any]
+    bench: Bench,
+    name: str,
+    note: str,
+    passes: Sequence[StageFolder],
+    changes: Mapping[str, Any],
+    beside: tuple[StageFolder, Row] | None = None,
+    start: Drawn | None = None,
 ) -> Row:
-    """Choose filter and fit on validation, then filter and train by the product's stages.
+    """Students of a teacher's pass, by `hts filter` and `hts train` with what validation chose.
 
-    Each pass of a teacher has students of its own; the settings told are the first one's.
+    Each of several passes has students of its own; the settings told are the first one's. `beside`
+    is CLIP's own pass, which is combined with each, and its row; the search begins at `start`.
     """
-    found = [_students_of(bench, scores, changes) for scores in passes]
-    first = found[0]
-    return replace(first, name=name, note=note, scores=[s for row in found for s in row.scores])
+    found = [_students_of(bench, scores, changes, beside, start) for scores in passes]
+    scores = [scores for row in found for scores in row.scores]
+    return replace(found[0], name=name, note=note, scores=scores)
 
 
-def _students_of(bench: Bench, scores: StageFolder, changes: Mapping[str, Any]) -> Row:
-    run = bench.run.changed({"filter": {"prior": "sample"}, **changes})
-    swept = run.changed({"sweep": {"space": {**FILTERED, **FITTED}}}).config
-    space = build_space(swept, scores.path)
-    data = load_sweep_data(run.config, run.class_table, scores.path, bench.folder)
+def _students_of(
+    bench: Bench,
+    scores: StageFolder,
+    changes: Mapping[str, Any],
+    beside: tuple[StageFolder, Row] | None,
+    start: Drawn | None,
+) -> Row:
+    run = bench.run.changed({"filter": {"prior": "sample", "aggregation": "top_k_mean"}, **changes})
+    choices = {**SELECTED, **FITTED, **READ}
+    if beside is not None:
+        choices |= {**TOGETHER, **{f"clip.{name}": values for name, values in READ.items()}}
+        clips = beside[1].drawn
+        start = {**(start or {}), **{f"clip.{name}": clips[name] for name in READ}}
+        start |= {name: clips[name] for name in (*SELECTED, *FITTED)}
 
-    def fit(settings: Mapping[str, Any], seed: int) -> tuple[NDArray[Any], dict[str, Any]]:
-        config = trial_config(run.config, settings)
-        labels = pseudo_label(data, config)
-        return fit_classifier(data, config.train, labels, seed), labels.selection.summary()
+    def config_of(drawn: Drawn) -> dict[str, Any]:
+        chosen = {name: drawn[name] for name in SELECTED}
+        read = {name: drawn[name] for name in READ}
+        if beside is None:
+            return {"filter": {**chosen, **read}, **fitted(drawn)}
+        clips = {name: drawn[f"clip.{name}"] for name in READ}
+        chosen |= {name: drawn[name] for name in ("combine", "calibrate")}
+        chosen["passes"] = [
+            {"scores": scores.key, "weight": drawn["weight"], "settings": read},
+            {"scores": beside[0].key, "weight": 1.0, "settings": clips},
+        ]
+        return {"filter": chosen, **fitted(drawn)}
 
-    chosen, center, value = choose(bench, space, fit)
-    own = run.changed(nested(chosen))
+    def fit(own: Run) -> NDArray[Any]:
+        passes = chosen_passes(own.run_dir, own.config.filter, scores)
+        evidence, _ = together(passes, own.config.filter, "train")
+        class_ids = np.asarray(passes[0].info["class_ids"], dtype=np.int16)
+        labels = choose_labels(evidence, own.config.filter, class_ids)
+        targets_NC = labels.selection.targets_NC
+        if not (targets_NC == 1).any():
+            raise DataError("no positive is left")
+        weights_NC = None
+        if own.config.train.soft_labels:
+            probabilities_NC = labels.evidence.probabilities_NC
+            weights_NC = np.where(targets_NC == 1, probabilities_NC, np.float32(1))
+        found = bench.features.take(list(evidence.image_ids)).features_ND
+        return fit_here(bench, own, HeadData(found, targets_NC, label_weights_NC=weights_NC))
+
+    best = choose(bench, run, choices, config_of, fit, start)
+    own = best.run
     labels = plan_filter(own, scores).run()
     students = [
         _student(own.changed({"seed": seed}), labels, bench.manifest) for seed in bench.seeds
     ]
-    found = [_scores(bench, student, center, "test") for student in students]
+    found = [_scores(bench, student, best.center, "test") for student in students]
     counts = {**labels.stats, **_against_truth(bench, labels)}
-    return Row("", "", found, {**chosen, "predict.center": center}, value, counts)
+    return Row("", "", found, told(best), best.value, counts, best.drawn, students[0])
+
+
+def preset_row(bench: Bench, passes: Sequence[StageFolder]) -> Row:
+    """Students of the captioner's passes with the preset's settings: nothing is chosen."""
+    found = []
+    for scores in passes:
+        labels = plan_filter(bench.run, scores).run()
+        for seed in bench.seeds:
+            student = _student(bench.run.changed({"seed": seed}), labels, bench.manifest)
+            found.append(_scores(bench, student, False, "test"))
+    counts = {**labels.stats, **_against_truth(bench, labels)}
+    return Row("HTS, own-images preset", "nothing chosen", found, counts=counts)
 
 
 def supervised_row(bench: Bench, name: str, changes: Mapping[str, Any]) -> Row:
     """The same student on the training images' true labels."""
-    run = bench.run.changed({"train": {"labels": "annotations"}, **changes})
-    space = build_space(bench.run.changed({**changes, "sweep": {"space": FITTED}}).config, "")
-    features, truth_NC = bench.features_of("train"), bench.labels("train")
-    targets_NC = np.where(truth_NC == 1, 1, -1).astype(np.int8)
-
-    def fit(settings: Mapping[str, Any], seed: int) -> tuple[NDArray[Any], dict[str, Any]]:
-        config = trial_config(space.base, settings)
-        found = fit_head(
-            HeadData(features, targets_NC), bench.start_CD, logit_scale=config.student.logit_scale,
-            config=config.train, seed=seed,
-        )  # fmt: skip
-        return found.classifier_CD, {}
-
-    chosen, center, value = choose(bench, space, fit)
-    own = run.changed(nested(chosen))
-    students = [_student(own.changed({"seed": seed}), None, bench.manifest) for seed in bench.seeds]
-    scores = [_scores(bench, student, center, "test") for student in students]
-    return Row(name, "true labels", scores, {**chosen, "predict.center": center}, value)
+    train = {**changes.get("train", {}), "labels": "annotations"}
+    run = bench.run.changed({**changes, "train": train})
+    targets_NC = np.where(bench.labels("train") == 1, 1, -1).astype(np.int8)
+    data = HeadData(bench.features_of("train"), targets_NC)
+    # A true label has no probability.
+    choices = {**FITTED, "soft_labels": (False,)}
+    best = choose(bench, run, choices, fitted, lambda own: fit_here(bench, own, data))
+    students = [
+        _student(best.run.changed({"seed": seed}), None, bench.manifest) for seed in bench.seeds
+    ]
+    scores = [_scores(bench, student, best.center, "test") for student in students]
+    return Row(name, "true labels", scores, told(best), best.value)
 
 
-Fit = Callable[[Settings, int], tuple[NDArray[Any], dict[str, Any]]]
+def fitted(drawn: Drawn) -> dict[str, Any]:
+    """Return the settings of a fit."""
+    train = {name: drawn[name] for name in ("loss_temperature", "epochs", "soft_labels")}
+    optim = {name: drawn[name] for name in ("head_lr", "grad_clip")}
+    train["optim"] = {**optim, "warmup_steps": 0}
+    return {"train": train, "student": {"logit_scale": drawn["logit_scale"]}}
 
 
-def choose(bench: Bench, space: Space, fit: Fit) -> tuple[Settings, bool, float]:
-    """Return the settings that did best on validation, of those drawn, whether centred, and mAP."""
-    best: tuple[Settings, bool, float] | None = None
-    scale = space.base.student.logit_scale
+def fit_here(bench: Bench, run: Run, data: HeadData) -> NDArray[Any]:
+    """Fit a classifier (C, D) as `hts train` does, without storing a student."""
+    scale = run.config.student.logit_scale
+    found = fit_head(data, bench.start_CD, logit_scale=scale, config=run.config.train, seed=0)
+    return found.classifier_CD
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What did best on validation: the run with it, whether predictions are centred, its mAP."""
+
+    run: Run
+    drawn: Drawn
+    center: bool
+    value: float
+
+
+def told(best: Chosen) -> dict[str, Any]:
+    """What was chosen for a row, to be read in the results."""
+    return {**best.drawn, "loss": best.run.config.train.loss, "predict.center": best.center}
+
+
+def choose(
+    bench: Bench,
+    run: Run,
+    choices: Choices,
+    config_of: Callable[[Drawn], dict[str, Any]],
+    fit: Callable[[Run], NDArray[Any]],
+    start: Drawn | None = None,
+) -> Chosen:
+    """Return what does best on validation, of as many draws as every row has.
+
+    The first half is drawn freely; the second, or all with a `start`, changes about a third of the
+    settings of the best so far.
+    """
+    best: Chosen | None = None
+    first = {name: values[0] for name, values in choices.items()} | (start or {})
     for number in range(bench.draws):
-        settings = space.draw(0, number) if number else space.own()
+        random = np.random.default_rng([7, number])
+        drawn = {name: v[int(random.integers(len(v)))] for name, v in choices.items()}
+        near = best.drawn if best is not None else first
+        if number == 0:
+            drawn = first
+        elif start is not None or number >= bench.draws // 2:
+            drawn = {n: drawn[n] if random.random() < CHANGED else near[n] for n in choices}
         try:
-            classifier_CD, _ = fit(settings, 0)
-        except DataError:  # the filter leaves no positive, or the loss is not finite
+            own = run.changed(config_of(drawn))
+            classifier_CD = fit(own)
+        except (ConfigError, DataError):  # thresholds that contradict each other, or no positive
             continue
         for center in (False, True):
-            value = bench.ap(
-                logits_of(bench, classifier_CD, scale, center, "validation"), "validation"
-            )
-            if best is None or value > best[2]:
-                best = (settings, center, value)
+            scale = own.config.student.logit_scale
+            scores_NC = logits_of(bench, classifier_CD, scale, center, "validation")
+            value = bench.ap(scores_NC, "validation")
+            if best is None or value > best.value:
+                best = Chosen(own, drawn, center, value)
     if best is None:
         raise DataError("none of the drawn settings leaves a label: look at the teacher's scores")
     return best
@@ -423,6 +523,14 @@ def logits_of(
 
 def _student(run: Run, labels: StageFolder | None, manifest: str) -> StageFolder:
     return plan_train(run, training_labels(run, labels, manifest)).run()
+
+
+def predict_difference(bench: Bench, student: StageFolder) -> float:
+    """Return the largest difference of `hts predict`'s test logits from those here."""
+    run = bench.run.changed({"predict": {"split": "test"}})
+    return float(
+        np.abs(predicted(bench, run, student) - _scores(bench, student, False, "test")).max()
+    )
 
 
 def _scores(bench: Bench, student: StageFolder, center: bool, split: str) -> NDArray[Any]:
@@ -516,7 +624,7 @@ def settings(given: argparse.Namespace) -> HtsConfig:
         classes={"source": str(given.classes)},
         label={
             # Every photograph of such a set shows one of its classes.
-            "teacher": {"background": "none", "dtype": "bfloat16"},
+            "teacher": {"background": "none", "dtype": "bfloat16", "prompt_templates": 5},
             "regions": {"grid_scales": [0.7], "grid_steps": [2]},
             "pool": {"max_size": given.workers},
         },
@@ -527,14 +635,15 @@ def settings(given: argparse.Namespace) -> HtsConfig:
             "trainable": "head",
             "min_positives_per_class": 0,
             "augment": {"flip": False},
-            "optim": {"lr": 1e-3, "head_lr": 3e-3, "warmup_steps": 0},
             "features": {"local_images": 100_000},
         },
     )  # fmt: skip
 
 
 def _captioners(models: Path) -> list[Path]:
-    return sorted(models.glob("captioner-*")) or [models / "captioner-0"]
+    return sorted(p.parent for p in models.glob("captioner-*/config.json")) or [
+        models / "captioner-0"
+    ]
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
@@ -551,11 +660,17 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     rows = zero_shot_rows(bench)
     captioners = [str(folder) for folder in _captioners(given.models)]
     passes = [label(bench, folder, ["train"]) for folder in captioners]
-    judged = label(bench, captioners[0], ["validation", "test"])
-    rows += teacher_rows(bench, passes[0], judged)
+    clip = label(bench, "open_clip:student", ["train"])
     bce = {"train": {"loss": "bce"}}
-    rows.append(pseudo_row(bench, "HTS", "LSE-Sign", passes, {}))
-    rows.append(pseudo_row(bench, "HTS with BCE", "same labels, another loss", passes, bce))
+    own = pseudo_row(bench, "student on CLIP's labels", "no captioner", [clip], {})
+    hts = pseudo_row(bench, "HTS", "LSE-Sign", passes, {})
+    rows += [preset_row(bench, passes), own, hts]
+    rows += [pseudo_row(bench, "HTS with BCE", "another loss", passes, bce)]
+    both = (clip, own)
+    rows.append(pseudo_row(bench, "HTS with CLIP", "both teachers", passes, {}, both, hts.drawn))
+    rows.append(pseudo_row(bench, "HTS with CLIP, BCE", "", passes, bce, both, hts.drawn))
+    judged = label(bench, captioners[0], ["validation", "test"], grid_scales=[], grid_steps=[])
+    rows.insert(2, teacher_row(bench, passes[0], judged))
     rows.append(supervised_row(bench, "supervised with BCE", bce))
     rows.append(supervised_row(bench, "supervised", {}))
     counts = storage.read_json(storage.join(opened.run_dir, "splits", "counts.json"))
@@ -567,6 +682,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "captioners": len(passes),
         "draws": given.draws,
         "counts": counts,
+        "predict_difference": predict_difference(bench, hts.student) if hts.student else None,
         "pretraining": read_results(given.models / "pretraining.json"),
         "seconds": time.monotonic() - started,
         **summarize(bench, rows),
@@ -594,7 +710,7 @@ def show(name: str, report: Mapping[str, Any]) -> None:
         print(f"{pair['name']}: {100 * pair['mean']:+.1f} ({low:+.1f} to {high:+.1f})")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the three commands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -617,7 +733,7 @@ def main() -> int:
     one.add_argument("--out", type=Path, default=RESULTS)
     shown = commands.add_parser("table", help="print what was measured")
     shown.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if given.command == "pretrain":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import photo_models
@@ -112,3 +114,34 @@ def test_packed_captions_do_not_see_each_other() -> None:
     assert not mask[:second, second:].any()
     assert mask.diagonal().all()
     assert not mask.triu(1).any()
+
+
+@pytest.mark.slow
+def test_every_row_is_measured_on_a_set_of_folders(tmp_path: Path, capsys: Any) -> None:
+    """Catches a step that no longer fits the product, and a set that is not the actions."""
+    random = np.random.default_rng(0)
+    for number in range(60):
+        pixels = random.integers(0, 90, (40, 48, 3), dtype=np.uint8)
+        pixels[..., number % 2] += 120
+        path = (
+            tmp_path / "set" / ("riding a horse", "riding a bicycle")[number % 2] / f"{number}.png"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "classes.csv").write_text("name\nriding a horse\nriding a bicycle\n")
+    package = Path(photos.stages.__file__).parents[1]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/clip").symlink_to(package / "student/builtin/world_clip")
+    (tmp_path / "models/captioner-0").symlink_to(package / "teacher/builtin/world_captioner")
+    out, given = tmp_path / "photos.json", ["--set", str(tmp_path / "set"), "--out"]
+    given += [str(out), "--classes", str(tmp_path / "classes.csv"), "--name", "colors"]
+    given += ["--models", str(tmp_path / "models"), "--run-dir", str(tmp_path / "run")]
+    given += ["--sizes", "30", "10", "20", "--draws", "3", "--students", "0", "--workers", "1"]
+    assert photos.main(["run", *given]) == 0
+    assert photos.main(["table", "--out", str(out)]) == 0
+    assert "HTS with CLIP" in capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads(out.read_text())["sets"]["colors"]["rows"]}
+    assert rows["supervised"]["mAP"]["mean"] > 0.95  # a color is easy
+    assert rows["supervised"]["gap_closed"]["mean"] == 1
+    assert photos.main(["run", *given, "--csv", str(tmp_path / "none.csv")]) == 1
+    assert "none.csv cannot be read" in capsys.readouterr().err
