@@ -69,7 +69,6 @@ def _question(assignment: Assignment) -> str:
         region_sources(config.regions),
         assignment.background,
         asked_words(config.teacher),
-        asked_words(config.teacher),
         assignment.limit,
         None if prior is None else prior.to_pydict(),
     )
