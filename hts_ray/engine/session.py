@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import os
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -52,6 +54,7 @@ _NOISE = (
     r"infinite retries remaining(?s:.*)Traceback \(most recent call last\)"
     r"|PYTHON worker processes have been started"
 )
+_LEVEL_NOTICE = b"Set ray log level from environment variable"
 
 
 @contextmanager
@@ -93,8 +96,11 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
         }
     )
     try:
-        # Joining, Ray may end the process within the call, and a spinner would hide its words.
-        with contextlib.nullcontext() if joins else busy("starting Ray"):
+        with contextlib.ExitStack() as around:
+            # Joining, Ray may end the process within the call, and its words would be hidden.
+            if not joins:
+                around.enter_context(busy("starting Ray"))
+                around.enter_context(_without_level_notice())
             ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
@@ -153,6 +159,26 @@ def _local_cpus(config: RayConfig, pools: Sequence[PoolConfig]) -> int:
             remedy=f"set {taken + CPUS_BESIDE} or more (they are logical), or leave it out",
         )
     return config.num_cpus
+
+
+@contextmanager
+def _without_level_notice() -> Iterator[None]:
+    """Hold standard error back, and give it out without Ray's notice of the log level set above.
+
+    The notice comes from C++, so only the file descriptor can be held back.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if _LEVEL_NOTICE not in line))
 
 
 def _protect_token() -> None:
