@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        errors.print("stopped")
+        errors.print("\nstopped: what was done is kept, and the same command goes on from there")
         sys.exit(130)
     except click.ClickException as error:
         error.show()

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from hts_ray import stages
 from hts_ray.engine.console import console, duration, print_next, print_rows
-from hts_ray.engine.run import CONFIG_FILE
+from hts_ray.engine.run import BESIDE, CONFIG_FILE
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 
@@ -62,17 +62,19 @@ def steps_of(run_dir: str) -> list[Step]:
 def find_runs(folder: str = ".") -> list[str]:
     """Return the run directories in a folder, the latest last: itself, or those in its `runs`.
 
-    Runs of the demo lie one level deeper.
+    Runs of the demo lie one level deeper, those of `hts autolabel` beside the images.
     """
     if _is_run(folder):
         return [folder]
     outer = _inside(storage.join(folder, RUNS) if folder != "." else RUNS)
+    outer += [path for path in _inside(folder) if path.endswith(BESIDE)]
     inner = [path for outside in outer if not _is_run(outside) for path in _inside(outside)]
     return sorted(filter(_is_run, [*outer, *inner]), key=_last_change)
 
 
 def _inside(folder: str) -> list[str]:
-    return [storage.join(folder, name) for name in storage.list_names(folder)]
+    names = storage.list_names(folder)
+    return names if folder == "." else [storage.join(folder, name) for name in names]
 
 
 def _is_run(path: str) -> bool:

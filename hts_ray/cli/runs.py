@@ -62,8 +62,7 @@ def demo(settings: Settings, seed: int) -> None:
         return
     with command_cluster(config, "demo"):
         run_demo(config)
-    own = ["--root", "DIR", "--preset", "own-images", "classes.source=FILE.csv"]
-    print_next("hts", "prepare", "folder", *own)
+    print_next("hts", "autolabel", "DIR", "a red bicycle", "an empty shelf", why="your own images")
 
 
 @click.command()

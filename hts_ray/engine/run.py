@@ -16,6 +16,8 @@ from hts_ray.store.run import StageFolder, settings_hash
 
 CONFIG_FILE, CLASSES_FILE, PROVENANCE = "config.yaml", "classes.csv", "provenance.json"
 
+BESIDE = "-labels"  # how the name ends of a run that lies beside its folder of images
+
 
 @dataclass(frozen=True)
 class Run:

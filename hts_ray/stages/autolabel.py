@@ -29,7 +29,7 @@ from hts_ray.classes import load_class_table, name_classes, read_class_csv
 from hts_ray.classifier import Classifier, load
 from hts_ray.config import HtsConfig, override
 from hts_ray.engine.console import print_line
-from hts_ray.engine.run import CLASSES_FILE, CONFIG_FILE, Run
+from hts_ray.engine.run import BESIDE, CLASSES_FILE, CONFIG_FILE, Run
 from hts_ray.engine.session import command_cluster
 from hts_ray.errors import ConfigError
 from hts_ray.exports.source import read_labels
@@ -138,7 +138,7 @@ def beside(folder: str) -> str:
         plain = storage.absolute(folder).rstrip("/")
     if not (urlsplit(plain).path.strip("/") if storage.is_remote(plain) else plain):
         raise ConfigError(field="PATH", value=folder, remedy="nothing is beside it: give --run-dir")
-    return f"{plain}-labels"
+    return f"{plain}{BESIDE}"
 
 
 def open_folder(
