@@ -407,17 +407,17 @@ def _caption_styles(report: Json) -> Iterator[Grid]:
 
 
 def _abstention(report: Json) -> Iterator[Grid]:
-    columns = [
-        Column("world", "seed"),
-        Column("classes", "classes"),
-        Column("what competes", "competes"),
+    kinds = ("noise", "one colour", "soft colours", "blank", "lone objects")
+    found = [
         Column("precision", "precision", number(2)),
         Column("recall", "recall", number(2)),
-        Column("noise: none", "noise", number(2)),
-        Column("one colour: none", "one colour", number(2)),
-        Column("smooth: none", "smooth colours", number(2)),
+        *(Column(f"{kind}: none", kind, number(2)) for kind in kinds),
     ]
-    yield grid(columns, report["rows"])
+    at = [Column(f"P at {recall}", f"P at {recall}", number(2)) for recall in (0.6, 0.8, 0.9)]
+    ways = [Column("classes", "classes"), Column("way", "way"), *at, *found]
+    yield grid(ways, report["ways"], "Ways to abstain, all worlds judged together")
+    filtered = [Column("world", "seed"), Column("classes", "classes"), *found]
+    yield grid(filtered, report["filter"], "What the filter of own-images labels")
 
 
 def _questions(report: Json) -> Iterator[Grid]:

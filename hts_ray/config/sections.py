@@ -270,7 +270,9 @@ class FilterConfig(Section):
     )
     prior_alpha: float = setting(0.5, "alpha in log P(t|r) - alpha log P(t)", ge=0.0, le=2.0)
     temperature: float = setting(1.0, "of the softmax over classes", gt=0.0)
-    background: bool = setting(True, "stored background sentences compete with the classes")
+    background: bool = setting(
+        True, "a class must be likelier than the stored background sentences together"
+    )
     null_score: float | None = setting(None, "log-likelihood of an extra option `none of these`")
     aggregation: Literal["max", "mean", "top_k_mean", "noisy_or"] = setting(
         "top_k_mean", "how a class's regions become one probability"

@@ -85,7 +85,8 @@ def filter_regions(
         dropped = ", ".join(f"{name} {n}" for name, n in selection.reason_totals().items())
         raise DataError(
             f"no pseudo-label is left ({dropped}): look at the teacher's scores with"
-            " `hts label --dry-run`, lower filter.positive_threshold or filter.min_support"
+            " `hts label --dry-run`, lower filter.positive_threshold or filter.min_support, or set"
+            " filter.background=false if every image shows one of the classes"
         )
     table = pseudo_label_table(labels, class_ids)
     write_table(stage.file("part-0.parquet"), table)

@@ -151,7 +151,8 @@ def filter_labels(
     if not stage.stats["images_without_positive"]:
         print_note(
             "no image was left without a positive: if some show none of the classes, raise"
-            " filter.positive_threshold, or label with label.teacher.background=general"
+            " filter.positive_threshold, or filter with the background of"
+            " label.teacher.background=general"
         )
     return stage
 
