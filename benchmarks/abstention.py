@@ -16,8 +16,9 @@ of every kind. Ways to abstain, each a probability of a class in a region:
 - `shipped`: as the filter of the preset own-images has it.
 
 The last is the odds against the background, less what they are on the twelve pictures, times the
-softmax of the classes without half of their prior. "P at" is the precision at that recall, with one
-threshold for all lists of a size. The other columns are at the threshold with recall 0.9 on the
+softmax of the classes without half of their prior. The twelve are of the same kinds as the first
+three of the pictures, other draws. "P at" is the precision at that recall, with one threshold for
+all lists of a size. The other columns are at the threshold with recall 0.9 on the
 validation worlds 110 and 111, which chose all settings. "none" is the share of pictures without a
 positive. The captioner answers no questions, so yes/no odds have no row. The second table is of the
 labels of the preset's filter. Prints two tables; writes benchmarks/results/abstention.json.
@@ -65,6 +66,7 @@ RESULTS = Path(__file__).parent / "results" / "abstention.json"
 VALIDATION = (110, 111)
 SIZES = (1, 3, 10, 55)
 RECALLS = (0.6, 0.8, 0.9)
+AT = [f"precision_at_{round(100 * recall)}" for recall in RECALLS]
 PICTURES = 24  # of each kind; twice as many with lone objects
 KINDS = ("noise", "one colour", "soft colours", "blank", "lone objects")
 SHIPPED = "shipped"
@@ -295,10 +297,7 @@ class Tally:
         positive = p >= threshold
         none = [(highest_N < threshold) for highest_N in self.highest]
         return {
-            **{
-                f"P at {at}": value
-                for at, value in zip(RECALLS, precision_at(p, true), strict=True)
-            },
+            **dict(zip(AT, precision_at(p, true), strict=True)),
             "precision": float(true[positive].mean()) if positive.any() else float("nan"),
             "recall": float(positive[true].mean()),
             **by_kind(none),

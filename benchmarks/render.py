@@ -413,7 +413,7 @@ def _abstention(report: Json) -> Iterator[Grid]:
         Column("recall", "recall", number(2)),
         *(Column(f"{kind}: none", kind, number(2)) for kind in kinds),
     ]
-    at = [Column(f"P at {recall}", f"P at {recall}", number(2)) for recall in (0.6, 0.8, 0.9)]
+    at = [Column(f"P at 0.{at}", f"precision_at_{at}0", number(2)) for at in (6, 8, 9)]
     ways = [Column("classes", "classes"), Column("way", "way"), *at, *found]
     yield grid(ways, report["ways"], "Ways to abstain, all worlds judged together")
     filtered = [Column("world", "seed"), Column("classes", "classes"), *found]
