@@ -146,7 +146,7 @@ class Teacher:
             counts.append(len(crops))
         return {
             "scores": np.concatenate(scores),
-            "captions": np.float32(captions),
+            "captions": np.asarray(captions, np.float32),
             "counts": counts,
         }
 

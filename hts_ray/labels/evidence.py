@@ -117,7 +117,8 @@ def read_info(path: str) -> dict[str, Any]:
 def filter_info(path: str, config: FilterConfig, split: str | None) -> dict[str, Any]:
     """Return `read_info`, with `sample_prior` of a split's regions where the filter asks for it."""
     info = read_info(path)
-    if config.prior == "teacher" or config.prior_alpha == 0:
+    competing = info.get("score_kind", LOG_LIKELIHOOD) in COMPETING
+    if config.prior == "teacher" or config.prior_alpha == 0 or not competing:
         return info
     blocks = read_regions(path, split)
     return with_sample_prior(info, ((len(block.images), block.scores_GS) for block in blocks))
