@@ -15,6 +15,7 @@ from hts_ray.engine.console import (
     duration,
     print_line,
     print_next,
+    print_note,
     print_rows,
     print_stage,
     print_written,
@@ -71,8 +72,11 @@ def command(
     place = run.config.run_dir
     again = [folder] if place == autolabel.beside(folder) else [folder, "--run-dir", place]
     _print_listed(stages.prepare(run, "folder", folder))
+    agreed = autolabel.is_agreed(run)
+    if agreed is False:
+        print_note("other classes or settings than before: the teacher looks at all images anew")
     with autolabel.cluster(run):
-        if not autolabel.is_agreed(run) and not _wanted(run, again, yes):
+        if not agreed and not _wanted(run, again, yes):
             return
         labels = autolabel.label_all(run)
     _print_labels(labels)

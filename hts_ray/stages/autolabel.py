@@ -188,9 +188,13 @@ def _require_folder(folder: str) -> None:
     raise ConfigError(field="PATH", value=folder, remedy=remedy)
 
 
-def is_agreed(run: Run) -> bool:
-    """Return whether somebody wants all images labeled with these classes and settings."""
-    return storage.read_object(_agreed_file(run)).get("key") == _agreed_key(run)
+def is_agreed(run: Run) -> bool | None:
+    """Return whether somebody wants all images labeled with these classes and settings.
+
+    None where nobody was asked yet; False where it was about others.
+    """
+    agreed = storage.read_object(_agreed_file(run))
+    return agreed.get("key") == _agreed_key(run) if agreed else None
 
 
 def agree(run: Run) -> None:
