@@ -235,7 +235,7 @@ def _print_agreement(found: dict[str, Any]) -> None:
         "missed": f"{overall['missed']} called negative, {overall['undecided']} undecided",
     }
     if found["left_out_as_chosen"]:
-        figures["not counted"] = f"{found['left_out_as_chosen']} corrected images, chosen not drawn"
+        figures["not counted"] = f"{found['left_out_as_chosen']} images that were chosen, not drawn"
     if found["applied"]:
         figures["note"] = "these labels were made from these corrections: of course they agree"
     elif found["left_out_as_applied"]:

@@ -130,7 +130,7 @@ def test_the_review_page_goes_round(run_dir, tmp_path, capsys):
     for words in (
         "3 images of the page are open: finish them, save, import with --force",
         "1 of 3 images drawn at random tell precision and recall",
-        "1 corrected images, chosen not drawn",
+        "1 images that were chosen, not drawn",
         "precision 50.0 % (95 % interval",  # of a/2 alone; b/2 would make it a third
         "recall 100.0 %",
         "hts filter --run-dir",
