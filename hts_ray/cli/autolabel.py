@@ -71,7 +71,7 @@ def command(
         return
     place = run.config.run_dir
     again = [folder] if place == autolabel.beside(folder) else [folder, "--run-dir", place]
-    _print_listed(stages.prepare(run, "folder", folder))
+    _print_listed(autolabel.list_images(run, folder))
     agreed = autolabel.is_agreed(run)
     if agreed is False:
         print_note("other classes or settings than before: the teacher looks at all images anew")
@@ -86,6 +86,7 @@ def command(
     student = stages.train(run, labels.stage)
     print_stage("train", student)
     print_stage("predict", stages.predict(run, student))
+    print_written("report", stages.write_run_report(place))
     print_next("hts", "predict", "DIR", "--student", place, why="label other images")
 
 

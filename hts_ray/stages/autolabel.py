@@ -123,7 +123,7 @@ def label(
     config = stages.settings(PRESET, file=file, **{**settings, "run_dir": place})
     names = () if isinstance(classes, str | Path) else classes
     run = open_folder(folder, config, names, "" if names else str(classes or ""), teacher)
-    stages.prepare(run, "folder", folder)
+    list_images(run, folder)
     with cluster(run):
         return label_all(run)
 
@@ -186,6 +186,16 @@ def _require_folder(folder: str) -> None:
     elif kind != "NotFound":
         remedy = "this is a file: give the folder that holds the images"
     raise ConfigError(field="PATH", value=folder, remedy=remedy)
+
+
+def list_images(run: Run, folder: str) -> StageFolder:
+    """Write the manifest of a folder; ConfigError where the run directory cannot be written."""
+    try:
+        return stages.prepare(run, "folder", folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        place = run.config.run_dir
+        remedy = f"nothing can be written there: {error.strerror}; name a folder of your own"
+        raise ConfigError(field="--run-dir", value=place, remedy=remedy) from error
 
 
 def is_agreed(run: Run) -> bool | None:

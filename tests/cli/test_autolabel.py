@@ -63,6 +63,7 @@ def draw(numbers: range) -> None:
         (["photos", "--classes", "x.csv"], "no such file"),
         (["photos", "a dog", "label.nothing=3"], "unknown setting"),
         (["photos", "a dog", "--teacher", "/no/such/model"], "no such folder"),
+        (["photos", "a dog", "--run-dir", "photos/0.png"], "nothing can be written there"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(photos, arguments, words, capsys):
