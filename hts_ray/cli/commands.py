@@ -24,6 +24,7 @@ People and other tools
   review exchange Compare pseudo-labels with corrections that `hts import-labels` wrote to DIR.
   import-checkpoint exchange Turn a checkpoint of the paper's own code into a student.
 Machines
+  teachers teachers List the teachers that label.teacher.model can name, built in and installed.
   submit cluster Run a command as a job of a cluster: hts submit -- label --run-dir s3://...
   doctor cluster Check this machine, or all nodes of a cluster, and say what to change.
   completion completion Print the script with which a shell completes hts.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,18 @@ if TYPE_CHECKING:
 LOCAL, HUB = "local-dir:", "hf-hub:"
 _STUDENT_ROOM = Path(__file__).parents[1] / "student"  # which holds the packaged models
 _CONFIG_FILE = "open_clip_config.json"
+_ARCHITECTURES = "model_configs/*.json"
 _TEXT_BATCH = 256
 _UNREADABLE = (
     RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
+
+
+def _architectures() -> dict[str, Path]:
+    """Return open_clip's descriptions of its models, by name; its own list needs torch."""
+    package = find_spec("open_clip")
+    places = package.submodule_search_locations if package else None
+    return {path.stem: path for place in places or () for path in Path(place).glob(_ARCHITECTURES)}
 
 
 @dataclass(frozen=True)
@@ -63,14 +73,29 @@ class ClipModel:
             return f"{LOCAL}{folder.resolve()}"
         if name.startswith(HUB):
             return name
-        import open_clip
-
-        name = name.replace("/", "-")
-        if name not in open_clip.list_models():
-            near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+        name, known = name.replace("/", "-"), _architectures()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             remedy = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
             raise self._refused(remedy, "open_clip has no such model")
         return name
+
+    def read_architecture(self) -> dict[str, Any] | None:
+        """Return the architecture as a file here describes it, without torch; None of a hub's.
+
+        Raises ConfigError for a model that is not there, or whose description is not readable.
+        """
+        name = self.resolve()
+        if name.startswith(HUB):
+            return None
+        local = name.startswith(LOCAL)
+        path = Path(name[len(LOCAL) :]) / _CONFIG_FILE if local else _architectures()[name]
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            described: dict[str, Any] = found["model_cfg"] if local else found
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._refused(f"its {path.name} cannot be read: {error}") from error
+        return described
 
     def description(self) -> dict[str, Any]:
         """Return open_clip's description of the architecture; ConfigError when it is not to be had.

@@ -41,6 +41,7 @@ from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.report import Section, report_for_run, write_report
 from hts_ray.review.agreement import review_sections
+from hts_ray.stages.checks import check_later
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
@@ -85,6 +86,7 @@ def prepare(config: HtsConfig | Run, source: str, root: str) -> StageFolder:
     DataError when no image is usable.
     """
     run = _opened(config)
+    check_later(run.config, "prepare")
     with image_progress("prepare") as progress:
         stage = prepare_manifest(run.config.prepare, run.run_dir, source, root, progress)
     run.record()
@@ -104,6 +106,8 @@ def label(
         plan = plan_label(on_devices, images)
         teacher = {"teacher_model": on_devices.config.labeling.teacher.model}
         run.record(devices, **teacher, teacher_fingerprint=plan.inputs["teacher"])
+        if not plan.folder.finished:
+            check_later(run.config, "label")
         cluster = command_cluster(on_devices.config, "label", manifest=images)
         return _on_ray(plan, cluster, image_progress("label"))
 

@@ -30,7 +30,8 @@ from hts_ray.store.outputs import new_output, refuse_existing
 from hts_ray.store.packaged import BUILTIN
 from hts_ray.store.run import finished_stages
 from hts_ray.student import checkpoints
-from hts_ray.student.model import Student, student_clip
+from hts_ray.student.checks import student_clip
+from hts_ray.student.model import Student
 from hts_ray.student.official import HICO_CLASSES, format_error, official_checkpoint, read_official
 
 TOLERANCE = 1e-3

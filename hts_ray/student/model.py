@@ -17,11 +17,12 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import OptimConfig, StudentConfig
-from hts_ray.engine.clip import ClipModel, class_embeddings
+from hts_ray.engine.clip import class_embeddings
 from hts_ray.engine.compat import build_image_tower
 from hts_ray.engine.decoding import squash
 from hts_ray.errors import ConfigError
 from hts_ray.store.aliases import FloatArray, Pixels
+from hts_ray.student.checks import check_size, no_projection, student_clip, too_many_blocks
 
 Trainable = Literal["all", "head", "last"]
 ARCHITECTURE = ("model_cfg", "image_size", "image_mean", "image_std")
@@ -190,11 +191,6 @@ def rebuild_student(
     return student.eval()
 
 
-def student_clip(config: StudentConfig) -> ClipModel:
-    """Return the open_clip model that the student starts from."""
-    return ClipModel(config.model, config.pretrained)
-
-
 def source_fingerprint(config: StudentConfig) -> str:
     """Return a hash of what the student starts from, see `ClipModel.fingerprint`."""
     return student_clip(config).fingerprint()
@@ -213,8 +209,7 @@ def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:
     if mode == "last":
         layers = tower_layers(student.visual, "train.trainable")
         if blocks > len(layers) - 2:
-            remedy = f"the tower has {len(layers) - 2} blocks, or write train.trainable=all"
-            raise ConfigError(field="train.trainable_blocks", value=blocks, remedy=remedy)
+            raise too_many_blocks(blocks, len(layers) - 2)
         for value in chain(*layers[: blocks + 1]):
             value.requires_grad_(True)
     for name, value in student.named_parameters():
@@ -290,8 +285,7 @@ def _in_feature_space(
         return visual, texts_CE
     projection_DE = _cut_projection(visual)
     if projection_DE is None:
-        remedy = f"{config.model} has no projection to leave out: write projected"
-        raise ConfigError(field="student.feature_space", value="backbone", remedy=remedy)
+        raise no_projection(config)
     # The cosine with proj @ text: (f proj) . t = f . (proj t)
     return visual, texts_CE @ projection_DE.detach().float().T
 
@@ -325,12 +319,8 @@ def _fit_tower(visual: Any, size: int | None) -> int:
         return size
     is_resnet = hasattr(visual, "attnpool")
     step = 32 if is_resnet else int(visual.patch_size[0])
+    check_size(size, step)
     side = size // step
-    if size % step:
-        below = side * step
-        near = f"{below} or {below + step}" if below else f"{step}"
-        remedy = f"use a multiple of the patch size {step}, such as {near}"
-        raise ConfigError(field="student.image_size", value=size, remedy=remedy)
     _resize_positions(visual.attnpool if is_resnet else visual, side)
     visual.image_size = size if is_resnet else (size, size)
     if not is_resnet:

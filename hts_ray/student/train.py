@@ -24,15 +24,15 @@ from hts_ray.engine.image_pass import data_context
 from hts_ray.engine.mistakes import user_error, users_mistakes_unwrapped
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
-from hts_ray.errors import ConfigError, DataError, UserError
+from hts_ray.errors import DataError, UserError
 from hts_ray.store import storage
 from hts_ray.store.aliases import TrainingTold
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
 from hts_ray.student import resume, targets
 from hts_ray.student.augment import stored_size
 from hts_ray.student.checkpoints import DESCRIPTION, description_of, load_student, save_student
+from hts_ray.student.checks import check_train
 from hts_ray.student.head import fit_on_features
-from hts_ray.student.loggers import check_loggers
 from hts_ray.student.loop import train_loop
 from hts_ray.student.model import (
     Student,
@@ -100,7 +100,7 @@ def train_student(
     UserError when the workers kept failing.
     """
     started = time.monotonic()
-    _check_config(run)
+    _check(run)
     data = None
     if labels is not None:
         data = training_set(labels, run.class_table, run.config.train, run.config.seed)
@@ -147,7 +147,7 @@ def estimate(run: Run, labels: pa.Table | None) -> dict[str, Any]:
     """
     if labels is None:
         return {"images": 0, "note": "the zero-shot student is stored without training"}
-    _check_config(run)
+    _check(run)
     config = run.config.train
     data = training_set(labels, run.class_table, config, run.config.seed)
     workers = max(1, config.num_workers)
@@ -194,23 +194,9 @@ def _seconds_per_step(run: Run, batch: int, device: str) -> float:
     return seconds
 
 
-def _check_config(run: Run) -> None:
-    config = run.config.train
-    check_loggers(config.loggers)
-    workers = max(1, config.num_workers)
-    if config.batch_size % workers:
-        raise ConfigError(
-            "every worker needs an equal share",
-            field="train.batch_size",
-            value=config.batch_size,
-            remedy=f"use a multiple of train.num_workers = {workers}",
-        )
-    if run.config.student.precision == "fp16" and not config.gpu:
-        raise ConfigError(
-            field="student.precision",
-            value="fp16",
-            remedy="a CPU trains in no or bf16, or set train.use_gpu=true",
-        )
+def _check(run: Run) -> None:
+    """Raise ConfigError for settings that do not fit; `auto` that nobody chose is a CPU."""
+    check_train(run.changed({"train": {"use_gpu": run.config.train.gpu}}).config)
 
 
 def _write_initial(run: Run, stage: StageFolder) -> str:

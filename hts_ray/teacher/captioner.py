@@ -1,7 +1,7 @@
-"""What a teacher is: something that gives log P(sentence | region) and writes captions.
+"""What a teacher may offer beyond the contract, and the prompts that it is given.
 
-This module needs neither torch nor Ray, so that a teacher of your own needs neither. The packaged
-ones are in `hts_ray.teacher.models`.
+Needs neither torch nor Ray, so that a teacher of your own needs neither. The packaged ones are in
+`hts_ray.teacher.models`.
 
 Shape legend: R regions, P prompts, C classes, H x W pixels.
 """
@@ -21,6 +21,9 @@ import numpy.typing as npt
 
 from hts_ray.config import CaptionConfig
 from hts_ray.store.aliases import FloatArray, Pixels
+from hts_ray.teacher.contract import Caption as Caption  # noqa: PLC0414 - its public place
+from hts_ray.teacher.contract import Captioner as Captioner  # noqa: PLC0414 - its public place
+from hts_ray.teacher.contract import PromptScores as PromptScores  # noqa: PLC0414 - its public place
 
 # What counts as an answer, as far as a tokenizer has it as one token.
 _SPELLED = ("{}", " {}")
@@ -29,41 +32,6 @@ ANSWERS = {
     for word in ("yes", "no")
 }
 Reduction = Literal["log_mean_exp", "mean", "max"]
-
-
-@dataclass(frozen=True, eq=False)
-class PromptScores:
-    """Scores of P prompts on R regions.
-
-    `log_likelihoods` is (R, P) float32, sums of token log-probabilities in nats, at most 0.
-    `token_counts` is (P,) int64, how many tokens were summed, an end token included.
-    """
-
-    log_likelihoods: FloatArray
-    token_counts: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption and its log-probability in nats, the end token included."""
-
-    text: str
-    log_probability: float
-
-
-class Captioner(Protocol):
-    """A teacher. Images are sequences of R uint8 arrays (H, W, 3), RGB, of any sizes.
-
-    These two methods are all that a teacher of your own needs; `label.teacher.model =
-    import:MODULE:CLASS` calls `CLASS(config, device)` with the TeacherConfig and "cpu" or
-    "cuda".
-    """
-
-    def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> PromptScores:
-        """Return log P(prompt | image) for every pair."""
-
-    def caption(self, images: Sequence[Pixels], settings: CaptionConfig) -> list[list[Caption]]:
-        """Return `settings.count` captions an image, the likeliest first."""
 
 
 @dataclass(frozen=True, eq=False)

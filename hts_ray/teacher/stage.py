@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.classes import ClassTable
-from hts_ray.config import LabelConfig
+from hts_ray.config import LabelConfig, TeacherConfig
 from hts_ray.engine.deaths import start_log
 from hts_ray.engine.decoding import decode_batch
+from hts_ray.engine.devices import on_node
 from hts_ray.engine.image_pass import (
     CHECKPOINT,
     committed_rows,
@@ -34,6 +35,7 @@ from hts_ray.engine.mistakes import users_mistakes_unwrapped
 from hts_ray.engine.progress import row_progress
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
+from hts_ray.errors import ConfigError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
@@ -49,6 +51,7 @@ from hts_ray.teacher.assignment import (
     region_sources,
 )
 from hts_ray.teacher.models.catalog import model_fingerprint
+from hts_ray.teacher.plugins import is_own, own_fingerprint
 from hts_ray.teacher.reuse import TAKEN, take_over
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ STAGE = "label"
 BAD_BOX = "bad_box"
 _GIB = 1 << 30
 _BLOCKS_PER_ACTOR = 16
+_NODE_SECONDS = 120.0  # for a node to say which teacher it has
 
 
 def plan_label(run: Run, manifest: Manifest) -> Stage:
@@ -137,6 +141,8 @@ def label_images(
         fingerprint = model_fingerprint(config.teacher)
     assignment = Assignment.plan(config, class_table, rows, fingerprint=fingerprint, stage=stage)
     expected = rows["image_id"].combine_chunks()
+    if is_own(config.teacher):
+        _require_everywhere(config.teacher, fingerprint)
     take_over(stage, assignment, manifest, expected)
     resumed = committed_rows(stage)
     before = _region_count(stage) if resumed else 0
@@ -177,6 +183,35 @@ def _write_missing(
         dataset = _scored(images, assignment, rows_per_block, Meter.of(stage, STAGE))
     with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
         dataset.write_parquet(stage.path)
+
+
+def _require_everywhere(config: TeacherConfig, fingerprint: str) -> None:
+    """Raise ConfigError for a node that lacks the teacher's package, or has another version."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    pending = [on_node(node["NodeID"], _fingerprint_here).remote(config) for node in nodes]
+    for node, reference in zip(nodes, pending, strict=True):
+        try:
+            there, wrong = ray.get(reference, timeout=_NODE_SECONDS)
+        except GetTimeoutError:
+            continue  # it is not up, and the teacher itself will be asked later
+        if wrong or there != fingerprint:
+            raise ConfigError(
+                f"node {node['NodeManagerHostname']} {wrong or f'has another version, {there}'}",
+                field="label.teacher.model",
+                value=config.model,
+                remedy=f"install the driver's version, {fingerprint}, on every node",
+            )
+
+
+def _fingerprint_here(config: TeacherConfig) -> tuple[str, str]:
+    """Return the teacher's fingerprint on this machine, or what is wrong with it."""
+    try:
+        return own_fingerprint(config), ""
+    except ConfigError as error:
+        return "", f"says: {error}"
 
 
 def _region_count(stage: StageFolder) -> int:

@@ -5,21 +5,18 @@ Needs neither torch nor Ray, so that a driver can name, hash and refuse a teache
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 import math
-import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from hts_ray.config import OPEN_CLIP, TeacherConfig
 from hts_ray.engine.clip import HUB, LOCAL, ClipModel
 from hts_ray.errors import ConfigError
 from hts_ray.store.packaged import BUILTIN, packaged_model
 from hts_ray.teacher.models.files import MODEL_FILES, NamedModel
+from hts_ray.teacher.plugins import is_own, own_class, own_fingerprint
 
-IMPORT = "import:"
 DUMMY = f"{BUILTIN}dummy"
 _ROOM = Path(__file__).parents[1]
 FIELD = "label.teacher.model"
@@ -59,6 +56,16 @@ FAMILIES = {
 ONLY_CAPTIONERS = {"blip", "git", "vision-encoder-decoder", "florence2", "kosmos-2"}
 
 
+# What a family's processor needs besides this package's own requirements: module, extra.
+EXTRAS = {"smolvlm": ("num2words", "hts-ray[smolvlm]")}
+
+
+def missing_extra(family: str | None) -> str:
+    """Return what to install for a family of models; "" where nothing is missing."""
+    module, extra = EXTRAS.get(family or "", ("", ""))
+    return f"pip install '{extra}'" if module and not find_spec(module) else ""
+
+
 def is_dummy(config: TeacherConfig) -> bool:
     """Return whether it is the dummy: `builtin:dummy`, or `builtin:dummy:SECONDS` a region."""
     return config.model == DUMMY or config.model.startswith(f"{DUMMY}:")
@@ -66,7 +73,7 @@ def is_dummy(config: TeacherConfig) -> bool:
 
 def needs_torch(config: TeacherConfig) -> bool:
     """Return whether the teacher is one of the packaged kinds that run on torch."""
-    return not is_dummy(config) and not config.model.startswith(IMPORT)
+    return not is_dummy(config) and not is_own(config)
 
 
 def is_clip(config: TeacherConfig) -> bool:
@@ -100,30 +107,6 @@ def dummy_seconds(config: TeacherConfig) -> float:
     return seconds
 
 
-def imported_class(config: TeacherConfig) -> Any:
-    """Return the class that `import:MODULE:CLASS` names; ConfigError when there is none."""
-    module_name, _, name = config.model.removeprefix(IMPORT).partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise model_error(
-            config,
-            f"does not import: {error}",
-            "write import:MODULE:CLASS, with MODULE importable on every node (PYTHONPATH, or"
-            " beside the job's entry point)",
-        ) from None
-    methods = ["score", "caption", *(["ask"] if config.mode == "questions" else [])]
-    missing = [method for method in methods if not callable(getattr(found, method, None))]
-    if missing:
-        raise model_error(
-            config,
-            f"{name} has no method {' and no '.join(missing)}",
-            "a teacher has the two methods of hts_ray.teacher.captioner.Captioner, and `ask` of"
-            " AskedCaptioner for mode=questions",
-        )
-    return found
-
-
 class TeacherModel(NamedModel):
     """The model that a teacher's settings name: a folder, a hub id or `builtin:NAME`."""
 
@@ -153,8 +136,9 @@ def supported_families() -> str:
     return (
         f"Supported: {'; '.join(FAMILIES.values())}; other chat models of image and text that"
         " transformers knows, if their scores pass. For another, write a class with the two"
-        " methods of a Captioner and name it import:MODULE:CLASS; see the documentation's"
-        ' "Choose and write a teacher"'
+        " methods of a Captioner and name it import:MODULE:CLASS, or install a package that offers"
+        " it (`hts teachers` lists those that are); see the documentation's \"Choose and write a"
+        ' teacher"'
     )
 
 
@@ -165,8 +149,8 @@ def check_teacher(config: TeacherConfig) -> None:
     """
     if is_dummy(config):
         dummy_seconds(config)
-    elif config.model.startswith(IMPORT):
-        imported_class(config)
+    elif is_own(config):
+        own_class(config)
     elif is_clip(config):
         clip_model(config).check()
     elif TeacherModel.of(config).local() is not None:
@@ -183,6 +167,8 @@ def model_folder(config: TeacherConfig, *, weights: bool = True) -> Path:
     family = settings.get("model_type")
     if not (family in FAMILIES or config.trust_remote_code or _is_native(family)):
         raise model_error(config, f"family {family!r} is not supported", supported_families())
+    if extra := missing_extra(family):
+        raise model_error(config, f"family {family!r} needs another package", extra)
     if config.mode == "questions" and family in ONLY_CAPTIONERS:
         raise model_error(
             config,
@@ -230,15 +216,12 @@ def weights_gib(config: TeacherConfig, dtype: str) -> float | None:
 def model_fingerprint(config: TeacherConfig) -> str:
     """Return text that changes whenever the teacher may give other scores.
 
-    Of a class of your own: a hash of its module's source; of a model, see `NamedModel`.
+    See `own_fingerprint` for a class that is not packaged here, and `NamedModel` for a model.
     """
     if is_dummy(config):
         return f"{DUMMY}@1"
     if is_clip(config):
         return f"{config.model}@{clip_model(config).fingerprint()}"
-    if not config.model.startswith(IMPORT):
-        return TeacherModel.of(config).fingerprint()
-    module = sys.modules[imported_class(config).__module__]
-    source = getattr(module, "__file__", None)
-    content = Path(source).read_bytes() if source else b""
-    return f"{config.model}@{hashlib.sha256(content).hexdigest()[:12]}"
+    if is_own(config):
+        return own_fingerprint(config)
+    return TeacherModel.of(config).fingerprint()

@@ -9,14 +9,13 @@ from hts_ray.config import LabelConfig, TeacherConfig
 from hts_ray.errors import ConfigError
 from hts_ray.teacher.captioner import Captioner, DummyCaptioner
 from hts_ray.teacher.models.catalog import (
-    IMPORT,
     dummy_seconds,
-    imported_class,
     is_clip,
     is_dummy,
     model_folder,
     needs_torch,
 )
+from hts_ray.teacher.plugins import is_own, own_class
 
 
 def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
@@ -24,14 +23,15 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
 
     `device` may be "auto" for a model that is spread over all GPUs, or "meta" for one that needs
     no weights, as it only tokenizes. The name is a hub id, a local folder, `builtin:NAME`,
-    `open_clip:NAME/TAG` or `import:MODULE:CLASS`. Raises ConfigError naming
-    label.teacher.model for a missing or incomplete model and for a family that is not supported.
+    `open_clip:NAME/TAG`, that of an installed package, or `import:MODULE:CLASS`. Raises ConfigError
+    naming label.teacher.model for a missing or incomplete model, and for a family that is not
+    supported.
     """
     if is_dummy(config):
         return DummyCaptioner(dummy_seconds(config))
     config = _with_dtype(config, device)
-    if config.model.startswith(IMPORT):
-        teacher: Captioner = imported_class(config)(config, device)
+    if is_own(config):
+        teacher: Captioner = own_class(config)(config, device)
         return teacher
     from hts_ray.teacher.models import clip, pretrained  # torch loads slowly
 
