@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import lemminflect  # type: ignore[import-untyped]
+
 NO_INTERACTION = "no_interaction"
 Phrases = dict[tuple[str, str], tuple[str, ...]]
 
@@ -68,7 +70,7 @@ def _words(text: str) -> frozenset[str]:
 
 _DETERMINERS = _words(
     "a an the some another this that these those my your his her its our their no any each every"
-    " several many one two three four five six seven eight nine ten"
+    " all both half several many one two three four five six seven eight nine ten"
 )
 _PLURALS = _words("skis taxis people men women children mice geese teeth feet cattle police")
 _SINGULAR_IN_S = _words("lens gas bus canvas atlas christmas tennis chaos cosmos texas")
@@ -80,8 +82,31 @@ _PARTICLES = _words(
     "about across after against around at away behind by down for from in into of off on onto out"
     " over through to toward under up upon with"
 )
+_BEFORE_OBJECTS = _words("a an the his her their its my your")
+_RELATIVES = _words("who which that is are")
+# Words in -ing that name things, the nouns that such words make things of ("washing machine"), and
+# verbs that say how a thing is ("a sleeping cat").
+_THINGS_ING = _words(
+    "awning bedding being building ceiling clothing crossing drawing dressing duckling dumpling"
+    " earring evening filling flooring frosting gosling greeting icing landing lightning lighting"
+    " meeting morning opening packaging painting parking plumbing pudding railing sapling"
+    " scaffolding sibling siding stocking topping wedding wiring"
+)
+_MADE_BY_ING = _words(
+    "area bag bench board boat boot boots bowl cabinet cap card cart chair club coat court"
+    " dress fountain gear glove gloves ground gum hall light lot machine mat meter mitt needle"
+    " pan pin place pole pool rack road rod room screen shoe shoes signal site station stick"
+    " suit table track trail tray water wheel yarn"
+)
+_STATES_ING = _words(
+    "barking bleeding blooming boiling burning climbing crying dancing dying falling flashing"
+    " floating flowering flying glowing growing hanging jumping laughing leaking lying melting"
+    " missing moving resting rising rolling rotting running shining sitting sleeping smiling"
+    " smoking speeding standing steaming swimming trailing walking working"
+)
 # How a word sounds decides between "a" and "an"; its letters show that only mostly.
 _SOUNDS_LIKE_VOWEL = re.compile(r"hour|hono|honest|heir|unin|unim|unid")
+_ING = re.compile(r"\w*[aeiouy]\w*ing", re.IGNORECASE)
 _SOUNDS_LIKE_CONSONANT = re.compile(r"uni|us[aeu]|uti|ubi|eu|ewe|(one|once)\b")
 
 
@@ -116,7 +141,39 @@ def person_prompts(main: str, other: str | None = None) -> tuple[str, ...]:
 
 def name_prompts(name: str) -> tuple[str, ...]:
     """Return the five prompts of a named class, "a photo of a red car" first."""
-    return _fill(_NAME_TEMPLATES, noun_phrase(name))
+    return _fill(_NAME_TEMPLATES, shown_phrase(name))
+
+
+def shown_phrase(name: str) -> str:
+    """Return what a picture of a named class shows: "washing a car" -> "a person washing a car".
+
+    What begins with a verb is done by a person; what begins with a participle or a preposition is
+    said of something. All else is a noun. As in `noun_phrase` the rules are a heuristic.
+    """
+    words = spaced(name).split(" ")
+    negated = len(words) > 1 and words[0].casefold() == "not"
+    front, said = words[:negated], words[negated:]
+    first, second = said[0].casefold(), said[1].casefold() if len(said) > 1 else ""
+    action = " ".join(said) if first in {"with", "without"} and second else _action(said)
+    if action is not None:
+        return " ".join(["a person", *front, action])
+    of_something = first.endswith("ed") and second in _PARTICLES | {"by"}
+    if negated or of_something or (first in _PARTICLES and second):
+        return " ".join(["something", *front, *said])
+    return noun_phrase(name)
+
+
+def _action(words: list[str]) -> str | None:
+    """Return the -ing phrase of a name that begins with a verb, None for another name."""
+    first, second = words[0].casefold(), words[1].casefold() if len(words) > 1 else ""
+    if _ING.fullmatch(first) and first not in _THINGS_ING:
+        parts = not {word.casefold() for word in words} & (_DETERMINERS | _PARTICLES)
+        is_thing = parts and words[-1].casefold() in _MADE_BY_ING
+        how_it_is = parts and first in _STATES_ING and second
+        return None if is_thing or how_it_is else " ".join(words)
+    # Before an article stands a verb: "ride a horse", "pushes a cart".
+    verb = lemminflect.getAllLemmas(first).get("VERB") if second in _BEFORE_OBJECTS else None
+    return verb_phrase(" ".join([verb[0], *words[1:]])) if verb else None
 
 
 def what_is_shown(prompts: Sequence[str]) -> tuple[str, ...]:
@@ -152,10 +209,20 @@ def noun_phrase(noun: str) -> str:
     if words[0].casefold() in _DETERMINERS or words[0][:1].isdigit():
         return text
     # In "a bowl of oranges" or "man with glasses" the head is the word before the preposition.
-    cut = next((i for i, word in enumerate(words) if i and word in _PARTICLES), len(words))
+    # It is the word before what that does, too: "people crossing the street".
+    ends = _PARTICLES | _RELATIVES
+    cut = next(
+        (i for i, word in enumerate(words) if i and (word in ends or _does(words[i:]))), len(words)
+    )
     if _takes_no_article(words[cut - 1].casefold()):
         return text
     return f"{_article(words[0])} {text}"
+
+
+def _does(words: list[str]) -> bool:
+    """Return whether words behind a noun begin with what it does: "riding a horse"."""
+    named = words[0] in _THINGS_ING and words[1:2] and words[1] not in _DETERMINERS
+    return len(words) > 1 and bool(_ING.fullmatch(words[0])) and not named
 
 
 def spaced(text: str) -> str:

@@ -134,3 +134,70 @@ def test_verbs_outside_hico(verb, phrase):
 def test_braces_in_nouns_are_kept():
     """str.format on a user's text would raise KeyError."""
     assert pair_prompts("hold", "{x} box")[0] == "a person holding a {x} box"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        line.split(" = ")
+        for line in """
+        washing a car = a person washing a car
+        holding an umbrella = a person holding an umbrella
+        riding bicycle = a person riding bicycle
+        playing guitar = a person playing guitar
+        brushing teeth = a person brushing teeth
+        swimming = a person swimming
+        looking through a microscope = a person looking through a microscope
+        writing on a board = a person writing on a board
+        sleeping on a bench = a person sleeping on a bench
+        crossing the street = a person crossing the street
+        painting a wall = a person painting a wall
+        not wearing a seat belt = a person not wearing a seat belt
+        without a helmet = a person without a helmet
+        with glasses = a person with glasses
+        ride a horse = a person riding a horse
+        cut the cake = a person cutting the cake
+        pushes a shopping cart = a person pushing a shopping cart
+        half a pizza = half a pizza
+        all the dogs = all the dogs
+        carries a bag = a person carrying a bag
+        person washing a car = a person washing a car
+        people crossing the street = people crossing the street
+        man riding horses = a man riding horses
+        forklift carrying a pallet = a forklift carrying a pallet
+        a man on a bench = a man on a bench
+        no helmet = no helmet
+        no people = no people
+        not damaged = something not damaged
+        covered with snow = something covered with snow
+        in the water = something in the water
+        washing machine = a washing machine
+        swimming pool = a swimming pool
+        dining_table = a dining table
+        shopping cart = a shopping cart
+        parking lot = a parking lot
+        running shoes = running shoes
+        boxing gloves = boxing gloves
+        sleeping cat = a sleeping cat
+        burning building = a burning building
+        building = a building
+        brick building = a brick building
+        wedding = a wedding
+        string = a string
+        king = a king
+        empty shelves = empty shelves
+        empty shelf = an empty shelf
+        dense fog = dense fog
+        the Eiffel Tower = the Eiffel Tower
+        3 dogs = 3 dogs
+        red car = a red car
+        bowl of oranges = a bowl of oranges
+        """.strip().splitlines()
+        for line in [line.strip()]
+    ],
+)
+def test_names_of_one_s_own_make_sentences(name: str, shown: str) -> None:
+    """Catches "a photo of a washing a car", and things taken for what a person does."""
+    prompts = name_prompts(name)
+    assert prompts[0] == f"a photo of {shown}"
+    assert all(prompt.endswith(shown) for prompt in prompts)
