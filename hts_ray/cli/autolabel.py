@@ -141,6 +141,8 @@ def _print_labels(labels: autolabel.Labels) -> None:
     print_written("labels", labels.path)
     print_written("report", labels.report)
     print_line("look at the report in a browser: it shows the images with their labels")
+    place = labels.run.config.run_dir
+    print_next("hts", "report", place, "--review", why="to correct labels on a page")
 
 
 def _print_counts(labels: Mapping[str, int], bare: int) -> None:
