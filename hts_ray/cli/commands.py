@@ -7,7 +7,7 @@ _TABLE = """
 Start here
   autolabel autolabel Label a folder of images with the classes that you name.
 Stages
-  prepare stages List images in a manifest: a folder, a list, shards, a hub dataset or HICO.
+  prepare stages List the images of a folder or of shards or of HICO in a manifest.
   label stages Score every class prompt on every region of every image (the teacher).
   filter stages Turn regional scores into positives, ignored and negatives.
   train stages Fine-tune the student (train.labels: pseudo, annotations or none).

@@ -52,7 +52,7 @@ from hts_ray.teacher.stage import plan_label
 @option("--no-headers", is_flag=True, help="Open no image: bad ones show later, sizes are unknown.")
 @stage_command()
 def prepare(settings: Settings, source: str, root: str, no_headers: bool) -> None:
-    """List images in a manifest: a folder, a list, shards, a hub dataset or HICO."""
+    """List the images of a folder or of shards or of HICO in a manifest."""
     run = settings.open()
     if no_headers:
         run = run.changed({"prepare": {"headers": False}})

@@ -166,7 +166,7 @@ def test_fish_completes(scripts):
         for line in shell_lines("fish", "--no-config", "-c", f"{source} 'hts label label.po'")
     }
     [line] = shell_lines("fish", "--no-config", "-c", f"{source} 'hts prep'")
-    assert line == "prepare\tList images in a manifest: a HICO download or any folder."
+    assert line == "prepare\tList the images of a folder or of shards or of HICO in a manifest."
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
