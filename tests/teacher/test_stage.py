@@ -19,13 +19,14 @@ import pytest
 from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
-from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig
+from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig, load_config
 from hts_ray.engine.compat import written_by
 from hts_ray.engine.decoding import decode_batch, decoded_image
 from hts_ray.engine.image_pass import committed_names, data_files
+from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.crops import crop_region
-from hts_ray.images.manifest import open_manifest
+from hts_ray.images.manifest import Manifest, open_manifest
 from hts_ray.images.regions import Region
 from hts_ray.labels.evidence import read_info
 from hts_ray.store import storage
@@ -38,8 +39,9 @@ from hts_ray.store.tables import (
     read_table,
     write_table,
 )
+from hts_ray.teacher import assignment
 from hts_ray.teacher.captioner import DummyCaptioner
-from hts_ray.teacher.stage import block_rows, label_images
+from hts_ray.teacher.stage import block_rows, label_images, plan_label
 
 BAD_FILES = {
     "empty.jpg": b"",
@@ -104,6 +106,25 @@ def test_blocks_are_small_enough_to_keep_every_actor_busy() -> None:
     assert rows(10_000, 16) == 40
     assert rows(1_000, 16) == 16  # never less than an actor's batch
     assert rows(1_000, 16, block_rows=8) == 8
+
+
+def test_every_way_to_ask_is_another_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches answers of one mode, question or spelling of yes read as those of another."""
+    config = load_config(overrides=["label.teacher.model=builtin:dummy", f"run_dir={tmp_path}"])
+    run, manifest = Run(config, classes()), Manifest("m", MANIFEST_SCHEMA.empty_table())
+
+    def key(**teacher: object) -> str:
+        return plan_label(run.changed({"label": {"teacher": teacher}}), manifest).folder.key
+
+    ways = [{"mode": mode} for mode in ("prompts", "captions", "questions")]
+    ways += [{"mode": "questions", "question": "Is it {}?"}]
+    ways += [{"mode": "questions", "object_bound": 0.0}]
+    keys = [key(**way) for way in ways]
+    assert len(set(keys)) == len(ways)
+    assert key(**ways[2]) == keys[2]
+    monkeypatch.setattr(assignment, "ANSWERS", {"yes": ["oui"], "no": ["non"]})
+    assert key(**ways[2]) not in keys
+    assert key(**ways[0]) == keys[0]
 
 
 def test_run_with_bad_images(ray_session: None, tmp_path: Path) -> None:
