@@ -44,7 +44,8 @@ ASKED = [name for name in tiny_models.BUILDERS if name not in SILENT]
 
 @cache
 def asked(path: Path, **settings: Any) -> Any:
-    config = TeacherConfig(model=str(path), mode="questions", prompt_batch=4, **settings)
+    settings = {"prompt_batch": 4, "pad_to_square": "never", **settings}
+    config = TeacherConfig(model=str(path), mode="questions", **settings)
     return load_captioner(config)
 
 
@@ -167,7 +168,7 @@ def test_tokenizers_that_cannot_answer() -> None:
 def test_the_instruction_is_for_captions(tiny_path: Callable[[str], Path]) -> None:
     """Catches captions written behind the question, or the question cut by the instruction."""
     path, settings = tiny_path("qwen2_vl"), CaptionConfig(max_tokens=4)
-    usual = load_captioner(TeacherConfig(model=str(path)))
+    usual = load_captioner(TeacherConfig(model=str(path), pad_to_square="never"))
     assert asked(path).caption(IMAGES, settings) == usual.caption(IMAGES, settings)
     other = asked(path, instruction="a photo of")
     assert other.caption(IMAGES, settings) != usual.caption(IMAGES, settings)
