@@ -565,7 +565,8 @@ def cost(rounds: int) -> dict[str, Any]:
         "80 objects": asking(nouns),
     }
     for count, ids in shown.items():
-        ways[f"classes of {count} objects"] = asking([questions[i] for i in ids])
+        plural = "s" if count > 1 else ""
+        ways[f"classes of {count} object{plural}"] = asking([questions[i] for i in ids])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, call in ways.items():
