@@ -290,7 +290,7 @@ class FilterConfig(Section):
         8, "the most probable are kept, the others ignored", ge=1
     )
     overrides: str | None = execution(None, "corrections by people, from `hts import-labels`")
-    passes: Literal["all"] | tuple[PassConfig, ...] | None = execution(
+    passes: tuple[PassConfig, ...] | None = execution(
         None,
         "teacher passes that are combined: `all` of the run, or a list of keys, models or folders,"
         " each alone or as {scores, weight, settings}; if not set, the latest alone",
@@ -305,6 +305,8 @@ class FilterConfig(Section):
     @classmethod
     def _named(cls, value: Any) -> Any:
         """Let a name stand for a pass without settings of its own."""
+        if isinstance(value, str | int):
+            value = [value]
         if not isinstance(value, list | tuple):
             return value
         return [{"scores": str(item)} if isinstance(item, str | int) else item for item in value]
@@ -318,7 +320,7 @@ class FilterConfig(Section):
         low, high = self.negative_threshold, self.positive_threshold
         message = f"negative_threshold must not be above positive_threshold ({low} > {high})"
         yield low > high, message
-        for one in self.passes if isinstance(self.passes, tuple) else ():
+        for one in self.passes or ():
             wrong = sorted(set(one.settings) & _OF_ALL_PASSES)
             yield wrong, f"passes: {', '.join(wrong)} is set for all passes together, in filter"
             try:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.config import FilterConfig, PassConfig
+from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.combine import combine, only_some
 from hts_ray.labels.evidence import Evidence, image_evidence, read_info, require_abstention
@@ -23,7 +23,7 @@ from hts_ray.store.run import StageFolder, finished_stages, given_stage
 from hts_ray.store.tables import read_table
 
 TABLE = "region_scores"
-_FIELD = "filter.passes"
+_FIELD, _ALL = "filter.passes", "all"
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def chosen_passes(
     else:
         stored = finished_stages(run_dir, TABLE)
         named = config.passes
-        if isinstance(named, str):
-            named = tuple(PassConfig(scores=folder.key) for folder in stored)
+        if [one.scores for one in named] == [_ALL]:
+            named = tuple(named[0].model_copy(update={"scores": f.key}) for f in stored)
         models = [str(read_info(folder.path).get("model")) for folder in stored]
         folders = [_find(stored, models, one.scores) for one in named]
         passes = [

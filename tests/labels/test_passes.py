@@ -128,7 +128,8 @@ def test_images_of_one_pass_only_are_labeled_and_counted(run, tmp_path):
             "settings of bbbb: temperat",
         ),
         (["aaaa", {"scores": "bbbb", "settings": {"tempra": 1}}], "settings of bbbb: tempra"),
-        ("some", "passes"),
+        (["aaaa", {"scores": "bbbb", "wieght": 2}], "wieght: unknown setting"),
+        ("some", "no such teacher pass"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_by_name(run, passes, text):
