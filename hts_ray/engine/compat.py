@@ -116,6 +116,17 @@ def rope_deltas(model: Any) -> Tensor:
     return deltas
 
 
+def crop_text(cache: Any, tokens: int, across: Iterable[int]) -> None:
+    """Remove the last tokens from a transformers cache, but for the layers numbered `across`.
+
+    These hold an image's keys, of which `Cache.crop` would remove as many.
+    """
+    kept = set(across)
+    for number, layer in enumerate(cache.layers):
+        if tokens and number not in kept:
+            layer.crop(-tokens)
+
+
 def select_cache(cache: Any, pick: Callable[[Tensor], Tensor]) -> Any:
     """Return a transformers cache with `pick` applied to every tensor that has one row a sequence.
 

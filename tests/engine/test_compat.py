@@ -188,3 +188,42 @@ def test_ray_counts_gpus_as_we_ask(monkeypatch, ray_session):
     )
     monkeypatch.setattr(state, "get_cluster_config", lambda: known)
     assert compat.startable_gpus() == [("L4", 4.0, 2)]
+
+
+def test_layers_of_a_cache_can_be_cropped_one_by_one():
+    """Catches an image's keys cut off with the text's, as `Cache.crop` does."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for number, length in enumerate((5, 9, 5)):
+        cache.update(*torch.zeros(2, 1, 1, length, 4), number)
+    compat.crop_text(cache, 2, [1])
+    assert [layer.keys.shape[2] for layer in cache.layers] == [3, 9, 3]
+    compat.crop_text(cache, 0, [1])
+    assert cache.get_seq_length() == 3
+
+
+def test_states_of_linear_attention_are_picked_and_copied():
+    """Catches a recurrent state that is shared by the prompts behind one region."""
+    import torch
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, intermediate_size=16, linear_num_key_heads=1,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"], num_experts=0, mlp_only_layers=[0, 1],
+    )  # fmt: skip
+    model = Qwen3NextForCausalLM(config).eval()
+    with torch.inference_mode():
+        ids = torch.tensor([[3, 4, 5]])
+        cache = model(ids, use_cache=True).past_key_values
+        picked = compat.select_cache(cache, lambda tensor: tensor.expand(2, *tensor.shape[1:]))
+        more = torch.tensor([[6, 7], [8, 9]])
+        behind = model(more, past_key_values=picked, use_cache=True).logits
+        again = compat.select_cache(cache, lambda tensor: tensor.expand(2, *tensor.shape[1:]))
+        assert torch.equal(model(more, past_key_values=again, use_cache=True).logits, behind)
+        for row in range(2):
+            whole = torch.cat([ids, more[row : row + 1]], 1)
+            assert torch.allclose(model(whole).logits[0, 3:], behind[row], atol=1e-4)

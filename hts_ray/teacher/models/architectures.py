@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hts_ray.engine.compat import rope_deltas
+from hts_ray.engine.compat import crop_text, rope_deltas
 from hts_ray.teacher.models.inputs import collate, extended
 from hts_ray.teacher.scoring.decoders import (
     Decoder,
@@ -328,9 +328,7 @@ class MllamaDecoder(PrefixDecoder):
     def rewind(self, prefix: Prefix) -> None:
         """Forget the fed nodes in the layers that hold them; images' keys stay."""
         across = self.model.config.get_text_config().cross_attention_layers
-        for number, layer in enumerate(prefix.cache.layers):
-            if prefix.fed and number not in across:
-                layer.crop(-prefix.fed)
+        crop_text(prefix.cache, prefix.fed, across)
         prefix.fed = 0
 
     def asked(self, image: Mapping[str, Tensor], sequence: TokenIds) -> Mapping[str, Tensor]:
