@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hts_ray.engine.progress import WrittenRows
 from hts_ray.evaluate import few_shot_masks
 from hts_ray.report.content import ClassRow, FunnelStep, ReportData, Section
 from hts_ray.report.facts import read_quarantine, run_facts, stage_rows
@@ -58,7 +60,7 @@ def report_for_run(
     }
     return ReportData(
         title=f"HTS report: {last_part(run_dir)}",
-        intro=_intro(found),
+        intro=[*in_progress(run_dir, found), *_intro(found)],
         settings=found.config_text,
         provenance=provenance,
         facts=run_facts(run_dir, found.config, provenance),
@@ -74,6 +76,36 @@ def report_for_run(
         quarantine=read_quarantine(run_dir),
         gallery=run_gallery(found, max_images),
     )
+
+
+def in_progress(run_dir: str, found: RunTables) -> list[str]:
+    """Say how far the stages are that have a folder and are not finished: they run, or were cut."""
+    label, predict = found.config.label, found.config.predict
+    wanted = {
+        "region_scores": ("label", label.splits, label.limit),
+        "predictions": ("predict", predict.split and (predict.split,), None),
+    }
+    lines, moment = [], datetime.now(timezone.utc)
+    for name in storage.list_names(run_dir):
+        table, _, key = name.rpartition("-")
+        folder = StageFolder(run_dir, table, key)
+        if table not in wanted or folder.finished:
+            continue
+        command, splits, limit = wanted[table]
+        total = 0
+        if found.manifest is not None:
+            split = found.manifest["split"]
+            total = len(split) if not splits else pc.sum(pc.is_in(split, pa.array(splits))).as_py()
+        done, bad = WrittenRows(folder.path)()
+        if not done:
+            continue
+        left_out = f", {count(bad)} of them quarantined" if bad else ""
+        lines.append(
+            f"hts {command} is in progress, or was interrupted: {count(done)} of"
+            f" {count(min(total, limit or total))} images are written{left_out}, as of"
+            f" {moment:%Y-%m-%d %H:%M} UTC. This page shows the stages that are finished."
+        )
+    return lines
 
 
 def _intro(found: RunTables) -> list[str]:

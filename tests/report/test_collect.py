@@ -108,3 +108,12 @@ def test_other_modules_add_sections(run_dir):
     data = report.report_for_run(run_dir, max_images=0, sections=[section])
     page = Page(report.render_report(data))
     assert "mine" in [attrs.get("id") for attrs in page.attributes("section")]
+
+
+def test_a_pass_that_runs_is_told_with_its_count(run_dir):
+    """Catches a report of yesterday's labels that does not say that a pass is on its way."""
+    assert not any("in progress" in line for line in report.report_for_run(run_dir).intro)
+    rows = StageFolder(run_dir, "region_scores", "abc").read().slice(0, 2)
+    tables.write_table(StageFolder(run_dir, "region_scores", "new").file("part-9.parquet"), rows)
+    told = report.report_for_run(run_dir).intro[0]
+    assert re.match(r"hts label is in progress.*: 2 of \d images are written.* UTC", told)
