@@ -7,7 +7,8 @@ new version of its library breaks it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +64,24 @@ def reread_variables() -> None:
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")
+
+
+@contextmanager
+def interruptible(trainer: Any) -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt from a Ray trainer's `fit`, and end the training then.
+
+    Ray Train would take the signal over for good and end the process with exit code 1.
+    """
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
+    try:
+        yield
+    except KeyboardInterrupt:
+        import ray
+
+        for controller in controllers:
+            ray.kill(controller)
+        raise
 
 
 def committed_writes(names: Iterable[str]) -> set[str]:

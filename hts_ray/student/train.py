@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 from hts_ray.config import TrainConfig
+from hts_ray.engine.compat import interruptible
 from hts_ray.engine.image_pass import data_context
 from hts_ray.engine.mistakes import user_error, users_mistakes_unwrapped
 from hts_ray.engine.run import Run, Stage
@@ -316,7 +317,8 @@ def _fit_or_explain(trainer: Any, config: TrainConfig) -> Any:
     from ray.train import ControllerError, WorkerGroupError
 
     try:
-        return trainer.fit()
+        with interruptible(trainer):
+            return trainer.fit()
     except RayActorError as error:
         raise UserError(
             f"the process that runs the training died: {_in_a_line(error)}; the same command goes"

@@ -26,6 +26,26 @@ def test_ray_train_keeps_its_checkpoints_where_we_look():
     assert compat.TRAIN_SNAPSHOT == constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 
+def test_ray_train_leaves_ctrl_c_to_us(monkeypatch):
+    """Would catch a training that ends the process by Ctrl-C, or that goes on behind it."""
+    from ray.train.torch import TorchTrainer
+
+    assert "_register_sigint_handler(controller)" in inspect.getsource(
+        TorchTrainer._initialize_and_run_controller
+    )
+    killed = []
+    monkeypatch.setattr("ray.kill", killed.append)
+    trainer = SimpleNamespace()
+
+    def fit():
+        trainer._register_sigint_handler("controller")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), compat.interruptible(trainer):
+        fit()
+    assert killed == ["controller"]
+
+
 def test_ray_data_commits_writes_as_we_read_them():
     """Would catch other names of checkpoint files, over which good rows would be removed."""
     from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
