@@ -1,4 +1,4 @@
-"""English sentences that stand for a class: "a person riding a bicycle", "a photo of a red car"."""
+"""English sentences that stand for a class: "a person riding a bicycle", "a red car"."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import lemminflect  # type: ignore[import-untyped]
 NO_INTERACTION = "no_interaction"
 Phrases = dict[tuple[str, str], tuple[str, ...]]
 
-# In each template {} is the noun or the phrase. Prompt i of every class follows template i.
+# In each template {} is the noun or the phrase. Prompt i of every class follows template i. The
+# first is what a captioner would say, and few begin with "a photo of".
 _NAME_TEMPLATES = (
+    "{}",
     "a photo of {}",
     "a picture of {}",
-    "an image of {}",
     "a photo showing {}",
     "a close-up photo of {}",
 )
@@ -140,7 +141,7 @@ def person_prompts(main: str, other: str | None = None) -> tuple[str, ...]:
 
 
 def name_prompts(name: str) -> tuple[str, ...]:
-    """Return the five prompts of a named class, "a photo of a red car" first."""
+    """Return the five prompts of a named class, "a red car" first."""
     return _fill(_NAME_TEMPLATES, shown_phrase(name))
 
 

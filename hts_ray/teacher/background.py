@@ -12,13 +12,13 @@ from functools import cache
 from pathlib import Path
 
 from hts_ray.captions.matching import match_captions
-from hts_ray.classes import ClassTable, hico_classes, name_prompts
+from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.classes.prompts import OBJECT_PHRASES
 
 _PEOPLE = "people"  # a section of background.txt
 _PERSON = frozenset({"person"})
 _STATED = 0.5  # the probability from which a sentence states a class, see `match_captions`
-_NAMED = "a photo of "  # how the prompt of a class named by a phrase begins
+_PHOTO = "a photo of "  # how people may begin their own prompts
 _EMPTY_WORDS = frozenset(
     [
         "a",
@@ -64,7 +64,8 @@ def background_sentences(table: ClassTable) -> tuple[str, ...]:
       so "a bicycle" stays beside "a person riding a bicycle";
     - say only that somebody is there, beside classes about a person.
 
-    Classes named by a phrase are asked as "a photo of ...", and so are the sentences then.
+    Beside prompts of one's own that begin with "a photo of", the sentences begin so too: a bare
+    sentence would be likelier for its length alone.
     """
     classes = {_content(prompt) for prompts in table.prompts for prompt in prompts}
     about_people = {of_class for of_class in classes if _PERSON & of_class}
@@ -84,10 +85,10 @@ def background_sentences(table: ClassTable) -> tuple[str, ...]:
         if max(found.values(), default=0.0) < _STATED
         and not any(_content(sentence) <= of_class for of_class in classes - about_people)
     ]
-    wordings = {prompt.startswith(_NAMED) for prompt in table.primary_prompts}
+    wordings = {prompt.startswith(_PHOTO) for prompt in table.primary_prompts}
     plain = kept if False in wordings else []
-    named = [name_prompts(sentence)[0] for sentence in kept] if True in wordings else []
-    return (*plain, *named)
+    framed = [f"{_PHOTO}{sentence}" for sentence in kept] if True in wordings else []
+    return (*plain, *framed)
 
 
 def _content(sentence: str) -> frozenset[str]:

@@ -73,8 +73,8 @@ def test_plain_names_and_pairs(tmp_path):
     )
     assert table.ids.tolist() == [0, 1, 2, 3, 4]
     assert table.primary_prompts == [
-        "a photo of a red car",
-        "a photo of a kitchen",
+        "a red car",
+        "a kitchen",
         "a person hopping on a bicycle",
         "a person juggling apples",
         "a person dancing",

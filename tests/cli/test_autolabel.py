@@ -58,7 +58,7 @@ def draw(numbers: range) -> None:
         (["photos"], "no class is named"),
         (["photos", "a dog", " "], "class 2 of 2 is empty"),
         (["photos", "a dog", "a cat", "A  dog"], "class 'A dog' is given twice"),
-        (["photos", "red car", "a red car"], "are both asked as 'a photo of a red car'"),
+        (["photos", "red car", "a red car"], "are both asked as 'a red car'"),
         (["photos", "a dog", "--classes", "x.csv"], "name classes or give a file"),
         (["photos", "--classes", "x.csv"], "no such file"),
         (["photos", "a dog", "label.nothing=3"], "unknown setting"),

@@ -16,16 +16,16 @@ def test_sentences_that_say_the_same_as_a_class_do_not_compete(tmp_path):
     """Catches a class whose own meaning takes its probability."""
     background = background_sentences(named(tmp_path, "a person washing a car", "a bicycle"))
     assert not any("bicycle" in sentence for sentence in background)
-    assert "a photo of a person washing a car" not in background
-    assert "a photo of a person driving a car" in background
+    assert "a person washing a car" not in background
+    assert "a person driving a car" in background
 
 
 @pytest.mark.parametrize(
     ("name", "gone", "kept"),
     [
-        ("a red bicycle", "a photo of a bicycle", "a photo of a person"),
-        ("a person holding a cup", "a photo of a man", "a photo of a cup"),
-        ("an empty shelf", "a photo of a shelf", "a photo of a person"),
+        ("a red bicycle", "a bicycle", "a person"),
+        ("a person holding a cup", "a man", "a cup"),
+        ("an empty shelf", "a shelf", "a person"),
     ],
 )
 def test_sentences_that_say_less_than_a_class_do_not_compete(tmp_path, name, gone, kept):
@@ -39,14 +39,18 @@ def test_background_is_worded_as_the_classes_are(tmp_path):
     """Catches "a photo of ..." beside bare sentences, which are likelier for their length alone."""
     hoi = hico_classes().subset([18, 139])
     assert not any(sentence.startswith("a photo of") for sentence in background_sentences(hoi))
-    own = background_sentences(named(tmp_path, "a red car"))
+    bare = background_sentences(named(tmp_path, "a red car"))
+    assert not any(sentence.startswith("a photo of") for sentence in bare)
+    path = tmp_path / "own.csv"
+    path.write_text("name,prompts\na red car,a photo of a red car\n", encoding="utf-8")
+    own = background_sentences(read_class_csv(path))
     assert all(sentence.startswith("a photo of") for sentence in own)
 
 
 def test_the_background_stays_small_beside_a_few_classes(tmp_path):
     """Catches a teacher that spends its time on sentences nobody asked for."""
     background = background_sentences(named(tmp_path, "a red bicycle", "an empty shelf"))
-    assert "a photo of an umbrella" in background
+    assert "an umbrella" in background
     assert not any("riding a horse" in sentence for sentence in background)
     assert 100 < len(background) < 250
 
