@@ -9,19 +9,19 @@ person riding a bicycle?", in the same steps that go on teaching it captions: bo
 the same weights and the same budget. Its image encoder stays as captions made it. Every crop is
 captioned once and asked three questions: one that is true where there is one, a class of an object
 that is there with another verb (any other where there is none), and an object alone. What is half
-visible is not asked visible is not asked about. So the copy hardly ever learned to say no to a class whose object is
+visible is not asked about. So the copy hardly ever learned to say no to a class whose object is
 absent: judge its questions with the object first. It was taught for 79 CPU seconds, where the
 captioner it was copied from had read captions for far longer, so this says little about large
 models that learned to answer. No checkpoint is committed; a seed makes one.
- is committed; a seed makes one.
 
 `measure` scores the world's 55 classes on the regions (the demo's) of images of worlds that were
 not trained on, by prompts and by questions, aggregates them as the filter does, and ranks the
 images of every class. What each way can choose (alpha, offset, aggregation, the weight of questions
 where both are averaged as log-probabilities) is chosen by mAP on world 110; worlds 0 to 2 judge.
 `untaught` is the built-in captioner as it is packaged. `object first` asks for objects, and for a
-class only where its object's log odds pass a bound, chosen on world 110 too. `empty` is the share of pictures that show nothing
-(those of abstention.py) that keep no positive at probability 0.5 of 1, 3 and 10 classes.
+class only where its object's log odds pass a bound, chosen on world 110 too. `empty` is the share
+of pictures that show nothing (those of abstention.py) that keep no positive at probability 0.5 of
+1, 3 and 10 classes.
 
 `cost` has the shape of SmolVLM-256M with a third of its layers and random weights: CPU seconds a
 region of HICO's 600 classes by mode=prompts and by mode=questions, in turn, and of asking for 80
