@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,27 @@ def test_benchmarks_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> N
 
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert page == render.render(), "run `make docs` and commit docs/benchmarks.md"
+
+
+def test_figures_on_photographs_are_those_measured() -> None:
+    """Catches a table that was left behind by a new measurement, or edited by hand."""
+    measured = json.loads((ROOT / "benchmarks/results/photos.json").read_text(encoding="utf-8"))
+    found, text = measured["sets"]["actions"], (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("### On real photographs")[2].partition("\n## ")[0]
+    for row in found["rows"]:
+        mean, spread, gap = row["mAP"]["mean"], row["mAP"]["sd"], row["gap_closed"]
+        deviation = "" if spread is None else f" ± {100 * spread:.1f}"
+        closed = f"{gap['mean']:.2f} ({gap['low']:.2f} to {gap['high']:.2f})"
+        assert f"| {row['name']} | {100 * mean:.1f}{deviation} | {closed} |" in section
+    told = re.findall(r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)", section)
+    known = {
+        tuple(f"{100 * pair[name]:+.1f}" for name in ("mean", "low", "high"))
+        for pair in found["differences"]
+    }
+    assert told
+    assert set(told) <= known
+    for count in found["sizes"].values():
+        assert f"{count:,}" in section
 
 
 def test_every_setting_is_named_with_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
