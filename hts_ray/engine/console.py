@@ -33,6 +33,7 @@ errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 _PLAIN_INTERVAL_S = 15.0
 _UPDATE_INTERVAL_S = 0.1
+_HINT_INTERVAL_S = 300.0
 _RATE_PERIOD_S = 3600.0  # rich's own 30 s forget steps that take longer
 _WIDE, _BAR_WIDTH, _NARROW_BAR_WIDTH = 120, 40, 10
 
@@ -46,9 +47,12 @@ class Steps:
     def __init__(self, bars: Progress | None = None) -> None:
         self._bars = bars or _progress(disable=True)
 
-    def images(self, title: str, unit: str = "images") -> ImagesDone:
-        """Return a callback (done, total, quarantined) for a step over images."""
-        step = _Step(self._bars, title, unit)
+    def images(self, title: str, unit: str = "images", hint: str = "") -> ImagesDone:
+        """Return a callback (done, total, quarantined) for a step over images.
+
+        `hint` is a line that a long step prints every five minutes.
+        """
+        step = _Step(self._bars, title, unit, hint=hint)
 
         def update(done: int, total: int, quarantined: int) -> None:
             step.update(done, total, f"{quarantined} quarantined" if quarantined else "")
@@ -98,10 +102,12 @@ class _Step:
     With `always` the end of a step is printed even if it took less than 15 seconds.
     """
 
-    def __init__(self, bars: Progress, title: str, unit: str, *, always: bool = False) -> None:
-        self._bars, self._title, self._unit = bars, title, unit
+    def __init__(
+        self, bars: Progress, title: str, unit: str, *, always: bool = False, hint: str = ""
+    ) -> None:
+        self._bars, self._title, self._unit, self._hint = bars, title, unit, hint
         self._task = bars.add_task(escape(title), total=None, unit=unit, note="")
-        self._updated = self._printed = time.monotonic()
+        self._updated = self._printed = self._hinted = time.monotonic()
         self._begun, self._printing, self._ended = False, always, False
 
     def begin(self, done: int, total: int) -> None:
@@ -126,6 +132,9 @@ class _Step:
         self._bars.update(self._task, note=note)
         if self._bars.disable:
             self._print(_joined(f"{self._title}: {done}/{total} {self._unit}", note), done >= total)
+        if self._hint and done < total and now - self._hinted >= _HINT_INTERVAL_S:
+            self._hinted = now
+            console.print(self._hint, markup=False)
 
     def _print(self, line: str, ending: bool) -> None:
         now = time.monotonic()
@@ -172,10 +181,13 @@ def steps() -> Iterator[Steps]:
 
 
 @contextmanager
-def image_progress(title: str) -> Iterator[ImagesDone]:
-    """Give a callback (done, total, quarantined) that shows one step's progress."""
+def image_progress(title: str, hint: str = "") -> Iterator[ImagesDone]:
+    """Give a callback (done, total, quarantined) that shows one step's progress.
+
+    `hint` is a line that a long step prints every five minutes.
+    """
     with steps() as shown:
-        yield shown.images(title)
+        yield shown.images(title, hint=hint)
 
 
 def busy(title: str) -> AbstractContextManager[object]:

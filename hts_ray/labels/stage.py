@@ -64,6 +64,17 @@ def plan_filter(run: Run, region_scores: StageFolder | None = None) -> Stage:
     return Stage(folder, {"region_scores": read}, work)
 
 
+def labels_so_far(one: TeacherPass, split: str | None) -> pa.Table:
+    """Return the `pseudo_labels` rows of what an unfinished pass has written, without storing them.
+
+    They are provisional: quantiles and a sample's prior move with every image that is added.
+    Raises DataError when nothing of the split is there yet.
+    """
+    evidence, _ = together([one], one.config, split)
+    class_ids = np.asarray(one.info["class_ids"], dtype=np.int16)
+    return pseudo_label_table(choose_labels(evidence, one.config, class_ids), class_ids)
+
+
 def filter_regions(
     config: FilterConfig, passes: Sequence[TeacherPass], split: str | None, stage: StageFolder
 ) -> dict[str, Any]:

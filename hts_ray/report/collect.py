@@ -26,7 +26,7 @@ from hts_ray.report.results import (
     read_training,
 )
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, find_stage
+from hts_ray.store.run import StageFolder, find_stage, stage_folders
 
 DEFAULT_IMAGES = 200
 DROP_REASONS = {
@@ -86,11 +86,11 @@ def in_progress(run_dir: str, found: RunTables) -> list[str]:
         "predictions": ("predict", predict.split and (predict.split,), None),
     }
     lines, moment = [], datetime.now(timezone.utc)
-    for name in storage.list_names(run_dir):
-        table, _, key = name.rpartition("-")
-        folder = StageFolder(run_dir, table, key)
-        if table not in wanted or folder.finished:
+    shown = {one.folder.path for one in found.passes}
+    for folder in [folder for table in wanted for folder in stage_folders(run_dir, table)]:
+        if folder.finished:
             continue
+        table = folder.table
         command, splits, limit = wanted[table]
         total = 0
         if found.manifest is not None:
@@ -103,7 +103,12 @@ def in_progress(run_dir: str, found: RunTables) -> list[str]:
         lines.append(
             f"hts {command} is in progress, or was interrupted: {count(done)} of"
             f" {count(min(total, limit or total))} images are written{left_out}, as of"
-            f" {moment:%Y-%m-%d %H:%M} UTC. This page shows the stages that are finished."
+            f" {moment:%Y-%m-%d %H:%M} UTC. "
+            + (
+                "The labels on this page are those so far; they may still change."
+                if folder.path in shown
+                else "This page shows the stages that are finished."
+            )
         )
     return lines
 

@@ -6,6 +6,7 @@ Tables stay in Arrow; only annotated rows become Python objects.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,12 +17,14 @@ import yaml
 
 from hts_ray.classes import ClassTable, read_class_csv
 from hts_ray.config import HtsConfig, parse_config
-from hts_ray.errors import ConfigError
+from hts_ray.engine.progress import WrittenRows
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.passes import TeacherPass, made_from
+from hts_ray.labels.stage import labels_so_far
 from hts_ray.report.label_quality import LabelQuality, measure
 from hts_ray.report.results import read_evaluations
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, find_stage
+from hts_ray.store.run import StageFolder, find_stage, stage_folders
 from hts_ray.store.tables import ANNOTATION_COLUMNS
 
 Row = dict[str, Any]
@@ -74,18 +77,22 @@ class RunTables:
 def read_run(run_dir: str, labels: StageFolder | None = None) -> RunTables:
     """Read what the report needs; `labels` is the latest pseudo_labels folder if not given.
 
+    A teacher pass that is not finished and has more images than those is read in its place, and
+    its labels so far are made here.
+
     Raises DataError when a table that is there cannot be read.
     """
     file, classes = (storage.join(run_dir, name) for name in ("config.yaml", "classes.csv"))
     text = storage.read_bytes(file).decode("utf-8", "replace") if storage.exists(file) else ""
-    manifest, labels = (
-        find_stage(run_dir, "manifest"),
-        labels or find_stage(run_dir, "pseudo_labels"),
-    )
+    given, labels = labels, labels or find_stage(run_dir, "pseudo_labels")
+    manifest = find_stage(run_dir, "manifest")
     config, regions = _run_config(text), find_stage(run_dir, "region_scores")
     passes = made_from(run_dir, storage.read_object(labels.file("table.json"))) if labels else []
     if not passes and regions is not None:
         passes = [TeacherPass(regions, config.filter)]
+    table = None if labels is None else labels.read(["image_id", *_LABEL_COLUMNS])
+    if given is None and (newest := _so_far(run_dir, config, 0 if table is None else len(table))):
+        passes, table = newest
     return RunTables(
         classes=read_class_csv(classes) if storage.exists(classes) else None,
         config_text=text,
@@ -93,9 +100,24 @@ def read_run(run_dir: str, labels: StageFolder | None = None) -> RunTables:
         manifest=manifest and manifest.read(["image_id", "split", *ANNOTATION_COLUMNS]),
         regions=regions,
         passes=passes,
-        labels=labels and labels.read(["image_id", *_LABEL_COLUMNS]),
+        labels=table,
         metrics=read_evaluations(run_dir),
     )
+
+
+def _so_far(
+    run_dir: str, config: HtsConfig, known: int
+) -> tuple[list[TeacherPass], pa.Table] | None:
+    """Return an unfinished teacher pass and its labels so far, where they are more than `known`."""
+    for folder in stage_folders(run_dir, "region_scores"):
+        if folder.finished or WrittenRows(folder.path)()[0] <= known:
+            continue
+        one = TeacherPass(folder, config.filter)
+        with suppress(DataError, ConfigError):  # nothing that can be filtered yet
+            return [one], labels_so_far(one, config.train.split).select(
+                ["image_id", *_LABEL_COLUMNS]
+            )
+    return None
 
 
 def _run_config(text: str) -> HtsConfig:

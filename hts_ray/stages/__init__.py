@@ -22,6 +22,7 @@ and once for all of them by `start`.
 from __future__ import annotations
 
 import atexit
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -109,7 +110,8 @@ def label(
         if not plan.folder.finished:
             check_later(run.config, "label")
         cluster = command_cluster(on_devices.config, "label", manifest=images)
-        return _on_ray(plan, cluster, image_progress("label"))
+        hint = f"the newest labels, on a page: {shlex.join(['hts', 'report', run.run_dir])}"
+        return _on_ray(plan, cluster, image_progress("label", hint))
 
 
 @contextmanager

@@ -78,15 +78,16 @@ class StageFolder:
         )
 
 
+def stage_folders(run_dir: str, table: str) -> list[StageFolder]:
+    """Return every folder of `table`, finished or not, by key."""
+    prefix = f"{table}-"
+    names = [name for name in storage.list_names(run_dir) if name.startswith(prefix)]
+    return [StageFolder(run_dir, table, name[len(prefix) :]) for name in names]
+
+
 def finished_stages(run_dir: str, table: str) -> list[StageFolder]:
     """Return every finished folder of `table`, the latest last."""
-    prefix = f"{table}-"
-    folders = [
-        StageFolder(run_dir, table, name[len(prefix) :])
-        for name in storage.list_names(run_dir)
-        if name.startswith(prefix)
-    ]
-    finished = [folder for folder in folders if folder.finished]
+    finished = [folder for folder in stage_folders(run_dir, table) if folder.finished]
     return sorted(finished, key=lambda folder: float(folder.stats["finished_at"]))
 
 

@@ -117,3 +117,15 @@ def test_a_pass_that_runs_is_told_with_its_count(run_dir):
     tables.write_table(StageFolder(run_dir, "region_scores", "new").file("part-9.parquet"), rows)
     told = report.report_for_run(run_dir).intro[0]
     assert re.match(r"hts label is in progress.*: 2 of \d images are written.* UTC", told)
+    assert told.endswith("shows the stages that are finished.")
+
+
+def test_a_first_pass_shows_its_labels_so_far(run_dir):
+    """Catches hours without a look at the labels, and old labels that hide the new ones."""
+    whole = [item.image_id for item in report.report_for_run(run_dir).gallery]
+    storage.remove_tree(f"{run_dir}/pseudo_labels-abc")
+    storage.delete_file(f"{run_dir}/region_scores-abc/stats.json")
+    data = report.report_for_run(run_dir)
+    assert data.intro[0].endswith("those so far; they may still change.")
+    assert {item.image_id for item in data.gallery} == set(whole)
+    assert any(item.labels for item in data.gallery)
