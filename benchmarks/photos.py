@@ -2,16 +2,17 @@
 
     python benchmarks/photos.py pretrain --flickr DIR --models DIR [--seeds 0]
     python benchmarks/photos.py run --set DIR --classes FILE --models DIR --run-dir DIR [--csv FILE]
-    python benchmarks/photos.py table [FILE ...]
+    python benchmarks/photos.py table [--out FILE]
 
 `pretrain` makes a captioner and a CLIP of Flickr8k's captions (`photo_models.py`); no class list is
 looked at. `run` takes any photographs in class folders, or with a CSV of `filename,label`, and a
 class file as `classes.source` takes it. Exact duplicates are dropped, then images are drawn by a
-seed into train (whose labels only the supervised row sees), validation (on which every setting is
-chosen) and test (scored once). Every step is the product's own: prepare, label on Ray Data, filter,
-sweep, train. Students learn the classifier in CLIP's feature space before its projection, on
-features that are computed once; `--check` compares their scores with `hts predict`'s. Intervals
-are of the difference in mAP over 400 bootstraps of the test images, students averaged.
+seed into train (whose labels only the supervised rows see), validation (on which every setting is
+chosen) and test (scored once). The steps are the product's own: prepare, label on Ray Data, filter,
+train. The search for HTS with both teachers begins at what was chosen for each alone. Students
+learn the classifier in CLIP's feature space before its projection, on features that are computed
+once; `--check` compares their scores with `hts predict`'s. Intervals are of the difference in mAP
+over 400 bootstraps of the test images, students averaged.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def split_set(run: Run, root: str, table: Path | None, sizes: Sequence[int], see
 
     It is done once for the same arguments.
     """
-    named = [str(Path(root).resolve()), None if table is None else table.read_text("utf-8-sig")]
+    named = [str(Path(root).resolve()), None if table is None else _rows_of(table)]
     key = settings_hash(named, list(sizes), seed, run.class_table.fingerprint())
     folder = storage.join(run.run_dir, f"splits-{key}")
     if storage.exists(storage.join(folder, "counts.json")):
