@@ -34,6 +34,7 @@ def test_all_rows_are_measured_on_the_same_images(shown):
     assert names == [
         "zero-shot CLIP",
         "teacher alone",
+        "CLIP's own labels",
         "HTS whole image only",
         "HTS with regions",
         "HTS with BCE",
@@ -42,7 +43,7 @@ def test_all_rows_are_measured_on_the_same_images(shown):
     assert {row.metrics["num_images"] for row in rows} == {32}
     assert len({row.metrics["num_classes"] for row in rows}) == 1
     assert len({row.metrics["mAP"] for row in rows}) >= 5
-    scores = find_stage(run_dir, "region_scores")
+    scores = find_stage(run_dir, "region_scores")  # the main row's, published last
     assert rows[1].seconds == scores.stats["seconds"]
     for row in rows:
         if row.student:  # not what only reading a finished folder takes
@@ -53,10 +54,13 @@ def test_rows_differ_in_what_they_claim_to_differ_in(shown):
     """Would catch an ablation that runs the main settings under another name."""
     rows, _, _ = shown
     students = {row.name: row.student.key for row in rows if row.student}
-    assert len(set(students.values())) == len(students) == 5
+    assert len(set(students.values())) == len(students) == 6
     labels = {row.name: row.labels.key for row in rows if row.labels}
     assert labels["HTS with BCE"] == labels["HTS with regions"]
     assert labels["HTS whole image only"] != labels["HTS with regions"]
+    passes = {row.name: row.scores.key for row in rows if row.labels}
+    assert len(set(passes.values())) == 2
+    assert passes["CLIP's own labels"] != passes["HTS with regions"] == passes["HTS with BCE"]
 
 
 def test_table_and_page_tell_the_measured_numbers(shown):
@@ -79,6 +83,7 @@ def test_the_run_goes_on_with_the_main_student(shown):
     main = next(row for row in rows if row.name == "HTS with regions")
     assert find_stage(run_dir, "student").key == main.student.key
     assert find_stage(run_dir, "pseudo_labels").key == main.labels.key
+    assert find_stage(run_dir, "region_scores").key == main.scores.key
 
 
 def test_gap_closed_is_the_share_of_the_way(shown):
