@@ -214,7 +214,8 @@ def test_a_command_reads_the_manifest_and_the_model_once(finished, monkeypatch):
         read.clear()
         hashed.clear()
         command(override(run.config, settings))
-        assert read == [manifest]
+        assert [path for path in read if not path.endswith("_stamps.parquet")] == [manifest]
+        assert len(read) <= 2
         assert len(hashed) <= 1
 
 

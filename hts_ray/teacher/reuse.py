@@ -18,7 +18,7 @@ from hts_ray.engine.image_pass import CHECKPOINT, OK, committed_files
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS, Manifest, open_manifest
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, settings_hash
+from hts_ray.store.run import StageFolder, settings_hash, stage_folders
 from hts_ray.store.tables import read_table, write_table
 from hts_ray.teacher.assignment import TABLE_INFO, Assignment, asked_words, region_sources
 
@@ -43,7 +43,7 @@ def take_over(
     wanted = _stamped(manifest).filter(pc.field("image_id").isin(ids))
     for file in committed_files(stage):
         wanted = _without(wanted, read_table(file, ["image_id"]))
-    for source, images in _earlier(stage, asked["asked"]):
+    for source, images in _earlier(stage, asked["asked"], manifest) if len(wanted) else ():
         same = wanted.filter(pc.is_in(_keys(wanted), _keys(images)))
         for file in committed_files(source) if len(same) else ():
             rows = read_table(file)
@@ -74,19 +74,22 @@ def _question(assignment: Assignment) -> str:
     )
 
 
-def _earlier(stage: StageFolder, question: str) -> Iterator[tuple[StageFolder, pa.Table]]:
-    """Yield the run's other passes that ask the same, finished or not, with their images."""
-    prefix = f"{stage.table}-"
-    for name in storage.list_names(stage.run_dir):
-        other = StageFolder(stage.run_dir, stage.table, name.removeprefix(prefix))
-        if not name.startswith(prefix) or other == stage:
+def _earlier(
+    stage: StageFolder, question: str, manifest: Manifest
+) -> Iterator[tuple[StageFolder, pa.Table]]:
+    """Yield the run's other passes that ask the same, finished or not, with their images.
+
+    `manifest` is that of the pass which asks; most other passes have the same one.
+    """
+    for other in stage_folders(stage.run_dir, stage.table):
+        asked = {} if other == stage else storage.read_object(other.file(_ASKED))
+        if asked.get("asked") != question:
             continue
-        asked = storage.read_object(other.file(_ASKED))
-        with suppress(DataError):  # the manifest is gone
-            if asked.get("asked") == question:
-                manifest = open_manifest(asked["manifest"])
-                if manifest.fingerprint == asked["images"]:
-                    yield other, _stamped(manifest)
+        with suppress(DataError):  # its manifest is gone
+            same = asked["manifest"] == manifest.path
+            theirs = manifest if same else open_manifest(asked["manifest"])
+            if theirs.fingerprint == asked["images"]:
+                yield other, _stamped(theirs)
 
 
 def _stamped(manifest: Manifest) -> pa.Table:

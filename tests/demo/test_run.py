@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from hts_ray.config import load_config
 from hts_ray.demo import run as demo
@@ -72,7 +73,7 @@ def test_table_and_page_tell_the_measured_numbers(shown):
             line for line in printed.splitlines() if line.strip().startswith(row.name + " ")
         )
         assert f"{100 * row.metrics['mAP']:.1f}" in line
-        assert row.name in page
+        assert escape(row.name) in page
     assert "gap closed" in printed
     assert "synthetic" in page
 

@@ -118,7 +118,7 @@ def test_a_header_is_found_whether_or_not_it_stands_first(tmp_path, monkeypatch,
     path = tmp_path / "image"
     Image.effect_noise((300, 200), 90).convert("RGB").save(path, kind)
     size = path.stat().st_size
-    monkeypatch.setattr(retry, "_HEAD_BYTES", 2000)
+    monkeypatch.setattr(retry, "HEAD_BYTES", 2000)
     assert size > 2000
     assert probe_uri(str(path)) == (300, 200, size)
     path.write_bytes(path.read_bytes()[:40])

@@ -49,8 +49,9 @@ def _with_dtype(config: TeacherConfig, device: str) -> TeacherConfig:
     if device not in {"cpu", "meta"}:
         import torch
 
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if fast else "float16"
+        if torch.cuda.is_available():  # device "auto" may mean the CPU
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if fast else "float16"
     return config.model_copy(update={"dtype": dtype})
 
 

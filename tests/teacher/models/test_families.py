@@ -70,7 +70,11 @@ class Plain:
         """Name the inputs that have an entry for each of `length` tokens."""
         if self.key == "decoder_input_ids":
             return [self.key]
-        shapes = {key: value.shape[1:] for key, value in inputs.items() if "qformer" not in key}
+        shapes = {
+            key: value.shape[1:]
+            for key, value in inputs.items()  # three tokens are no three colours
+            if "qformer" not in key and not value.is_floating_point()
+        }
         return [key for key, shape in shapes.items() if shape[:1] == (length,)]
 
     def picture(self, image: np.ndarray) -> Image.Image:

@@ -74,7 +74,8 @@ def test_prompt_tokens_are_text_and_seen() -> None:
         "mm_token_type_ids": torch.ones(1, 2, dtype=torch.int32),
         "pixel_values": torch.ones(1, 3, 2, 2),
     }
-    longer = extended(inputs, torch.tensor([[5, 6, 7]]))
+    assert extended(inputs, torch.tensor([[5]]))["token_type_ids"].tolist() == [[0, 0, 0]]
+    longer = extended(inputs, torch.tensor([[5, 6, 7]]), token_type=1)
     assert longer["input_ids"].tolist() == [[1, 2, 5, 6, 7]]
     assert longer["attention_mask"].tolist() == [[1] * 5]
     assert longer["token_type_ids"].tolist() == [[0, 0, 1, 1, 1]]
