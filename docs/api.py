@@ -26,6 +26,8 @@ KNOWN = "Error parsing type annotation ForwardRef("
 
 def build(folder: Path) -> list[str]:
     """Write the pages into a folder; returns what pdoc warned of."""
+    for name in hts_ray.__all__:  # imported when asked for; pdoc looks at what is there
+        setattr(hts_ray, name, getattr(hts_ray, name))
     modules = ["hts_ray"]
     for module in pkgutil.walk_packages(hts_ray.__path__, "hts_ray."):
         package = sys.modules[module.name.rpartition(".")[0]]
