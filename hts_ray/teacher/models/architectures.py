@@ -246,7 +246,12 @@ class PrefixDecoder(ProcessedDecoder):
             attention_mask=mask,
             use_cache=True,
             **self.position_ids(positions),
+            **self.image_inputs(prefix, tokens),
         )
+
+    def image_inputs(self, prefix: Prefix, tokens: Tensor) -> dict[str, Tensor]:
+        """Return what the language model is told of the image again with every (R, N) tokens."""
+        return {}
 
     def asked(self, image: Mapping[str, Tensor], sequence: TokenIds) -> Mapping[str, Tensor]:
         """Return image, instruction and prompt as one text."""
@@ -312,18 +317,10 @@ class MllamaDecoder(PrefixDecoder):
         tiles = torch.cat([image["cross_attention_mask"][:, -1:] for image in images])
         return replace(prefix, features=(tiles.to(prefix.root.device),))
 
-    def forward(
-        self, prefix: Prefix, tokens: Tensor, positions: Tensor, mask: Tensor | None
-    ) -> Any:
-        """Run the model with every token seeing the tiles."""
-        return self.language_model(
-            input_ids=tokens,
-            past_key_values=prefix.cache,
-            attention_mask=mask,
-            position_ids=positions,
-            cross_attention_mask=prefix.features[0].expand(-1, tokens.shape[1], -1, -1),
-            use_cache=True,
-        )
+    def image_inputs(self, prefix: Prefix, tokens: Tensor) -> dict[str, Tensor]:
+        """Return that every token sees the tiles."""
+        tiles = prefix.features[0].expand(-1, tokens.shape[1], -1, -1)
+        return {"cross_attention_mask": tiles}
 
     def rewind(self, prefix: Prefix) -> None:
         """Forget the fed nodes in the layers that hold them; images' keys stay."""
