@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from hts_ray.evaluate import label_matrix
 from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.labels.corrections import read_overrides
 from hts_ray.labels.evidence import (
+    COMPETING,
+    LOG_LIKELIHOOD,
     Evidence,
     Regions,
     aggregate_regions,
@@ -31,6 +34,7 @@ from hts_ray.labels.evidence import (
     with_sample_prior,
 )
 from hts_ray.labels.evidence import read_regions as read_blocks
+from hts_ray.labels.select import Aggregation
 from hts_ray.metrics import POSITIVE
 from hts_ray.store.aliases import BoolArray, FloatArray
 from hts_ray.store.tables import read_table
@@ -56,7 +60,8 @@ class SweepData:
     - `feature_row_N` is an image's row of `features_MD`, or -1 where it has no features.
     - `flipped_MD` are the features of the mirrored images, None where none are stored.
     - `classifier_CD` is the zero-shot classifier, `overrides` the rows of `filter.overrides`.
-    - `reference_NC` is the evidence that objectives compare with, see `make_reference`.
+    - `reference_NC` is the evidence that objectives compare with, see `reference`.
+    - `labeled_N` are the images of `validation`, on which no student is trained.
     """
 
     config: HtsConfig
@@ -67,6 +72,7 @@ class SweepData:
     classifier_CD: FloatArray
     reference_NC: FloatArray
     validation: Validation | None
+    labeled_N: BoolArray
     overrides: pa.Table | None
 
 
@@ -106,8 +112,9 @@ def load_sweep_data(
         features_MD=stored.features_ND[wanted],
         flipped_MD=None if stored.flipped_ND is None else stored.flipped_ND[wanted],
         classifier_CD=zero_shot_classifier(config, class_table),
-        reference_NC=reference(config, regions, feature_row_N >= 0),
+        reference_NC=reference(regions, feature_row_N >= 0),
         validation=_validation(validation, stored, class_table, features_path),
+        labeled_N=labeled_among(regions.image_ids, validation),
         overrides=None if overrides is None else read_overrides(overrides),
     )
 
@@ -172,40 +179,73 @@ def zero_shot_classifier(config: HtsConfig, class_table: ClassTable) -> FloatArr
     return np.asarray(classifier.detach().cpu().numpy(), dtype=np.float32)
 
 
-def reference(config: HtsConfig, regions: Regions, has_features_N: BoolArray) -> FloatArray:
+def reference(regions: Regions, has_features_N: BoolArray) -> FloatArray:
     """Read the teacher's evidence (N, C) in fixed ways, from all regions and from halves of them.
 
-    An image without features is scored by no student: it must not count against any. Raises
-    DataError when the teacher expects no positive of any class.
+    It is a mean over `reference_readings`, which depend on the stored scores and on no setting, so
+    that every setting is measured by the same evidence and none by its own. An image without
+    features is scored by no student: it must not count against any. Raises DataError when the
+    teacher expects no positive of any class.
     """
-    view_G = halve_regions(np.diff(regions.offsets_N1), config.sweep.seed)
-    consensus = _consensus(regions, config.filter, None)
+    readings = reference_readings(regions)
+    view_G = halve_regions(np.diff(regions.offsets_N1), seed=0)
+    consensus = _consensus(regions, readings, None)
     consensus.probabilities_NC[~has_features_N] = 0
     views = []
     for view in (0, 1):
-        half = _consensus(regions, config.filter, view_G == view)
+        half = _consensus(regions, readings, view_G == view)
         half.probabilities_NC[~(half.seen_N & has_features_N)] = np.nan
         views.append(half.probabilities_NC)
     return make_reference(consensus.probabilities_NC, np.stack(views))
 
 
-_READINGS: tuple[dict[str, Any], ...] = (
-    {"aggregation": "max"},
-    {"aggregation": "top_k_mean", "top_k": 2},
-    {"aggregation": "mean"},
-    {"aggregation": "noisy_or"},
-)
+# The grid of readings: both ends of how regions become one probability, with and without a part of
+# the prior taken off, and two levels of `none of these`, which are quantiles of the regions' best
+# scores. Finer grids, and others with the softmax's temperature, ranked settings of a validation
+# world no better.
+_AGGREGATIONS: tuple[Aggregation, ...] = ("max", "mean")
+_ALPHAS = (0.0, 0.5)
+_NULL_QUANTILES = (0.3, 0.7)
+REFERENCE_GRID = (_AGGREGATIONS, _ALPHAS, _NULL_QUANTILES)
 
 
-def _consensus(regions: Regions, config: FilterConfig, chosen_G: BoolArray | None) -> Evidence:
-    """Mean probability over all aggregations, of all stored kinds of regions and margins."""
-    every = config.model_copy(update={"region_kinds": None, "margins": None})
-    found = [
-        aggregate_regions(regions, every.model_copy(update=reading), chosen_G)
-        for reading in _READINGS
+def reference_readings(regions: Regions) -> list[FilterConfig]:
+    """Return the filter's settings with which the reference reads stored regions."""
+    info = regions.info
+    alphas: tuple[float, ...] = _ALPHAS[:1]
+    levels: list[float | None] = [None]
+    prior: Literal["teacher", "sample"] = "teacher"
+    if info.get("score_kind", LOG_LIKELIHOOD) in COMPETING:
+        best_G = regions.scores_GS[:, : len(info["class_ids"])].max(axis=1)
+        if np.isfinite(best_G).any():
+            levels = np.quantile(best_G[np.isfinite(best_G)], _NULL_QUANTILES).tolist()
+        prior = "sample" if info.get("prior_log_likelihoods") is None else "teacher"
+        if prior == "teacher" or info.get("sample_prior") is not None:
+            alphas = _ALPHAS
+    values = product(_AGGREGATIONS, alphas, levels)
+    return [
+        FilterConfig(aggregation=how, prior=prior, prior_alpha=alpha, null_score=level)
+        for how, alpha, level in values
     ]
-    mean_NC = np.mean([evidence.probabilities_NC for evidence in found], axis=0, dtype=np.float32)
-    return Evidence(regions.images, np.asarray(mean_NC), found[0].support_NC, found[0].seen_N)
+
+
+def _consensus(
+    regions: Regions, readings: Sequence[FilterConfig], chosen_G: BoolArray | None
+) -> Evidence:
+    """Mean probability over the readings, of all stored kinds of regions and margins."""
+    total_NC: FloatArray | np.float32 = np.float32(0)
+    found = None
+    for reading in readings:
+        found = aggregate_regions(regions, reading, chosen_G)
+        total_NC = total_NC + found.probabilities_NC
+    assert found is not None
+    return replace(found, probabilities_NC=np.asarray(total_NC / np.float32(len(readings))))
+
+
+def labeled_among(image_ids: npt.NDArray[Any], validation: pa.Table | None) -> BoolArray:
+    """Return which of N images are in a table of labeled ones."""
+    labeled = [] if validation is None else validation["image_id"].to_pylist()
+    return np.isin(image_ids, np.asarray(labeled, dtype=image_ids.dtype))
 
 
 def _feature_rows(

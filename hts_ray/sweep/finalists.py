@@ -34,8 +34,12 @@ from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
 from hts_ray.sweep.data import SweepData
 from hts_ray.sweep.log import OWN, Trial
-from hts_ray.sweep.objectives import VALIDATION, Outcome, unseen_ap
-from hts_ray.sweep.plan import Plan, labeled_among
+from hts_ray.sweep.objectives import (
+    VALIDATION,
+    Outcome,
+    unseen_expected_ap,
+)
+from hts_ray.sweep.plan import Plan
 from hts_ray.sweep.space import Settings, trial_config
 
 FOLDER = "finalists"
@@ -47,8 +51,7 @@ FOLDS = 2
 class Finalist:
     """A trial that was trained in full; `value` is None where that failed, as `message` tells.
 
-    `gain_error` is the standard error of the value's difference to that of the run's own settings,
-    where labels decide.
+    `gain_error` is the standard error of the value's difference to that of the run's own settings.
     """
 
     number: int
@@ -140,7 +143,7 @@ class _Final:
         self._folder = plan.stage.file(FOLDER)
         ids, sweep = data.regions.image_ids, plan.run.config.sweep
         if plan.validation is not None and objective == VALIDATION:
-            self.parts = [ids[~labeled_among(ids, plan.validation, sweep)].tolist()]
+            self.parts = [ids[~data.labeled_N].tolist()]
         else:
             random = np.random.default_rng([sweep.seed, 3])
             fold_N = random.permutation(np.arange(len(ids)) % FOLDS)
@@ -162,30 +165,27 @@ class _Final:
     def compare(
         self, trial: Trial, students: Sequence[Callable[[], StageFolder]]
     ) -> tuple[Finalist, FloatArray | None]:
-        """Return a finalist, and the AP (C,) on the labeled images where they decide."""
+        """Return a finalist and the AP (C,) that its value is the mean of."""
         name, ap_C = self._objective, None
         finalist = Finalist(trial.number, trial.settings, name, trial.objective, None, 0.0)
         try:
             trained = [student() for student in students]
-            if name == VALIDATION:
-                ap_C = self._labeled_ap(trained[0])
-                value = mean_average_precision(ap_C)
-            else:
-                value = self._label_free(trained)
+            labeled = name == VALIDATION
+            ap_C = self._labeled_ap(trained[0]) if labeled else self._expected_ap(trained)
         except UserError as error:
             if trial.number == OWN:
                 raise
             return replace(finalist, message=str(error)), None
         seconds = sum(float(student.stats["seconds"]) for student in trained)
-        return replace(finalist, value=value, seconds=seconds), ap_C
+        return replace(finalist, value=mean_average_precision(ap_C), seconds=seconds), ap_C
 
-    def _label_free(self, students: Sequence[StageFolder]) -> float:
-        """Return the objective of two students, each trained on one half of the images."""
+    def _expected_ap(self, students: Sequence[StageFolder]) -> FloatArray:
+        """Return the expected AP (C,) of two students, each trained on one half of the images."""
         data, images = self._data, self._plan.images
         ids = data.regions.image_ids.tolist()
         logits_2NC = np.stack([self._logits(student, images, ids) for student in students])
         fold_N = np.where(np.isin(ids, self.parts[0]), 0, 1).astype(np.int8)
-        return unseen_ap(Outcome(data.reference_NC, fold_N, logits_2NC))
+        return unseen_expected_ap(Outcome(data.reference_NC, fold_N, logits_2NC))
 
     def _labeled_ap(self, student: StageFolder) -> FloatArray:
         """Return the student's AP (C,) on the labeled images."""

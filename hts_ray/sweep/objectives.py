@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.metrics import mean_average_precision
 from hts_ray.store.aliases import FloatArray
 
 # Classes ranked at a time, which bounds the memory of the sorted copies.
@@ -98,24 +99,28 @@ def expected_average_precision(scores_NC: ArrayLike, probabilities_NC: ArrayLike
     return ap_C
 
 
-def mean_expected_ap(logits_NC: FloatArray, reference_NC: FloatArray) -> float:
-    """Mean expected AP over the classes of which the reference expects a positive; 0 if of none."""
+def expected_ap(logits_NC: FloatArray, reference_NC: FloatArray) -> FloatArray:
+    """Return the expected AP (C,); NaN for a class of which the reference expects no positive."""
     ap_C = expected_average_precision(logits_NC, reference_NC)
-    counted_C = reference_NC.sum(axis=0) >= _LEAST_EXPECTED
-    return float(ap_C[counted_C].mean()) if counted_C.any() else 0.0
+    return np.where(reference_NC.sum(axis=0) >= _LEAST_EXPECTED, ap_C, np.nan)
+
+
+def unseen_expected_ap(outcome: Outcome) -> FloatArray:
+    """Return the expected AP (C,) of students on images they did not see."""
+    first, second = outcome.logits_2NC
+    unseen_NC = np.where(outcome.fold_N[:, None] == 0, second, first)
+    return expected_ap(unseen_NC, outcome.reference_NC)
 
 
 def unseen_ap(outcome: Outcome) -> float:
-    """Expected AP of students on images they did not see, by what both halves of regions say."""
-    first, second = outcome.logits_2NC
-    unseen_NC = np.where(outcome.fold_N[:, None] == 0, second, first)
-    return mean_expected_ap(unseen_NC, outcome.reference_NC)
+    """Mean expected AP of students on images they did not see."""
+    return mean_average_precision(unseen_expected_ap(outcome))
 
 
 def seen_ap(outcome: Outcome) -> float:
     """The same of the student of all images, on these images."""
     assert outcome.whole_NC is not None
-    return mean_expected_ap(outcome.whole_NC, outcome.reference_NC)
+    return mean_average_precision(expected_ap(outcome.whole_NC, outcome.reference_NC))
 
 
 def blended_ap(outcome: Outcome) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +17,7 @@ from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
 from hts_ray.student.model import source_fingerprint
-from hts_ray.sweep.data import scored_images
+from hts_ray.sweep.data import REFERENCE_GRID, labeled_among, scored_images
 from hts_ray.sweep.objectives import choose_objective
 from hts_ray.sweep.proposals import make_proposer
 from hts_ray.sweep.space import Space, build_space
@@ -84,12 +83,13 @@ def plan_sweep(run: Run, region_scores: StageFolder) -> Plan:
     objective = choose_objective(sweep.objective, validation is not None)
     images = scored_images(region_scores.path, config.train.split)
     if validation is not None:
-        labeled_among(images["image_id"].to_numpy(), validation, sweep)
+        _require_unlabeled(images["image_id"].to_numpy(), validation, sweep)
     own = {"space", "validation", "objective"}
     key = settings_hash(
         {name: v for name, v in sweep.answer_settings().items() if name not in own},
         space.fingerprint(),
         objective,
+        REFERENCE_GRID,
         None if validation is None else content_hash(validation),
         plan_filter(run, region_scores).folder.key,  # scores, classes, corrections, settings
         config.train.answer_settings(),
@@ -120,17 +120,15 @@ def labeled_images(run: Run, path: str) -> pa.Table:
     return table.sort_by("image_id").combine_chunks()
 
 
-def labeled_among(
+def _require_unlabeled(
     image_ids: npt.NDArray[Any], validation: pa.Table, config: SweepConfig
-) -> npt.NDArray[np.bool_]:
-    """Return which images are labeled; ConfigError when too few others are left to train on."""
-    labeled_N = np.isin(image_ids, validation["image_id"].to_pylist())
-    if config.finalists and 2 * labeled_N.sum() > len(image_ids):
+) -> None:
+    """Raise ConfigError when too few images are left to train on beside the labeled ones."""
+    labeled = int(labeled_among(image_ids, validation).sum())
+    if 2 * labeled > len(image_ids):
         raise ConfigError(
-            f"{labeled_N.sum()} of the {len(image_ids)} images to train on are labeled",
+            f"{labeled} of the {len(image_ids)} images to train on are labeled",
             field="sweep.validation",
             value=config.validation,
-            remedy="students are not trained on labeled images: name fewer, or set"
-            " sweep.finalists=0",
+            remedy="students are not trained on labeled images: name fewer",
         )
-    return np.asarray(labeled_N)

@@ -48,12 +48,13 @@ def print_sweep(stage: StageFolder) -> None:
             _name(entry["number"]),
             f"{entry['trial_value']:.4f}",
             "failed" if entry["value"] is None else f"{entry['value']:.4f}",
+            "-" if entry["gain_error"] is None else f"{entry['gain_error']:.4f}",
             duration(entry["seconds"]),
         ]
         for entry in finalists
     ]
     if cells:
-        header = ["", "as a trial", "in full", "trained in"]
+        header = ["", "as a trial", "in full", "error of the gain", "trained in"]
         print_rows(f"finalists, {finalists[0]['objective']}", header, cells)
     console.print(f"[bold]{stage.stats['verdict']}[/bold]")
     if not stage.stats["kept_own"]:

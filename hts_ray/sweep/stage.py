@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import yaml
@@ -38,8 +39,8 @@ TRIALS_FILE = "trials.parquet"
 FINALISTS_FILE = "finalists.json"
 BEST_FILE = "best.yaml"
 START = "start"  # the folder of the zero-shot student
-# Standard errors that a gain on labeled images has to exceed: a one-sided test at 5 %.
-_SURE = 1.645
+# Standard errors that a gain has to exceed: a one-sided test at 5 %.
+SURE = 1.645
 
 
 def run_sweep(
@@ -151,30 +152,49 @@ def choose_winner(
 ) -> tuple[Trial, str]:
     """Return the best trial, the run's own unless another beats it, and that in a sentence.
 
-    A few labeled images tell settings apart by chance too, so with them the gain has to be clear of
-    its standard error.
+    Settings differ by chance too, so a gain has to be clear of its standard error: that of the
+    difference over classes for finalists, over seeds where trials alone decide.
     """
-    errors: dict[int, float] = {}
     if finalists:
         values = {f.number: f.value for f in finalists if f.value is not None}
         errors = {f.number: f.gain_error for f in finalists if f.gain_error is not None}
         what = f"{finalists[0].objective} of students trained in full"
     else:
-        complete = best_first(trials)
-        values = {t.number: t.objective for t in complete if t.objective is not None}
+        complete = {t.number: t for t in best_first(trials) if t.objective is not None}
+        values = {n: t.objective for n, t in complete.items() if t.objective is not None}
+        errors = {n: seeds_error(t, complete[OWN]) for n, t in complete.items()}
         what = f"{objective} of the trials"
     own = values.pop(OWN)
-    better = {n: v for n, v in values.items() if v - own > _SURE * errors.get(n, 0.0)}
+    gains = {n: value - own for n, value in values.items()}
+    better = [n for n, gain in gains.items() if gain > SURE * errors.get(n, float("inf"))]
     if better:
-        best = max(better, key=lambda number: better[number])
-        against = f"{what} {better[best]:.4f} against {own:.4f}"
+        best = max(better, key=lambda number: gains[number])
+        against = f"{what} {values[best]:.4f} against {own:.4f}, {_gain(gains, errors, best)}"
         return trials[best], f"trial {best} beats the run's own settings: {against}"
     rival = ""
-    if values:
-        best = max(values, key=lambda number: values[number])
-        chance = ", no more than chance gives" if values[best] > own else ""
-        rival = f"; the best other had {values[best]:.4f}{chance}"
+    if gains:
+        best = max(gains, key=lambda number: gains[number])
+        rival = f"; the best other had {values[best]:.4f}"
+        if gains[best] > 0:
+            rival += f", {_gain(gains, errors, best)}, which chance gives too"
     return trials[OWN], f"the run's own settings are kept: {what} {own:.4f}{rival}"
+
+
+def seeds_error(trial: Trial, other: Trial) -> float:
+    """Return the standard error of the difference of two trials' objectives over their seeds.
+
+    Infinite for fewer than two seeds in common.
+    """
+    count = min(len(trial.reports), len(other.reports))
+    if count < 2:
+        return float("inf")
+    # A report is the mean so far: the seeds' own values are the steps of their sums.
+    sums = np.arange(1, count + 1) * (np.subtract(trial.reports[:count], other.reports[:count]))
+    return float(np.diff(sums, prepend=0.0).std(ddof=1) / np.sqrt(count))
+
+
+def _gain(gains: Mapping[int, float], errors: Mapping[int, float], number: int) -> str:
+    return f"a gain of {gains[number]:.4f} with a standard error of {errors[number]:.4f}"
 
 
 def trials_table(space: Space, trials: Sequence[Trial]) -> pa.Table:

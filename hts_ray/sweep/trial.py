@@ -109,10 +109,11 @@ def fit_classifier(
 ) -> FloatArray:
     """Fit the classifier (C, D) on the pseudo-labels of the images that have features.
 
+    Labeled images are left out: what is measured on them would else be known to the student.
     `chosen_N` narrows them; they are then repeated until there are as many rows as without it.
     The zero-shot classifier comes back where no positive is left.
     """
-    used = np.flatnonzero(labels.seen_N & (data.feature_row_N >= 0))
+    used = np.flatnonzero(labels.seen_N & (data.feature_row_N >= 0) & ~data.labeled_N)
     if chosen_N is not None and chosen_N[used].any():
         # Few steps can be worse than none, so a part takes as many steps as the whole would.
         used = np.resize(used[chosen_N[used]], len(used))

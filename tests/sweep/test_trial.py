@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from hts_ray.classes import read_class_csv
-from hts_ray.config import HtsConfig, load_config, override
+from hts_ray.config import FilterConfig, HtsConfig, load_config, override
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.evaluate import label_matrix
 from hts_ray.labels.passes import TeacherPass
@@ -279,6 +279,59 @@ def test_annotations_change_nothing_but_the_validation_map(load, stored):
     )
     expected = hico_average_precision(logits, label_matrix(rows, stored["classes"]))
     assert found[VALIDATION] == mean_average_precision(expected)
+
+
+OTHER = {
+    "filter.region_kinds": ["whole"],
+    "filter.margins": [0.2],
+    "filter.prior": "sample",
+    "filter.prior_alpha": 1.0,
+    "filter.temperature": 2.0,
+    "filter.background": False,
+    "filter.null_score": None,
+    "filter.aggregation": "max",
+    "filter.top_k": 5,
+    "filter.positive_threshold": 0.9,
+    "filter.negative_threshold": 0.3,
+    "filter.per_class_quantile": None,
+    "filter.quantile_floor": 0.5,
+    "filter.min_support": 3,
+    "filter.support_threshold": 0.5,
+    "filter.max_positives_per_image": 1,
+    "train.loss": "bce",
+    "train.loss_temperature": 4.0,
+    "train.optim.lr": 0.5,
+}
+
+
+def test_no_setting_changes_the_reference(load):
+    """Catches a run whose own reading of the scores is what its settings are measured by."""
+    first = load().reference_NC
+    for setting, value in OTHER.items():
+        changed = trial_config(CONFIG, {setting: value})
+        np.testing.assert_array_equal(load(changed).reference_NC, first, err_msg=setting)
+    np.testing.assert_array_equal(
+        load(override(CONFIG, {"sweep": {"seed": 5}})).reference_NC, first
+    )
+    swept = {name for name in FilterConfig.model_fields if feels(f"filter.{name}")}
+    several = {"filter.passes", "filter.combine", "filter.calibrate"}  # a sweep has one pass
+    assert {f"filter.{name}" for name in swept} - several <= set(OTHER)
+
+
+def test_no_student_is_trained_on_labeled_images(load, stored):
+    """Catches a validation mAP of images whose pseudo-labels the student has seen."""
+    table = stored["manifest"]
+    labeled = table.filter(pa.compute.equal(table["split"], "train")).slice(0, 30)
+    data = load(validation=labeled)
+    ids = data.regions.image_ids
+    assert set(ids[data.labeled_N]) == set(labeled["image_id"].to_pylist()) & set(ids)
+    labels = pseudo_label(data, CONFIG)
+    without = replace(data, feature_row_N=np.where(data.labeled_N, -1, data.feature_row_N))
+    fitted, expected, every = (
+        fit_classifier(some, CONFIG.train, labels, 0) for some in (data, without, load())
+    )
+    np.testing.assert_array_equal(fitted, expected)
+    assert not np.array_equal(fitted, every)
 
 
 def test_halves_of_the_regions_are_disjoint_and_even(stored):
