@@ -318,6 +318,21 @@ def _scale(report: Json) -> Iterator[Grid]:
     yield grid(columns, report["rows"])
 
 
+def _scale_stages(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("stage", "stage"),
+        Column("images", "images", number(0)),
+        Column("s", "seconds", number(1)),
+        Column("us an image", "microseconds_an_image", number(0)),
+        Column("of the smallest", "of_smallest", number(2)),
+        Column("driver MiB", "driver_mib", number(0)),
+        Column("driver bytes an image", "driver_bytes_an_image", number(0)),
+        Column("largest other process, MiB", "largest_mib", number(0)),
+        Column("date", "date", lambda date: str(date)[:10]),
+    ]
+    yield grid(columns, report["rows"])
+
+
 def _trie_speed(report: Json) -> Iterator[Grid]:
     columns = [
         Column("model", "model"),
@@ -514,6 +529,7 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "caption_styles": ("Captions by style", _caption_styles),
     "pipeline_efficiency": ("The teacher pass beside a bare loop", _pipeline_efficiency),
     "scale": ("Scale, by simulation", _scale),
+    "scale_stages": ("Scale of the stages without a model", _scale_stages),
     "node_loss": ("A node that dies", _node_loss),
     "trie_speed": ("Prompts by trie", _trie_speed),
     "scoring_memory": ("Memory of scoring", _scoring_memory),

@@ -248,6 +248,7 @@ class LabelConfig(Section):
 _OF_ALL_PASSES = {
     "positive_threshold", "negative_threshold", "per_class_quantile", "quantile_floor",
     "min_support", "max_positives_per_image", "overrides", "passes", "combine", "calibrate",
+    "local_images",
 }  # fmt: skip
 
 
@@ -300,6 +301,7 @@ class FilterConfig(Section):
         "how the probabilities of several passes become one: the mean of odds, or of them",
     )
     calibrate: bool = execution(False, "several passes are put on one scale first, class by class")
+    local_images: int = execution(50_000, "so few are filtered without Ray", ge=0)
 
     @field_validator("passes", mode="before")
     @classmethod

@@ -5,44 +5,19 @@ Shapes: N images, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.labels.select import UNDECIDED
 from hts_ray.store import storage
 from hts_ray.store.run import content_hash
 from hts_ray.store.tables import CORRECTIONS_SCHEMA, check_table, read_table, require_unique_ids
 
 OVERRIDES = "overrides.parquet"
 _VALUES = {"positive_ids": 1, "negative_ids": -1, "ambiguous_ids": 0}
-
-
-@dataclass(frozen=True, eq=False)
-class Corrected:
-    """Targets after the corrections, and what they changed.
-
-    - `targets_NC` int8 in {1, 0, -1}: positive, ignored, negative.
-    - `decided_NC`: where a person decided.
-    - `image_ids`: the images that were corrected; `labels`: how many labels that changed.
-    - `unused`: how many corrections belong to images that are not among the N.
-    """
-
-    targets_NC: npt.NDArray[np.int8]
-    decided_NC: npt.NDArray[np.bool_]
-    image_ids: tuple[str, ...]
-    labels: int
-    unused: int
-
-    def counts(self) -> dict[str, int]:
-        """Return the counts as the filter stage publishes them."""
-        return {
-            "corrected_images": len(self.image_ids),
-            "corrected_labels": self.labels,
-            "overrides_unused": self.unused,
-        }
 
 
 def read_overrides(path: str) -> pa.Table:
@@ -70,35 +45,32 @@ def overrides_key(path: str) -> str:
     return content_hash(read_overrides(path))
 
 
-def apply_overrides(
-    overrides: pa.Table,
-    image_ids: list[str],
-    class_ids: npt.NDArray[np.int16],
-    targets_NC: npt.NDArray[np.int8],
-) -> Corrected:
-    """Return the targets with what people decided in place of what was there.
+def decisions(
+    overrides: pa.Table, image_ids: pa.Array, class_ids: npt.NDArray[np.int16]
+) -> tuple[npt.NDArray[np.int8], list[str]]:
+    """Return what people decided about N images, (N, C), and which of these they corrected.
 
-    Classes that a correction lists nowhere keep the machine's label. The input is left as it is.
-    Raises DataError when no corrected image is among `image_ids`: they belong to other labels.
+    1 is positive, -1 negative, 0 ignored (ambiguous), `UNDECIDED` what a correction lists nowhere;
+    classes that are not among `class_ids` (C,) are left out.
     """
-    targets, decided = targets_NC.copy(), np.zeros(targets_NC.shape, dtype=bool)
-    row_of = {image_id: row for row, image_id in enumerate(image_ids)}
-    column_of = {int(class_id): column for column, class_id in enumerate(class_ids)}
-    used: list[str] = []
-    for correction in overrides.to_pylist():
-        row = row_of.get(correction["image_id"])
-        if row is None:
-            continue
-        used.append(correction["image_id"])
-        for name, value in _VALUES.items():
-            columns = [column_of[i] for i in correction[name] or () if i in column_of]
-            targets[row, columns] = value
-            decided[row, columns] = True
+    decided_NC = np.full((len(image_ids), len(class_ids)), UNDECIDED, np.int8)
+    row = pc.index_in(overrides["image_id"], value_set=image_ids)
+    known = row.is_valid()
+    mine, row_K = overrides.filter(known).combine_chunks(), row.filter(known).to_numpy()
+    column = np.full(1 << 16, -1)
+    column[class_ids.astype(np.uint16)] = np.arange(len(class_ids))
+    for name, value in _VALUES.items():
+        listed = mine[name].combine_chunks()
+        places = column[pc.list_flatten(listed).to_numpy().astype(np.uint16)]
+        rows = row_K[pc.list_parent_indices(listed).to_numpy()]
+        decided_NC[rows[places >= 0], places[places >= 0]] = value
+    return decided_NC, mine["image_id"].to_pylist()
+
+
+def require_used(overrides: pa.Table, used: int, images: int) -> None:
+    """Raise DataError when none of the corrected images is among those that are filtered."""
     if len(overrides) and not used:
-        first = overrides["image_id"][0].as_py()
         raise DataError(
-            f"none of {len(overrides)} corrected images is among the {len(image_ids)} that are"
-            f" filtered: the first is {first!r}, theirs {image_ids[0]!r}; check filter.overrides"
+            f"none of {len(overrides)} corrected images is among the {images} that are filtered,"
+            f" for example {overrides['image_id'][0].as_py()!r}: check filter.overrides"
         )
-    changed = int((targets != targets_NC).sum())
-    return Corrected(targets, decided, tuple(used), changed, len(overrides) - len(used))

@@ -9,9 +9,9 @@ S = C + B sentences: those of the classes, then B of the background.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,9 @@ LOG_PROBABILITY = "log_probability"
 LOG_ODDS = "log_odds"
 _BATCH_ROWS = 256
 _BLOCK_BYTES = 4 << 20  # of scores that are turned into probabilities at a time
-_IGNORED_PREFIXES = [".", "_", "checkpoint", "quarantine", "stats.json", "table.json"]
+_NO_ROWS = (".", "_", "checkpoint", "quarantine", "stats.json", "table.json")
+# Of some files: images, regions, and the sum (C,) of each class's scores.
+Sum = tuple[int, int, FloatArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +116,44 @@ def read_info(path: str) -> dict[str, Any]:
     return info
 
 
-def filter_info(path: str, config: FilterConfig, split: str | None) -> dict[str, Any]:
-    """Return `read_info`, with `sample_prior` of a split's regions where the filter asks for it."""
+def region_files(path: str) -> dict[str, int]:
+    """Return the Parquet files of a region_scores folder, in order, and their sizes in bytes."""
+    found = storage.walk_sizes(path)
+    names = [name for name in found if name.endswith(".parquet")]
+    own = [n for n in names if not any(p.startswith(_NO_ROWS) for p in n.split("/"))]
+    return {storage.join(path, name): found[name] for name in own}
+
+
+def filter_info(
+    path: str, config: FilterConfig, split: str | None, sums: Iterable[Sum] | None = None
+) -> dict[str, Any]:
+    """Return `read_info`, with `sample_prior` of a split's regions where the filter asks for it.
+
+    `sums` has what `score_sums` finds in every file, in their order; without it they are read here.
+    """
     info = read_info(path)
-    competing = info.get("score_kind", LOG_LIKELIHOOD) in COMPETING
-    if config.prior == "teacher" or config.prior_alpha == 0 or not competing:
+    if not wants_sample_prior(info, config):
         return info
-    blocks = read_regions(path, split)
-    return with_sample_prior(info, ((len(block.images), block.scores_GS) for block in blocks))
+    if sums is None:
+        sums = score_sums(path, split, [*region_files(path)])
+    return _prior_of(info, sums)
+
+
+def wants_sample_prior(info: Mapping[str, Any], config: FilterConfig) -> bool:
+    """Return whether a filter takes off the prior of the run's own regions."""
+    competing = info.get("score_kind", LOG_LIKELIHOOD) in COMPETING
+    return config.prior == "sample" and config.prior_alpha > 0 and competing
+
+
+def score_sums(path: str, split: str | None, files: Iterable[str]) -> list[Sum]:
+    """Return of every file its images, regions and the sum (C,) of each class's scores."""
+    info, sums = read_info(path), []
+    for file in files:
+        parts = (
+            (len(b.images), b.scores_GS) for b in read_regions(path, split, None, [file], info)
+        )
+        sums.append(_total(_sums(info, parts), len(info["class_ids"])))
+    return sums
 
 
 def with_sample_prior(
@@ -135,11 +167,25 @@ def with_sample_prior(
     of likelihoods: the few regions that show a rare class hardly move it. None where a score is
     -inf, as `search=top_k` leaves them.
     """
-    classes, images, regions = len(info["class_ids"]), 0, 0
-    total_C = np.zeros(classes)
-    for count, scores_GS in parts:
-        images, regions = images + count, regions + len(scores_GS)
-        total_C += scores_GS[:, :classes].sum(axis=0, dtype=np.float64)
+    return _prior_of(info, _sums(info, parts))
+
+
+def _sums(info: Mapping[str, Any], parts: Iterable[tuple[int, FloatArray]]) -> Iterator[Sum]:
+    classes = len(info["class_ids"])
+    for images, scores_GS in parts:
+        yield images, len(scores_GS), scores_GS[:, :classes].sum(axis=0, dtype=np.float64)
+
+
+def _total(sums: Iterable[Sum], classes: int) -> Sum:
+    images, regions, total_C = 0, 0, np.zeros(classes)
+    for more_images, more_regions, sum_C in sums:
+        images, regions = images + more_images, regions + more_regions
+        total_C += sum_C
+    return images, regions, total_C
+
+
+def _prior_of(info: dict[str, Any], sums: Iterable[Sum]) -> dict[str, Any]:
+    images, regions, total_C = _total(sums, len(info["class_ids"]))
     if not regions or not np.isfinite(total_C).all():
         return {**info, "sample_prior": None}
     stored = info.get("prior_log_likelihoods")
@@ -170,19 +216,24 @@ def iter_region_rows(
 
 
 def read_regions(
-    path: str, split: str | None = None, image_ids: Collection[str] | None = None
+    path: str,
+    split: str | None = None,
+    image_ids: Collection[str] | None = None,
+    files: Sequence[str] | None = None,
+    info: dict[str, Any] | None = None,
 ) -> Iterator[Regions]:
     """Yield the scored images of a region_scores folder, a block at a time, as they are stored.
 
-    `split` and `image_ids` narrow them; None is all.
+    `split`, `image_ids` and `files` (of `region_files`) narrow them; None is all. `info` is the
+    folder's, where it is known already.
     """
-    info, chosen = read_info(path), []
+    info, chosen = read_info(path) if info is None else info, []
     if split is not None:
         chosen.append(pc.field("split") == split)
     if image_ids is not None:
         chosen.append(pc.field("image_id").isin(pa.array(image_ids, pa.string())))
     columns = [*IMAGE_COLUMNS, "scores", "background", "region_kinds", "margins"]
-    for batch in _scored_batches(path, columns, chosen):
+    for batch in _scored_batches(path, columns, chosen, files=files):
         kinds = batch.column("region_kinds")
         counts_N = kinds.value_lengths().to_numpy()
         margins_G = np.zeros(counts_N.sum(), np.float32)
@@ -347,23 +398,13 @@ def image_evidence(path: str, config: FilterConfig, split: str | None = None) ->
     """
     kinds, found = set[str](), []
     info = filter_info(path, config, split)
-    for regions in read_regions(path, split):
+    for regions in read_regions(path, split, info=info):
         kinds.update(regions.kinds_G.tolist())
-        evidence = aggregate_regions(replace(regions, info=info), config)
+        evidence = aggregate_regions(regions, config)
         if evidence.seen_N.any():
             found.append(evidence.seen())
     if not found:
-        if kinds and config.region_kinds and not kinds.intersection(config.region_kinds):
-            raise ConfigError(
-                field="filter.region_kinds",
-                value=list(config.region_kinds),
-                remedy=f"the teacher stored only {', '.join(sorted(kinds))}",
-            )
-        if split is not None:
-            raise DataError(
-                f"no scored image of split {split!r}: check train.split and label.splits"
-            )
-        raise DataError(f"{path} holds no scored region: run `hts label` on images that decode")
+        refuse_nothing(path, config, split, kinds)
     images = pa.concat_tables([evidence.images for evidence in found]).combine_chunks()
     together = Evidence(
         images,
@@ -375,19 +416,36 @@ def image_evidence(path: str, config: FilterConfig, split: str | None = None) ->
     return together.take(np.argsort(images["image_id"].to_numpy(), kind="stable"))
 
 
+def refuse_nothing(
+    path: str, config: FilterConfig, split: str | None, kinds: Collection[str]
+) -> NoReturn:
+    """Raise DataError or ConfigError: no region counts, of those of `kinds` that are stored."""
+    if kinds and config.region_kinds and not set(kinds).intersection(config.region_kinds):
+        raise ConfigError(
+            field="filter.region_kinds",
+            value=list(config.region_kinds),
+            remedy=f"the teacher stored only {', '.join(sorted(kinds))}",
+        )
+    if split is not None:
+        raise DataError(f"no scored image of split {split!r}: check train.split and label.splits")
+    raise DataError(f"{path} holds no scored region: run `hts label` on images that decode")
+
+
 def _scored_batches(
     path: str,
     columns: Sequence[str] | None = None,
     conditions: Sequence[pc.Expression] = (),
     sparse: bool = False,
+    files: Sequence[str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows that were scored and meet the conditions; columns that are missing stay so.
 
     `sparse` says that most files hold no such row.
     """
     filesystem, inner = storage.resolve(path)
+    source = inner if files is None else [storage.resolve(file)[1] for file in files]
     dataset = pads.dataset(
-        inner, format="parquet", filesystem=filesystem, ignore_prefixes=_IGNORED_PREFIXES
+        source, format="parquet", filesystem=filesystem, ignore_prefixes=[*_NO_ROWS]
     )
     names = [name for name in columns or dataset.schema.names if name in dataset.schema.names]
     rows = pc.field("status") == "ok"
@@ -396,7 +454,8 @@ def _scored_batches(
     if sparse:
         files = [file for file in dataset.get_fragments() if file.count_rows(filter=rows)]
         dataset = pads.FileSystemDataset(files, dataset.schema, dataset.format, filesystem)
-    for batch in dataset.to_batches(columns=names, batch_size=_BATCH_ROWS, filter=rows):
+    ahead = {"batch_readahead": 4, "fragment_readahead": 1}  # Arrow's own hold 16 in 4 files
+    for batch in dataset.to_batches(columns=names, batch_size=_BATCH_ROWS, filter=rows, **ahead):
         if len(batch):
             yield batch
 

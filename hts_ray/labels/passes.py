@@ -39,6 +39,11 @@ class TeacherPass:
         """See `read_info`."""
         return read_info(self.folder.path)
 
+    @cached_property
+    def images(self) -> int:
+        """How many images were scored; 0 where the pass is not finished."""
+        return int(self.folder.stats.get("rows_out", 0)) if self.folder.finished else 0
+
     @property
     def name(self) -> str:
         """The name of its folder."""

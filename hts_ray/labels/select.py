@@ -3,13 +3,14 @@
 Pure functions on arrays: regional probabilities, aggregated over an image's regions, and then a
 selection over all images at once. No annotation is used anywhere.
 
-Shapes: R regions of one image, C classes, N images.
+Shapes: R regions of one image, C classes, N images, E entries (an image and a class).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,9 +25,11 @@ Aggregation = Literal["max", "mean", "top_k_mean", "noisy_or"]
 REASONS = ("ignored_band", "below_support", "over_cap")
 REASON_DTYPE = np.dtype([(reason, np.int32) for reason in REASONS])
 
+UNDECIDED = 2  # where no person corrected an entry
+
 _FAR_ABOVE = 100.0  # nats
-# Classes whose probabilities are transposed at a time to find their thresholds.
-_BLOCK = 64
+_DIGIT = 8  # bits of a probability's pattern that are found in a round
+_BINS = 1 << _DIGIT
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,20 +204,10 @@ def select(
             f"support_NC is {regions_NC.dtype} {regions_NC.shape}:"
             f" give integers of shape {probabilities.shape}"
         )
-    candidate_NC = probabilities >= probabilities.dtype.type(config.negative_threshold)
-    positive_NC = probabilities >= class_thresholds(probabilities, config)
-    counts_N = np.zeros(len(probabilities), dtype=REASON_DTYPE)
-    counts_N["ignored_band"] = candidate_NC.sum(axis=1) - positive_NC.sum(axis=1)
-    unsupported_NC = positive_NC & (regions_NC < config.min_support)
-    counts_N["below_support"] = unsupported_NC.sum(axis=1)
-    positive_NC &= ~unsupported_NC
-    cap = config.max_positives_per_image
-    rows, columns = _over_cap(positive_NC, probabilities, regions_NC, cap)
-    counts_N["over_cap"] = np.bincount(rows, minlength=len(probabilities))
-    positive_NC[rows, columns] = False
-    # Candidate + positive is 0, 1 or 2: negative, ignored, positive.
-    targets_NC = candidate_NC.astype(np.int8) + positive_NC.astype(np.int8) - np.int8(1)
-    return Selection(targets_NC, counts_N)
+    found = find_entries(probabilities, regions_NC, config)
+    thresholds_C = entry_thresholds(found, probabilities.shape[1], config)
+    target_E, reason_counts_N = choose(found, thresholds_C, config)
+    return Selection(found.targets(target_E, probabilities.shape[1]), reason_counts_N)
 
 
 def class_thresholds(probabilities_NC: FloatArray, config: FilterConfig) -> FloatArray:
@@ -227,40 +220,178 @@ def class_thresholds(probabilities_NC: FloatArray, config: FilterConfig) -> Floa
     floor keeps a class that is in no image from being forced on its k least unlikely ones; one
     below `negative_threshold` is raised to that.
     """
-    images, classes = probabilities_NC.shape
-    thresholds_C = np.full(classes, config.positive_threshold, dtype=probabilities_NC.dtype)
-    if config.per_class_quantile is None:
-        return thresholds_C
-    # The small number makes (1 - 0.9) * 10 = 0.9999999999999998 a whole image.
-    claim = int((1 - config.per_class_quantile) * images + 1e-9)
-    if claim == 0:
-        return thresholds_C
-    kth, floor = images - claim, max(config.quantile_floor, config.negative_threshold)
-    for start in range(0, classes, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        columns = np.ascontiguousarray(probabilities_NC[:, block].T)
-        kth_largest = np.partition(columns, kth, axis=1)[:, kth]
-        thresholds_C[block] = np.minimum(thresholds_C[block], np.maximum(kth_largest, floor))
-    return thresholds_C
+    support_NC = np.zeros(probabilities_NC.shape, np.int16)
+    found = find_entries(probabilities_NC, support_NC, config)
+    return entry_thresholds(found, probabilities_NC.shape[1], config)
 
 
-def _over_cap(
-    positive_NC: BoolArray,
-    probabilities: FloatArray,
-    regions_NC: NDArray[np.integer[Any]],
-    cap: int,
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Image and class of every positive beyond the `cap` most probable of its image."""
-    crowded_N = positive_NC.sum(axis=1) > cap
-    # Positives are sparse: sorting them alone is far cheaper than sorting C classes per image.
-    rows, columns = np.nonzero(positive_NC & crowded_N[:, None])
-    found = probabilities[rows, columns]
-    agreeing = regions_NC[rows, columns]
-    order = np.lexsort((columns, -agreeing.astype(np.float64), -found, rows))
-    rows, columns = rows[order], columns[order]
-    position_in_image = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    over = position_in_image >= cap
-    return rows[over], columns[over]
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """What decides the labels of N images: E of their N x C entries, by image and then by class.
+
+    Those at or above `negative_threshold`, and those that a person decided: no threshold is lower.
+    `row_E` and `column_E` are places among the images and classes, `decided_E` int8 in {1, 0, -1}
+    as a correction has it (positive, ignored, negative), or `UNDECIDED`.
+    """
+
+    images: int
+    row_E: NDArray[np.intp]
+    column_E: NDArray[np.integer[Any]]
+    probability_E: FloatArray
+    support_E: NDArray[np.integer[Any]]
+    decided_E: NDArray[np.int8]
+
+    def targets(self, target_E: NDArray[np.int8], classes: int) -> NDArray[np.int8]:
+        """Return the targets (N, C) of which `target_E` are the entries'; the others are -1."""
+        targets_NC = np.full((self.images, classes), -1, np.int8)
+        targets_NC[self.row_E, self.column_E] = target_E
+        return targets_NC
+
+
+def find_entries(
+    probabilities_NC: FloatArray,
+    support_NC: NDArray[np.integer[Any]],
+    config: FilterConfig,
+    decided_NC: NDArray[np.int8] | None = None,
+) -> Entries:
+    """Return the entries of N images that can become a positive or ignored, or were decided."""
+    chosen_NC = probabilities_NC >= probabilities_NC.dtype.type(config.negative_threshold)
+    if decided_NC is not None:
+        chosen_NC |= decided_NC != UNDECIDED
+    row_E, column_E = np.nonzero(chosen_NC)
+    return Entries(
+        len(probabilities_NC),
+        row_E,
+        column_E,
+        probabilities_NC[row_E, column_E],
+        support_NC[row_E, column_E],
+        np.full(len(row_E), UNDECIDED, np.int8)
+        if decided_NC is None
+        else decided_NC[row_E, column_E],
+    )
+
+
+def choose(
+    found: Entries, thresholds_C: FloatArray, config: FilterConfig
+) -> tuple[NDArray[np.int8], NDArray[np.void]]:
+    """Return the target (E,) of every entry, 1, 0 or -1, and the reasons by image (N,).
+
+    As `select` says, before corrections: those are `decided_E`.
+    """
+    value_E = found.probability_E
+    candidate_E = value_E >= value_E.dtype.type(config.negative_threshold)
+    positive_E = value_E >= thresholds_C[found.column_E]
+    counts_N = np.zeros(found.images, dtype=REASON_DTYPE)
+
+    def count(reason: str, dropped_E: BoolArray) -> None:
+        counts_N[reason] = np.bincount(found.row_E[dropped_E], minlength=found.images)
+
+    count("ignored_band", candidate_E & ~positive_E)
+    unsupported_E = positive_E & (found.support_E < config.min_support)
+    count("below_support", unsupported_E)
+    positive_E &= ~unsupported_E
+    over_E = _over_cap(found, positive_E, config.max_positives_per_image)
+    count("over_cap", over_E)
+    positive_E &= ~over_E
+    # Candidate + positive is 0, 1 or 2: negative, ignored, positive.
+    return candidate_E.astype(np.int8) + positive_E.astype(np.int8) - np.int8(1), counts_N
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """Where a round of the search for thresholds counts: 256 bins a class, by bit pattern.
+
+    Bit patterns of non-negative floats are in the order of the floats. Bin b of class c holds those
+    from `low_C[c] + b * 2**shift`. Probabilities below `lowest` do not count, and those above
+    `highest` count as that.
+    """
+
+    low_C: NDArray[np.int64]
+    shift: int
+    lowest: np.floating[Any]
+    highest: np.floating[Any]
+
+    @classmethod
+    def first(cls, classes: int, config: FilterConfig, dtype: np.dtype[Any]) -> Bins:
+        """Return those of the first round, which hold all that a threshold can be."""
+        floor = max(config.quantile_floor, config.negative_threshold)
+        lowest = dtype.type(min(floor, config.positive_threshold))
+        highest = dtype.type(config.positive_threshold)
+        low, high = _bits(lowest), _bits(highest)
+        shift = max(0, int(high - low).bit_length() - _DIGIT)
+        return cls(np.full(classes, low), shift, lowest, highest)
+
+    def count(self, found: Entries) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the bins (class * 256 + bin) that entries fall into, each once, and how many."""
+        counts_E = found.probability_E >= self.lowest
+        column_E = found.column_E[counts_E].astype(np.int64)
+        bits_E = _bits(np.minimum(found.probability_E[counts_E], self.highest))
+        bin_E = (bits_E - self.low_C[column_E]) >> self.shift
+        inside_E = (bin_E >= 0) & (bin_E < _BINS)
+        return np.unique((column_E * _BINS + bin_E)[inside_E], return_counts=True)
+
+    def thresholds(
+        self,
+        count: Callable[[Bins], Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]],
+        images: int,
+        config: FilterConfig,
+    ) -> FloatArray:
+        """Return the threshold (C,) of every class over all entries of N images, exactly.
+
+        `count` gives what `Bins.count` finds of every part of the entries, in any order. The k-th
+        largest is found digit by digit, eight bits of its pattern a round, as a radix sort would.
+        """
+        thresholds_C = np.full(len(self.low_C), self.highest)
+        if config.per_class_quantile is None:
+            return thresholds_C
+        # The small number makes (1 - 0.9) * 10 = 0.9999999999999998 a whole image.
+        claim = int((1 - config.per_class_quantile) * images + 1e-9)
+        if claim == 0:
+            return thresholds_C
+        bins, need_C = self, np.full(len(self.low_C), claim)
+        while True:
+            total_CB = np.zeros((len(need_C), _BINS + 1), np.int64)
+            for key, counted in count(bins):
+                total_CB[key // _BINS, key % _BINS] += counted
+            from_here_CB = total_CB[:, ::-1].cumsum(axis=1)[:, ::-1]
+            # The highest bin that the k-th largest can be in; the lowest where there are too few,
+            # whose low end is `lowest`.
+            place_C = np.maximum((from_here_CB >= need_C[:, None]).sum(axis=1) - 1, 0)
+            need_C = need_C - from_here_CB[np.arange(len(need_C)), place_C + 1]
+            low_C = bins.low_C + (place_C << bins.shift)
+            if bins.shift == 0:
+                kind = np.int32 if self.highest.dtype.itemsize == 4 else np.int64
+                return np.asarray(low_C.astype(kind).view(self.highest.dtype))
+            bins = replace(bins, low_C=low_C, shift=max(0, bins.shift - _DIGIT))
+
+
+def entry_thresholds(found: Entries, classes: int, config: FilterConfig) -> FloatArray:
+    """Return the threshold (C,) of every class, see `class_thresholds`."""
+    bins = Bins.first(classes, config, found.probability_E.dtype)
+    return bins.thresholds(lambda now: [now.count(found)], found.images, config)
+
+
+def _bits(values: FloatArray | np.floating[Any]) -> NDArray[np.int64]:
+    """Return the bit patterns of non-negative floats as integers, in their order."""
+    plain = np.asarray(values) + values.dtype.type(0)  # -0.0 becomes 0.0
+    return plain.view(np.int32 if plain.dtype.itemsize == 4 else np.int64).astype(np.int64)
+
+
+def _over_cap(found: Entries, positive_E: BoolArray, cap: int) -> BoolArray:
+    """Return which positives (E,) are beyond the `cap` most probable of their image."""
+    over_E = np.zeros(len(positive_E), dtype=bool)
+    crowded_N = np.bincount(found.row_E[positive_E], minlength=found.images) > cap
+    places = np.flatnonzero(positive_E & crowded_N[found.row_E])
+    keys = (
+        found.column_E[places],
+        -found.support_E[places].astype(np.float64),
+        -found.probability_E[places],
+        found.row_E[places],
+    )
+    places = places[np.lexsort(keys)]
+    rows = found.row_E[places]
+    over_E[places[np.arange(len(rows)) - np.searchsorted(rows, rows) >= cap]] = True
+    return over_E
 
 
 def _softmax(scaled_RC: FloatArray, null: float | None) -> FloatArray:

@@ -1,4 +1,6 @@
-"""The filter stage: region_scores in, pseudo_labels out; no teacher, no annotation, no Ray.
+"""The filter stage: region_scores in, pseudo_labels out; no teacher, no annotation.
+
+Few images are filtered in this process, many on Ray, by the same functions on the same blocks.
 
 Shapes: N images, C classes.
 """
@@ -6,7 +8,7 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,28 +17,55 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from hts_ray.config import FilterConfig
+from hts_ray.engine.blocks import Here, Kept, blocks_of
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
-from hts_ray.labels.corrections import Corrected, apply_overrides, overrides_key, read_overrides
-from hts_ray.labels.evidence import Evidence
+from hts_ray.labels.blocks import (
+    PART_IMAGES,
+    Counts,
+    Reading,
+    corrected,
+    count_bins,
+    entries_of,
+    entry_rows,
+    label_rows,
+    plan_blocks,
+    read_block,
+    summary,
+    total,
+    write_part,
+)
+from hts_ray.labels.corrections import decisions, overrides_key, read_overrides, require_used
+from hts_ray.labels.evidence import (
+    Evidence,
+    filter_info,
+    refuse_nothing,
+    score_sums,
+    wants_sample_prior,
+)
 from hts_ray.labels.passes import TeacherPass, chosen_passes, together
-from hts_ray.labels.select import REASONS, Selection, select
+from hts_ray.labels.select import (
+    REASONS,
+    Bins,
+    Selection,
+    choose,
+    entry_thresholds,
+    find_entries,
+)
 from hts_ray.store import storage
+from hts_ray.store.aliases import FloatArray
 from hts_ray.store.run import StageFolder, settings_hash
-from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, write_table
 
 
 @dataclass(frozen=True, eq=False)
 class PseudoLabels:
     """What the filter makes of N images, in the evidence's order.
 
-    `corrections` is what people decided, which is in `evidence` and `selection` already: their
-    positives have probability 1.
+    What people decided is in `evidence` and `selection`: their positives have probability 1.
     """
 
     evidence: Evidence
     selection: Selection
-    corrections: Corrected | None = None
 
 
 def plan_filter(run: Run, region_scores: StageFolder | None = None) -> Stage:
@@ -58,7 +87,9 @@ def plan_filter(run: Run, region_scores: StageFolder | None = None) -> Stage:
     folder = run.stage("pseudo_labels", settings_hash(*parts))
 
     def work(_progress: object) -> object:
-        return filter_regions(config, passes, split, folder)
+        many = len(passes) == 1 and passes[0].images > config.local_images
+        with blocks_of(run.config, "filter", many=many) as blocks:
+            return filter_regions(config, passes, split, folder, blocks)
 
     read = ", ".join(one.folder.path for one in passes)
     return Stage(folder, {"region_scores": read}, work)
@@ -70,63 +101,157 @@ def labels_so_far(one: TeacherPass, split: str | None) -> pa.Table:
     They are provisional: quantiles and a sample's prior move with every image that is added.
     Raises DataError when nothing of the split is there yet.
     """
-    evidence, _ = together([one], one.config, split)
+    found = gather([one], one.config, split, None, Here())
     class_ids = np.asarray(one.info["class_ids"], dtype=np.int16)
-    return pseudo_label_table(choose_labels(evidence, one.config, class_ids), class_ids)
+    kept = [table for part in found.parts for table in part]
+    return label_rows(one.config, class_ids, found.thresholds_C, *kept)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """What can matter of all images: the entries of blocks, by the file of labels they belong to.
+
+    `thresholds_C` are those of the classes, `images` counts what is filtered, `corrected` are the
+    ids that corrections decided about, and `combined` counts the passes.
+    """
+
+    parts: list[list[Kept]]
+    thresholds_C: FloatArray
+    images: int
+    corrected: list[str]
+    combined: dict[str, int]
+
+
+def gather(
+    passes: Sequence[TeacherPass],
+    config: FilterConfig,
+    split: str | None,
+    overrides: pa.Table | None,
+    blocks: Here,
+) -> Gathered:
+    """Look at every image once, and find the thresholds; raises as `image_evidence`.
+
+    Several passes are made one in this process, image by class; a single one stays in its blocks.
+    """
+    class_ids = np.asarray(passes[0].info["class_ids"], dtype=np.int16)
+    bins = Bins.first(len(class_ids), config, np.dtype(np.float32))
+    combined: dict[str, int] = {}
+    if len(passes) == 1:
+        parts, told = _blocks_of_one(passes[0], config, split, bins, overrides, blocks)
+    else:
+        evidence, combined = together(passes, config, split)
+        table, used = entry_rows(evidence, config, class_ids, overrides)
+        told = [{"images": len(table), "corrected": used, "bins": bins.count(entries_of(table))}]
+        starts = range(0, len(table), PART_IMAGES)
+        parts, blocks = [[table.slice(start, PART_IMAGES)] for start in starts], Here()
+    images = sum(one["images"] for one in told)
+    first = [one["bins"] for one in told]
+
+    def count(now: Bins) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        return first if now is bins else blocks.map(count_bins, parts, now)
+
+    thresholds_C = bins.thresholds(count, images, config)
+    corrected = sorted(name for one in told for name in one["corrected"])
+    return Gathered(parts, thresholds_C, images, corrected, combined)
+
+
+def _blocks_of_one(
+    one: TeacherPass,
+    config: FilterConfig,
+    split: str | None,
+    bins: Bins,
+    overrides: pa.Table | None,
+    blocks: Here,
+) -> tuple[list[list[Kept]], list[Counts]]:
+    """Return what is kept of a pass's blocks, by part, and the counts of blocks with images."""
+    path = one.folder.path
+    plan = plan_blocks(path, one.images)
+    flat = [(part, files) for part, of_part in enumerate(plan) for files in of_part]
+    calls = [(files,) for _, files in flat]
+    sums = None
+    if wants_sample_prior(one.info, config):
+        sums = [
+            of_file for block in blocks.map(score_sums, calls, path, split) for of_file in block
+        ]
+    info = filter_info(path, config, split, sums)
+    reading = Reading(path, info, config, split, bins, overrides)
+    parts: list[list[Kept]] = [[] for _ in plan]
+    told = []
+    for (part, _), (kept, counts) in zip(
+        flat, blocks.keep(read_block, calls, reading), strict=True
+    ):
+        told.append(counts)
+        if counts["images"]:
+            parts[part].append(kept)
+    if not any(counts["images"] for counts in told):
+        refuse_nothing(path, config, split, set().union(*(one["kinds"] for one in told)))
+    return [part for part in parts if part], [counts for counts in told if counts["images"]]
 
 
 def filter_regions(
-    config: FilterConfig, passes: Sequence[TeacherPass], split: str | None, stage: StageFolder
+    config: FilterConfig,
+    passes: Sequence[TeacherPass],
+    split: str | None,
+    stage: StageFolder,
+    blocks: Here | None = None,
 ) -> dict[str, Any]:
     """Write `pseudo_labels` for the images of `split` (None: all) and return the stage's counts.
 
     The counts hold how many candidates were dropped for each reason. Raises DataError when no
-    image keeps a positive class.
+    image keeps a positive class. `blocks` calls what looks at blocks, this process if not given.
     """
     if stage.finished:
         return stage.stats
     started = time.perf_counter()
+    blocks = Here() if blocks is None else blocks
     class_ids = np.asarray(passes[0].info["class_ids"], dtype=np.int16)
     overrides = None if config.overrides is None else read_overrides(config.overrides)
-    evidence, combined = together(passes, config, split)
-    labels = choose_labels(evidence, config, class_ids, overrides)
-    selection, corrections = labels.selection, labels.corrections
-    summary = selection.summary()
-    if summary["positives"] == 0:
-        dropped = ", ".join(f"{name} {n}" for name, n in selection.reason_totals().items())
+    found = gather(passes, config, split, overrides, blocks)
+    if overrides is not None:
+        require_used(overrides, len(found.corrected), found.images)
+    storage.remove_tree(stage.path)  # what a run that was cut off left
+    calls = [(stage.file(f"part-{n:05d}.parquet"), *part) for n, part in enumerate(found.parts)]
+    counts = total(blocks.map(write_part, calls, config, class_ids, found.thresholds_C))
+    figures = summary(counts)
+    if figures["positives"] == 0:
+        storage.remove_tree(stage.path)
+        dropped = ", ".join(f"{name} {counts[name]}" for name in REASONS)
         raise DataError(
             f"no pseudo-label is left ({dropped}): look at the teacher's scores with"
             " `hts label --dry-run`, lower filter.positive_threshold or filter.min_support, or set"
             " filter.background=false if every image shows one of the classes"
         )
-    table = pseudo_label_table(labels, class_ids)
-    write_table(stage.file("part-0.parquet"), table)
+    records = [one.record() for one in passes]
     storage.write_json(
         stage.file("table.json"),
         {
             "class_ids": class_ids.tolist(),
             "filter": config.answer_settings(),
             "region_scores": passes[0].name,
-            **({"passes": [one.record() for one in passes]} if combined else {}),
-            "combine": config.combine if combined else None,
+            **({"passes": records} if found.combined else {}),
+            "combine": config.combine if found.combined else None,
             "split": split,
-            "corrected_ids": [] if corrections is None else list(corrections.image_ids),
+            "corrected_ids": found.corrected,
         },
     )
     seconds = time.perf_counter() - started
-    positives_C = (selection.targets_NC == 1).sum(axis=0)
+    of_people = {
+        "corrected_images": len(found.corrected),
+        "corrected_labels": counts["changed"],
+        "overrides_unused": len(overrides or ()) - len(found.corrected),
+    }
     stage.publish(
         {
-            **summary,
-            **combined,
-            **({} if corrections is None else corrections.counts()),
-            "rows_in": len(table),
-            "rows_out": len(table),
+            **figures,
+            **found.combined,
+            **({} if overrides is None else of_people),
+            "rows_in": found.images,
+            "rows_out": found.images,
             "quarantined": 0,
             "seconds": round(seconds, 3),
-            "rows_per_second": round(len(table) / max(seconds, 1e-9), 1),
+            "rows_per_second": round(found.images / max(seconds, 1e-9), 1),
             "positives_per_class": dict(
-                zip(map(str, class_ids.tolist()), positives_C.tolist(), strict=True)
+                zip(map(str, class_ids.tolist()), counts["positives_C"].tolist(), strict=True)
             ),
         }
     )
@@ -139,40 +264,19 @@ def choose_labels(
     class_ids: npt.NDArray[np.int16],
     overrides: pa.Table | None = None,
 ) -> PseudoLabels:
-    """Select the labels of N images, and put what people decided in place of them.
+    """Select the labels of N images at once, and put what people decided in place of them.
 
-    `class_ids` (C,) are those of the evidence's columns, `overrides` rows of corrections. Raises
-    DataError when none of the corrected images is among the N.
+    `class_ids` (C,) are those of the evidence's columns, `overrides` rows of corrections.
     """
-    selection = select(evidence.probabilities_NC, evidence.support_NC, config)
-    if overrides is None:
-        return PseudoLabels(evidence, selection)
-    found = apply_overrides(overrides, evidence.image_ids, class_ids, selection.targets_NC)
-    given_NC = found.decided_NC & (found.targets_NC == 1)
-    certain_NC = np.where(given_NC, np.float32(1), evidence.probabilities_NC)
-    return PseudoLabels(
-        replace(evidence, probabilities_NC=certain_NC),
-        replace(selection, targets_NC=found.targets_NC),
-        found,
-    )
-
-
-def pseudo_label_table(labels: PseudoLabels, class_ids: npt.NDArray[np.int16]) -> pa.Table:
-    """Return the `pseudo_labels` rows of N images; positives by falling probability."""
-    evidence, selection = labels.evidence, labels.selection
-    rows = []
-    for i, image in enumerate(evidence.images.to_pylist()):
-        target_C, probability_C = selection.targets_NC[i], evidence.probabilities_NC[i]
-        positive = np.flatnonzero(target_C == 1)
-        positive = positive[np.argsort(-probability_C[positive], kind="stable")]
-        rows.append(
-            {
-                **image,
-                "positive_ids": class_ids[positive].tolist(),
-                "ignored_ids": class_ids[target_C == 0].tolist(),
-                "probability": probability_C[positive].tolist(),
-                "support": evidence.support_NC[i][positive].tolist(),
-                "dropped": [(name, int(selection.reason_counts_N[i][name])) for name in REASONS],
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=PSEUDO_LABELS_SCHEMA)
+    p_NC, decided_NC = evidence.probabilities_NC, None
+    if overrides is not None:
+        ids = evidence.images["image_id"].combine_chunks()
+        decided_NC, _ = decisions(overrides, ids, class_ids)
+    found = find_entries(p_NC, evidence.support_NC, config, decided_NC)
+    machine_E, reasons_N = choose(found, entry_thresholds(found, p_NC.shape[1], config), config)
+    target_E, probability_E = corrected(found, machine_E)
+    if overrides is not None:
+        p_NC = p_NC.copy()
+        p_NC[found.row_E, found.column_E] = probability_E
+    selection = Selection(found.targets(target_E, p_NC.shape[1]), reasons_N)
+    return PseudoLabels(replace(evidence, probabilities_NC=p_NC), selection)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import pyarrow as pa
 
 from hts_ray import stages
@@ -34,8 +33,8 @@ from hts_ray.engine.session import command_cluster
 from hts_ray.errors import ConfigError
 from hts_ray.exports.source import read_labels
 from hts_ray.exports.tables import label_rows, label_rows_csv
-from hts_ray.labels.evidence import image_evidence, read_info
-from hts_ray.labels.stage import choose_labels, plan_filter, pseudo_label_table
+from hts_ray.labels.passes import TeacherPass
+from hts_ray.labels.stage import labels_so_far, plan_filter
 from hts_ray.report.preview import write_sample
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, settings_hash
@@ -254,9 +253,7 @@ def label_sample(run: Run) -> Sample:
     manifest = run.manifest()
     scores = stages.label(run, manifest.path, limit=SAMPLE)
     plan_filter(run, scores)
-    class_ids = np.asarray(read_info(scores.path)["class_ids"], np.int16)
-    evidence = image_evidence(scores.path, run.config.filter, run.config.train.split)
-    labels = pseudo_label_table(choose_labels(evidence, run.config.filter, class_ids), class_ids)
+    labels = labels_so_far(TeacherPass(scores, run.config.filter), run.config.train.split)
     path = storage.join(run.config.run_dir, PREVIEW)
     total = len(manifest.rows(run.config.labeling.splits))
     write_sample(path, run, scores, labels, total)

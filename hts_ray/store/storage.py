@@ -346,12 +346,21 @@ def list_names(path: str) -> list[str]:
 
 def walk(path: str) -> list[str]:
     """Return the sorted paths of the files in a folder and below it, relative to it."""
+    return [*walk_sizes(path)]
+
+
+def walk_sizes(path: str) -> dict[str, int]:
+    """Return the files in a folder and below it by their sorted relative paths, with their bytes.
+
+    One listing, whatever their number.
+    """
     from pyarrow import fs as pafs
 
     filesystem, inner = resolve(path)
     selector = pafs.FileSelector(inner, allow_not_found=True, recursive=True)
     infos = patiently(path, lambda: filesystem.get_file_info(selector))
-    return sorted(i.path[len(inner) :].strip("/") for i in infos if i.type == pafs.FileType.File)
+    files = [i for i in infos if i.type == pafs.FileType.File]
+    return dict(sorted((i.path[len(inner) :].strip("/"), i.size) for i in files))
 
 
 def delete_file(path: str) -> None:

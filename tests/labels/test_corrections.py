@@ -7,11 +7,16 @@ import pyarrow as pa
 import pytest
 
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.labels.corrections import apply_overrides, overrides_key, read_overrides
+from hts_ray.labels.corrections import (
+    decisions,
+    overrides_key,
+    read_overrides,
+    require_used,
+)
+from hts_ray.labels.select import UNDECIDED
 from hts_ray.store.tables import CORRECTIONS_SCHEMA, MANIFEST_SCHEMA, write_table
 
 IDS = np.array([18, 19, 74], np.int16)
-TARGETS = np.array([[1, 0, -1], [-1, -1, -1], [1, 1, 0]], np.int8)
 
 
 def corrections(*rows):
@@ -21,31 +26,28 @@ def corrections(*rows):
     )
 
 
-def test_what_people_decided_replaces_and_the_rest_stays():
-    """Catches a partial correction that wipes the other labels, and changed input."""
-    before = TARGETS.copy()
-    table = corrections(("c", [19], [18], []), ("a", [74], [], [18]), ("elsewhere", [18], [], []))
-    found = apply_overrides(table, ["a", "b", "c"], IDS, TARGETS)
-    assert found.targets_NC.tolist() == [[0, 0, 1], [-1, -1, -1], [-1, 1, 0]]
-    assert found.decided_NC.tolist() == [
-        [True, False, True],
-        [False, False, False],
-        [True, True, False],
-    ]
-    assert (found.image_ids, found.labels, found.unused) == (("c", "a"), 3, 1)
-    assert np.array_equal(TARGETS, before)
+def decided(table, *image_ids):
+    decided_NC, used = decisions(table, pa.array(image_ids), IDS)
+    return decided_NC.tolist(), used
+
+
+def test_what_people_decided_is_found_and_the_rest_stays():
+    """Catches a partial correction that wipes the other labels, and rows of other images."""
+    table = corrections(("a", [74], None, [18]), ("c", [19], [18], []), ("elsewhere", [18], [], []))
+    found = [[0, UNDECIDED, 1], [UNDECIDED] * 3, [-1, 1, UNDECIDED]]
+    assert decided(table, "a", "b", "c") == (found, ["a", "c"])
+    assert decided(table, "b") == ([[UNDECIDED] * 3], [])
 
 
 def test_classes_of_another_list_are_left_alone():
     """Catches an id that is taken for a position."""
-    found = apply_overrides(corrections(("a", [2, 500], [], [])), ["a"], IDS, TARGETS[:1])
-    assert found.targets_NC.tolist() == TARGETS[:1].tolist()
+    assert decided(corrections(("a", [2, 500], [-1], [])), "a") == ([[UNDECIDED] * 3], ["a"])
 
 
 def test_corrections_of_other_images_are_an_error():
     """Catches a forgotten path after which nothing was corrected, reported as success."""
-    with pytest.raises(DataError, match="none of 1 corrected images"):
-        apply_overrides(corrections(("z", [18], [], [])), ["a"], IDS, TARGETS[:1])
+    with pytest.raises(DataError, match="none of 1 corrected images is among the 5"):
+        require_used(corrections(("z", [18], [], [])), 0, 5)
 
 
 def test_folders_files_and_manifests_are_read(tmp_path):

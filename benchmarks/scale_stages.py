@@ -1,0 +1,212 @@
+"""Time and memory of the stages that call no model, from ten thousand to a million images.
+
+    python benchmarks/scale_stages.py [--stages filter] [--images 10000 100000 1000000]
+
+Every stage gets what the one before it would have written: `make_...` writes it, cheaply and
+without being measured, and `run_...` does what the command does. Each stage and size runs in a
+process of its own, with a Ray cluster of its own where the stage uses Ray.
+
+Figures: seconds an image; the most memory of the driver (its largest resident set), and of any
+other process of the run, with its name, as the proportional set size: a page that several processes
+share, such as one of the object store, is split among them. `slope` is what an image more costs the driver in
+bytes, between a size and the smallest. The table goes to stdout, the numbers with hardware,
+versions, settings and date to benchmarks/results/scale_stages.json; rows of other stages and sizes
+stay.
+
+To add a stage: write the two functions and name them in STAGES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from measured import measured_on, read_results, write_results
+
+from hts_ray.classes import hico_classes
+from hts_ray.config import HtsConfig, load_config
+from hts_ray.engine.run import Run, open_run
+from hts_ray.labels.stage import plan_filter
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder, require_stage
+from hts_ray.store.tables import REGION_SCORES_SCHEMA
+
+RESULTS = Path(__file__).parent / "results" / "scale_stages.json"
+CLASSES = 600
+FILE_IMAGES = 4096
+MIB = 1 << 20
+
+
+class MemoryWatch(threading.Thread):
+    """Samples all that this process started; keeps the most memory of each, in MiB."""
+
+    def __init__(self, interval: float = 0.5) -> None:
+        super().__init__(daemon=True)
+        self.interval = interval
+        self.others = {"": 0.0}
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Sample until stopped."""
+        me = psutil.Process()
+        while not self._stopped.wait(self.interval):
+            for process in me.children(recursive=True):
+                try:
+                    name, used = process.name(), process.memory_full_info().pss / MIB
+                except psutil.Error:
+                    continue
+                self.others[name] = max(self.others.get(name, 0.0), used)
+
+    def stop(self) -> dict[str, Any]:
+        """Return the driver's most, and that of the largest other process with its name."""
+        self._stopped.set()
+        self.join()
+        name = max(self.others, key=lambda name: self.others[name])
+        driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return {"driver_mib": driver, "largest_mib": self.others[name], "largest": name}
+
+
+def config_of(folder: Path, **sections: Any) -> HtsConfig:
+    """Return the settings of a run in a folder, HICO's classes and defaults but for some."""
+    return load_config(extra={"run_dir": str(folder), "seed": 0, **sections})
+
+
+def image_columns(start: int, count: int) -> dict[str, Any]:
+    """Return ids, URIs as long as real ones, and the split of some images."""
+    ids = [f"{number:012d}" for number in range(start, start + count)]
+    uris = [f"s3://bucket/images/train/{image_id}.jpg" for image_id in ids]
+    return {"image_id": ids, "uri": uris, "split": ["train"] * count}
+
+
+def make_filter(folder: Path, images: int) -> None:
+    """Write a teacher pass of one region an image; files differ in their ids alone."""
+    random = np.random.default_rng(0)
+    scores_NC = random.normal(-12, 1.5, (FILE_IMAGES, CLASSES))
+    rows, some = np.arange(FILE_IMAGES)[:, None], random.integers(0, CLASSES, (FILE_IMAGES, 3))
+    scores_NC[rows, some] += random.uniform(3, 9, some.shape)
+    # Tenths of a nat: few distinct values are a small file that is quickly written.
+    scores = pa.array(scores_NC.round(1).astype(np.float32).ravel())
+    stage = StageFolder(str(folder), "region_scores", "made")
+    for number, start in enumerate(range(0, images, FILE_IMAGES)):
+        count = min(FILE_IMAGES, images - start)
+        ends = np.arange(count + 1, dtype=np.int32)
+        columns = {name: pa.nulls(count, field.type) for name, field in schema_fields()}
+        columns |= {n: pa.array(values) for n, values in image_columns(start, count).items()}
+        columns["region_kinds"] = pa.ListArray.from_arrays(ends, pa.array(["whole"] * count))
+        columns["scores"] = pa.ListArray.from_arrays(ends * CLASSES, scores[: count * CLASSES])
+        columns["status"] = pa.array(["ok"] * count)
+        Path(stage.path).mkdir(exist_ok=True)
+        table = pa.table(columns, schema=REGION_SCORES_SCHEMA)
+        pq.write_table(table, stage.file(f"part-{number:06d}.parquet"), compression="zstd")
+    info = {"class_ids": hico_classes().ids.tolist(), "prior_log_likelihoods": [-12.0] * CLASSES}
+    storage.write_json(stage.file("table.json"), info)
+    stage.publish({"rows_in": images, "rows_out": images, "quarantined": 0, "seconds": 0})
+
+
+def schema_fields() -> list[tuple[str, pa.Field]]:
+    """Return the columns of region_scores by name."""
+    return [(field.name, field) for field in REGION_SCORES_SCHEMA]
+
+
+def run_filter(folder: Path, images: int) -> dict[str, Any]:
+    """Filter what `make_filter` wrote, as `hts filter` does."""
+    run = opened(folder)
+    stage = plan_filter(run, require_stage(run.run_dir, "region_scores", "label")).run()
+    assert stage.stats["rows_out"] == images, stage.stats
+    sizes = storage.walk_sizes(stage.path)
+    files = [size for name, size in sizes.items() if name.endswith(".parquet")]
+    return {"files": len(files), "mib_a_file": max(files) / MIB}
+
+
+def opened(folder: Path, **sections: Any) -> Run:
+    """Return the run in a folder."""
+    return open_run(config_of(folder, **sections))
+
+
+STAGES: dict[str, tuple[Callable[[Path, int], None], Callable[[Path, int], dict[str, Any]]]] = {
+    "filter": (make_filter, run_filter),
+}
+
+
+def run_one(stage: str, images: int, folder: Path) -> dict[str, Any]:
+    """Run a stage over inputs that are made, and return its figures."""
+    watch = MemoryWatch()
+    watch.start()
+    started = time.monotonic()
+    more = STAGES[stage][1](folder, images)
+    seconds = time.monotonic() - started
+    found = watch.stop()
+    return {"stage": stage, "images": images, "seconds": seconds, **found, **more}
+
+
+def measure(stage: str, images: int) -> dict[str, Any]:
+    """Make a stage's inputs, and run it in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        STAGES[stage][0](Path(folder), images)
+        command = [sys.executable, __file__, "--one", stage, str(images), folder]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**found, "date": measured_on()["date"]}
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows by stage and size, with time an image, and both against the smallest size."""
+    ordered = sorted(rows, key=lambda row: (list(STAGES).index(row["stage"]), row["images"]))
+    for row in ordered:
+        first = next(one for one in ordered if one["stage"] == row["stage"])
+        row["microseconds_an_image"] = 1e6 * row["seconds"] / row["images"]
+        row["of_smallest"] = row["microseconds_an_image"] / first["microseconds_an_image"]
+        more = row["images"] - first["images"]
+        slope = (row["driver_mib"] - first["driver_mib"]) * MIB / more if more else None
+        row["driver_bytes_an_image"] = slope
+    return ordered
+
+
+def main() -> None:
+    """Print and store the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
+    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--one", nargs=3, metavar=("STAGE", "IMAGES", "FOLDER"))
+    options = parser.parse_args()
+    if options.one:
+        stage, images, folder = options.one
+        print(json.dumps(run_one(stage, int(images), Path(folder))))
+        return
+    rows = read_results(options.out).get("rows", [])
+    print(
+        "stage        images   seconds  us/image  of smallest  driver MiB  bytes/image  largest MiB"
+    )
+    for stage in options.stages:
+        for images in sorted(options.images):
+            key = stage, images
+            rows = [row for row in rows if (row["stage"], row["images"]) != key]
+            rows = with_ratios([*rows, measure(stage, images)])
+            row = next(row for row in rows if (row["stage"], row["images"]) == key)
+            slope = row["driver_bytes_an_image"]
+            print(
+                f"{stage:10s} {images:8d} {row['seconds']:9.1f} {row['microseconds_an_image']:9.0f}"
+                f" {row['of_smallest']:12.2f} {row['driver_mib']:11.0f}"
+                f" {'-' if slope is None else f'{slope:.0f}':>12s}"
+                f" {row['largest_mib']:9.0f} {row['largest']}",
+                flush=True,
+            )
+            write_results(options.out, {**measured_on(), "classes": CLASSES, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

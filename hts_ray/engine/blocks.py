@@ -1,0 +1,101 @@
+"""A pure function over many blocks of a table, in this process or as tasks on Ray.
+
+What a call makes can stay where it was made, for the next function to read: on Ray that is the
+object store, which spills to disk. The driver gets what is small. Results come in the order of the
+calls, so both ways give the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from hts_ray.config import HtsConfig
+from hts_ray.engine.mistakes import users_mistakes_unwrapped
+from hts_ray.engine.session import command_cluster
+from hts_ray.engine.telemetry import on_ray
+
+# Something that a call made: itself, or Ray's reference to it.
+Kept = Any
+_AHEAD = 4  # calls that are submitted for every CPU
+
+
+class Here:
+    """Calls functions in this process, one after the other."""
+
+    def map(
+        self, function: Callable[..., Any], calls: Iterable[Sequence[Any]], *shared: Any
+    ) -> Iterator[Any]:
+        """Yield `function(*shared, *call)` of every call; a call's arguments may be `Kept`."""
+        for call in calls:
+            yield function(*shared, *call)
+
+    def keep(
+        self, function: Callable[..., tuple[Any, Any]], calls: Iterable[Sequence[Any]], *shared: Any
+    ) -> Iterator[tuple[Kept, Any]]:
+        """Do the same with a function that returns a pair, the first of it kept where it is."""
+        yield from self.map(function, calls, *shared)
+
+
+class OnRay(Here):
+    """Calls functions as tasks, spread over the cluster; `shared` is sent once."""
+
+    def map(
+        self, function: Callable[..., Any], calls: Iterable[Sequence[Any]], *shared: Any
+    ) -> Iterator[Any]:
+        """Yield what each call returns, in order, while later ones run."""
+        import ray
+
+        for (done,) in self._submitted(function, calls, shared, 1):
+            yield ray.get(done)
+
+    def keep(
+        self, function: Callable[..., tuple[Any, Any]], calls: Iterable[Sequence[Any]], *shared: Any
+    ) -> Iterator[tuple[Kept, Any]]:
+        """Yield a reference to the first of each pair, and the second."""
+        import ray
+
+        for kept, told in self._submitted(function, calls, shared, 2):
+            yield kept, ray.get(told)
+
+    @staticmethod
+    def _submitted(
+        function: Callable[..., Any],
+        calls: Iterable[Sequence[Any]],
+        shared: tuple[Any, ...],
+        returns: int,
+    ) -> Iterator[list[Any]]:
+        import ray
+
+        # A node may go and storage may stumble: what it held is made again by the same calls.
+        options = {"num_returns": returns, "scheduling_strategy": "SPREAD"}
+        task = ray.remote(_call).options(max_retries=3, retry_exceptions=[OSError], **options)
+        sent = ray.put(shared)
+        most = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        waiting: deque[list[Any]] = deque()
+        for call in calls:
+            made = task.remote(function, sent, *call)
+            waiting.append([made] if returns == 1 else made)
+            if len(waiting) >= most:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _call(function: Callable[..., Any], shared: tuple[Any, ...], *call: Any) -> Any:
+    return function(*shared, *call)
+
+
+@contextmanager
+def blocks_of(config: HtsConfig, command: str, *, many: bool) -> Iterator[Here]:
+    """Give what calls functions: tasks on Ray for many blocks, this process for few.
+
+    Ray is joined or started unless it runs already, as for a command of `hts`.
+    """
+    if not many:
+        yield Here()
+        return
+    cluster = nullcontext() if on_ray() else command_cluster(config, command)
+    with cluster, users_mistakes_unwrapped():
+        yield OnRay()
