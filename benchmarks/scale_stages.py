@@ -8,10 +8,10 @@ process of its own, with a Ray cluster of its own where the stage uses Ray.
 
 Figures: seconds an image; the most memory of the driver (its largest resident set), and of any
 other process of the run, with its name, as the proportional set size: a page that several processes
-share, such as one of the object store, is split among them. `slope` is what an image more costs the driver in
-bytes, between a size and the smallest. The table goes to stdout, the numbers with hardware,
-versions, settings and date to benchmarks/results/scale_stages.json; rows of other stages and sizes
-stay.
+share, such as one of the object store, is split among them. Against the smallest size: the time an
+image, and what an image more costs the driver in bytes. The table goes to stdout, the numbers with
+hardware, versions, settings and date to benchmarks/results/scale_stages.json; rows of other stages
+and sizes stay.
 
 To add a stage: write the two functions and name them in STAGES.
 """

@@ -205,24 +205,9 @@ def select(
             f" give integers of shape {probabilities.shape}"
         )
     found = find_entries(probabilities, regions_NC, config)
-    thresholds_C = entry_thresholds(found, probabilities.shape[1], config)
+    thresholds_C = class_thresholds(found, probabilities.shape[1], config)
     target_E, reason_counts_N = choose(found, thresholds_C, config)
     return Selection(found.targets(target_E, probabilities.shape[1]), reason_counts_N)
-
-
-def class_thresholds(probabilities_NC: FloatArray, config: FilterConfig) -> FloatArray:
-    """Probability (C,) from which each class is taken, over N images.
-
-    One global threshold starves the tail: a captioner is less sure of rare phrases. So a class may
-    claim its k most probable images, k being the share 1 - `per_class_quantile` of the N images,
-    rounded down: 0.98 claims none of 49 images. Its threshold falls from `positive_threshold` to
-    its k-th largest probability, never rises above it, and never falls below `quantile_floor`. The
-    floor keeps a class that is in no image from being forced on its k least unlikely ones; one
-    below `negative_threshold` is raised to that.
-    """
-    support_NC = np.zeros(probabilities_NC.shape, np.int16)
-    found = find_entries(probabilities_NC, support_NC, config)
-    return entry_thresholds(found, probabilities_NC.shape[1], config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,8 +350,16 @@ class Bins:
             bins = replace(bins, low_C=low_C, shift=max(0, bins.shift - _DIGIT))
 
 
-def entry_thresholds(found: Entries, classes: int, config: FilterConfig) -> FloatArray:
-    """Return the threshold (C,) of every class, see `class_thresholds`."""
+def class_thresholds(found: Entries, classes: int, config: FilterConfig) -> FloatArray:
+    """Probability (C,) from which each class is taken, over N images.
+
+    One global threshold starves the tail: a captioner is less sure of rare phrases. So a class may
+    claim its k most probable images, k being the share 1 - `per_class_quantile` of the N images,
+    rounded down: 0.98 claims none of 49 images. Its threshold falls from `positive_threshold` to
+    its k-th largest probability, never rises above it, and never falls below `quantile_floor`. The
+    floor keeps a class that is in no image from being forced on its k least unlikely ones; one
+    below `negative_threshold` is raised to that.
+    """
     bins = Bins.first(classes, config, found.probability_E.dtype)
     return bins.thresholds(lambda now: [now.count(found)], found.images, config)
 

@@ -49,7 +49,7 @@ from hts_ray.labels.select import (
     Bins,
     Selection,
     choose,
-    entry_thresholds,
+    class_thresholds,
     find_entries,
 )
 from hts_ray.store import storage
@@ -221,41 +221,49 @@ def filter_regions(
             " `hts label --dry-run`, lower filter.positive_threshold or filter.min_support, or set"
             " filter.background=false if every image shows one of the classes"
         )
-    records = [one.record() for one in passes]
-    storage.write_json(
-        stage.file("table.json"),
-        {
-            "class_ids": class_ids.tolist(),
-            "filter": config.answer_settings(),
-            "region_scores": passes[0].name,
-            **({"passes": records} if found.combined else {}),
-            "combine": config.combine if found.combined else None,
-            "split": split,
-            "corrected_ids": found.corrected,
-        },
-    )
-    seconds = time.perf_counter() - started
-    of_people = {
+    _write_info(stage, config, passes, split, found)
+    corrections = {
         "corrected_images": len(found.corrected),
         "corrected_labels": counts["changed"],
         "overrides_unused": len(overrides or ()) - len(found.corrected),
     }
+    positives = zip(map(str, class_ids.tolist()), counts["positives_C"].tolist(), strict=True)
+    seconds = time.perf_counter() - started
     stage.publish(
         {
             **figures,
             **found.combined,
-            **({} if overrides is None else of_people),
+            **({} if overrides is None else corrections),
             "rows_in": found.images,
             "rows_out": found.images,
             "quarantined": 0,
             "seconds": round(seconds, 3),
             "rows_per_second": round(found.images / max(seconds, 1e-9), 1),
-            "positives_per_class": dict(
-                zip(map(str, class_ids.tolist()), counts["positives_C"].tolist(), strict=True)
-            ),
+            "positives_per_class": dict(positives),
         }
     )
     return stage.stats
+
+
+def _write_info(
+    stage: StageFolder,
+    config: FilterConfig,
+    passes: Sequence[TeacherPass],
+    split: str | None,
+    found: Gathered,
+) -> None:
+    """Write `table.json`: what the labels were made from, as `made_from` reads it."""
+    info = {
+        "class_ids": passes[0].info["class_ids"],
+        "filter": config.answer_settings(),
+        "region_scores": passes[0].name,
+        "combine": config.combine if found.combined else None,
+        "split": split,
+        "corrected_ids": found.corrected,
+    }
+    if found.combined:
+        info["passes"] = [one.record() for one in passes]
+    storage.write_json(stage.file("table.json"), info)
 
 
 def choose_labels(
@@ -273,7 +281,7 @@ def choose_labels(
         ids = evidence.images["image_id"].combine_chunks()
         decided_NC, _ = decisions(overrides, ids, class_ids)
     found = find_entries(p_NC, evidence.support_NC, config, decided_NC)
-    machine_E, reasons_N = choose(found, entry_thresholds(found, p_NC.shape[1], config), config)
+    machine_E, reasons_N = choose(found, class_thresholds(found, p_NC.shape[1], config), config)
     target_E, probability_E = corrected(found, machine_E)
     if overrides is not None:
         p_NC = p_NC.copy()

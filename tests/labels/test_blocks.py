@@ -18,7 +18,7 @@ from hts_ray.labels import stage as stage_module
 from hts_ray.labels.blocks import plan_blocks
 from hts_ray.labels.corrections import read_overrides
 from hts_ray.labels.passes import TeacherPass
-from hts_ray.labels.select import class_thresholds
+from hts_ray.labels.select import class_thresholds, find_entries
 from hts_ray.labels.stage import filter_regions
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -146,7 +146,8 @@ def test_thresholds_are_the_quantiles_to_the_last_bit(data):
     )
     wanted = dense_thresholds(p_NC, config)
     assert wanted.dtype == p_NC.dtype
-    np.testing.assert_array_equal(class_thresholds(p_NC, config), wanted)
+    found = find_entries(p_NC, np.zeros(p_NC.shape, int), config)
+    np.testing.assert_array_equal(class_thresholds(found, 5, config), wanted)
 
 
 def test_a_part_does_not_depend_on_the_blocks(folder):

@@ -14,6 +14,7 @@ from hts_ray.labels.select import (
     REASONS,
     aggregate,
     class_thresholds,
+    find_entries,
     odds_probabilities,
     region_probabilities,
     select,
@@ -58,6 +59,11 @@ def banded(**given):
     """Return settings with a band from 0.1 to 0.5 and neither quantile nor cap, but for some."""
     plain = {"positive_threshold": 0.5, "negative_threshold": 0.1, "per_class_quantile": None}
     return FilterConfig(**(plain | {"max_positives_per_image": 100} | given))
+
+
+def thresholds_of(p_NC, setting):
+    found = find_entries(p_NC, np.zeros(p_NC.shape, int), setting)
+    return class_thresholds(found, p_NC.shape[1], setting)
 
 
 def reference_select(probabilities, regions, thresholds, setting):
@@ -170,7 +176,7 @@ def test_aggregate_values():
 @given(data=image_probabilities(), setting=filters())
 def test_selection_equals_the_reference(data, setting):
     """Catches reasons tested in another order, a broken cap, or targets with swapped codes."""
-    thresholds = class_thresholds(data[0], setting)
+    thresholds = thresholds_of(data[0], setting)
     got = select(*data, setting)
     targets, counts = reference_select(*data, thresholds, setting)
     np.testing.assert_array_equal(got.targets_NC, targets)
@@ -221,8 +227,8 @@ def test_order_of_images_and_classes_changes_nothing(data, setting, seed):
     moved = select(*(array[rows][:, columns] for array in data), setting)
     np.testing.assert_array_equal(moved.targets_NC, plain.targets_NC[rows][:, columns])
     np.testing.assert_array_equal(moved.reason_counts_N, plain.reason_counts_N[rows])
-    thresholds = class_thresholds(data[0], setting)
-    moved_thresholds = class_thresholds(data[0][rows][:, columns], setting)
+    thresholds = thresholds_of(data[0], setting)
+    moved_thresholds = thresholds_of(data[0][rows][:, columns], setting)
     np.testing.assert_array_equal(moved_thresholds, thresholds[columns])
 
 
@@ -230,7 +236,7 @@ def test_order_of_images_and_classes_changes_nothing(data, setting, seed):
 @given(data=image_probabilities(), setting=filters())
 def test_class_thresholds_stay_in_the_band(data, setting):
     """Catches a quantile that raises a threshold, or a floor below the negatives."""
-    thresholds = class_thresholds(data[0], setting)
+    thresholds = thresholds_of(data[0], setting)
     assert (thresholds <= np.float32(setting.positive_threshold)).all()
     assert (thresholds >= np.float32(setting.negative_threshold)).all()
 
@@ -247,7 +253,7 @@ def test_quantile_feeds_the_tail_but_not_absent_classes():
     own = banded(quantile_floor=0.2, per_class_quantile=0.98)
     got = select(probabilities, support_NC, own)
     assert (got.targets_NC == 1).sum(axis=0).tolist() == [2, 0, 100]
-    np.testing.assert_allclose(class_thresholds(probabilities, own), [0.35, 0.2, 0.5])
+    np.testing.assert_allclose(thresholds_of(probabilities, own), [0.35, 0.2, 0.5])
 
 
 def test_quantile_counts_images_exactly():
