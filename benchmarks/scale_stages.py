@@ -39,14 +39,16 @@ from measured import measured_on, read_results, write_results
 from hts_ray.classes import hico_classes
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.engine.run import Run, open_run
+from hts_ray.evaluate import evaluate_stored, read_annotations
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, require_stage
-from hts_ray.store.tables import REGION_SCORES_SCHEMA
+from hts_ray.store.tables import MANIFEST_SCHEMA, REGION_SCORES_SCHEMA, predictions_schema
 
 RESULTS = Path(__file__).parent / "results" / "scale_stages.json"
 CLASSES = 600
 FILE_IMAGES = 4096
+KNOWN = (("positive_ids", 1), ("negative_ids", 3), ("ambiguous_ids", 1))  # of an image
 MIB = 1 << 20
 
 
@@ -131,6 +133,40 @@ def run_filter(folder: Path, images: int) -> dict[str, Any]:
     return {"files": len(files), "mib_a_file": max(files) / MIB}
 
 
+def make_evaluate(folder: Path, images: int) -> None:
+    """Write predictions, and a manifest with one positive an image and some negatives."""
+    random, ids = np.random.default_rng(0), hico_classes().ids.tolist()
+    scores = pa.array(random.normal(0, 3, FILE_IMAGES * CLASSES).round(1).astype(np.float32))
+    schema = predictions_schema(CLASSES)
+    stage = StageFolder(str(folder), "predictions", "made")
+    Path(stage.path).mkdir()
+    with pq.ParquetWriter(folder / "manifest.parquet", MANIFEST_SCHEMA) as manifest:
+        for number, start in enumerate(range(0, images, FILE_IMAGES)):
+            count = min(FILE_IMAGES, images - start)
+            same = image_columns(start, count)
+            columns = {field.name: pa.nulls(count, field.type) for field in schema}
+            flat = scores[: count * CLASSES]
+            columns |= {**same, "status": ["ok"] * count}
+            columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, CLASSES)
+            table = pa.table(columns, schema=schema)
+            pq.write_table(table, stage.file(f"part-{number:06d}.parquet"), compression="zstd")
+            known = {name: random.integers(0, CLASSES, (count, n)).tolist() for name, n in KNOWN}
+            columns = {field.name: pa.nulls(count, field.type) for field in MANIFEST_SCHEMA}
+            manifest.write_table(pa.table({**columns, **same, **known}, schema=MANIFEST_SCHEMA))
+    storage.write_json(stage.file("table.json"), {"class_ids": ids})
+    stage.publish({"rows_in": images, "rows_out": images, "quarantined": 0, "seconds": 0})
+
+
+def run_evaluate(folder: Path, images: int) -> dict[str, Any]:
+    """Evaluate what `make_evaluate` wrote, as `hts evaluate` does."""
+    run = opened(folder)
+    predictions = require_stage(run.run_dir, "predictions", "predict").path
+    truth = read_annotations(str(folder / "manifest.parquet"), run.class_table, "train")
+    found = evaluate_stored(predictions, truth)
+    assert found.num_images == images
+    return {"mean_ap": found.mean_ap}
+
+
 def opened(folder: Path, **sections: Any) -> Run:
     """Return the run in a folder."""
     return open_run(config_of(folder, **sections))
@@ -138,6 +174,7 @@ def opened(folder: Path, **sections: Any) -> Run:
 
 STAGES: dict[str, tuple[Callable[[Path, int], None], Callable[[Path, int], dict[str, Any]]]] = {
     "filter": (make_filter, run_filter),
+    "evaluate": (make_evaluate, run_evaluate),
 }
 
 

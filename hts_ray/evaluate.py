@@ -1,13 +1,17 @@
-"""The evaluate stage: predictions and annotations in, HICO metrics out."""
+"""The evaluate stage: predictions and annotations in, HICO metrics out.
+
+Shapes: N annotated images, M images of a table, B rows of a batch, C classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hts_ray import metrics
 from hts_ray.classes import ClassTable
@@ -17,9 +21,17 @@ from hts_ray.images.hico import read_anno_table
 from hts_ray.images.manifest import Manifest, open_manifest
 from hts_ray.store import storage
 from hts_ray.store.run import settings_hash
-from hts_ray.store.tables import ANNOTATION_COLUMNS, read_table, require_unique_ids
+from hts_ray.store.tables import (
+    ANNOTATION_COLUMNS,
+    read_batches,
+    read_table,
+    require_unique_ids,
+    table_schema,
+)
 
 FEW_SHOT_LEVELS = (1, 5, 10)
+_ROWS = 4096  # rows that are taken at a time
+_HELD_BYTES = 1 << 30  # of scores and labels
 
 
 def evaluate_predictions(
@@ -29,9 +41,8 @@ def evaluate_predictions(
 
     `annotations` is a manifest or the path of one or of an `anno.mat`.
     """
-    ids, scores_NC = read_predictions(predictions, run.class_table)
     truth = read_annotations(annotations, run.class_table, split)
-    result = evaluate_scores(ids, scores_NC, truth, run.class_table).to_dict()
+    result = evaluate_stored(predictions, truth).to_dict()
     source = annotations if isinstance(annotations, str) else annotations.path
     publish_metrics(run, result, predictions, source, split, name)
     return result
@@ -52,15 +63,24 @@ def publish_metrics(
 
 @dataclass(frozen=True)
 class Annotations:
-    """Labels (N, C) in {1, -1, 0, -2}: positive, negative, ambiguous, unknown.
+    """What is known of N images: rows of a manifest, all annotated.
 
     `train_positives_C` counts the positives of the training split, or is None when the
     annotations have none.
     """
 
-    image_ids: list[str]
-    labels_NC: np.ndarray
+    table: pa.Table
+    class_table: ClassTable
     train_positives_C: np.ndarray | None
+
+    @property
+    def image_ids(self) -> pa.Array:
+        """The ids (N,) of the images."""
+        return self.table["image_id"].combine_chunks()
+
+    def labels(self, classes: slice = slice(None)) -> np.ndarray:
+        """Return labels (N, C) in {1, -1, 0, -2}: positive, negative, ambiguous, unknown."""
+        return label_matrix(self.table, self.class_table, classes)
 
 
 def read_annotations(
@@ -76,27 +96,30 @@ def read_annotations(
     chosen, train = source.annotated(split), source.annotated("train")
     if not len(chosen):
         raise DataError(f"{source.path} has no annotated image in split {split!r}")
-    counts = (label_matrix(train, class_table) == metrics.POSITIVE).sum(axis=0)
-    return Annotations(
-        chosen["image_id"].to_pylist(),
-        label_matrix(chosen, class_table),
-        counts if len(train) else None,
+    counts_C = sum(
+        (label_matrix(train.slice(start, _ROWS), class_table) == metrics.POSITIVE).sum(axis=0)
+        for start in range(0, len(train), _ROWS)
     )
+    return Annotations(chosen, class_table, counts_C if len(train) else None)
 
 
-def label_matrix(manifest: pa.Table, class_table: ClassTable) -> np.ndarray:
+def label_matrix(
+    manifest: pa.Table, class_table: ClassTable, classes: slice = slice(None)
+) -> np.ndarray:
     """Return the annotations of N manifest rows as (N, C) int8 in {1, -1, 0, -2}.
 
-    Class ids that are not in the table are left out.
+    `classes` narrows the C columns. Class ids that are not among them are left out.
     """
-    labels_NC = np.full((len(manifest), len(class_table)), metrics.UNKNOWN, dtype=np.int8)
+    ids_C = class_table.ids[classes]
+    labels_NC = np.full((len(manifest), len(ids_C)), metrics.UNKNOWN, dtype=np.int8)
     values = (metrics.POSITIVE, metrics.NEGATIVE, metrics.AMBIGUOUS)
-    position = np.full(2**15, -1, dtype=np.int32)
-    position[class_table.ids.astype(np.int64)] = np.arange(len(class_table))
+    position = np.full(2**16, -1, dtype=np.int32)
+    position[ids_C.astype(np.uint16)] = np.arange(len(ids_C))
     for column, value in zip(ANNOTATION_COLUMNS, values, strict=True):
-        for row, ids in enumerate(manifest[column].to_pylist()):
-            places = position[np.asarray(ids or [], dtype=np.int64)]
-            labels_NC[row, places[places >= 0]] = value
+        lists = manifest[column].combine_chunks()
+        places = position[lists.flatten().to_numpy().astype(np.uint16)]
+        rows = pc.list_parent_indices(lists).to_numpy()
+        labels_NC[rows[places >= 0], places[places >= 0]] = value
     return labels_NC
 
 
@@ -113,27 +136,71 @@ def few_shot_masks(
 
 
 def evaluate_scores(
-    image_ids: Sequence[str],
-    scores_NC: np.ndarray,
-    annotations: Annotations,
-    class_table: ClassTable,
+    image_ids: Sequence[str], scores_NC: np.ndarray, annotations: Annotations
 ) -> metrics.Evaluation:
     """Match scores to annotations by image id and apply the HICO protocol.
 
     Annotated images without scores (quarantined ones) score below all others, so that leaving
     images out cannot raise the result. Raises DataError when no image matches.
     """
-    row_of = {image_id: row for row, image_id in enumerate(image_ids)}
-    rows = np.array([row_of.get(image_id, -1) for image_id in annotations.image_ids])
-    if not (rows >= 0).any():
-        raise DataError(
-            "no predicted image is among the annotated ones: first predicted id"
-            f" {next(iter(image_ids), None)!r}, first annotated {annotations.image_ids[0]!r}"
-        )
-    floor = float(scores_NC.min()) - 1.0
-    matched_NC = np.where((rows >= 0)[:, None], scores_NC[np.maximum(rows, 0)], floor)
-    masks = few_shot_masks(annotations.train_positives_C, class_table)
-    return metrics.evaluate(matched_NC, annotations.labels_NC, masks)
+    place_M = _places(pa.array(image_ids, pa.string()), annotations)
+    return _evaluated(lambda classes: [(place_M, scores_NC[:, classes])], annotations)
+
+
+def evaluate_stored(path: str, annotations: Annotations) -> metrics.Evaluation:
+    """Evaluate a predictions table as `evaluate_scores` does, some classes after the other.
+
+    The table is read once for as many classes as fit into 1 GiB. Raises as `read_predictions`.
+    """
+    columns_C = _score_columns(path, annotations.class_table)
+    ids = read_table(path, ["image_id"])
+    require_unique_ids(ids, path)
+    place_M = _places(ids["image_id"].combine_chunks(), annotations)
+
+    def scored(classes: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        start = 0
+        for batch in read_batches(path, ["scores"], _ROWS):
+            stored, rows = batch.column("scores"), slice(start, start + len(batch))
+            known = stored.is_valid().to_numpy(zero_copy_only=False)
+            yield place_M[rows][known], _matrix(stored.drop_null())[:, columns_C[classes]]
+            start = rows.stop
+
+    return _evaluated(scored, annotations)
+
+
+def _places(image_ids: pa.Array, annotations: Annotations) -> np.ndarray:
+    """Return the place of images among the annotated ones, -1 for others."""
+    places = pc.index_in(image_ids, value_set=annotations.image_ids)
+    return np.asarray(places.fill_null(-1).to_numpy(zero_copy_only=False))
+
+
+def _evaluated(
+    scored: Callable[[slice], Iterable[tuple[np.ndarray, np.ndarray]]], annotations: Annotations
+) -> metrics.Evaluation:
+    """Evaluate what `scored` gives of some classes: places among the annotated, and scores."""
+    images, classes = len(annotations.table), len(annotations.class_table)
+    size = max(1, _HELD_BYTES // (5 * images))  # 4 bytes a score, 1 a label
+    parts = (slice(start, min(start + size, classes)) for start in range(0, classes, size))
+
+    def matched(part: slice) -> np.ndarray:
+        scores_NC = np.full((images, part.stop - part.start), -np.inf, np.float32)
+        seen = 0
+        for place_B, scores_BC in scored(part):
+            known = place_B >= 0
+            # Wider scores stay as wide, or close ones would become ties.
+            scores_NC = scores_NC.astype(np.result_type(scores_NC, scores_BC), copy=False)
+            scores_NC[place_B[known]] = scores_BC[known]
+            seen += int(known.sum())
+        if not seen:
+            first = annotations.image_ids[0].as_py()
+            raise DataError(
+                f"no predicted image is among the {images} annotated ones, for example {first!r}:"
+                " check --annotations and --split"
+            )
+        return scores_NC
+
+    masks = few_shot_masks(annotations.train_positives_C, annotations.class_table)
+    return metrics.evaluate_parts(((matched(p), annotations.labels(p)) for p in parts), masks)
 
 
 def read_predictions(path: str, class_table: ClassTable) -> tuple[list[str], np.ndarray]:
@@ -142,22 +209,31 @@ def read_predictions(path: str, class_table: ClassTable) -> tuple[list[str], np.
     Columns are brought into the order of `class_table` by the class ids stored beside the
     table. Raises DataError when a class has no score.
     """
+    columns_C = _score_columns(path, class_table)
     table = read_table(path, columns=["image_id", "scores"])
     require_unique_ids(table, path)
     table = table.filter(table["scores"].is_valid())
     if not len(table):
         raise DataError(f"{path} holds no scored image")
-    scores = table["scores"].combine_chunks()
-    width = scores.type.list_size
-    scores_NC = scores.flatten().to_numpy(zero_copy_only=False).reshape(len(table), width)
+    return table["image_id"].to_pylist(), _matrix(table["scores"].combine_chunks())[:, columns_C]
+
+
+def _matrix(scores: pa.Array) -> np.ndarray:
+    """Return the scores (N, C) of a column without nulls."""
+    values = scores.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(values.reshape(-1, scores.type.list_size))
+
+
+def _score_columns(path: str, class_table: ClassTable) -> np.ndarray:
+    """Return where each class's score lies among the stored ones; DataError for one without."""
     sidecar = storage.join(path, "table.json")
     if not storage.exists(sidecar):
+        width = table_schema(path).field("scores").type.list_size
         if width != len(class_table):
             raise DataError(f"{path} has {width} scores an image for {len(class_table)} classes")
-        return table["image_id"].to_pylist(), scores_NC
+        return np.arange(width)
     stored = {int(i): place for place, i in enumerate(storage.read_json(sidecar)["class_ids"])}
     missing = [int(i) for i in class_table.ids if int(i) not in stored]
     if missing:
         raise DataError(f"{path} has no score for class id {missing[0]}: use the run's own classes")
-    order = [stored[int(i)] for i in class_table.ids]
-    return table["image_id"].to_pylist(), scores_NC[:, order]
+    return np.array([stored[int(i)] for i in class_table.ids])

@@ -6,7 +6,7 @@ Shapes: N images, C classes, B classes of one block, P positives of one class, T
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,8 @@ RECALL_THRESHOLDS: FloatArray = np.array(
 )
 
 # Classes sorted at a time: 16 x 9,658 keys of 8 bytes stay within a core's level-2 cache.
-_BLOCK = 16
+# Of many images fewer, so that the keys take 64 MB at most, or one class's.
+_BLOCK, _BLOCK_ENTRIES = 16, 1 << 23
 _LOW_BITS = np.uint64(0xFFFFFFFF)
 
 
@@ -117,23 +118,30 @@ def evaluate(
     mask of the classes in Few@n (at most n training positives). Raises the same
     errors, and ValueError for a mask of another shape or type.
     """
-    scores_NC, annotations_NC = _checked(scores, annotations)
+    return evaluate_parts([(scores, annotations)], few_shot)
+
+
+def evaluate_parts(
+    parts: Iterable[tuple[ArrayLike, ArrayLike]],
+    few_shot: Mapping[int, ArrayLike] | None = None,
+) -> Evaluation:
+    """Evaluate some classes after the other: `evaluate` of all of them side by side.
+
+    A class's numbers do not depend on the others, so only one part's scores and annotations need
+    to be in memory.
+    """
+    found = [_precisions(*_checked(*part)) for part in parts]
+    precision_CT, known_C = (np.concatenate([one[i] for one in found]) for i in (0, 1))
+    ap_C = np.array([_mean_precision(precision_T) for precision_T in precision_CT])
     masks: dict[int, BoolArray] = {}
     for n, mask in (few_shot or {}).items():
         mask_C = np.asarray(mask)
-        if mask_C.dtype != np.bool_ or mask_C.shape != scores_NC.shape[1:]:
+        if mask_C.dtype != np.bool_ or mask_C.shape != ap_C.shape:
             raise ValueError(
                 f"few_shot[{n}] is {mask_C.dtype} {mask_C.shape}:"
-                f" give a bool mask of shape {scores_NC.shape[1:]}"
+                f" give a bool mask of shape {ap_C.shape}"
             )
         masks[int(n)] = mask_C
-    ap_C = np.full(scores_NC.shape[1], np.nan)
-    known_C = ap_C.copy()
-    precision_CT = np.full((len(ap_C), len(RECALL_THRESHOLDS)), np.nan)
-    for c, labels_N in _ranked_labels(scores_NC, annotations_NC):
-        precision_CT[c] = _interpolated_precision(labels_N, "default")
-        ap_C[c] = _mean_precision(precision_CT[c])
-        known_C[c] = _mean_precision(_interpolated_precision(labels_N, "known_object"))
     return Evaluation(
         ap=ap_C,
         ap_known_object=known_C,
@@ -141,12 +149,25 @@ def evaluate(
         mean_ap=mean_average_precision(ap_C),
         mean_ap_known_object=mean_average_precision(known_C),
         num_classes=int(np.isfinite(ap_C).sum()),
-        num_images=len(scores_NC),
+        num_images=found[0][2],
         few_shot={n: mean_average_precision(ap_C[mask]) for n, mask in masks.items()},
         few_shot_known_object={
             n: mean_average_precision(known_C[mask]) for n, mask in masks.items()
         },
     )
+
+
+def _precisions(
+    scores_NC: NDArray[Any], annotations_NC: NDArray[np.int8]
+) -> tuple[FloatArray, FloatArray, int]:
+    """Return the interpolated precision (C, T), the known-object AP (C,), and N."""
+    images, classes = scores_NC.shape
+    precision_CT = np.full((classes, len(RECALL_THRESHOLDS)), np.nan)
+    known_C = np.full(classes, np.nan)
+    for c, labels_N in _ranked_labels(scores_NC, annotations_NC):
+        precision_CT[c] = _interpolated_precision(labels_N, "default")
+        known_C[c] = _mean_precision(_interpolated_precision(labels_N, "known_object"))
+    return precision_CT, known_C, images
 
 
 def mean_average_precision(ap: ArrayLike) -> float:
@@ -241,8 +262,9 @@ def _ranked_labels(
     scores_NC: NDArray[Any], annotations_NC: NDArray[np.int8]
 ) -> Iterator[tuple[int, NDArray[np.int8]]]:
     """Each class with its annotations (N,), those of the highest score first."""
-    for start in range(0, scores_NC.shape[1], _BLOCK):
-        block = slice(start, start + _BLOCK)
+    size = min(_BLOCK, max(1, _BLOCK_ENTRIES // max(1, len(scores_NC))))
+    for start in range(0, scores_NC.shape[1], size):
+        block = slice(start, start + size)
         order_BN = _descending_order(np.ascontiguousarray(scores_NC[:, block].T))
         labels_BN = np.ascontiguousarray(annotations_NC[:, block].T)
         for b, order_N in enumerate(order_BN):

@@ -234,7 +234,7 @@ def _measured(
 ) -> Row:
     """Compare scores of test images with the annotations; print and publish a row's metrics."""
     truth = read_annotations(run.manifest(manifest), run.class_table)
-    metrics = evaluate_scores(image_ids, scores_NC, truth, run.class_table).to_dict()
+    metrics = evaluate_scores(image_ids, scores_NC, truth).to_dict()
     metrics.update(note=row.note, seconds=row.seconds)
     publish_metrics(run, metrics, source, manifest, "test", row.name)
     console.print(f"[bold]{row.name}[/bold]: mAP {percent(metrics['mAP'])}, {row.seconds:.0f} s")

@@ -6,7 +6,8 @@ Every schema is declared here once and carries its name and version in the metad
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -156,24 +157,47 @@ def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
 
     Raises DataError when there is nothing to read, or the files are damaged or not Parquet.
     """
-    filesystem, inner = storage.resolve(path)
+    with _readable(path):
+        table = _dataset(path).to_table(columns=list(columns) if columns is not None else None)
+        table.validate(full=True)  # else text that is not UTF-8 fails later, far from here
+        return table
+
+
+def read_batches(path: str, columns: Iterable[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of `read_table` in their order, at most `rows` at a time."""
+    with _readable(path):
+        ahead = {"batch_readahead": 4, "fragment_readahead": 1}
+        yield from _dataset(path).to_batches(columns=list(columns), batch_size=rows, **ahead)
+
+
+def table_schema(path: str) -> pa.Schema:
+    """Return the columns of what `read_table` reads."""
+    with _readable(path):
+        return _dataset(path).schema
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
     if not storage.exists(path):
         raise DataError(f"no table at {path}: check the path, or run the stage that writes it")
     try:
-        dataset = pads.dataset(
-            inner,
-            format=_CHECKED_PARQUET,
-            filesystem=filesystem,
-            exclude_invalid_files=False,
-            ignore_prefixes=_NO_ROWS,
-        )
-        if not dataset.files:
-            raise DataError(f"{path} holds no Parquet file: the stage that writes it has no rows")
-        table = dataset.to_table(columns=list(columns) if columns is not None else None)
-        table.validate(full=True)  # else text that is not UTF-8 fails later, far from here
-        return table
+        yield
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _dataset(path: str) -> pads.Dataset:
+    filesystem, inner = storage.resolve(path)
+    dataset = pads.dataset(
+        inner,
+        format=_CHECKED_PARQUET,
+        filesystem=filesystem,
+        exclude_invalid_files=False,
+        ignore_prefixes=_NO_ROWS,
+    )
+    if not dataset.files:
+        raise DataError(f"{path} holds no Parquet file: the stage that writes it has no rows")
+    return dataset
 
 
 def count_rows(files: list[str]) -> int:

@@ -147,7 +147,7 @@ def test_the_folder_serves_as_annotations_and_as_overrides(labeled, manifest, tm
     write_import(done, output, {"agreement.json": {"images": 1}})
     assert len(labeled.manifest(output).table) == 1
     truth = read_annotations(output, labeled.class_table, "validation")
-    assert truth.labels_NC.tolist() == [[-1, -1, 1]]
+    assert truth.labels().tolist() == [[-1, -1, 1]]
     assert read_overrides(output)["positive_ids"].to_pylist() == [[74]]
     assert len(read_table(f"{output}/quarantine")) == 1
     with pytest.raises(ConfigError, match="already"):
