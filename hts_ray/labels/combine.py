@@ -20,6 +20,7 @@ from hts_ray.store.aliases import BoolArray, FloatArray
 
 Combination = Literal["geometric", "mean"]
 
+_CLASSES = 16  # that are combined at a time
 _LEAST = 1e-4  # what 0 counts as among odds, and 1 as its opposite: no opinion is a veto
 
 
@@ -48,28 +49,34 @@ def combine(
         raise DataError("no teacher pass to combine has a weight above 0")
     images, rows = _all_images([found for found, _ in counted])
     classes = counted[0][0].probabilities_NC.shape[1]
-    stacked_ONC = np.zeros((len(counted), len(images), classes), np.float32)
-    support_NC = np.zeros((len(images), classes), np.int64)
+    together_NC = np.empty((len(images), classes), np.float32)
+    support_NC = np.empty((len(images), classes), np.int16)
     weight_ON = np.zeros((len(counted), len(images)))
-    for o, ((found, weight), row_N) in enumerate(zip(counted, rows, strict=True)):
-        stacked_ONC[o, row_N] = found.probabilities_NC
-        support_NC[row_N] += found.support_NC
+    for o, ((_, weight), row_N) in enumerate(zip(counted, rows, strict=True)):
         weight_ON[o, row_N] = weight
-    if calibrate:
-        common_scale(stacked_ONC, weight_ON)
+    # What a class becomes depends on no other, and some at a time need little memory.
+    for start in range(0, classes, _CLASSES):
+        some = slice(start, start + _CLASSES)
+        agreeing_NC = np.zeros(support_NC[:, some].shape, np.int64)
+        stacked_ONC = np.zeros((len(counted), *agreeing_NC.shape), np.float32)
+        for o, ((found, _), row_N) in enumerate(zip(counted, rows, strict=True)):
+            stacked_ONC[o, row_N] = found.probabilities_NC[:, some]
+            agreeing_NC[row_N] += found.support_NC[:, some]
+        support_NC[:, some] = agreeing_NC
+        if calibrate:
+            common_scale(stacked_ONC, weight_ON)
+        together_NC[:, some] = _mean(stacked_ONC, weight_ON, method).clip(0, 1)
+    return Evidence(images, together_NC, support_NC, np.ones(len(images), dtype=bool))
+
+
+def _mean(stacked_ONC: FloatArray, weight_ON: FloatArray, method: Combination) -> FloatArray:
+    """Return the weighted mean (N, C) of O opinions, or that of their odds as a probability."""
     share_ON1 = (weight_ON / weight_ON.sum(axis=0))[:, :, None]
     if method == "mean":
-        together_NC = (share_ON1 * stacked_ONC).sum(axis=0)
-    else:
-        inner_ONC = _LEAST + (1 - 2 * _LEAST) * stacked_ONC.astype(np.float64)
-        odds_NC = (share_ON1 * np.log(inner_ONC / (1 - inner_ONC))).sum(axis=0)
-        together_NC = (1 / (1 + np.exp(-odds_NC)) - _LEAST) / (1 - 2 * _LEAST)
-    return Evidence(
-        images,
-        together_NC.clip(0, 1).astype(np.float32),
-        support_NC.astype(np.int16),
-        np.ones(len(images), dtype=bool),
-    )
+        return np.asarray((share_ON1 * stacked_ONC).sum(axis=0))
+    inner_ONC = _LEAST + (1 - 2 * _LEAST) * stacked_ONC.astype(np.float64)
+    odds_NC = (share_ON1 * np.log(inner_ONC / (1 - inner_ONC))).sum(axis=0)
+    return np.asarray((1 / (1 + np.exp(-odds_NC)) - _LEAST) / (1 - 2 * _LEAST))
 
 
 def common_scale(stacked_ONC: FloatArray, weight_ON: FloatArray) -> None:

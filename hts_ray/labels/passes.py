@@ -5,6 +5,7 @@ Every pass is a region_scores folder. Shapes: C classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,8 +61,8 @@ def chosen_passes(
 ) -> list[TeacherPass]:
     """Return the passes that `filter.passes` names, by their keys; `latest` alone where it is None.
 
-    Raises ConfigError for a name that fits none or several, for fewer than two passes, and for
-    settings under which every region must show a class; DataError for passes over other classes
+    Raises ConfigError for a name that fits none or several, for fewer than two passes or more than
+    fit into memory, and for settings under which every region must show a class; DataError for passes over other classes
     or other images than the first's.
     """
     if config.passes is None:
@@ -80,6 +81,7 @@ def chosen_passes(
         ]
         chosen = sorted(passes, key=lambda one: one.folder.key)
         _check_together(chosen)
+        _require_memory(chosen)
     for one in chosen:
         require_abstention(one.info, one.config)
     return chosen
@@ -96,6 +98,23 @@ def together(
     weights = [one.weight for one in passes]
     evidence = combine(found, weights, config.combine, calibrate=config.calibrate)
     return evidence, {"passes": len(passes), "images_in_some_passes": some}
+
+
+def _require_memory(passes: Sequence[TeacherPass]) -> None:
+    """Refuse several passes that need more than four fifths of the machine's memory together."""
+    # 4 bytes a probability and 2 a support: of every pass, of one that is sorted, of the result.
+    per_image = 6 * (len(passes) + 2) * len(passes[0].info["class_ids"])
+    fitting = int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_image)
+    images = max(one.images for one in passes)
+    if images > fitting:
+        raise ConfigError(
+            f"{len(passes)} passes over {images} images take {images * per_image / 2**30:.0f} GiB,"
+            " since passes are combined in one process",
+            field=_FIELD,
+            value=[one.folder.key for one in passes],
+            remedy=f"take a machine with more memory, this one is enough for {fitting} images, or"
+            " one pass alone, which is filtered in blocks",
+        )
 
 
 def made_from(run_dir: str, made: Mapping[str, Any]) -> list[TeacherPass]:

@@ -101,7 +101,7 @@ def filtered(folder, config, run_dir, blocks=None):
     return stage
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_labels_equal_the_dense_filter_s(data, folder, tmp_path_factory):
     """Catches a threshold off by one bit, an entry that mattered and was left out, a lost tie."""
@@ -130,7 +130,7 @@ def test_labels_equal_the_dense_filter_s(data, folder, tmp_path_factory):
     assert stage.stats["rows_out"] == len(wanted)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_thresholds_are_the_quantiles_to_the_last_bit(data):
     """Catches a search by bit pattern that stops early, in either precision."""

@@ -164,3 +164,11 @@ def test_passes_over_other_classes_or_images_are_refused(run, tmp_path):
     )
     with pytest.raises(DataError, match="different files of image 'a'"):
         planned(run, ["aaaa", "eeee"])
+
+
+def test_passes_that_do_not_fit_are_refused(run, tmp_path, monkeypatch):
+    """Catches a filter that fills the machine's memory and is killed without a word."""
+    for key in ("aaaa", "bbbb"):
+        StageFolder(str(tmp_path), "region_scores", key).publish({"rows_out": 10**12})
+    with pytest.raises(ConfigError, match=r"filter\.passes.*take \d+ GiB.*enough for \d+ images"):
+        planned(run, "all")
