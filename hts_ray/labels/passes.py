@@ -62,8 +62,8 @@ def chosen_passes(
     """Return the passes that `filter.passes` names, by their keys; `latest` alone where it is None.
 
     Raises ConfigError for a name that fits none or several, for fewer than two passes or more than
-    fit into memory, and for settings under which every region must show a class; DataError for passes over other classes
-    or other images than the first's.
+    fit into memory, and for settings under which every region must show a class; DataError for
+    passes over other classes or other images than the first's.
     """
     if config.passes is None:
         assert latest is not None
