@@ -26,10 +26,12 @@ class SignedLoss(nn.Module, ABC):
     0; an entry's weight w is their product. 1 changes nothing and 0 is the same as an ignored
     target; no gradient flows into them. The reduction never divides by weights: `mean` is over
     the N rows, so that weights may differ between workers, whose sums of rows can then be added
-    and divided by the rows of the global batch. Raises ValueError for wrong settings or inputs.
+    and divided by the rows of the global batch. Raises ValueError for wrong settings or inputs;
+    with `checks_values` False only for wrong shapes and types: to look at values waits for a GPU.
     """
 
     class_weights: Tensor | None
+    checks_values = True
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class SignedLoss(nn.Module, ABC):
         self, logits: Tensor, targets: Tensor, label_weights: Tensor | None = None
     ) -> Tensor:
         """Loss of (N, C) `logits` against (N, C) `targets`; see the class for the formula."""
-        check_targets(logits, targets)
+        check_targets(logits, targets, values=self.checks_values)
         # bf16 keeps 8 bits of mantissa: a sum of 600 exponentials has to be taken in float32.
         # float64 stays what it is, so that gradients can be checked numerically.
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -93,7 +95,8 @@ class SignedLoss(nn.Module, ABC):
                     f" {tuple(label_weights.shape)}: both have to be (images, classes)"
                 )
             label_weights = label_weights.detach().to(logits.dtype)
-            _check_weights("label_weights", label_weights)
+            if self.checks_values:
+                _check_weights("label_weights", label_weights)
             weights = label_weights if weights is None else weights * label_weights
         return weights
 
@@ -304,7 +307,7 @@ class AsymmetricLoss(_TermwiseLoss):
         # log(1 - p + clip) from log(1 - p), which does not round to log(0) at a large logit. It
         # passes 0 by a rounding error near p = clip.
         clip = math.log(self.clip)
-        kept_NC = torch.logaddexp(right_NC, right_NC.new_tensor(clip)).clamp(max=0)
+        kept_NC = torch.logaddexp(right_NC, right_NC.new_full((), clip)).clamp(max=0)
         negative_NC = torch.where(counts_NC, -kept_NC * shifted_NC**self.gamma_neg, 0.0)
         return torch.where(signs_NC > 0, positive_NC, negative_NC)
 
@@ -336,10 +339,10 @@ def make_loss(
     return LOSSES[name](temperature, reduction, class_weights=class_weights, **(parameters or {}))
 
 
-def check_targets(logits: Tensor, targets: Tensor) -> None:
+def check_targets(logits: Tensor, targets: Tensor, *, values: bool = True) -> None:
     """Raise ValueError unless both are (N, C), logits float and targets in {1, 0, -1}.
 
-    On a GPU this waits for the targets once a step; a mislabelled batch costs more.
+    On a GPU looking at `values` waits for the targets once a step; a mislabelled batch costs more.
     """
     if logits.ndim != 2 or logits.shape != targets.shape:
         raise ValueError(
@@ -353,6 +356,8 @@ def check_targets(logits: Tensor, targets: Tensor) -> None:
             "targets are torch.bool, whose False would mean ignored: give 1 for positive,"
             " -1 for negative and 0 for ignored"
         )
+    if not values:
+        return
     wrong_NC = targets != targets.sign()  # NaN differs from its sign too
     if bool(wrong_NC.any()):
         raise ValueError(

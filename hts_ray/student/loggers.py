@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,11 +80,10 @@ class CurveLog:
         """Write values that belong to an optimizer step, counted over all epochs."""
         self._each(lambda tracker: tracker.log(dict(values), step=step))
 
-    def log_step(self, totals: Any, lr: float, norm: Any, step: int) -> None:
-        """Write a step's summed loss and images, `totals` (2,), its rate and gradient's norm."""
-        loss_sum, images = totals.tolist()
-        values = {"train/loss": loss_sum / images, "train/lr": lr}
-        self.log(values if norm is None else {**values, "train/gradient_norm": float(norm)}, step)
+    def log_step(self, loss: float, lr: float, norm: float, step: int) -> None:
+        """Write a step's mean loss, its rate and its gradient's norm, where that is known."""
+        values = {"train/loss": loss, "train/lr": lr, "train/gradient_norm": norm}
+        self.log({name: value for name, value in values.items() if not math.isnan(value)}, step)
 
     def log_epoch(self, record: Mapping[str, Any], step: int) -> None:
         """Write an epoch's record, which ends at an optimizer step."""

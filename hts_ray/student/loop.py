@@ -1,18 +1,21 @@
 """The training loop that every Ray Train worker runs.
 
-Everything random in a step follows from the seed, the epoch, the step and the worker, so a run
-that goes on from a checkpoint after a crash equals one that was never interrupted.
+Everything random in a step follows from the seed, the epoch, the step and the worker, and an
+image's augmentation from its row, so a run that goes on from a checkpoint after a crash equals one
+that was never interrupted.
 
 Shape legend: N images of a batch, C classes, P pixels of a stored side.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,6 @@ import pyarrow as pa
 import torch
 
 from hts_ray.config import TrainConfig
-from hts_ray.engine.compat import forget_accelerator
 from hts_ray.engine.decoding import stack_pixels
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.errors import DataError
@@ -29,12 +31,12 @@ from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
 from hts_ray.store.provenance import usable_cores
 from hts_ray.student import resume
-from hts_ray.student.augment import augment
+from hts_ray.student.augment import Drawn, draw
 from hts_ray.student.checkpoints import load_student
 from hts_ray.student.loggers import CurveLog
-from hts_ray.student.model import Student, checkpoint_activations, set_trainable
-from hts_ray.student.optimizer import Optimizer, settings_loss
+from hts_ray.student.model import Student
 from hts_ray.student.progress import StepLog, epoch_record
+from hts_ray.student.step import Stepper, Told, take_step
 from hts_ray.student.targets import dense_targets, dense_weights, validation_due
 
 if TYPE_CHECKING:
@@ -49,11 +51,7 @@ class _Worker:
 
     job: dict[str, Any]
     config: TrainConfig
-    accelerator: Accelerator
-    student: Student
-    model: Any  # the student as Accelerate wrapped it
-    optimizer: Optimizer
-    loss: Any
+    stepper: Stepper
     rank: int
     world: int
     meter: Meter
@@ -62,14 +60,14 @@ class _Worker:
     steps: StepLog | None = None
 
     @property
-    def batch_size(self) -> int:
-        """Images of a step on this worker."""
-        return self.config.batch_size // self.world
+    def accelerator(self) -> Accelerator:
+        """Accelerate's view of this worker."""
+        return self.stepper.accelerator
 
     @property
     def steps_per_epoch(self) -> int:
         rows: int = self.job["rows"] // self.world
-        return max(1, -(-rows // self.batch_size))
+        return max(1, -(-rows // self.stepper.batch_size))
 
 
 class _BadLossError(Exception):
@@ -108,44 +106,17 @@ def train_loop(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start(job: dict[str, Any]) -> _Worker:
-    """Load the zero-shot student and hand it to Accelerate, which joins Ray's process group."""
+    """Load the zero-shot student and make it ready for steps among Ray's workers."""
     import ray.train
-    from accelerate import Accelerator
 
     config = TrainConfig.model_validate(job["config"])
     meter = Meter(**job["meter"])
     held = HeldGpus(meter, float(config.gpu))
-    if job["local"] is not None:
-        forget_accelerator()  # the driver's process may have trained with other settings
     torch.set_num_threads(_threads(config, local=job["local"] is not None))
-    accelerator = Accelerator(mixed_precision=job["precision"], cpu=not config.gpu)
-    student = load_student(job["initial"])
-    set_trainable(student, config.trainable, config.trainable_blocks)
-    if config.learn_logit_scale:
-        student.learn_logit_scale()
-    student.to(accelerator.device)
-    optimizer = Optimizer.of(student, config)
-    if config.gradient_checkpointing:
-        checkpoint_activations(student)
-    if config.compile:
-        student.visual.compile()
-    student.train()
-    model, optimizer.inner = accelerator.prepare(student, optimizer.inner)
-    optimizer.clip = accelerator.clip_grad_norm_
     context = ray.train.get_context()
-    return _Worker(
-        job=job,
-        config=config,
-        accelerator=accelerator,
-        student=student,
-        model=model,
-        optimizer=optimizer,
-        loss=settings_loss(config, job["class_weights"], "sum").to(accelerator.device),
-        rank=context.get_world_rank(),
-        world=context.get_world_size(),
-        meter=meter,
-        held=held,
-    )
+    rank, world = context.get_world_rank(), context.get_world_size()
+    stepper = Stepper.of(load_student(job["initial"]), config, job["class_weights"], world)
+    return _Worker(job, config, stepper, rank, world, meter, held)
 
 
 def _threads(config: TrainConfig, *, local: bool) -> int:
@@ -167,40 +138,75 @@ def _threads(config: TrainConfig, *, local: bool) -> int:
     return max(1, cores // workers)
 
 
+class _Sums:
+    """An epoch's loss and images on this worker, read from a step when the next one is queued."""
+
+    def __init__(self, worker: _Worker, position: resume.Position) -> None:
+        self._worker, self._epoch = worker, position.epoch
+        # What all workers had before a crash is carried on by the first.
+        mine = worker.rank == 0
+        self.loss, self.images = (position.loss_sum, position.images) if mine else (0.0, 0)
+        self._queued: tuple[Told, float, int] | None = None
+
+    def add(self, told: Told, lr: float, number: int) -> None:
+        """Take on a step that is queued, of a number over all epochs, and read the one before."""
+        before, self._queued = self._queued, (told, lr, number)
+        self._read(before)
+
+    def _read(self, queued: tuple[Told, float, int] | None) -> None:
+        """Raise _BadLossError on every worker when the loss of one is not finite."""
+        from accelerate.utils import gather_object
+
+        if queued is None:
+            return
+        told, lr, number = queued
+        loss, finite, norm = told.read()
+        if not finite:
+            bad = [] if math.isfinite(loss) else told.rows()[:8]
+            bad = gather_object(bad) if self._worker.world > 1 else bad
+            raise _BadLossError(f"the loss is not finite in epoch {self._epoch}", bad[:16])
+        self.loss, self.images = self.loss + loss, self.images + len(told)
+        curves = self._worker.curves
+        if curves is not None and number % self._worker.config.log_every == 0:
+            curves.log_step(loss / len(told), lr, norm, number)
+
+    def everywhere(self) -> tuple[float, int]:
+        """Return the loss and the images of all workers, up to the step that is queued."""
+        queued, self._queued = self._queued, None
+        self._read(queued)
+        accelerator = self._worker.accelerator
+        mine = [self.loss, float(self.images)]
+        totals = torch.tensor(mine, dtype=torch.float64, device=accelerator.device)
+        loss, images = accelerator.reduce(totals, "sum").tolist()
+        return loss, int(images)
+
+
 def _run_epoch(worker: _Worker, shard: Any, position: resume.Position) -> resume.Position:
     """Finish the epoch that runs; returns the beginning of the next one."""
     started = time.monotonic() - position.seconds
-    epoch = position.epoch
+    epoch, config = position.epoch, worker.config
     first = epoch * worker.steps_per_epoch
-    # This worker's loss and images; what all had before a crash is carried on by the first.
-    carried = [position.loss_sum, float(position.images)] if worker.rank == 0 else [0.0, 0.0]
-    totals = torch.tensor(carried, dtype=torch.float64, device=worker.accelerator.device)
-    worker.model.train()
-    every = worker.config.checkpoint_every_steps
+    sums = _Sums(worker, position)
+    worker.stepper.model.train()
+    every = config.checkpoint_every_steps
     lr = 0.0
     for step, batch in enumerate(_batches(worker, shard, epoch)):
         if step < position.step:
             continue
         torch.manual_seed(_seed(worker, epoch, step))
-        lr = worker.optimizer.set_rates(first + step, worker.steps_per_epoch)
+        lr = worker.stepper.optimizer.set_rates(first + step, worker.steps_per_epoch)
         with worker.meter.busy():
-            step_totals, norm = _train_step(worker, batch, epoch)
+            sums.add(take_step(worker.stepper, batch), lr, first + step)
         worker.meter.count(images=len(batch["rows"]))
         worker.held.tick()
-        totals += step_totals
-        if worker.curves is not None and (first + step) % worker.config.log_every == 0:
-            worker.curves.log_step(step_totals, lr, norm, first + step)
         done = step + 1
-        if worker.steps is not None and worker.steps.due:
-            loss_sum, images = totals.tolist()  # this worker's, close enough for a display
-            worker.steps.tell(epoch, done * worker.config.batch_size, loss_sum / images)
+        if worker.steps is not None and worker.steps.due and sums.images:
+            # This worker's, close enough for a display.
+            worker.steps.tell(epoch, done * config.batch_size, sums.loss / sums.images)
         if every is not None and done % every == 0 and done < worker.steps_per_epoch:
-            loss_sum, images = worker.accelerator.reduce(totals.clone(), "sum").tolist()
-            seconds = time.monotonic() - started
-            within = (done, loss_sum, int(images), seconds, worker.world)
+            within = (done, *sums.everywhere(), time.monotonic() - started, worker.world)
             _report_checkpoint(worker, resume.Position(position.history, *within))
-    totals = worker.accelerator.reduce(totals, "sum")
-    loss, images = float(totals[0]), int(totals[1])
+    loss, images = sums.everywhere()
     if not images:
         raise DataError("no image could be read in a whole epoch: see the quarantine")
     record = epoch_record(epoch, loss, lr, images, time.monotonic() - started)
@@ -221,11 +227,11 @@ def _validate(worker: _Worker, epoch: int) -> float | None:
     if truth_NC is None or not validation_due(worker.config, epoch):
         return None
     batches = ray.train.get_dataset_shard("validation").iter_torch_batches(
-        batch_size=worker.batch_size,
-        collate_fn=_collate(worker.student.image_size, None),
+        batch_size=worker.stepper.batch_size,
+        collate_fn=_collate(worker.stepper.student.image_size),
         device=worker.accelerator.device,
     )
-    student: Student = worker.optimizer.published
+    student: Student = worker.stepper.optimizer.published
     mode = student.training
     student.eval()
     found: list[tuple[Any, Any]] = []
@@ -250,16 +256,23 @@ def _seed(worker: _Worker, epoch: int, step: int = -1) -> int:
 
 
 def _batches(worker: _Worker, shard: Any, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield an epoch's steps: pixels uint8 (N, P, P, 3), rows (N,), targets and weights (N, C).
+    """Yield an epoch's steps, as `take_step` wants them.
 
-    Weights are there with soft labels only.
+    Ray makes batches in threads of its own and copies the next one to the device meanwhile.
     """
     size = worker.job["stored_size"]
-    rows = min(worker.job["rows"], max(worker.batch_size, _SHUFFLE_BYTES // (size * size * 3)))
+    rows = min(
+        worker.job["rows"], max(worker.stepper.batch_size, _SHUFFLE_BYTES // (size * size * 3))
+    )
+    drawn = partial(
+        draw, seed=worker.job["seed"], epoch=epoch, stored=size, config=worker.config.augment
+    )
+    device = worker.accelerator.device
     yield from shard.iter_torch_batches(
-        batch_size=worker.batch_size,
-        collate_fn=_collate(size, len(worker.student.class_table)),
-        device=worker.accelerator.device,
+        batch_size=worker.stepper.batch_size,
+        collate_fn=_collate(size, worker.stepper.student, drawn),
+        device=device,
+        pin_memory=device.type == "cuda",
         local_shuffle_buffer_size=rows,
         local_shuffle_seed=_seed(worker, epoch),
         prefetch_batches=2,
@@ -267,8 +280,10 @@ def _batches(worker: _Worker, shard: Any, epoch: int) -> Iterator[dict[str, torc
     )
 
 
-def _collate(size: int, num_classes: int | None) -> Any:
-    """Make the object that turns Arrow batches into tensors; without classes, of images alone."""
+def _collate(
+    size: int, student: Student | None = None, drawn: Callable[[list[int]], Drawn] | None = None
+) -> Any:
+    """Make the object that turns Arrow batches into tensors; without a student, of images alone."""
     from ray.data.collate_fn import ArrowBatchCollateFn
 
     class Collate(ArrowBatchCollateFn):  # type: ignore[misc]
@@ -277,50 +292,19 @@ def _collate(size: int, num_classes: int | None) -> Any:
                 "pixels": torch.from_numpy(stack_pixels(batch, size)),
                 "rows": torch.from_numpy(batch["row"].to_numpy().copy()),
             }
-            if num_classes is None:
+            if student is None or drawn is None:
                 return tensors
+            tensors["augmentation"] = drawn(batch["row"].to_pylist()).table(student.image_size)
+            classes = len(student.class_table)
             positive = batch["positive"].combine_chunks()
             ignored = batch["ignored"].combine_chunks()
-            tensors["targets"] = torch.from_numpy(dense_targets(positive, ignored, num_classes))
+            tensors["targets"] = torch.from_numpy(dense_targets(positive, ignored, classes))
             if "weight" in batch.column_names:
-                weights_NC = dense_weights(positive, batch["weight"].combine_chunks(), num_classes)
+                weights_NC = dense_weights(positive, batch["weight"].combine_chunks(), classes)
                 tensors["weights"] = torch.from_numpy(weights_NC)
             return tensors
 
     return Collate()
-
-
-def _train_step(
-    worker: _Worker, batch: dict[str, torch.Tensor], epoch: int
-) -> tuple[torch.Tensor, Any]:
-    """Take one optimizer step, in `accumulation` forward passes.
-
-    Returns this worker's summed loss and images (2,), and the gradient's norm where it is clipped.
-    Raises _BadLossError on every worker, before the step, when one worker's loss is not finite.
-    """
-    from accelerate.utils import gather_object
-
-    accelerator, size = worker.accelerator, len(batch["rows"])
-    totals = torch.tensor([0.0, size], dtype=torch.float64, device=accelerator.device)
-    count = accelerator.reduce(totals[1].clone(), "sum") if worker.world > 1 else size
-    part_size = -(-worker.batch_size // worker.config.accumulation)
-    for start in range(0, size, part_size):
-        part = {name: value[start : start + part_size] for name, value in batch.items()}
-        last = start + part_size >= size
-        with nullcontext() if last else accelerator.no_sync(worker.model):
-            images = augment(part["pixels"], worker.student.image_size, worker.config.augment)
-            logits = worker.model(worker.student.standardise(images))
-            loss_sum = worker.loss(logits, part["targets"], part.get("weights"))
-            # DDP averages gradients over workers; their sum over the global batch is meant.
-            accelerator.backward(loss_sum * worker.world / count)
-        totals[0] += loss_sum.detach()
-    infinite = (~torch.isfinite(totals[0])).double()
-    everywhere = accelerator.reduce(infinite.clone(), "sum") if worker.world > 1 else infinite
-    if everywhere:
-        bad = batch["rows"].tolist()[:8] if infinite else []
-        bad = gather_object(bad) if worker.world > 1 else bad
-        raise _BadLossError(f"the loss is not finite in epoch {epoch}", list(bad)[:16])
-    return totals, worker.optimizer.step()
 
 
 def _report(worker: _Worker, position: resume.Position) -> None:
@@ -346,7 +330,8 @@ def _report_checkpoint(worker: _Worker, position: resume.Position) -> None:
     if worker.rank != 0:
         ray.train.report(metrics)
         return
-    files = resume.checkpoint_files(worker.optimizer, worker.accelerator.scaler, position)
+    optimizer, scaler = worker.stepper.optimizer, worker.accelerator.scaler
+    files = resume.checkpoint_files(optimizer, scaler, position)
     if worker.job["local"] is not None:  # Ray Train's local mode keeps no checkpoints
         resume.write_local(worker.job["local"], files)
         ray.train.report(metrics)
@@ -366,4 +351,5 @@ def _resume(worker: _Worker) -> resume.Position:
         return resume.Position(workers=worker.world)
     with checkpoint.as_directory() if checkpoint else nullcontext(unlisted) as folder:
         files = resume.read_files(folder)
-    return resume.restore(files, worker.optimizer, worker.accelerator.scaler, worker.world)
+    scaler = worker.accelerator.scaler
+    return resume.restore(files, worker.stepper.optimizer, scaler, worker.world)

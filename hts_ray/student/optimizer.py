@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hts_ray.config import OptimConfig, TrainConfig
 from hts_ray.losses import Reduction, SignedLoss, make_loss
@@ -22,13 +22,15 @@ class Optimizer:
     """AdamW with the settings' schedule, gradient clipping and moving average of the weights.
 
     `inner` is torch's optimizer, or Accelerate's around it, and `clip` cuts the gradients of some
-    parameters to a norm and returns what it was.
+    parameters to a norm and returns what it was. `average` is a copy of the model that follows it,
+    by `averaged` steps. Nothing waits for a GPU.
     """
 
     model: CosineClassifier
     inner: Any
     config: TrainConfig
-    average: AveragedModel | None = None
+    average: CosineClassifier | None = None
+    averaged: int = 0
     clip: Callable[..., Any] = clip_grad_norm_
 
     @classmethod
@@ -37,11 +39,9 @@ class Optimizer:
 
         Raises what `parameter_groups` raises.
         """
-        average = None
-        if config.ema_decay is not None:
-            average = AveragedModel(model, multi_avg_fn=moving_average(config.ema_decay))
+        average = None if config.ema_decay is None else copy.deepcopy(model)
         groups = parameter_groups(model, config.optim)
-        return cls(model, torch.optim.AdamW(groups), config, average)
+        return cls(model, torch.optim.AdamW(groups, fused=True), config, average)
 
     def __post_init__(self) -> None:
         """Keep the groups' rates, of which a step's rates are shares."""
@@ -50,7 +50,7 @@ class Optimizer:
     @property
     def published(self) -> Any:
         """The model that would be published now: the moving average, where one is kept."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else self.average
 
     def set_rates(self, step: int, steps_per_epoch: int) -> float:
         """Set every group's rate for a step, counted over all epochs.
@@ -70,9 +70,22 @@ class Optimizer:
             norm = self.clip(self.model.parameters(), self.config.optim.grad_clip)
         self.inner.step()
         self.inner.zero_grad()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        self._follow()
         return norm
+
+    def _follow(self) -> None:
+        """Move the average towards the model.
+
+        After n steps the decay is at most (1 + n) / (10 + n), or a short run's average would be
+        its start. Source: TensorFlow's ExponentialMovingAverage with num_updates.
+        """
+        if self.average is None or self.config.ema_decay is None:
+            return
+        n = self.averaged
+        decay = min(self.config.ema_decay, (1 + n) / (10 + n)) if n else 0.0
+        ema: Any = get_ema_multi_avg_fn
+        ema(decay)(list(self.average.parameters()), list(self.model.parameters()), n)
+        self.averaged += 1
 
 
 def learning_rate_factor(
@@ -95,21 +108,6 @@ def learning_rate_factor(
     else:
         done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def moving_average(decay: float) -> Callable[..., None]:
-    """Return the update of an exponential moving average, as torch's `AveragedModel` takes it.
-
-    After n steps the decay is at most (1 + n) / (10 + n), or a short run's average would be its
-    start. Source: TensorFlow's ExponentialMovingAverage with num_updates.
-    """
-    ema: Any = get_ema_multi_avg_fn
-
-    def update(averages: list[Any], values: list[Any], steps: Tensor | int) -> None:
-        n = int(steps)
-        ema(min(decay, (1 + n) / (10 + n)))(averages, values, n)
-
-    return update
 
 
 def settings_loss(

@@ -62,7 +62,7 @@ def checkpoint_files(optimizer: Optimizer, scaler: Any, position: Position) -> d
             "optimizer": optimizer.inner.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "weights": {} if average is None else optimizer.model.state_dict(),
-            "averaged": 0 if average is None else int(average.n_averaged),
+            "averaged": optimizer.averaged,
         },
         buffer,
     )
@@ -93,8 +93,8 @@ def restore(
     # weights_only: a checkpoint that someone else wrote cannot run code
     saved = torch.load(io.BytesIO(files[OPTIMIZER]), map_location="cpu", weights_only=True)
     if average is not None:
-        average.module.load_state_dict(weights)
-        average.n_averaged.fill_(saved["averaged"])
+        average.load_state_dict(weights)
+        optimizer.averaged = saved["averaged"]
     optimizer.model.load_state_dict(weights if average is None else saved["weights"])
     optimizer.inner.load_state_dict(saved["optimizer"])
     if scaler is not None and saved["scaler"]:

@@ -264,7 +264,6 @@ def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
     counts_C = targets.positive_counts(task.data.table["positive"], len(task.run.class_table))
     return {
         "config": config.model_dump(mode="json"),
-        "precision": task.run.config.student.precision,
         "initial": task.initial,
         "seed": task.run.config.seed,
         "rows": rows,

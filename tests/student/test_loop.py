@@ -1,18 +1,24 @@
-"""The training loop: gradients over shards and parts, label weights, moving averages."""
+"""The training loop: gradients over shards and parts, label weights, averages, waiting."""
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+from collections import Counter
 
+import pytest
 import torch
 
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.losses import make_loss
 from hts_ray.student import loop
-from hts_ray.student.optimizer import Optimizer, moving_average
+from hts_ray.student.augment import draw
+from hts_ray.student.optimizer import Optimizer
+from hts_ray.student.resume import Position
+from hts_ray.student.step import Stepper, take_step
 
 PLAIN = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
 
@@ -71,13 +77,11 @@ def run_shard(rank, folder):
     for name in SHARDED_LOSSES:
         student = _LinearStudent()
         model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
-        loss = sharded_loss(name, "sum")
-        worker = make_worker(config, accelerator, student, model, optimizer, loss, rank, 2)
+        loss, own = sharded_loss(name, "sum"), Optimizer(student, optimizer, config)
+        stepper = Stepper(config, accelerator, student, model, own, loss, world=2)
         for sizes, (pixels, targets) in zip(SHARDED_STEPS, sharded_batches(), strict=True):
             mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-            rows = torch.arange(len(pixels))[mine]
-            batch = {"pixels": pixels[mine], "targets": targets[mine], "rows": rows}
-            loop._train_step(worker, batch, 0)
+            take_step(stepper, batch_of(pixels[mine], targets[mine]))
         result[name] = student.linear.weight.detach().clone()
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -108,40 +112,33 @@ def test_uneven_shards_give_the_gradient_of_the_global_mean(tmp_path):
             torch.testing.assert_close(found[rank][name], wanted)
 
 
-def make_worker(config, accelerator, student, model, optimizer, loss, rank=0, world=1):
-    """Return what the loop's steps need, with a rate of 1."""
-    meter = Meter("train", "test")
-    return loop._Worker(
-        job={},
-        config=config,
-        accelerator=accelerator,
-        student=student,
-        model=model,
-        optimizer=Optimizer(student, optimizer, config),
-        loss=loss,
-        meter=meter,
-        held=HeldGpus(meter, 0.0),
-        rank=rank,
-        world=world,
-    )
+def batch_of(pixels, targets, **more):
+    rows = torch.arange(len(pixels))
+    table = draw(range(len(rows)), 0, 0, 2, PLAIN).table(2)
+    return {"pixels": pixels, "targets": targets, "rows": rows, "augmentation": table, **more}
 
 
-def after_steps(changes, batches, weights=None, average=None):
-    """Return the linear student, and its average, after the loop's steps with some settings."""
+def make_stepper(changes):
+    """Return what takes the steps of a linear student, with plain gradient descent at rate 1."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    config = TrainConfig(augment=PLAIN, optim=OptimConfig(grad_clip=None), **changes)
+    optim = OptimConfig(grad_clip=changes.pop("grad_clip", None))
+    config = TrainConfig(augment=PLAIN, optim=optim, **changes)
     student = _LinearStudent()
-    model, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
-    worker = make_worker(config, accelerator, student, model, optimizer, sharded_loss("asl", "sum"))
-    worker.optimizer.average = average and average(student)
+    average = config.ema_decay and copy.deepcopy(student)
+    model, inner = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
+    optimizer = Optimizer(student, inner, config, average)
+    return Stepper(config, accelerator, student, model, optimizer, sharded_loss("asl", "sum"))
+
+
+def after_steps(changes, batches, weights=None):
+    """Return what took the loop's steps with some settings."""
+    stepper = make_stepper(dict(changes))
     for pixels, targets in batches:
-        batch = {"pixels": pixels, "targets": targets, "rows": torch.arange(len(pixels))}
-        if weights is not None:
-            batch["weights"] = weights(targets)
-        loop._train_step(worker, batch, 0)
-    return worker
+        more = {} if weights is None else {"weights": weights(targets)}
+        take_step(stepper, batch_of(pixels, targets, **more))
+    return stepper
 
 
 def test_parts_of_a_step_add_up_to_the_whole_step():
@@ -165,20 +162,88 @@ def test_label_weights_reach_the_loss_of_every_part():
 
 def test_moving_average_follows_the_formula():
     """Catches an average of the start only, a decay without warm-up, and a lagging step."""
-    from torch.optim.swa_utils import AveragedModel
-
     batches = [batch for batch in sharded_batches() for _ in range(2)]
     expected = None
     for n in range(1, len(batches) + 1):
         weight = after_steps({}, batches[:n]).student.linear.weight.detach()
         decay = min(0.3, n / (9 + n))  # n - 1 steps are in the average already
         expected = weight if expected is None else decay * expected + (1 - decay) * weight
-    averaged = after_steps(
-        {}, batches, average=lambda s: AveragedModel(s, multi_avg_fn=moving_average(0.3))
-    )
-    assert averaged.optimizer.published is averaged.optimizer.average.module
+    averaged = after_steps({"ema_decay": 0.3}, batches)
+    assert averaged.optimizer.published is averaged.optimizer.average
     torch.testing.assert_close(averaged.optimizer.published.linear.weight.detach(), expected)
     assert not torch.allclose(expected, averaged.student.linear.weight, atol=1e-3)
+
+
+class _Curves:
+    """Keeps what is logged of steps."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def log_step(self, loss, lr, norm, step):
+        self.steps[step] = (loss, norm)
+
+
+def run_epoch(monkeypatch, count, changes, spoiled=None):
+    """Run the loop's epoch over batches of 8 rows; `spoiled` gets a weight that is not a number."""
+    torch.manual_seed(0)
+    batches = []
+    for number in range(count):
+        pixels = torch.randint(0, 256, (8, 2, 2, 3), dtype=torch.uint8)
+        weights = torch.ones(8, 5)
+        weights[:] = torch.nan if number == spoiled else 1.0
+        batch = batch_of(pixels, torch.randint(-1, 2, (8, 5), dtype=torch.int8), weights=weights)
+        batches.append({**batch, "rows": batch["rows"] + 8 * number})
+    monkeypatch.setattr(loop, "_batches", lambda *_: iter(batches))
+    stepper, meter, curves = make_stepper(changes), Meter("train", "test"), _Curves()
+    stepper.loss.checks_values = False
+    job = {"rows": 8 * count, "seed": 0, "validation": None}
+    held = HeldGpus(meter, 0.0)
+    worker = loop._Worker(job, stepper.config, stepper, 0, 1, meter, held, curves)
+    return loop._run_epoch(worker, None, Position()), curves
+
+
+def test_a_step_waits_for_the_device_once_and_late(monkeypatch):
+    """Catches a GPU that idles because the host looks at a number before it queues more work."""
+    asked = Counter()
+
+    def counted(name):
+        method = getattr(torch.Tensor, name)
+
+        def call(*arguments, **named):
+            asked[name] += 1
+            return method(*arguments, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, call)
+
+    changes = {"batch_size": 8, "accumulation": 2, "ema_decay": 0.9, "log_every": 1}
+    changes["grad_clip"] = 1.0
+    run_epoch(monkeypatch, 2, dict(changes))
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        counted(name)
+    totals = []
+    for count in (4, 14):
+        asked.clear()
+        _, curves = run_epoch(monkeypatch, count, dict(changes))
+        totals.append(asked.total())
+        assert sorted(curves.steps) == list(range(count))
+    assert totals[1] - totals[0] <= 10, asked
+
+
+@pytest.mark.parametrize("spoiled", [1, 3, 4])
+def test_a_loss_that_is_not_finite_names_its_own_images_and_spoils_no_checkpoint(
+    monkeypatch, spoiled
+):
+    """Catches a late look that names the next step's images or comes after a checkpoint."""
+    written = []
+    monkeypatch.setattr(loop, "_report_checkpoint", lambda _, at: written.append(at.step))
+    changes = {"batch_size": 8, "checkpoint_every_steps": 2}
+    with pytest.raises(loop._BadLossError) as caught:
+        run_epoch(monkeypatch, 5, changes, spoiled)
+    assert caught.value.error["rows"] == list(range(8 * spoiled, 8 * spoiled + 8))
+    assert written == [2, 4][: spoiled // 2]
+    history, _ = run_epoch(monkeypatch, 5, changes)
+    assert history.history[0]["images"] == 40
 
 
 def step(student, loss):

@@ -172,13 +172,13 @@ from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 run = json.loads(sys.argv[1])
 ray.init(address=run["address"], log_to_driver=False)
-take_step, taken = loop._train_step, []
+take_step, taken = loop.take_step, []
 def dying(*arguments):
     if len(taken) == run["steps"]:
         os.kill(os.getpid(), signal.SIGKILL)
     taken.append(1)
     return take_step(*arguments)
-loop._train_step = dying
+loop.take_step = dying
 settings = HtsConfig.model_validate(run["config"])
 training.train_student(
     Run(settings, read_class_csv(run["classes"])),
@@ -215,8 +215,8 @@ def test_a_run_killed_at_any_step_ends_like_an_unbroken_one(
     assert killed.returncode == -signal.SIGKILL
     assert not stage.finished
     taken = []
-    take_step = loop._train_step
-    monkeypatch.setattr(loop, "_train_step", lambda *a: (taken.append(1), take_step(*a))[1])
+    take_step = loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda *a: (taken.append(1), take_step(*a))[1])
     train(stage, HARD)
     again = len(taken) - (24 - steps)  # steps since the last checkpoint are taken once more
     assert 0 <= again < 2, f"killed after {steps} steps"
