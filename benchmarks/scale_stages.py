@@ -8,8 +8,10 @@ process of its own, with a Ray cluster of its own where the stage uses Ray.
 
 Figures: seconds an image; the most memory of the driver (its largest resident set), and of any
 other process of the run, with its name, as the proportional set size: a page that several processes
-share, such as one of the object store, is split among them. Against the smallest size: the time an
-image, and what an image more costs the driver in bytes. The table goes to stdout, the numbers with
+share, such as one of the object store, is split among them. CPU seconds are those of all processes,
+Ray's own and its start included: they tell more than seconds on a machine that does other things
+too. Against the smallest size: the time an image, and what an image more costs the driver in bytes.
+The table goes to stdout, the numbers with
 hardware, versions, settings and date to benchmarks/results/scale_stages.json; rows of other stages
 and sizes stay.
 
@@ -53,12 +55,13 @@ MIB = 1 << 20
 
 
 class MemoryWatch(threading.Thread):
-    """Samples all that this process started; keeps the most memory of each, in MiB."""
+    """Samples all that this process started: the most memory (MiB) and the CPU time of each."""
 
     def __init__(self, interval: float = 0.5) -> None:
         super().__init__(daemon=True)
         self.interval = interval
-        self.others = {"": 0.0}
+        self.others, self.cpu = {"": 0.0}, dict[int, float]()
+        self.cpu_before = sum(psutil.Process().cpu_times()[:2])
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -68,17 +71,20 @@ class MemoryWatch(threading.Thread):
             for process in me.children(recursive=True):
                 try:
                     name, used = process.name(), process.memory_full_info().pss / MIB
+                    self.cpu[process.pid] = sum(process.cpu_times()[:2])
                 except psutil.Error:
                     continue
                 self.others[name] = max(self.others.get(name, 0.0), used)
 
     def stop(self) -> dict[str, Any]:
-        """Return the driver's most, and that of the largest other process with its name."""
+        """Return the driver's most, that of the largest other process, and all CPU seconds."""
         self._stopped.set()
         self.join()
         name = max(self.others, key=lambda name: self.others[name])
         driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return {"driver_mib": driver, "largest_mib": self.others[name], "largest": name}
+        cpu = sum(psutil.Process().cpu_times()[:2]) - self.cpu_before + sum(self.cpu.values())
+        found = {"driver_mib": driver, "largest_mib": self.others[name], "largest": name}
+        return {**found, "cpu_seconds": cpu}
 
 
 def config_of(folder: Path, **sections: Any) -> HtsConfig:
@@ -205,7 +211,9 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in ordered:
         first = next(one for one in ordered if one["stage"] == row["stage"])
         row["microseconds_an_image"] = 1e6 * row["seconds"] / row["images"]
-        row["of_smallest"] = row["microseconds_an_image"] / first["microseconds_an_image"]
+        row["cpu_microseconds_an_image"] = 1e6 * row["cpu_seconds"] / row["images"]
+        for name in ("microseconds_an_image", "cpu_microseconds_an_image"):
+            row[f"{name}_of_smallest"] = row[name] / first[name]
         more = row["images"] - first["images"]
         slope = (row["driver_mib"] - first["driver_mib"]) * MIB / more if more else None
         row["driver_bytes_an_image"] = slope
@@ -237,7 +245,9 @@ def main() -> None:
             slope = row["driver_bytes_an_image"]
             print(
                 f"{stage:10s} {images:8d} {row['seconds']:9.1f} {row['microseconds_an_image']:9.0f}"
-                f" {row['of_smallest']:12.2f} {row['driver_mib']:11.0f}"
+                f" {row['microseconds_an_image_of_smallest']:12.2f}"
+                f" {row['cpu_microseconds_an_image']:13.0f}"
+                f" {row['cpu_microseconds_an_image_of_smallest']:12.2f} {row['driver_mib']:11.0f}"
                 f" {'-' if slope is None else f'{slope:.0f}':>12s}"
                 f" {row['largest_mib']:9.0f} {row['largest']}",
                 flush=True,

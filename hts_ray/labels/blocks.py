@@ -26,8 +26,9 @@ from hts_ray.labels.select import REASONS, UNDECIDED, Bins, Entries, choose, fin
 from hts_ray.store.aliases import FloatArray
 from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, write_table
 
-_BLOCK_BYTES = 128 << 20  # of stored scores that one call reads
-PART_IMAGES = 1 << 17  # about what one file of labels holds: tens of MB
+# What one call reads at most, about: bytes of stored scores, and images where they are small.
+_BLOCK_BYTES, _BLOCK_IMAGES = 128 << 20, 1 << 15
+PART_IMAGES = 1 << 18  # about what one file of labels holds: tens of MB
 _ENTRY = ("column", "probability", "support", "decided")
 Counts = dict[str, Any]
 
@@ -61,7 +62,8 @@ def plan_blocks(
     `block_bytes`. What a part holds does not depend on the size of the blocks.
     """
     files = region_files(path)
-    part_bytes = sum(files.values()) / max(images, 1) * part_images if images else np.inf
+    per_image = sum(files.values()) / images if images else np.inf
+    part_bytes, at_most = per_image * part_images, min(block_bytes, per_image * _BLOCK_IMAGES)
     parts: list[list[list[str]]] = []
     before = 0
     for file, size in files.items():
@@ -69,7 +71,7 @@ def plan_blocks(
         if len(parts) <= number or not parts:
             parts += [[[]]]
             filled = 0
-        elif filled >= block_bytes:
+        elif filled >= at_most:
             parts[-1].append([])
             filled = 0
         parts[-1][-1].append(file)
