@@ -566,7 +566,12 @@ class SweepConfig(Section):
     finalists: int = setting(3, "best trials to train in full, beside the run's own", ge=0)
     repeats: int = setting(3, "seeds that a trial is averaged over", ge=1)
     reduction: float = setting(3.0, "one trial in so many goes on to more seeds", gt=1.0)
-    seed: int = setting(0, "of the drawn settings and the held-out images", ge=0)
+    max_images: int | None = setting(
+        None,
+        "images that trials see: a sample, each class as often as can be; all if not set",
+        ge=2,
+    )
+    seed: int = setting(0, "of the drawn settings, the sample and the held-out images", ge=0)
     concurrency: int | None = execution(None, "trials at a time; all CPUs if not set", ge=1)
 
     @field_validator("space", mode="before")

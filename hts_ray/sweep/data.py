@@ -20,9 +20,11 @@ import pyarrow.compute as pc
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, HtsConfig
+from hts_ray.engine.blocks import Here
 from hts_ray.errors import DataError
 from hts_ray.evaluate import label_matrix
 from hts_ray.images.manifest import IMAGE_COLUMNS
+from hts_ray.labels.blocks import entries_of
 from hts_ray.labels.corrections import read_overrides
 from hts_ray.labels.evidence import (
     COMPETING,
@@ -31,12 +33,16 @@ from hts_ray.labels.evidence import (
     Regions,
     aggregate_regions,
     pack_regions,
+    read_info,
     with_sample_prior,
 )
 from hts_ray.labels.evidence import read_regions as read_blocks
+from hts_ray.labels.passes import TABLE, TeacherPass
 from hts_ray.labels.select import Aggregation
+from hts_ray.labels.stage import gather
 from hts_ray.metrics import POSITIVE
 from hts_ray.store.aliases import BoolArray, FloatArray
+from hts_ray.store.run import given_stage
 from hts_ray.store.tables import read_table
 from hts_ray.student.features import Features, read_feature_table
 from hts_ray.student.head import head_logits
@@ -87,13 +93,18 @@ def load_sweep_data(
     """Read the region scores and features of the images of `train.split` once for all trials.
 
     `validation` has annotated rows of a manifest (of any split); their features must be stored
-    too, and only `mAP_validation` ever sees their labels. `max_images` takes a sample by
-    `sweep.seed`. Memory: 4 N R C bytes of scores and 4 N C of reference (38,116 x 15 x 600: 1.4 +
-    0.1 GB). Raises DataError when no image has scores and features, when classes differ, when
-    no labeled image has features, or when the teacher expects no positive of any class.
+    too, and only `mAP_validation` ever sees their labels. The images are `swept_images`, of which
+    `max_images` takes a sample by `sweep.seed`. Memory: 4 N R C bytes of scores and 4 N C of
+    reference (38,116 x 15 x 600: 1.4 + 0.1 GB). Raises DataError when no image has scores and
+    features, when classes differ, when no labeled image has features, or when the teacher expects
+    no positive of any class.
     """
     split = config.train.split
-    regions = read_regions(region_scores_path, split, config.sweep.seed, max_images)
+    images = None
+    if config.sweep.max_images is not None:
+        images = scored_images(region_scores_path, split)
+        images = swept_images(images, region_scores_path, config, validation)
+    regions = read_regions(region_scores_path, split, config.sweep.seed, max_images, images)
     if list(regions.info["class_ids"]) != class_table.ids.tolist():
         raise DataError(
             f"{region_scores_path} was scored with other classes: use the run's own classes"
@@ -131,16 +142,75 @@ def scored_images(path: str, split: str) -> pa.Table:
     return chosen.select(IMAGE_COLUMNS).sort_by("image_id").combine_chunks()
 
 
-def read_regions(path: str, split: str, seed: int, max_images: int | None = None) -> Regions:
+def swept_images(
+    images: pa.Table, path: str, config: HtsConfig, validation: pa.Table | None
+) -> pa.Table:
+    """Return those of all `scored_images` that a sweep looks at.
+
+    They are all, or a sample of `sweep.max_images`, see `balanced`: the labeled ones, and for each
+    class equally many that may show it, as far as there are. An image may show what has a
+    probability of 0.1 by the filter's defaults, whatever the run's own settings are.
+    """
+    most = config.sweep.max_images
+    if most is None or len(images) <= most:
+        return images
+    alpha = FilterConfig().prior_alpha if read_info(path).get("prior_log_likelihoods") else 0.0
+    fixed = FilterConfig(prior_alpha=alpha)
+    one = TeacherPass(given_stage(path, TABLE), fixed)
+    found = gather([one], fixed, config.train.split, None, Here())
+    tables = [table for part in found.parts for table in part]
+    table = pa.concat_tables(tables).select(["image_id", "entries"]).sort_by("image_id")
+    row_N = pc.index_in(table["image_id"], value_set=images["image_id"].combine_chunks()).to_numpy()
+    entries = entries_of(table)
+    labeled_N = labeled_among(images["image_id"].to_numpy(), validation)
+    row_E = row_N[entries.row_E]
+    chosen_N = balanced(row_E, entries.column_E, labeled_N, most, config.sweep.seed)
+    return images.filter(pa.array(chosen_N)).combine_chunks()
+
+
+def balanced(
+    row_E: npt.NDArray[np.integer[Any]],
+    class_E: npt.NDArray[np.integer[Any]],
+    always_N: BoolArray,
+    most: int,
+    seed: int,
+) -> BoolArray:
+    """Choose about `most` of N images (N,), of E pairs of an image and a class that it may show.
+
+    What is `always_N` is chosen. Images of no class keep their share. Of the others every class
+    deals its own in a random order, one a round, until there are enough.
+    """
+    images = len(always_N)
+    place_N = np.random.default_rng([seed, images]).permutation(images)
+    order_E = np.lexsort((place_N[row_E], class_E))
+    sorted_E = class_E[order_E]
+    round_E = np.arange(len(order_E)) - np.searchsorted(sorted_E, sorted_E)
+    round_N = np.full(images, images)  # an image is dealt in the round of the first of its classes
+    np.minimum.at(round_N, row_E[order_E], round_E)
+    bare_N = round_N == images
+    chosen_N = always_N.copy()
+    left = max(0, most - int(always_N.sum()))
+    of_bare = round(left * bare_N.mean())
+    for some_N, count in ((bare_N, of_bare), (~bare_N, left - of_bare)):
+        rows = np.flatnonzero(some_N & ~always_N)
+        chosen_N[rows[np.lexsort((place_N[rows], round_N[rows]))][:count]] = True
+    return chosen_N
+
+
+def read_regions(
+    path: str, split: str, seed: int, max_images: int | None = None, images: pa.Table | None = None
+) -> Regions:
     """Pack the scored images of a split, or a sample of them by `seed`, in the order of their ids.
 
-    DataError when there is none.
+    `images` narrows them to its own. DataError when there is none.
     """
     sample = None
-    if max_images is not None:
-        ids = scored_images(path, split)["image_id"].to_numpy()
-        random = np.random.default_rng([seed, len(ids)])
-        sample = ids[random.choice(len(ids), min(max_images, len(ids)), replace=False)]
+    if max_images is not None or images is not None:
+        known = scored_images(path, split) if images is None else images
+        sample = known["image_id"].to_numpy()
+    if sample is not None and max_images is not None:
+        random = np.random.default_rng([seed, len(sample)])
+        sample = sample[random.choice(len(sample), min(max_images, len(sample)), replace=False)]
     blocks = [*read_blocks(path, split, sample)]
     if not blocks:
         raise DataError(f"no scored image of split {split!r}: check train.split and label.splits")

@@ -44,6 +44,7 @@ def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
     trial_seconds = seed_seconds * sweep.repeats
     return {
         "images": len(plan.images),
+        "scored images": plan.scored,
         "labeled images": 0 if plan.validation is None else len(plan.validation),
         "features seconds": features_seconds,
         "trials": sweep.trials,
@@ -63,7 +64,7 @@ def _measure(plan: Plan, folder: str, sample: int) -> tuple[float, float]:
     settings, flipped = run.config.train.features, plan.flipped
     found = plan_features(settings, run.run_dir, student, plan.images, flipped=flipped).folder
     stored = found.finished
-    ids = read_regions(scores, split, seed, sample).image_ids.tolist()
+    ids = read_regions(scores, split, seed, sample, plan.images).image_ids.tolist()
     images = plan.images.filter(pc.is_in(plan.images["image_id"], pa.array(ids)))
     started = time.monotonic()
     if not stored:

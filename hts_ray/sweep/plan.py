@@ -17,7 +17,7 @@ from hts_ray.images.manifest import IMAGE_COLUMNS
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
 from hts_ray.student.model import source_fingerprint
-from hts_ray.sweep.data import REFERENCE_GRID, labeled_among, scored_images
+from hts_ray.sweep.data import REFERENCE_GRID, labeled_among, scored_images, swept_images
 from hts_ray.sweep.objectives import choose_objective
 from hts_ray.sweep.proposals import make_proposer
 from hts_ray.sweep.space import Space, build_space
@@ -29,8 +29,8 @@ TABLE = "sweep"
 class Plan:
     """A sweep that was checked and not run yet.
 
-    `images` has image_id, uri and split of the images that trials train on, `validation` the
-    annotated rows of the labeled images, or is None.
+    `images` has image_id, uri and split of the images that trials train on, of so many `scored`;
+    `validation` the annotated rows of the labeled images, or is None.
     """
 
     run: Run
@@ -38,8 +38,15 @@ class Plan:
     space: Space
     objective: str
     images: pa.Table
+    scored: int
     validation: pa.Table | None
     stage: StageFolder
+
+    @property
+    def sample(self) -> str:
+        """How many images are looked at, in words."""
+        counts = f"{len(self.images)} of {self.scored} images"
+        return counts if self.scored == len(self.images) else f"{counts}, classes evened out"
 
     @property
     def flipped(self) -> bool:
@@ -81,7 +88,8 @@ def plan_sweep(run: Run, region_scores: StageFolder) -> Plan:
         make_proposer(sweep, space)  # refuses early where it is not installed
     validation = None if sweep.validation is None else labeled_images(run, sweep.validation)
     objective = choose_objective(sweep.objective, validation is not None)
-    images = scored_images(region_scores.path, config.train.split)
+    scored = scored_images(region_scores.path, config.train.split)
+    images = swept_images(scored, region_scores.path, config, validation)
     if validation is not None:
         _require_unlabeled(images["image_id"].to_numpy(), validation, sweep)
     own = {"space", "validation", "objective"}
@@ -98,7 +106,7 @@ def plan_sweep(run: Run, region_scores: StageFolder) -> Plan:
         config.seed,
     )
     stage = run.stage(TABLE, key)
-    return Plan(run, region_scores, space, objective, images, validation, stage)
+    return Plan(run, region_scores, space, objective, images, len(scored), validation, stage)
 
 
 def labeled_images(run: Run, path: str) -> pa.Table:

@@ -56,7 +56,7 @@ def print_sweep(stage: StageFolder) -> None:
     if cells:
         header = ["", "as a trial", "in full", "error of the gain", "trained in"]
         print_rows(f"finalists, {finalists[0]['objective']}", header, cells)
-    console.print(f"[bold]{stage.stats['verdict']}[/bold]")
+    console.print(f"[bold]{stage.stats['verdict']}[/bold] ({stage.stats['images']})")
     if not stage.stats["kept_own"]:
         best = yaml.safe_load(storage.read_bytes(stage.file(BEST_FILE)))
         console.print(yaml.safe_dump(best, sort_keys=False).rstrip())

@@ -91,6 +91,7 @@ def run_sweep(
             "seconds_trials": seconds_trials,
             "statuses": dict(sorted(statuses.items())),
             "objective": plan.objective,
+            "images": plan.sample,
             "best_trial": winner.number,
             "kept_own": winner.number == OWN,
             "verdict": verdict,

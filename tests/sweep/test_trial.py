@@ -31,7 +31,13 @@ from hts_ray.store.tables import (
 from hts_ray.student.head import HeadData, fit_head, head_logits
 from hts_ray.student.targets import dense_targets, training_set
 from hts_ray.sweep import data as sweep_data
-from hts_ray.sweep.data import SweepData, halve_regions, load_sweep_data, read_regions
+from hts_ray.sweep.data import (
+    SweepData,
+    balanced,
+    halve_regions,
+    load_sweep_data,
+    read_regions,
+)
 from hts_ray.sweep.objectives import OBJECTIVES, VALIDATION
 from hts_ray.sweep.space import build_space, feels, trial_config
 from hts_ray.sweep.trial import fit_classifier, pseudo_label, run_trial
@@ -413,4 +419,42 @@ def test_soft_labels_weigh_positives_by_their_probability(load):
     assert not np.array_equal(
         fit_classifier(data, config.train, labels, 0),
         fit_classifier(data, config.train, replace(labels, weights_NC=None), 0),
+    )
+
+
+def test_a_sample_evens_the_classes_out():
+    """Catches a sample that loses rare classes or labeled images, or differs each time."""
+    random = np.random.default_rng(4)
+    images, sizes = 3000, [2000, 400, 60, 5]
+    pairs = [(row, c) for c, n in enumerate(sizes) for row in random.choice(images, n, False)]
+    row_E, class_E = np.array(pairs)[random.permutation(len(pairs))].T
+    always_N = np.zeros(images, bool)
+    always_N[[7, 1500]] = True
+    chosen_N = balanced(row_E, class_E, always_N, 300, 1)
+    assert chosen_N.sum() == 300
+    assert chosen_N[always_N].all()
+    counts = np.bincount(class_E[chosen_N[row_E]], minlength=4)
+    assert counts[3] == 5
+    assert counts[2] == 60
+    assert 70 < counts[1] < counts[0] < 180  # of 400 and 2000: by chance 40 and 200
+    bare_N = np.bincount(row_E, minlength=images) == 0
+    assert abs(chosen_N[bare_N].sum() - 300 * bare_N.mean()) < 2
+    np.testing.assert_array_equal(balanced(row_E, class_E, always_N, 300, 1), chosen_N)
+    assert (balanced(row_E, class_E, always_N, 300, 2) != chosen_N).any()
+
+
+def test_a_sweep_looks_at_a_sample(load, stored):
+    """Catches `sweep.max_images` that only cuts the trials, or leaves a labeled image out."""
+    StageFolder(str(stored["folder"]), "region_scores", "k").publish({})
+    config = override(CONFIG, {"sweep": {"max_images": 30}})
+    train = pa.compute.equal(stored["manifest"]["split"], "train")
+    labeled = stored["manifest"].filter(train).slice(3, 5)
+    data = load(config, validation=labeled)
+    every = load(validation=labeled).regions.image_ids.tolist()
+    assert len(data.regions.image_ids) == 30 < len(every)
+    assert set(data.regions.image_ids) <= set(every)
+    assert set(labeled["image_id"].to_pylist()) & set(every) <= set(data.regions.image_ids)
+    changed = override(config, {"filter": {"positive_threshold": 0.9}})
+    np.testing.assert_array_equal(
+        load(changed, validation=labeled).regions.image_ids, data.regions.image_ids
     )
