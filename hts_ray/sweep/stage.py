@@ -99,8 +99,7 @@ def run_sweep(
             "space": plan.space.fingerprint(),
         }
     )
-    # What only an unfinished sweep needs: trials.parquet has the trials, and the finalists'
-    # students saw a part of the images each.
+    # trials.parquet has the trials, and the finalists' students saw a part of the images each.
     for name in (TRIALS_FOLDER, START, FOLDER):
         storage.remove_tree(stage.file(name))
     return stage
