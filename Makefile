@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 TORCH_OPTION := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: install demo test test-slow test-browser test-gpu test-faults lint format constraints benchmarks clean
+.PHONY: install demo test test-slow test-browser test-gpu gpu test-faults lint format constraints benchmarks clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,11 @@ test-browser: install
 # On a machine with a GPU.
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# Teacher and training measured on this machine's GPU, at most 8 minutes, into benchmarks/results/gpu.json;
+# GPU="--only chat,training" for some parts. The first parts need no Ray: see the script.
+gpu: install
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 # Kills and cuts what the stages run on. HTS_FAULT_RUNS=30 for more of the random faults.
 test-faults: install

@@ -240,6 +240,36 @@ def _sweep(report: Json) -> Iterator[Grid]:
         yield grid(columns, rows, "Quality")
 
 
+def _gpu(report: Json) -> Iterator[Grid]:
+    found = {name: part.get("figures") for name, part in report["parts"].items()}
+    rows = [{"name": name, **found[name]} for name in ("blip", "git", "chat") if found.get(name)]
+    columns = [
+        Column("teacher", "name"),
+        Column("regions/s", "regions_per_second", number()),
+        Column("bare model, regions/s", "bare_regions_per_second", number()),
+        Column("share", "share_of_bare", number(3)),
+        Column("batched over trie", "batched_over_trie", number(1)),
+        Column("one by one over trie", "naive_over_trie", number()),
+        Column("bfloat16, nats a token", "self_check.bfloat16.nats", number(4)),
+        Column("float16", "self_check.float16.nats", number(4)),
+    ]
+    if rows:
+        yield grid(columns, rows, "Teacher, 600 prompts")
+    rows = [{"name": name, **found[name]} for name in ("training", "compiled") if found.get(name)]
+    columns = [
+        Column("steps", "name"),
+        Column("images/s", "images_per_second", number()),
+        Column("bare, images/s", "bare_images_per_second", number()),
+        Column("share", "share_of_bare", number(3)),
+        Column("augmentation's share", "augmentation_share", number(3)),
+        Column("TFLOP/s", "tflop_per_second", number()),
+        Column("of a matrix product's", "model_flop_utilisation", number(3)),
+        Column("waits a step", "waits_a_step", number(1)),
+    ]
+    if rows:
+        yield grid(columns, rows, "Training, ViT-B/16 at 672 pixels")
+
+
 def _train_speed(report: Json) -> Iterator[Grid]:
     kinds = {"kept": "decoded once, kept", "decoded": "decoded in every epoch"}
     rows = [
@@ -536,6 +566,7 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "trie_speed": ("Prompts by trie", _trie_speed),
     "scoring_memory": ("Memory of scoring", _scoring_memory),
     "search": ("Search for the best classes", _search),
+    "gpu": ("On a GPU", _gpu),
     "train_speed": ("Training beside a bare loop", _train_speed),
     "head_fit": ("Fitting the classifier alone", _head_fit),
     "metrics_speed": ("The metric beside a plain loop", _metrics_speed),
