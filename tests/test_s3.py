@@ -11,12 +11,15 @@ from servers import BUCKET, Fault, faulty_store
 
 from hts_ray import cli
 from hts_ray.config import ImagesConfig
+from hts_ray.engine.compaction import BLOCKS, CHECKPOINT
 from hts_ray.engine.decoding import decode_batch
+from hts_ray.engine.image_pass import finish
 from hts_ray.errors import DataError
 from hts_ray.images import retry as images
 from hts_ray.images.folder import read_folder
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage
+from hts_ray.store.tables import read_table, write_table
 
 
 @pytest.fixture
@@ -187,3 +190,23 @@ def test_a_header_takes_few_requests(store):
     store.requests.clear()
     images.probe_uri(uri)
     assert 1 <= len(store.requests) <= 2  # its size, and its first bytes
+
+
+def test_merging_a_stage_takes_few_requests(store):
+    """Catches a request for every block that is removed, of which a pass writes thousands."""
+    stage = StageFolder(f"s3://{BUCKET}/merged", "predictions", "k")
+    blocks = 12
+    for number in range(blocks):
+        ids = pa.table({"image_id": [str(number)]})
+        row = {"uri": ["u"], "status": ["ok"], "error_kind": pa.nulls(1, pa.string())}
+        row["error"] = row["error_kind"]
+        block = pa.table({"image_id": [str(number)], **row})
+        write_table(stage.file(BLOCKS, f"w{number:02d}-0.parquet"), block)
+        write_table(stage.file(CHECKPOINT, f"w{number:02d}.parquet"), ids)
+    store.requests.clear()
+    expected = pa.array([str(number) for number in range(blocks)])
+    finish(stage, expected, name="predict", seconds=1.0)
+    assert storage.list_names(stage.path) == ["part-00000.parquet", "quarantine", "stats.json"]
+    assert read_table(stage.path)["image_id"].to_pylist() == expected.to_pylist()
+    changing = [r for r in store.requests if r.split()[0] in {"PUT", "POST", "DELETE"}]
+    assert len(changing) < 2 * blocks, changing

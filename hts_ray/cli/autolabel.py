@@ -67,7 +67,7 @@ def command(
     _print_plan(run, folder)
     if settings.dry_run:
         found = read_folder(folder, follow_symlinks=run.config.prepare.follow_symlinks)
-        print_line(f"{len(found.images):,} images to look at; this is a dry run, nothing was done")
+        print_line(f"{len(found.listed):,} images to look at; this is a dry run, nothing was done")
         return
     place = run.config.run_dir
     again = [folder] if place == autolabel.beside(folder) else [folder, "--run-dir", place]

@@ -38,7 +38,7 @@ def pipeline_command(settings: Settings, manifest: str | None) -> None:
         images = run.manifest(manifest)
         with stages.placed(run, "pipeline") as (on_devices, _):
             first = plan_label(on_devices, images).folder.path
-        rows = {"images": len(images.table), "write first": first}
+        rows = {"images": len(images.images), "write first": first}
         print_mapping("plan", {"read": images.path, **rows})
         return
     result = stages.pipeline(run, manifest, on_stage=print_stage)

@@ -19,6 +19,7 @@ from hts_ray.config.sections import FilterConfig as FilterConfig
 from hts_ray.config.sections import HtsConfig as HtsConfig
 from hts_ray.config.sections import ImagesConfig as ImagesConfig
 from hts_ray.config.sections import LabelConfig as LabelConfig
+from hts_ray.config.sections import NodesConfig as NodesConfig
 from hts_ray.config.sections import OptimConfig as OptimConfig
 from hts_ray.config.sections import PassConfig as PassConfig
 from hts_ray.config.sections import PoolConfig as PoolConfig

@@ -6,6 +6,7 @@ settings hash that names the stage's output folder.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -22,6 +23,52 @@ class ClassesConfig(Section):
     ids: tuple[int, ...] | None = setting(None, "only these ids, in this order; all if not set")
 
 
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL_KEY = re.compile(rf"([a-zA-Z0-9][a-zA-Z0-9.-]{{0,251}}/)?{_LABEL}")
+_LABEL_WANTED = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
+
+
+class NodesConfig(Section):
+    """Which nodes of a cluster some work goes to; any, if nothing is set."""
+
+    labels: dict[str, str] = setting(
+        {}, "labels that they have: {tier: large}, {tier: 'in(large, huge)'}, {tier: '!small'}"
+    )
+    accelerator_type: str | None = setting(None, "type of their GPUs, as Ray names it: A100")
+    fallbacks: tuple[dict[str, str], ...] = setting(
+        (), "labels to ask for instead, in turn, while no node has those"
+    )
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    @property
+    def any(self) -> bool:
+        """Whether every node will do."""
+        return not (self.labels or self.fallbacks or self.accelerator_type)
+
+    def take(self, labels: Mapping[str, str], accelerator: str) -> bool:
+        """Return whether a node with these labels and this type of GPUs will do."""
+        kind = self.accelerator_type in {None, accelerator}
+        return kind and any(_labeled(labels, wanted) for wanted in (self.labels, *self.fallbacks))
+
+    def _contradictions(self) -> Iterator[tuple[object, str]]:
+        yield self.fallbacks and not self.labels, "fallbacks stand in for labels: set labels too"
+        for wanted in (self.labels, *self.fallbacks):
+            for key, value in wanted.items():
+                wrong = not _LABEL_KEY.fullmatch(key) or not _LABEL_WANTED.fullmatch(value)
+                yield wrong, f"{key}: {value} is no label: write {{key: value}}, 'in(a, b)' or '!a'"
+
+
+def _labeled(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    for key, value in wanted.items():
+        inner = value.removeprefix("!")
+        values = inner[3:-1].split(",") if inner.startswith("in(") else [inner]
+        if (labels.get(key) in {one.strip() for one in values}) == value.startswith("!"):
+            return False
+    return True
+
+
 class PrepareConfig(Section):
     """Where images come from and how they are checked while the manifest is written."""
 
@@ -35,6 +82,12 @@ class PrepareConfig(Section):
         True, "look at every image's header: bad ones are found early, and sizes are known"
     )
     workers: int = execution(16, "threads that read image headers and shards", ge=1, le=256)
+    local_images: int = execution(
+        10_000,
+        "so few are looked at in the driver's process, and more on Ray; a shard counts as 500",
+        ge=0,
+    )
+    nodes: NodesConfig = execution(NodesConfig(), "that look at the images of a large one")
 
 
 class ImagesConfig(Section):
@@ -212,6 +265,8 @@ class PoolConfig(Section):
     memory_gib: float | None = setting(None, "memory that an actor reserves", gt=0)
     threads: int = setting(1, "torch threads of an actor", ge=1)
     tasks_in_flight: int = setting(3, "batches queued at an actor, so that it never waits", ge=1)
+    nodes: NodesConfig = NodesConfig()
+    decode_nodes: NodesConfig = NodesConfig()
 
     @property
     def gpus(self) -> float:
@@ -454,6 +509,7 @@ class TrainConfig(Section):
         "logical CPUs that a worker holds, and its torch threads; auto: one, and without a GPU its"
         " share of the node's cores as threads",
     )
+    nodes: NodesConfig = execution(NodesConfig(), "that the workers run on; without fallbacks")
     features: FeaturesConfig = execution(FeaturesConfig(), "for trainable=head")
     gradient_checkpointing: bool = execution(False, "less memory: compute activations twice")
     compile: bool = execution(False, "torch.compile the image tower")
@@ -493,6 +549,7 @@ class TrainConfig(Section):
 
     def _contradictions(self) -> Iterator[tuple[object, str]]:
         yield self.cpus_per_worker == 0, "cpus_per_worker must be above 0"
+        yield self.nodes.fallbacks, "nodes.fallbacks: Ray Train knows none; set nodes.labels alone"
         for loss, settings in _LOSS_SETTINGS.items():
             for name in settings if loss != self.loss else ():
                 value = getattr(self, name)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hts_ray.engine.compaction import BLOCKS
 from hts_ray.errors import DataError
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
@@ -25,10 +26,10 @@ class WrittenRows:
 
     def __call__(self) -> tuple[int, int]:
         """Return (rows, quarantined rows) of the files that are complete."""
-        for name in storage.list_names(self._path):
+        for name in storage.list_names(storage.join(self._path, BLOCKS)):
             if name.endswith(".parquet") and name not in self._counts:
                 try:
-                    filesystem, inner = storage.resolve(storage.join(self._path, name))
+                    filesystem, inner = storage.resolve(storage.join(self._path, BLOCKS, name))
                     status = pq.read_table(inner, columns=["status"], filesystem=filesystem)
                 except (OSError, pa.ArrowException):
                     continue  # still being written

@@ -8,15 +8,15 @@ the driver before a stage starts.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from hts_ray.config import OPEN_CLIP, HtsConfig, PoolConfig, RayConfig
+from hts_ray.config import OPEN_CLIP, HtsConfig, NodesConfig, PoolConfig, RayConfig
 from hts_ray.engine.clip import LOCAL
 from hts_ray.engine.compat import autoscaler_status
 from hts_ray.errors import ConfigError
@@ -28,6 +28,9 @@ from hts_ray.store import storage
 CPUS_BESIDE = 3
 # A label that KubeRay, the cluster launcher and autoscalers set.
 _NODE_GROUP = "ray.io/node-group"
+_NODE_ID = "ray.io/node-id"
+_ANY = NodesConfig()
+_URIS = 1 << 16
 _ANONYMOUS_NODE = "node_"  # Ray's prefix for nodes that were started by hand
 _GIB = 1 << 30
 
@@ -39,6 +42,7 @@ class Node:
     host: str
     resources: Mapping[str, float]
     node_id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def accelerator(self) -> str:
@@ -84,7 +88,15 @@ class Cluster:
         if found is None:
             grouped = any(_NODE_GROUP in (row.get("labels") or {}) for row in rows)
             found = grouped or _reports_node_types(status)
-        known = (Node(row["host"], dict(row["resources"]), row.get("node_id", "")) for row in rows)
+        known = (
+            Node(
+                row["host"],
+                dict(row["resources"]),
+                row.get("node_id", ""),
+                dict(row.get("labels") or {}),
+            )
+            for row in rows
+        )
         return cls(tuple(known), found)
 
 
@@ -116,7 +128,8 @@ def joined_cluster(config: RayConfig) -> Cluster:
 class Demand:
     """What must run at the same time for a stage to go on: equal workers, and tasks beside them.
 
-    `setting` is the field to lower; `memory` is in bytes.
+    `setting` is the field to lower, and `placing` the one that says which `nodes` may hold the
+    workers; `memory` is in bytes.
     """
 
     setting: str
@@ -125,6 +138,8 @@ class Demand:
     gpus: float = 0.0
     memory: float = 0.0
     beside: int = CPUS_BESIDE
+    nodes: NodesConfig = _ANY
+    placing: str = ""
 
     def room(self, cluster: Cluster) -> int:
         """How many of the workers the cluster's nodes hold, were they empty."""
@@ -132,10 +147,14 @@ class Demand:
         if not any(needed.values()):
             return self.workers
         held = 0
-        for node in cluster.nodes:
+        for node in self.candidates(cluster):
             # Fractions of a GPU add up with rounding.
             held += int(min(node.resources.get(n, 0.0) / a + 1e-9 for n, a in needed.items() if a))
         return held
+
+    def candidates(self, cluster: Cluster) -> list[Node]:
+        """Return the nodes that the workers may run on."""
+        return [node for node in cluster.nodes if self.nodes.take(node.labels, node.accelerator)]
 
     def worker(self) -> str:
         """What one worker takes, in words."""
@@ -147,16 +166,18 @@ def demands(config: HtsConfig, command: str) -> list[Demand]:
     """Return what a command needs at the least; none for what runs in the driver alone."""
     train = config.train
     cpus, gpus = train.worker_cpus, float(train.gpu)
-    trainers = Demand("train.num_workers", train.num_workers, cpus, gpus, beside=1)
+    workers = Demand("train.num_workers", train.num_workers, cpus, gpus, beside=1)
+    trainers = [replace(workers, nodes=train.nodes, placing="train.nodes")]
     if train.trainable == "head":
         trainers = _pool("train.features.pool", train.features.pool)
     found = {
+        "prepare": [_decoding("prepare", config.prepare.nodes, "nodes")],
         "label": _pool("label.pool", config.label.pool, actors=True),
         "predict": _pool("predict.pool", config.predict.pool),
         "score": _pool("score.pool", config.score.pool),
         "train": trainers,
     }
-    return [found[stage] for stage in stages_of(command) if stage in found]
+    return [demand for stage in stages_of(command) for demand in found.get(stage, ())]
 
 
 def stages_of(command: str) -> tuple[str, ...]:
@@ -164,14 +185,23 @@ def stages_of(command: str) -> tuple[str, ...]:
     return ("label", "train", "predict") if command in {"pipeline", "demo"} else (command,)
 
 
-def _pool(section: str, pool: PoolConfig, *, actors: bool = False) -> Demand:
+def _pool(section: str, pool: PoolConfig, *, actors: bool = False) -> list[Demand]:
     """Return the least that a pool needs; without GPUs students are tasks, which come and go."""
     memory = (pool.memory_gib or 0.0) * _GIB
     if actors or pool.gpus:
         setting = f"{section}.min_size"
-        return Demand(setting, pool.min_size, pool.actor_cpus, pool.gpus, memory)
-    # Only the filter of a resumed run holds its CPU beside the tasks.
-    return Demand(f"{section}.num_cpus", 1, pool.num_cpus, 0.0, memory, beside=1)
+        demand = Demand(setting, pool.min_size, pool.actor_cpus, pool.gpus, memory)
+    else:
+        # Only the filter of a resumed run holds its CPU beside the tasks.
+        demand = Demand(f"{section}.num_cpus", 1, pool.num_cpus, 0.0, memory, beside=1)
+    demand = replace(demand, nodes=pool.nodes, placing=f"{section}.nodes")
+    return [demand, _decoding(section, pool.decode_nodes)]
+
+
+def _decoding(section: str, nodes: NodesConfig, name: str = "decode_nodes") -> Demand:
+    """Return what decoding needs: where it is told to go, a CPU."""
+    placing = f"{section}.{name}"
+    return Demand(placing, 1, 0.0 if nodes.any else 1.0, beside=0, nodes=nodes, placing=placing)
 
 
 def check_room(cluster: Cluster, needed: Iterable[Demand]) -> list[str]:
@@ -199,9 +229,12 @@ def check_room(cluster: Cluster, needed: Iterable[Demand]) -> list[str]:
 def _lack(cluster: Cluster, demand: Demand) -> tuple[str, object, str, str] | None:
     """Return (field, value, message, remedy) of what is missing, None when nothing is."""
     room, count, setting = demand.room(cluster), demand.workers, demand.setting
+    if not (demand.nodes.any or demand.candidates(cluster)):
+        return _misplaced(cluster, demand)
     if room < count:
         wanted = f"{_count(count, 'worker')} of {demand.worker()} wanted"
-        message = f"{wanted}, and {cluster} can hold {room}"
+        where = "" if demand.nodes.any else f" where {demand.placing} lets them"
+        message = f"{wanted}, and {cluster} can hold {room}{where}"
         if demand.gpus and not cluster.total("GPU"):
             trains = setting == "train.num_workers"
             field = "train.use_gpu" if trains else f"{setting.rpartition('.')[0]}.num_gpus"
@@ -223,6 +256,26 @@ def _lack(cluster: Cluster, demand: Demand) -> tuple[str, object, str, str] | No
     return setting, count, message, remedy + (f", or set {setting} to less" if count > 1 else "")
 
 
+def _misplaced(cluster: Cluster, demand: Demand) -> tuple[str, object, str, str]:
+    """Return what is missing where no node of a cluster is one that is asked for."""
+    wanted = demand.nodes
+    if any(wanted.take(node.labels, wanted.accelerator_type or "") for node in cluster.nodes):
+        found = sorted({node.accelerator for node in cluster.nodes} - {""})
+        message = f"no node has such GPUs; there are {', '.join(found) or 'none of a known type'}"
+        field, value = f"{demand.placing}.accelerator_type", wanted.accelerator_type
+        return field, value, message, "name a type that is there, or leave it out"
+    known = Counter(
+        f"{key}={value}"
+        for node in cluster.nodes
+        for key, value in node.labels.items()
+        if key != _NODE_ID
+    )
+    there = ", ".join(f"{label} ({_count(n, 'node')})" for label, n in known.most_common(12))
+    remedy = "name labels that are there, or start nodes with them (`ray start --labels KEY=VALUE`)"
+    message = f"no node has these labels; there are {there or 'none'}"
+    return f"{demand.placing}.labels", dict(wanted.labels), message, remedy
+
+
 def is_shared(path: str, prefixes: Sequence[str]) -> bool:
     """Return whether every node sees a path: a remote one, or one below a shared folder."""
     if storage.is_remote(path):
@@ -233,9 +286,9 @@ def is_shared(path: str, prefixes: Sequence[str]) -> bool:
 
 def check_paths(cluster: Cluster, shared: Sequence[str], paths: Iterable[tuple[str, str]]) -> None:
     """Raise ConfigError for the first of (field, path) that only one machine of several has."""
-    for field, path in paths if cluster.several_hosts else ():
+    for name, path in paths if cluster.several_hosts else ():
         if not is_shared(path, shared):
-            raise _not_shared(cluster, field, path, "is a local path")
+            raise _not_shared(cluster, name, path, "is a local path")
 
 
 def check_uris(
@@ -245,8 +298,11 @@ def check_uris(
 
     `source` names the table that the URIs are from.
     """
-    # Only folders differ in whether they are shared; images are many.
-    folders = {uri.rpartition("/")[0]: uri for uri in pc.unique(column).drop_null().to_pylist()}
+    # Only folders differ in whether they are shared; images are many: some at a time.
+    folders: dict[str, str] = {}
+    for start in range(0, len(column), _URIS):
+        uris = column.slice(start, _URIS).drop_null().to_pylist()
+        folders |= {uri.rpartition("/")[0]: uri for uri in uris}
     for folder, uri in folders.items():
         if not is_shared(folder or uri, shared):
             more = "; `hts prepare` with the new root writes a manifest of it"
@@ -319,7 +375,7 @@ def check_joined(
     check_paths(cluster, shared, [*worker_paths(config, command), *paths])
     if manifest is not None and cluster.several_hosts:
         check_paths(cluster, shared, [("manifest", manifest.path)])
-        check_uris(cluster, shared, manifest.table["uri"], manifest.path)
+        check_uris(cluster, shared, manifest.images["uri"], manifest.path)
     if labels is not None and cluster.several_hosts:
         check_uris(cluster, shared, labels["uri"], "the labels")
     return check_room(cluster, demands(config, command))

@@ -129,7 +129,7 @@ def command_cluster(
     command: str,
     *,
     manifest: Manifest | None = None,
-    student: str = "",
+    paths: Sequence[tuple[str, str]] = (),
     labels: pa.Table | None = None,
 ) -> Iterator[None]:
     """Join or start Ray for a command of `hts`, and refuse a cluster that could never run it.
@@ -138,7 +138,6 @@ def command_cluster(
     """
     pools = [config.label.pool, config.predict.pool]
     pools += [config.train.features.pool, config.score.pool]
-    paths = [("--student", student)] if student else []
     with ray_cluster(config.ray, pools):
         for note in check_joined(config, command, paths, manifest=manifest, labels=labels):
             print_note(note)

@@ -6,14 +6,11 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
-from pyarrow import fs as pafs
-
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.images.prepared import Candidate, Found, Rejected
+from hts_ray.images.prepared import Candidate, Found, Rows, rejected
 from hts_ray.store import storage
 
 _ENDINGS = "jpg jpeg jpe jfif png gif webp avif bmp tif tiff ppm jp2 heic heif"
@@ -41,44 +38,39 @@ def read_folder(
             raise ConfigError(field="extensions", value=extension, remedy=f"write '.{extension}'")
     if root.startswith("file://"):
         root = unquote(urlsplit(root).path)
-    found = _Walk(split=split, extensions=wanted)
+    found = _Walk(split, wanted)
     if storage.is_remote(root):
         _read_remote(root.rstrip("/"), found)
     else:
         _read_local(os.path.abspath(os.path.expanduser(root)), follow_symlinks, found)
-    found.images.sort(key=lambda candidate: candidate.image_id)
-    found.rejected.sort(key=lambda row: row.image_id)
-    return found
+    return Found(found.table().sort_by("image_id"), found.counts)
 
 
-@dataclass(kw_only=True)
-class _Walk(Found):
+class _Walk(Rows):
     """What a walk over folders has met so far; `counts` has what it left out."""
 
-    split: str
-    extensions: frozenset[str]
-
-    def __post_init__(self) -> None:
+    def __init__(self, split: str, extensions: frozenset[str]) -> None:
+        super().__init__()
+        self._split, self._extensions = split, extensions
         self.counts.update(hidden=0, other_files=0)
 
     def is_wanted(self, relative: str) -> bool:
         """Return whether a file may be an image by its name, and count it if not."""
         if any(part.startswith(".") for part in relative.split("/")):
             self.counts["hidden"] += 1
-        elif PurePosixPath(relative).suffix.lower() not in self.extensions:
+        elif PurePosixPath(relative).suffix.lower() not in self._extensions:
             self.counts["other_files"] += 1
         else:
             return True
         return False
 
-    def add(self, relative: str, uri: str, size: int, modified: int | None) -> None:
+    def take(self, relative: str, uri: str, stamp: str | None) -> None:
         """Take in an image."""
-        stamp = None if modified is None else f"{size}-{modified}"
-        self.images.append(Candidate(relative, uri, self.split, stamp=stamp))
+        self.add(Candidate(relative, uri, self._split, stamp=stamp))
 
     def reject(self, relative: str, uri: str, kind: str, reason: str) -> None:
         """Take in what cannot be read."""
-        self.rejected.append(Rejected(relative, uri, kind, reason))
+        self.add(rejected(relative, uri, kind, reason))
 
 
 def _read_local(root: str, follow_symlinks: bool, found: _Walk) -> None:
@@ -153,20 +145,18 @@ def _is_folder(entry: os.DirEntry[str], relative: str, found: _Walk) -> bool:
             reason = "the path is not UTF-8: rename it"
             found.reject(relative, entry.path, "unreadable", reason)
         else:
-            found.add(relative, entry.path, status.st_size, status.st_mtime_ns)
+            found.take(relative, entry.path, f"{status.st_size}-{status.st_mtime_ns}")
     return False
 
 
 def _read_remote(root: str, found: _Walk) -> None:
-    filesystem, base = storage.resolve(root)
     try:
-        infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+        stamps = storage.walk_stamps(root, allow_missing=False)
     except FileNotFoundError as error:
         raise DataError(f"no folder {root}: check the path") from error
     except OSError as error:
         raise DataError(f"folder {root} cannot be listed: {error}") from error
-    for info in infos:
-        relative = info.path[len(base) :].strip("/")
-        if info.type == pafs.FileType.File and found.is_wanted(relative):
+    for relative, stamp in stamps.items():
+        if found.is_wanted(relative):
             # A key may hold what means something else in a URI: "#", "?", "%", spaces.
-            found.add(relative, f"{root}/{quote(relative)}", info.size, info.mtime_ns)
+            found.take(relative, f"{root}/{quote(relative)}", stamp)

@@ -6,7 +6,6 @@ ICCV 2015.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -19,7 +18,7 @@ import pyarrow as pa
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.mat5 import Mat5Error, read_mat5
-from hts_ray.images.prepared import Candidate, Found, manifest_table
+from hts_ray.images.prepared import Candidate, Found, Rows, manifest_table
 from hts_ray.store import storage
 
 SPLITS = ("train", "test")
@@ -48,7 +47,8 @@ def read_hico(root: str, splits: Sequence[str] = SPLITS) -> Found:
         )
     variables = _load(path)
     chosen = list(dict.fromkeys(splits))
-    found = Found(counts=Counter(unlisted=0))
+    found = Rows()
+    found.counts["unlisted"] = 0
     found.counts["class_order_unchecked"] = int("list_action" not in variables)
     for split, candidates in _read_splits(variables, chosen, path).items():
         folder = storage.join(root, "images", f"{split}2015")
@@ -59,10 +59,9 @@ def read_hico(root: str, splits: Sequence[str] = SPLITS) -> Found:
             )
         listed = {image.uri for image in candidates}
         found.counts["unlisted"] += len(set(storage.list_names(folder)) - listed)
-        found.images += [
-            replace(image, uri=storage.join(folder, image.uri)) for image in candidates
-        ]
-    return found
+        for image in candidates:
+            found.add(replace(image, uri=storage.join(folder, image.uri)))
+    return Found(found.table(), found.counts)
 
 
 def read_anno_table(path: str) -> pa.Table:
@@ -76,7 +75,7 @@ def read_anno_table(path: str) -> pa.Table:
     if not there:
         raise DataError(f"{path} has neither anno_train nor anno_test: it is no HICO anno.mat")
     images = chain(*_read_splits(variables, there, path).values())
-    return manifest_table([(image, None) for image in images])
+    return manifest_table(images)
 
 
 def _nested(root: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -14,11 +15,10 @@ import pyarrow.json as pajson
 from hts_ray.config import PrepareConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.folder import read_folder
-from hts_ray.images.prepared import Candidate, Found
+from hts_ray.images.prepared import Found
 from hts_ray.images.shards import read_shards, split_of
 from hts_ray.store import storage
-from hts_ray.store.aliases import ImagesDone
-from hts_ray.store.tables import ANNOTATION_COLUMNS, read_table
+from hts_ray.store.tables import ANNOTATION_COLUMNS, PREPARED_SCHEMA, read_table
 
 URI_COLUMNS = ("uri", "path", "file_name", "file", "filename", "filepath", "image_path", "url")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,22 +44,43 @@ def read_list(path: str, config: PrepareConfig) -> Found:
 
 
 def _listed(table: pa.Table, column: str, path: str, split: str) -> Found:
-    found, folder = Found(), storage.absolute(path).rpartition("/")[0]
+    folder, counts = storage.absolute(path).rpartition("/")[0], Counter[str]()
     texts = _texts(table, column, path)
+    whole = pc.or_(pc.starts_with(texts, "/"), pc.match_substring(texts, "://"))
+    uris = pc.if_else(whole, texts, pc.binary_join_element_wise(folder.rstrip("/"), texts, "/"))
     ids = _texts(table, "image_id", path) if "image_id" in table.column_names else texts
-    splits = table["split"].to_pylist() if "split" in table.column_names else [None] * len(table)
-    lists = {n: table[n].to_pylist() for n in ANNOTATION_COLUMNS if n in table.column_names}
-    uris: dict[str, str] = {}
-    for row, (image_id, text) in enumerate(zip(ids, texts, strict=True)):
-        uri = text if "://" in text or text.startswith("/") else storage.join(folder, text)
-        if uris.setdefault(image_id, uri) != uri:
-            raise DataError(f"{path}: image_id {image_id!r} stands for {uris[image_id]} and {uri}")
-        if len(uris) == len(found.images):
-            found.counts["repeated_rows"] += 1
-            continue
-        known = {name: values[row] for name, values in lists.items()}
-        found.images.append(Candidate(image_id, uri, str(splits[row] or split), **known))
-    return found
+    columns = {"image_id": ids, "uri": uris, "split": _splits(table, split)}
+    columns |= {name: table[name] for name in ANNOTATION_COLUMNS if name in table.column_names}
+    if len(ids.unique()) < len(ids):
+        kept = _first_rows(ids.to_pylist(), uris.to_pylist(), path)
+        counts["repeated_rows"] = len(ids) - len(kept)
+        columns = {name: values.take(kept) for name, values in columns.items()}
+    rows = len(columns["uri"])
+    try:
+        arrays = [
+            columns[f.name].cast(f.type) if f.name in columns else pa.nulls(rows, f.type)
+            for f in PREPARED_SCHEMA
+        ]
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} cannot be read as a list of images: {error}") from error
+    return Found(pa.table(arrays, schema=PREPARED_SCHEMA), counts)
+
+
+def _splits(table: pa.Table, default: str) -> pa.ChunkedArray:
+    if "split" not in table.column_names:
+        return pa.chunked_array([pa.repeat(default, len(table))], pa.string())
+    given = pc.fill_null(table["split"].cast(pa.string()), "")
+    return pc.if_else(pc.equal(given, ""), default, given)
+
+
+def _first_rows(ids: list[str], uris: list[str], path: str) -> pa.Array:
+    """Return the first row of each id; DataError where another one has another path."""
+    first: dict[str, int] = {}
+    for row, (image_id, uri) in enumerate(zip(ids, uris, strict=True)):
+        before = uris[first.setdefault(image_id, row)]
+        if before != uri:
+            raise DataError(f"{path}: image_id {image_id!r} stands for {before} and {uri}")
+    return pa.array([*first.values()], pa.int64())
 
 
 def _read(path: str) -> pa.Table:
@@ -87,16 +108,16 @@ def _read(path: str) -> pa.Table:
         ) from error
 
 
-def _texts(table: pa.Table, name: str, path: str) -> list[str]:
+def _texts(table: pa.Table, name: str, path: str) -> pa.ChunkedArray:
     values = table[name].cast(pa.string())
     empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), fill_value=True)
     if pc.any(empty).as_py():
         row = pc.index(empty.combine_chunks(), True).as_py()
         raise DataError(f"{path}: {name} is empty in row {row + 1}")
-    return [str(value) for value in values.to_pylist()]
+    return values
 
 
-def read_huggingface(root: str, config: PrepareConfig, progress: ImagesDone | None = None) -> Found:
+def read_huggingface(root: str, config: PrepareConfig) -> Found:
     """Find the images of a Hugging Face dataset: a folder of one, or a hub id (`ID@REVISION`).
 
     Known are Parquet files with an image column, and image folders with or without metadata. A hub
@@ -109,17 +130,23 @@ def read_huggingface(root: str, config: PrepareConfig, progress: ImagesDone | No
     if metadata:
         return _merge(_image_folder(storage.join(root, name), config) for name in metadata)
     if any(name.lower().endswith(".parquet") for name in names):
-        return read_shards("parquet", root, config, progress)
+        return read_shards("parquet", root, config)
     if any(name.lower().endswith(".arrow") for name in names):
         raise DataError(
             f"{root} was written by Dataset.save_to_disk: write it as Parquet"
             " (dataset.to_parquet(...)), of which images can be read one by one"
         )
     found = read_folder(root, config.split, follow_symlinks=config.follow_symlinks)
-    for number, image in enumerate(found.images):
-        split = split_of(image.image_id.split("/")[0], config.split)
-        found.images[number] = Candidate(image.image_id, image.uri, split)
-    return found
+    tops = (image_id.as_py().split("/")[0] for image_id in found.listed["image_id"])
+    splits = pa.array((split_of(top, config.split) for top in tops), pa.string())
+    return Found(_with(found.listed, split=splits), found.counts)
+
+
+def _with(listed: pa.Table, **columns: pa.Array) -> pa.Table:
+    for name, values in columns.items():
+        place = listed.column_names.index(name)
+        listed = listed.set_column(place, listed.field(place), values)
+    return listed
 
 
 def _image_folder(path: str, config: PrepareConfig) -> Found:
@@ -131,17 +158,13 @@ def _image_folder(path: str, config: PrepareConfig) -> Found:
 
 
 def _merge(parts: Iterable[Found]) -> Found:
-    merged = Found()
-    for part in parts:
-        merged.images += part.images
-        merged.counts.update(part.counts)
-    ids = [image.image_id for image in merged.images]
-    if len(set(ids)) != len(ids):  # file names repeat in the folders of splits
-        merged.images = [
-            Candidate(f"{image.split}/{image.image_id}", image.uri, image.split)
-            for image in merged.images
-        ]
-    return merged
+    found = list(parts)
+    listed = pa.concat_tables([part.listed for part in found])
+    ids = listed["image_id"]
+    if len(ids.unique()) < len(ids):  # file names repeat in the folders of splits
+        splits = listed["split"].cast(pa.large_string())
+        listed = _with(listed, image_id=pc.binary_join_element_wise(splits, ids, "/"))
+    return Found(listed, sum((part.counts for part in found), Counter()))
 
 
 def _pinned(root: str) -> str:

@@ -1,8 +1,8 @@
-"""The manifest: which images there are. A command reads it once, here and nowhere else."""
+"""The manifest: which images there are. It is read here and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,37 +12,55 @@ import pyarrow.compute as pc
 
 from hts_ray.errors import DataError
 from hts_ray.store import storage
-from hts_ray.store.run import content_hash, require_stage, settings_hash
+from hts_ray.store.parts import ContentHash
+from hts_ray.store.run import require_stage, settings_hash
 from hts_ray.store.tables import (
     ANNOTATION_COLUMNS,
     MANIFEST_SCHEMA,
     STAMPS_SCHEMA,
     check_table,
+    read_batches,
     read_table,
     require_unique_ids,
+    table_schema,
 )
 
 FILE = "manifest.parquet"
 STAMPS_FILE = "_stamps.parquet"  # beside it; who reads the folder passes over such names
+_ROWS = 1 << 17  # read at a time
 IMAGE_COLUMNS = ("image_id", "uri", "split")  # all that a stage over images looks at
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """A manifest that was read and checked: `table` has the columns of MANIFEST_SCHEMA.
+    """A manifest that was checked. Ids, URIs and splits are in memory, the other columns are not.
 
-    `path` is its Parquet file, which workers read for themselves. `stamps` has the columns of
-    STAMPS_SCHEMA and a row for every image whose file is known.
+    `path` is its Parquet file or a folder of part files, which workers read for themselves.
+    `images` has IMAGE_COLUMNS or all of MANIFEST_SCHEMA, `stamps` a row of STAMPS_SCHEMA for every
+    file that is known.
     """
 
     path: str
-    table: pa.Table
+    images: pa.Table
     stamps: pa.Table = field(default_factory=STAMPS_SCHEMA.empty_table)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All columns of MANIFEST_SCHEMA, read when they are first asked for."""
+        if self.images.column_names == MANIFEST_SCHEMA.names:
+            return self.images
+        return pa.concat_tables(self._pieces(MANIFEST_SCHEMA.names))
+
+    def _pieces(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        if set(columns) <= set(self.images.column_names):
+            return iter([self.images.select(columns)])
+        return _checked_pieces(self.path, columns)
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the images. Annotations are left out: no teacher or student may see them."""
-        return images_hash(self.table.drop_columns(list(ANNOTATION_COLUMNS)), self.stamps)
+        names = [name for name in MANIFEST_SCHEMA.names if name not in ANNOTATION_COLUMNS]
+        return images_hash(ContentHash(*self._pieces(names)), ContentHash(self.stamps))
 
     def rows(
         self, splits: Sequence[str] | None = None, limit: int | None = None, seed: int = 0
@@ -52,10 +70,10 @@ class Manifest:
         `splits` None takes all; `limit` draws so many at random, the same for the same `seed`.
         Raises DataError when no image is left, naming the splits that exist.
         """
-        table = self.table.select(list(IMAGE_COLUMNS))
-        chosen = table
-        if splits is not None:
-            chosen = table.filter(pc.is_in(table["split"], pa.array(splits)))
+        table = self.images.select(list(IMAGE_COLUMNS))
+        wanted = None if splits is None else pc.is_in(table["split"], pa.array(splits))
+        # Filtering would copy the table.
+        chosen = table if wanted is None or pc.all(wanted).as_py() else table.filter(wanted)
         if not len(chosen):
             found = ", ".join(sorted(str(name) for name in table["split"].unique().to_pylist()))
             asked = "" if splits is None else f" in split {', '.join(splits)}"
@@ -73,32 +91,56 @@ class Manifest:
         return self.table.filter(known)
 
 
-def images_hash(table: pa.Table, stamps: pa.Table) -> str:
+def images_hash(images: ContentHash, stamps: ContentHash) -> str:
     """Return a hash of a manifest's rows and of what is known of their files."""
-    parts = [content_hash(part) for part in (table, stamps) if len(part)]
+    parts = [part.digest() for part in (images, stamps) if part.rows]
     return parts[0] if len(parts) == 1 else settings_hash(parts)
 
 
 def open_manifest(path: str) -> Manifest:
-    """Read and check a manifest: a Parquet file, or a folder that holds `manifest.parquet`.
+    """Open and check a manifest: a Parquet file, a folder of them, or one with `manifest.parquet`.
 
     Of a manifest that others made `image_id`, `uri` and `split` are needed; sizes and annotations
     that are not there are unknown. In one of ours a missing column is damage.
     Raises DataError naming a missing column, a wrong type, missing values or an id that repeats.
     """
     path = storage.absolute(path)
-    file = path if path.endswith(".parquet") else storage.join(path, FILE)
-    table = read_table(file)
-    ours = b"hts_table" in (table.schema.metadata or {})
-    for column in MANIFEST_SCHEMA:
-        if not ours and column.nullable and column.name not in table.column_names:
-            table = table.append_column(column, pa.nulls(len(table), column.type))
-    table = check_table(table, MANIFEST_SCHEMA, file)
-    require_unique_ids(table, file)
+    inner = storage.join(path, FILE)
+    file = path if path.endswith(".parquet") or not storage.exists(inner) else inner
+    images = pa.concat_tables(_checked_pieces(file, IMAGE_COLUMNS)).combine_chunks()
+    require_unique_ids(images, file)
     stamps = storage.join(file.rpartition("/")[0], STAMPS_FILE)
-    if ours and storage.exists(stamps):
-        return Manifest(file, table, check_table(read_table(stamps), STAMPS_SCHEMA, stamps))
-    return Manifest(file, table)
+    if _is_ours(table_schema(file)) and storage.exists(stamps):
+        return Manifest(file, images, check_table(read_table(stamps), STAMPS_SCHEMA, stamps))
+    return Manifest(file, images)
+
+
+def _checked_pieces(path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield some columns of a manifest, in MANIFEST_SCHEMA's types."""
+    there = table_schema(path)
+    known = pa.schema([f for f in there if f.name in MANIFEST_SCHEMA.names], there.metadata)
+    _whole(known.empty_table(), MANIFEST_SCHEMA, path)
+    schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in columns], MANIFEST_SCHEMA.metadata)
+    found = [name for name in columns if name in there.names]
+    yield schema.empty_table()
+    for batch in read_batches(path, found, _ROWS):
+        piece = pa.Table.from_batches([batch]).replace_schema_metadata(there.metadata)
+        try:
+            piece.validate(full=True)  # else text that is not UTF-8 fails later, far from here
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+        yield _whole(piece, schema, path)
+
+
+def _whole(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
+    for column in () if _is_ours(table.schema) else schema:
+        if column.nullable and column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(len(table), column.type))
+    return check_table(table, schema, path)
+
+
+def _is_ours(schema: pa.Schema) -> bool:
+    return b"hts_table" in (schema.metadata or {})
 
 
 def latest_manifest(run_dir: str) -> str:

@@ -1,7 +1,7 @@
 """Images in shards: tar files (WebDataset) and Parquet files with the bytes in a column.
 
-A shard is read once, front to back, and every image in it becomes a row that says where its bytes
-are; nothing is unpacked. Shards are looked at in threads, a shard each.
+Listed are the shards. Looking at one reads it once, front to back, and gives a row for every image
+in it that says where its bytes are; nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, Any
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -25,11 +27,12 @@ from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.decode import ImageError, probe_image
 from hts_ray.images.folder import EXTENSIONS
 from hts_ray.images.inside import Cell, Span, read_column
-from hts_ray.images.prepared import Candidate, Found, Rejected
-from hts_ray.images.retry import HEAD_BYTES, ImageHeader
+from hts_ray.images.prepared import Candidate, Found, Rows, Seen, rejected
+from hts_ray.images.retry import HEAD_BYTES
 from hts_ray.store import storage
-from hts_ray.store.aliases import ImagesDone
 
+_IMAGES_OF_A_SHARD = 500  # a guess, before one is opened
+_LISTING_THREADS = 32
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
 # As the Hugging Face `datasets` library finds a split in the name of a file or folder.
@@ -41,35 +44,25 @@ _SPLITS = {"training": "train", "testing": "test", "eval": "test"} | dict.fromke
 )
 
 
-def read_shards(
-    kind: str, root: str, config: PrepareConfig, progress: ImagesDone | None = None
-) -> Found:
-    """Find the images in tar shards (`webdataset`) or Parquet files (`parquet`).
+def read_shards(kind: str, root: str, config: PrepareConfig) -> Found:
+    """Find the shards of images: tar files (`webdataset`) or Parquet files (`parquet`).
 
     `root` is a file, a folder whose shards are taken, or a pattern: `s3://b/train-{000..099}.tar`.
     A row's `image_id` is the shard's name and the sample's key or row; the split is that in the
-    shard's name, else `prepare.split`. `progress` counts shards. Raises DataError when there is
-    no shard, or for tar files that are compressed.
+    shard's name, else `prepare.split`. Raises DataError when there is no shard, or for tar files
+    that are compressed.
     """
-    ending, read = (".tar", _read_tar) if kind == "webdataset" else (".parquet", _read_parquet)
-    paths = find_shards(root, ending)
-    names = _names(paths)
-    found = Found()
-    with ThreadPoolExecutor(config.workers) as pool:
-        parts = pool.map(partial(_read_shard, read, config=config), paths, names)
-        for done, part in enumerate(parts, 1):
-            found.images += part.images
-            found.rejected += part.rejected
-            found.known |= part.known
-            found.counts.update(part.counts)
-            if progress is not None:
-                progress(done, len(paths), len(found.rejected))
-    found.counts["shards"] = len(paths)
-    return found
+    shards = find_shards(root, ".tar" if kind == "webdataset" else ".parquet")
+    rows = Rows()
+    for name, (path, stamp) in zip(_names([*shards]), shards.items(), strict=True):
+        rows.add(Candidate(name, path, split_of(path, config.split), stamp=stamp))
+    look = partial(_look_at_shards, kind=kind, config=config)
+    counts = Counter(shards=len(shards))
+    return Found(rows.table(), counts, look, block=1, images=_IMAGES_OF_A_SHARD)
 
 
-def find_shards(root: str, ending: str) -> list[str]:
-    """Return the shards that a pattern, a folder or a file means, in order of their names.
+def find_shards(root: str, ending: str) -> dict[str, str | None]:
+    """Return the shards that a pattern, a folder or a file means, by name, and their stamps.
 
     Raises DataError when nothing is there, ConfigError for a pattern that runs backwards.
     """
@@ -81,17 +74,19 @@ def find_shards(root: str, ending: str) -> list[str]:
         starts = [
             f"{root[: match.start()]}{n:0{len(first)}d}{root[match.end() :]}" for n in numbers
         ]
-        return [path for start in starts for path in find_shards(start, ending)]
-    folder = storage.kind(root) == "Directory"
-    below = storage.walk(root) if folder else [root]
+        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+            parts = pool.map(partial(find_shards, ending=ending), starts)
+            return {path: stamp for part in parts for path, stamp in part.items()}
+    kind, stamp = storage.kind_and_stamp(root)
+    below = storage.walk_stamps(root) if kind == "Directory" else {root: stamp}
     if ending == ".tar":
-        _refuse_compressed(below)
-    if not folder:
-        return [storage.absolute(root)]
-    found = [path for path in below if path.lower().endswith(ending)]
+        _refuse_compressed([*below])
+    if kind != "Directory":
+        return {storage.absolute(root): stamp}
+    found = {_join(root, p): below[p] for p in sorted(below) if p.lower().endswith(ending)}
     if not found:
         raise DataError(f"{root} holds no {ending} file: check the path")
-    return [_join(root, path) for path in found]
+    return found
 
 
 def _join(root: str, relative: str) -> str:
@@ -129,62 +124,75 @@ def _names(paths: Sequence[str]) -> list[str]:
     raise DataError(f"a shard is named twice: {paths[0]} and others")
 
 
+def _look_at_shards(
+    listed: pa.Table, each: Callable[[int], None], *, kind: str, config: PrepareConfig
+) -> Seen:
+    """Return the images of some shards, looking into several at a time."""
+    read = partial(_read_shard, _read_tar if kind == "webdataset" else _read_parquet, config=config)
+    tables, counts = [], Counter[str]()
+    with ThreadPoolExecutor(min(config.workers, len(listed))) as pool:
+        for rows in pool.map(read, listed.to_pylist()):
+            tables.append(rows.table())
+            counts.update(rows.counts)
+            each(len(tables[-1]) - tables[-1]["error_kind"].null_count)
+    return Seen(pa.concat_tables(tables), counts)
+
+
 def _read_shard(
-    read: Callable[[str, str, PrepareConfig, Found], None],
-    path: str,
-    name: str,
+    read: Callable[[Candidate, PrepareConfig, Rows], None],
+    listed: dict[str, Any],
     *,
     config: PrepareConfig,
-) -> Found:
+) -> Rows:
     """Return what is in one shard; a shard that is damaged gives the images before the damage."""
-    found = Found()
+    shard, rows = Candidate(**listed), Rows()
+    name, path = shard.image_id, shard.uri
     try:
-        read(path, name, config, found)
+        read(shard, config, rows)
     except DataError:
         raise
     except FileNotFoundError:
-        found.rejected.append(Rejected(name, path, "missing", f"{path}: no such file"))
+        rows.add(rejected(name, path, "missing", f"{path}: no such file"))
     except (tarfile.TarError, EOFError, pa.ArrowInvalid) as error:
         reason = f"the shard is damaged or cut short: {error}"
-        found.rejected.append(Rejected(name, path, "truncated", reason))
+        rows.add(rejected(name, path, "truncated", reason))
     except OSError as error:
-        found.rejected.append(Rejected(name, path, "unreadable", str(error)))
-    return found
+        rows.add(rejected(name, path, "unreadable", str(error)))
+    return rows
 
 
-def _add(found: Found, row: Candidate, head: bytes | None, size: int) -> None:
-    """Take in an image; `head` is its beginning, None where it is not to be looked at."""
-    found.images.append(row)
+def _with_size(image: Candidate, head: bytes | None, size: int) -> Candidate:
+    """Return an image with its size; `head` is its beginning, None where nobody is to look."""
     if head is None:
-        found.known[row.image_id] = None
-        return
+        return image
     try:
-        found.known[row.image_id] = ImageHeader(*probe_image(head), size)
+        width, height = probe_image(head)
     except ImageError as error:
-        found.known[row.image_id] = error
+        return rejected(image.image_id, image.uri, error.kind, error.message)
+    return replace(image, width=width, height=height, size=size)
 
 
-def _read_tar(path: str, name: str, config: PrepareConfig, found: Found) -> None:
-    split, seen = split_of(path, config.split), set[str]()
+def _read_tar(shard: Candidate, config: PrepareConfig, rows: Rows) -> None:
+    name, path, seen = shard.image_id, shard.uri, set[str]()
     with _tar(path, streamed=config.headers and storage.is_remote(path)) as tar:
         for member in tar:
             file = PurePosixPath(member.name)
             if file.suffix.lower() not in EXTENSIONS or file.name.startswith("."):
-                found.counts["other_members"] += member.isfile()
+                rows.counts["other_members"] += member.isfile()
                 continue
             # WebDataset's key: what stands before the first dot of the file's name.
             key = str(file.with_name(file.name.split(".", 1)[0]))
             image_id = f"{name}/{key}"
             uri = Span(path, member.offset_data, member.size).uri
             if not member.isreg() or member.issparse():
-                found.rejected.append(Rejected(image_id, uri, "unreadable", "not a plain file"))
+                rows.add(rejected(image_id, uri, "unreadable", "not a plain file"))
             elif key in seen:
                 reason = f"a second image with the key {key!r}: {member.name}"
-                found.rejected.append(Rejected(f"{name}/{member.name}", uri, "unreadable", reason))
+                rows.add(rejected(f"{name}/{member.name}", uri, "unreadable", reason))
             else:
                 seen.add(key)
                 head = _head(tar, member) if config.headers else None
-                _add(found, Candidate(image_id, uri, split), head, member.size)
+                rows.add(_with_size(Candidate(image_id, uri, shard.split), head, member.size))
             tar.members = []  # type: ignore[attr-defined]  # it would keep every member
 
 
@@ -213,19 +221,21 @@ def _tar(path: str, *, streamed: bool) -> Iterator[tarfile.TarFile]:
             yield tar
 
 
-def _read_parquet(path: str, name: str, config: PrepareConfig, found: Found) -> None:
+def _read_parquet(shard: Candidate, config: PrepareConfig, rows: Rows) -> None:
+    name, path = shard.image_id, shard.uri
     filesystem, inner = storage.resolve(path)
     with filesystem.open_input_file(inner) as stream:
         metadata = pq.ParquetFile(stream)
         column = image_column(metadata.schema_arrow, config.column, path)
-        rows = [metadata.metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-    split, number = split_of(path, config.split), 0
-    for group, count in enumerate(rows):
+        groups = [metadata.metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    number = 0
+    for group, count in enumerate(groups):
         values = read_column(path, column, group) if config.headers else None
         for row in range(count):
-            cell = Candidate(f"{name}/{number:08d}", Cell(path, column, group, row).uri, split)
+            uri = Cell(path, column, group, row).uri
+            image = Candidate(f"{name}/{number:08d}", uri, shard.split)
             data = None if values is None else values[row].as_py() or b""
-            _add(found, cell, data, len(data or b""))
+            rows.add(_with_size(image, data, len(data or b"")))
             number += 1
 
 

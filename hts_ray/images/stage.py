@@ -2,33 +2,138 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+
+import pyarrow as pa
+
 from hts_ray.config import PrepareConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.blocks import Blocks, Spread
 from hts_ray.images.decode import HEIC_REMEDY
 from hts_ray.images.folder import read_folder
 from hts_ray.images.hico import read_hico
 from hts_ray.images.listed import read_huggingface, read_list
 from hts_ray.images.manifest import FILE, STAMPS_FILE, images_hash
-from hts_ray.images.prepared import Found, inspect_images
+from hts_ray.images.prepared import Found, inspect_images, sorted_out
 from hts_ray.images.shards import read_shards
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
-from hts_ray.store.run import StageFolder
-from hts_ray.store.tables import write_table
+from hts_ray.store.parts import ContentHash, PartWriter
+from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA, STAMPS_SCHEMA, write_table
 
 SOURCES = ("folder", "list", "webdataset", "parquet", "huggingface", "hico")
 
 
-def _find(config: PrepareConfig, source: str, root: str, progress: ImagesDone | None) -> Found:
+@dataclass(frozen=True)
+class PreparePlan:
+    """A prepare whose images, or shards of them, are listed and not looked at yet."""
+
+    config: PrepareConfig
+    source: str
+    root: str
+    found: Found
+
+    @property
+    def large(self) -> bool:
+        """Whether there is more than one process should look at."""
+        return len(self.found.listed) * self.found.images > self.config.local_images
+
+    def write(
+        self, run_dir: str, progress: ImagesDone | None = None, spread: Spread = map
+    ) -> StageFolder:
+        """Look at what is listed and write the manifest; returns its folder.
+
+        The folder is named by the manifest's content, so it is known only when every image was
+        looked at. `spread` does the blocks of a large one. Raises DataError when no image is
+        usable.
+        """
+        stage, counts = (self._in_blocks if self.large else self._here)(run_dir, progress, spread)
+        if not counts["usable"]:
+            told = ", ".join(f"{name} {value}" for name, value in counts.items() if value)
+            remedy = f": {HEIC_REMEDY}" if counts.get("needs_heic") else ""
+            raise DataError(f"no usable image under {self.root}: {told or 'it is empty'}{remedy}")
+        there = storage.kind(self.root) != "NotFound"
+        # Published on every call: later stages take the latest manifest.
+        stage.publish(
+            {
+                **counts,
+                "rows_in": counts["images"],
+                "rows_out": counts["usable"],
+                "root": storage.absolute(self.root) if there else self.root,
+            }
+        )
+        return stage
+
+    def _here(
+        self, run_dir: str, progress: ImagesDone | None, _: Spread
+    ) -> tuple[StageFolder, dict[str, int]]:
+        config, stamps = self.config, self.found.shard_stamps
+        prepared = inspect_images(
+            self.found, workers=config.workers, headers=config.headers, progress=progress
+        )
+        stamps = pa.concat_tables([stamps, prepared.stamps])
+        key = images_hash(ContentHash(prepared.manifest), ContentHash(stamps))
+        stage = StageFolder(run_dir, "manifest", key)
+        if not stage.finished and prepared.counts["images"]:
+            storage.remove_tree(stage.path)
+            write_table(stage.file(FILE), prepared.manifest)
+            write_table(stage.file(STAMPS_FILE), stamps)
+            write_table(stage.file("quarantine", "part-0.parquet"), prepared.quarantine)
+        return stage, prepared.counts
+
+    def _in_blocks(
+        self, run_dir: str, progress: ImagesDone | None, spread: Spread
+    ) -> tuple[StageFolder, dict[str, int]]:
+        config, found = self.config, self.found
+        settings = [config.answer_settings(), self.source, storage.absolute(self.root)]
+        work = settings_hash(*settings, content_hash(found.listed))
+        folder = storage.join(storage.absolute(run_dir), f"_prepare-{work}")
+        blocks = Blocks.of(found, folder, workers=config.workers, headers=config.headers)
+        blocks.finish(spread, progress)
+        counts = Counter(found.counts)
+        manifest = ContentHash(MANIFEST_SCHEMA.empty_table())
+        stamps = ContentHash(found.shard_stamps)
+        for part in map(sorted_out, blocks.seen()):
+            counts.update(part.counts)
+            manifest.add(part.manifest)
+            stamps.add(part.stamps)
+        stage = StageFolder(run_dir, "manifest", images_hash(manifest, stamps))
+        if not stage.finished:
+            storage.remove_tree(stage.path)
+            with (
+                PartWriter(stage.file(FILE), MANIFEST_SCHEMA) as manifests,
+                PartWriter(stage.file(STAMPS_FILE), STAMPS_SCHEMA) as stamp_parts,
+                PartWriter(stage.file("quarantine"), QUARANTINE_SCHEMA) as quarantine,
+            ):
+                stamp_parts.write(found.shard_stamps)
+                for part in map(sorted_out, blocks.seen()):
+                    manifests.write(part.manifest)
+                    stamp_parts.write(part.stamps)
+                    quarantine.write(part.quarantine)
+        storage.remove_tree(folder)
+        return stage, dict(counts)
+
+
+def plan_prepare(config: PrepareConfig, source: str, root: str) -> PreparePlan:
+    """List the images at `root`, which is one of SOURCES.
+
+    Raises ConfigError for another source, DataError when nothing can be listed.
+    """
+    if source not in SOURCES:
+        raise ConfigError(field="source", value=source, remedy=f"choose {', '.join(SOURCES)}")
     if source == "hico":
-        return read_hico(root, config.splits)
-    if source == "list":
-        return read_list(root, config)
-    if source == "huggingface":
-        return read_huggingface(root, config, progress)
-    if source in {"webdataset", "parquet"}:
-        return read_shards(source, root, config, progress)
-    return read_folder(root, config.split, follow_symlinks=config.follow_symlinks)
+        found = read_hico(root, config.splits)
+    elif source == "list":
+        found = read_list(root, config)
+    elif source == "huggingface":
+        found = read_huggingface(root, config)
+    elif source == "folder":
+        found = read_folder(root, config.split, follow_symlinks=config.follow_symlinks)
+    else:
+        found = read_shards(source, root, config)
+    return PreparePlan(config, source, root, found)
 
 
 def prepare_manifest(
@@ -38,35 +143,5 @@ def prepare_manifest(
     root: str,
     progress: ImagesDone | None = None,
 ) -> StageFolder:
-    """Write the manifest of the images at `root`, which is one of SOURCES.
-
-    The folder is named by the manifest's content, so it is known only when every image was looked
-    at. Raises DataError when no image is usable, ConfigError for another source.
-    """
-    if source not in SOURCES:
-        raise ConfigError(field="source", value=source, remedy=f"choose {', '.join(SOURCES)}")
-    found = _find(config, source, root, progress)
-    prepared = inspect_images(
-        found, workers=config.workers, headers=config.headers, progress=progress
-    )
-    key = images_hash(prepared.manifest, prepared.stamps)
-    stage = StageFolder(run_dir, "manifest", key)
-    if not stage.finished and prepared.counts["images"]:
-        write_table(stage.file(FILE), prepared.manifest)
-        write_table(stage.file(STAMPS_FILE), prepared.stamps)
-        write_table(stage.file("quarantine", "part-0.parquet"), prepared.quarantine)
-    if not len(prepared.manifest):
-        counts = ", ".join(f"{name} {value}" for name, value in prepared.counts.items() if value)
-        remedy = f": {HEIC_REMEDY}" if prepared.counts.get("needs_heic") else ""
-        raise DataError(f"no usable image under {root}: {counts or 'it is empty'}{remedy}")
-    # Published on every call: later stages take the latest manifest.
-    stage.publish(
-        {
-            **prepared.counts,
-            "rows_in": len(prepared.manifest) + len(prepared.quarantine),
-            "rows_out": len(prepared.manifest),
-            "quarantined": len(prepared.quarantine),
-            "root": storage.absolute(root) if storage.kind(root) != "NotFound" else root,
-        }
-    )
-    return stage
+    """Plan and write a manifest in this process, see `plan_prepare` and `PreparePlan.write`."""
+    return plan_prepare(config, source, root).write(run_dir, progress)

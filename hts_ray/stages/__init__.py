@@ -24,7 +24,7 @@ from __future__ import annotations
 import atexit
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,13 +32,14 @@ import pyarrow as pa
 import yaml
 
 from hts_ray.config import HtsConfig, load_config, override
-from hts_ray.engine.console import Steps, image_progress, print_line, print_note, steps
+from hts_ray.engine.console import Steps, busy, image_progress, print_line, print_note, steps
 from hts_ray.engine.devices import choose_devices, cluster_offer
+from hts_ray.engine.ray_data import spread
 from hts_ray.engine.run import PROVENANCE, Run, Stage, open_run
 from hts_ray.engine.session import command_cluster, joined
 from hts_ray.errors import ConfigError
 from hts_ray.evaluate import evaluate_predictions
-from hts_ray.images.stage import prepare_manifest
+from hts_ray.images.stage import plan_prepare
 from hts_ray.labels.stage import plan_filter
 from hts_ray.report import Section, report_for_run, write_report
 from hts_ray.review.agreement import review_sections
@@ -83,13 +84,19 @@ def start(config: HtsConfig) -> None:
 def prepare(config: HtsConfig | Run, source: str, root: str) -> StageFolder:
     """Write the manifest of the images at `root`.
 
-    `source` is what they lie in: folder, list, webdataset, parquet, huggingface or hico. Raises
-    DataError when no image is usable.
+    `source` is what they lie in: folder, list, webdataset, parquet, huggingface or hico. More than
+    `prepare.local_images` are looked at on Ray, and a run of those that was cut off goes on after
+    the last block that was written. Raises DataError when no image is usable.
     """
     run = _opened(config)
     check_later(run.config, "prepare")
-    with image_progress("prepare") as progress:
-        stage = prepare_manifest(run.config.prepare, run.run_dir, source, root, progress)
+    with busy(f"listing {root}"):
+        plan = plan_prepare(run.config.prepare, source, root)
+    cluster: AbstractContextManager[None] = nullcontext()
+    if plan.large:
+        cluster = command_cluster(run.config, "prepare", paths=[("--root", root)])
+    with cluster, image_progress("prepare") as progress:
+        stage = plan.write(run.run_dir, progress, partial(spread, nodes=run.config.prepare.nodes))
     run.record()
     return stage
 
@@ -251,7 +258,9 @@ def predict(
     source, images = student_path(run, student), run.manifest(_path(manifest))
     with placed(run, "predict") as (on_devices, _):
         plan = plan_predict(on_devices, source, images)
-        cluster = command_cluster(on_devices.config, "predict", manifest=images, student=source)
+        cluster = command_cluster(
+            on_devices.config, "predict", manifest=images, paths=[("--student", source)]
+        )
         return _on_ray(plan, cluster, image_progress("predict"))
 
 
@@ -267,7 +276,7 @@ def score_regions(
     scores = found(run, region_scores, "region_scores", "label")
     source = student_path(run, student)
     with placed(run, "score") as (on_devices, _):
-        cluster = command_cluster(on_devices.config, "score", student=source)
+        cluster = command_cluster(on_devices.config, "score", paths=[("--student", source)])
         plan = plan_score(on_devices, source, scores)
         return _on_ray(plan, cluster, image_progress("score regions"))
 

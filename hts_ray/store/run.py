@@ -8,7 +8,6 @@ folder is never read as a result.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from hts_ray.errors import DataError
 from hts_ray.store import storage
+from hts_ray.store.parts import ContentHash
 from hts_ray.store.tables import STATS_FILE, read_table
 
 
@@ -30,11 +30,7 @@ def settings_hash(*parts: Any) -> str:
 
 def content_hash(table: pa.Table) -> str:
     """Return a hash of a table's rows, whatever its chunks and file layout."""
-    combined = table.combine_chunks().replace_schema_metadata(None)
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, combined.schema) as writer:
-        writer.write_table(combined)
-    return hashlib.sha256(sink.getvalue()).hexdigest()[:12]
+    return ContentHash(table).digest()
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,7 @@ def list_names(path: str) -> list[str]:
 
 def walk(path: str) -> list[str]:
     """Return the sorted paths of the files in a folder and below it, relative to it."""
-    return [*walk_sizes(path)]
+    return [*_files_below(path)]
 
 
 def walk_sizes(path: str) -> dict[str, int]:
@@ -354,19 +354,49 @@ def walk_sizes(path: str) -> dict[str, int]:
 
     One listing, whatever their number.
     """
+    return {name: int(info.size) for name, info in _files_below(path).items()}
+
+
+def walk_stamps(path: str, *, allow_missing: bool = True) -> dict[str, str | None]:
+    """Return the files in a folder and below it by their sorted relative paths, with their stamps.
+
+    FileNotFoundError without the folder, unless `allow_missing`.
+    """
+    return {name: _stamp(info) for name, info in _files_below(path, allow_missing).items()}
+
+
+def _files_below(path: str, allow_missing: bool = True) -> dict[str, pafs.FileInfo]:
     from pyarrow import fs as pafs
 
     filesystem, inner = resolve(path)
-    selector = pafs.FileSelector(inner, allow_not_found=True, recursive=True)
+    selector = pafs.FileSelector(inner, allow_not_found=allow_missing, recursive=True)
     infos = patiently(path, lambda: filesystem.get_file_info(selector))
-    files = [i for i in infos if i.type == pafs.FileType.File]
-    return dict(sorted((i.path[len(inner) :].strip("/"), i.size) for i in files))
+    files = (info for info in infos if info.type == pafs.FileType.File)
+    return {i.path[len(inner) :].strip("/"): i for i in sorted(files, key=lambda i: i.path)}
+
+
+def kind_and_stamp(path: str) -> tuple[str, str | None]:
+    """Return what `kind` says of a path, and its stamp."""
+    filesystem, inner = resolve(path)
+    info = patiently(path, lambda: filesystem.get_file_info(inner))
+    return str(info.type.name), _stamp(info)
+
+
+def _stamp(info: pafs.FileInfo) -> str | None:
+    """Return text that changes when a file does: its size, and the time of its last change."""
+    return None if info.mtime_ns is None else f"{info.size}-{info.mtime_ns}"
 
 
 def delete_file(path: str) -> None:
     """Remove a file; FileNotFoundError when it is not there."""
     filesystem, inner = resolve(path)
     patiently(path, lambda: filesystem.delete_file(inner))
+
+
+def move(path: str, target: str) -> None:
+    """Move a file within its store, over what is there."""
+    filesystem, inner = resolve(path)
+    patiently(path, lambda: filesystem.move(inner, resolve(target)[1]))
 
 
 def remove_tree(path: str) -> None:

@@ -57,7 +57,21 @@ MANIFEST_SCHEMA = _schema(
     "manifest", _ID, _URI.with_nullable(False), *_SIZE, _SPLIT.with_nullable(False), *_ANNOTATIONS
 )
 # Beside a manifest, for images whose files are known: text that changes when the file does.
+# Of images in shards the shard's path stands there for all of them.
 STAMPS_SCHEMA = _schema("stamps", _ID, _required("stamp", pa.string()))
+# What `prepare` has listed or seen: an image a row, or with a reason what is none.
+PREPARED_SCHEMA = _schema(
+    "prepared",
+    pa.field("image_id", pa.large_string()),
+    pa.field("uri", pa.large_string()),
+    *_SIZE,
+    pa.field("size", pa.int64()),  # of the file, in bytes
+    _SPLIT,
+    *_ANNOTATIONS,
+    pa.field("stamp", pa.string()),
+    pa.field("error_kind", pa.string()),
+    pa.field("error", pa.string()),
+)
 CORRECTIONS_SCHEMA = _schema("corrections", _ID, *_ANNOTATIONS)
 REGION_SCORES_SCHEMA = _schema(
     "region_scores",
@@ -145,20 +159,26 @@ def trials_schema(settings: Mapping[str, pa.DataType], metrics: Iterable[str]) -
     )
 
 
-def write_table(path: str, table: pa.Table) -> None:
+def write_table(path: str, table: pa.Table, row_group_size: int | None = None) -> None:
     """Write one Parquet file in one step, with checksums that `read_table` verifies."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(
+        table, sink, compression="zstd", write_page_checksum=True, row_group_size=row_group_size
+    )
     storage.write_bytes(path, sink.getvalue())
 
 
-def read_table(path: str, columns: Iterable[str] | None = None) -> pa.Table:
+def read_table(
+    path: str, columns: Iterable[str] | None = None, rows: pads.Expression | None = None
+) -> pa.Table:
     """Read a Parquet file, or every Parquet file below a folder, with its schema's metadata.
 
-    Raises DataError when there is nothing to read, or the files are damaged or not Parquet.
+    `rows` leaves those out that it is not true for. Raises DataError when there is nothing to read,
+    or the files are damaged or not Parquet.
     """
     with _readable(path):
-        table = _dataset(path).to_table(columns=list(columns) if columns is not None else None)
+        names = None if columns is None else list(columns)
+        table = _dataset(path).to_table(columns=names, filter=rows)
         table.validate(full=True)  # else text that is not UTF-8 fails later, far from here
         return table
 

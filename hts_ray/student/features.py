@@ -22,7 +22,8 @@ import safetensors.torch
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
 from hts_ray.engine.decoding import stack_pixels
-from hts_ray.engine.image_pass import OK, finish, image_dataset
+from hts_ray.engine.image_pass import OK, finish
+from hts_ray.engine.ray_data import image_dataset
 from hts_ray.engine.run import Stage
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS

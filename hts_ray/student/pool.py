@@ -21,17 +21,12 @@ import pyarrow as pa
 import torch
 
 from hts_ray.config import ImagesConfig, PoolConfig
+from hts_ray.engine.compaction import BLOCKS, CHECKPOINT, complete
 from hts_ray.engine.decoding import decode_batch
-from hts_ray.engine.image_pass import (
-    CHECKPOINT,
-    OK,
-    QUARANTINED,
-    data_context,
-    finish,
-    rows_per_block,
-)
+from hts_ray.engine.image_pass import OK, QUARANTINED, finish
 from hts_ray.engine.mistakes import users_mistakes_unwrapped
 from hts_ray.engine.progress import row_progress
+from hts_ray.engine.ray_data import data_context, on_nodes, rows_per_block
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.store.aliases import FloatArray, ImagesDone
 from hts_ray.store.run import StageFolder
@@ -146,6 +141,8 @@ class StudentPass:
         off goes on after the last block that was written. `name` is the stage's in metrics and
         quarantine, and `info` goes to `table.json`. Raises DataError when no image can be read.
         """
+        if complete(stage):
+            return stage.stats
         started, rows = time.monotonic(), len(image_ids)
         with data_context(stage.file(CHECKPOINT)):
             decoded = (
@@ -155,12 +152,13 @@ class StudentPass:
                     partial(decode_batch, images=self.images, square=self.side),
                     batch_format="pyarrow",
                     batch_size=self.batch_images,
+                    **on_nodes(self.pool.decode_nodes),
                 )
             )
             dataset = self._map(decoded, Meter.of(stage, name))
         with row_progress(stage, rows, progress), users_mistakes_unwrapped():
             # Appending, because overwriting would delete what a resumed run counts as done.
-            dataset.write_parquet(stage.path)
+            dataset.write_parquet(stage.file(BLOCKS))
         seconds = time.monotonic() - started
         more_stats["gpus"] = self.pool.max_size * self.pool.gpus
         return finish(
@@ -176,6 +174,7 @@ class StudentPass:
             "batch_format": "pyarrow",
             "batch_size": self.batch_images,
             "memory": memory,
+            **on_nodes(pool.nodes),
         }
         if pool.gpus > 0:
             actors = ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size)

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from hts_ray.config import PoolConfig, PredictConfig
 from hts_ray.engine.decoding import stack_pixels
-from hts_ray.engine.image_pass import OK, image_dataset
+from hts_ray.engine.image_pass import OK
+from hts_ray.engine.ray_data import image_dataset
 from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.manifest import Manifest
@@ -51,7 +52,7 @@ def plan_predict(run: Run, student: str, manifest: Manifest) -> Stage:
 
     def work(progress: ImagesDone | None) -> object:
         splits = None if config.split is None else (config.split,)
-        ids = manifest.rows(splits)["image_id"].combine_chunks()
+        ids = manifest.rows(splits)["image_id"]
         read = partial(image_dataset, manifest.path, splits)
         return task.publish(folder, read, ids, "predict", progress, student_info(task.folder))
 

@@ -21,8 +21,8 @@ import torch
 
 from hts_ray.config import TrainConfig
 from hts_ray.engine.compat import interruptible
-from hts_ray.engine.image_pass import data_context
 from hts_ray.engine.mistakes import user_error, users_mistakes_unwrapped
+from hts_ray.engine.ray_data import data_context
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError, UserError
@@ -295,6 +295,8 @@ def _run_trainer(task: Task, job: dict[str, Any], datasets: dict[str, ray.data.D
             num_workers=config.num_workers,
             use_gpu=config.gpu,
             resources_per_worker=resources if config.num_workers else None,
+            label_selector=dict(config.nodes.labels) or None,
+            accelerator_type=config.nodes.accelerator_type,
         ),
         run_config=RunConfig(
             # The same name after a crash is what makes Ray Train go on from its checkpoint.

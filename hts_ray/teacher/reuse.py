@@ -14,7 +14,8 @@ from contextlib import suppress
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.engine.image_pass import CHECKPOINT, OK, committed_files
+from hts_ray.engine.compaction import BLOCKS, CHECKPOINT
+from hts_ray.engine.image_pass import OK, committed_files
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS, Manifest, open_manifest
 from hts_ray.store import storage
@@ -94,7 +95,7 @@ def _earlier(
 
 def _stamped(manifest: Manifest) -> pa.Table:
     """Return id, URI, split and stamp of the images whose stamp is known."""
-    images = manifest.table.select(IMAGE_COLUMNS)
+    images = manifest.images.select(IMAGE_COLUMNS)
     return images.join(manifest.stamps, "image_id", join_type="inner")
 
 
@@ -110,6 +111,6 @@ def _without(images: pa.Table, others: pa.Table) -> pa.Table:
 def _commit(stage: StageFolder, rows: pa.Table) -> None:
     """Add rows to a pass: the data first, then the ids, which make them count."""
     name = f"{TAKEN}{uuid.uuid4().hex}"
-    write_table(stage.file(f"{name}-0.parquet"), rows)
+    write_table(stage.file(BLOCKS, f"{name}-0.parquet"), rows)
     ids = rows.select(["image_id"]).replace_schema_metadata(None)
     write_table(stage.file(CHECKPOINT, f"{name}.parquet"), ids)

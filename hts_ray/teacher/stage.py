@@ -20,19 +20,18 @@ import pyarrow.compute as pc
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import LabelConfig, TeacherConfig
+from hts_ray.engine.compaction import BLOCKS, CHECKPOINT, complete
 from hts_ray.engine.deaths import start_log
 from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.devices import on_node
 from hts_ray.engine.image_pass import (
-    CHECKPOINT,
     committed_rows,
-    data_context,
     finish,
-    image_dataset,
     remove_uncommitted,
 )
 from hts_ray.engine.mistakes import users_mistakes_unwrapped
 from hts_ray.engine.progress import row_progress
+from hts_ray.engine.ray_data import data_context, image_dataset, on_nodes
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import ConfigError
@@ -40,7 +39,7 @@ from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, settings_hash
-from hts_ray.store.tables import read_table
+from hts_ray.store.tables import read_batches, read_table
 from hts_ray.teacher.actor import TeacherActor
 from hts_ray.teacher.assignment import (
     Assignment,
@@ -63,6 +62,7 @@ logger = logging.getLogger(__name__)
 STAGE = "label"
 BAD_BOX = "bad_box"
 _GIB = 1 << 30
+_ROWS = 1 << 14  # whose regions are counted at a time
 _BLOCKS_PER_ACTOR = 16
 _NODE_SECONDS = 120.0  # for a node to say which teacher it has
 
@@ -131,16 +131,16 @@ def label_images(
     table is written all the same, and the rest is removed so that the next run tries again);
     ConfigError for a teacher that does not load.
     """
-    if stage.finished:
-        return stage.stats
     stage = StageFolder(storage.absolute(stage.run_dir), stage.table, stage.key)
+    if stage.finished or complete(stage):
+        return stage.stats
     started = time.monotonic()
     rows = manifest.rows(config.splits, config.limit, config.limit_seed)
     config = pinned(config)
     if fingerprint is None:
         fingerprint = model_fingerprint(config.teacher)
     assignment = Assignment.plan(config, class_table, rows, fingerprint=fingerprint, stage=stage)
-    expected = rows["image_id"].combine_chunks()
+    expected = rows["image_id"]
     if is_own(config.teacher):
         _require_everywhere(config.teacher, fingerprint)
     take_over(stage, assignment, manifest, expected)
@@ -182,7 +182,7 @@ def _write_missing(
         rows_per_block = block_rows(config, len(expected))
         dataset = _scored(images, assignment, rows_per_block, Meter.of(stage, STAGE))
     with row_progress(stage, len(expected), progress), users_mistakes_unwrapped():
-        dataset.write_parquet(stage.path)
+        dataset.write_parquet(stage.file(BLOCKS))
 
 
 def _require_everywhere(config: TeacherConfig, fingerprint: str) -> None:
@@ -215,14 +215,15 @@ def _fingerprint_here(config: TeacherConfig) -> tuple[str, str]:
 
 
 def _region_count(stage: StageFolder) -> int:
-    kinds = read_table(stage.path, ["region_kinds"])["region_kinds"]
-    return pc.sum(pc.list_value_length(kinds)).as_py() or 0
+    batches = read_batches(stage.path, ["region_kinds"], _ROWS)
+    lengths = (pc.list_value_length(batch["region_kinds"]) for batch in batches)
+    return sum(pc.sum(of_batch).as_py() or 0 for of_batch in lengths)
 
 
 def _bad_boxes(stage: StageFolder) -> pa.Table:
     """Return a quarantine row for every box that could not be used, of images that could."""
-    table = read_table(stage.path, ["image_id", "uri", "problems"])
-    table = table.filter(pc.greater(pc.list_value_length(table["problems"]), 0))
+    some = pc.list_value_length(pc.field("problems")) > 0
+    table = read_table(stage.path, ["image_id", "uri", "problems"], some)
     rows = [
         {"image_id": row["image_id"], "uri": row["uri"], "error_kind": BAD_BOX, "error": problem}
         for row in table.to_pylist()
@@ -259,6 +260,7 @@ def _scored(
     )
     if pool.memory_gib is not None:
         resources["memory"] = int(pool.memory_gib * _GIB)
+    resources |= on_nodes(pool.nodes)
     _warn_of_waiting(config, ray.cluster_resources())
     attempts = start_log(meter)
     return (
@@ -275,6 +277,7 @@ def _scored(
             batch_format="pyarrow",
             # Also what keeps Ray from fusing decoding into the actors: resources that differ.
             memory=_decode_memory(config),
+            **on_nodes(pool.decode_nodes),
         )
         .map_batches(
             TeacherActor,

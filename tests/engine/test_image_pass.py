@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from hts_ray.engine.image_pass import committed_rows, data_context, finish, image_dataset
+from hts_ray.engine.compaction import BLOCKS, complete
+from hts_ray.engine.image_pass import committed_files, committed_rows, finish
+from hts_ray.engine.ray_data import data_context, image_dataset
 from hts_ray.errors import DataError
 from hts_ray.images.manifest import open_manifest
 from hts_ray.store import storage
@@ -70,7 +74,7 @@ def test_limit_does_not_move_on_resumption(ray_session, tmp_path, stage):
     def run():
         with data_context(stage.file("checkpoint")):
             data = image_dataset(path, ["x"], expected).repartition(target_num_rows_per_block=2)
-            data.write_parquet(stage.path)
+            data.write_parquet(stage.file(BLOCKS))
         return sorted(read_table(stage.path)["image_id"].to_pylist())
 
     assert len(expected) == 6
@@ -84,15 +88,16 @@ def test_limit_does_not_move_on_resumption(ray_session, tmp_path, stage):
 def test_resuming_lists_the_folder_once(stage, monkeypatch):
     """Catches a listing for every committed file: quadratic, 11 s at 2,000 files."""
     for number in range(30):
-        write_table(stage.file(f"w{number}-0.parquet"), rows([f"{number}a", f"{number}b"]))
+        write_table(stage.file(BLOCKS, f"w{number}-0.parquet"), rows([f"{number}a", f"{number}b"]))
         if number:  # the first write was not committed
             (Path(stage.path) / "checkpoint").mkdir(exist_ok=True)
             write_table(stage.file("checkpoint", f"w{number}.parquet"), rows([]))
     listed = []
-    names = storage.list_names
-    monkeypatch.setattr(storage, "list_names", lambda path: listed.append(path) or names(path))
+    walk = storage.walk
+    monkeypatch.setattr(storage, "walk", lambda path: listed.append(path) or walk(path))
+    monkeypatch.setattr(storage, "list_names", pytest.fail)
     assert committed_rows(stage) == 58
-    assert sorted(listed) == [stage.path, stage.file("checkpoint")]
+    assert listed == [stage.path]
 
 
 def test_a_damaged_file_is_named_on_resumption(stage):
@@ -102,3 +107,82 @@ def test_a_damaged_file_is_named_on_resumption(stage):
     write_table(stage.file("checkpoint", "w.parquet"), rows([]))
     with pytest.raises(DataError, match=r"w-0\.parquet"):
         committed_rows(stage)
+
+
+class Killed(BaseException):
+    """What no code catches, as no code catches SIGKILL."""
+
+
+def write_blocks(stage: StageFolder, blocks: int = 6) -> pa.Array:
+    """Write committed blocks of two rows, and one that was not committed."""
+    ids = [f"{number}{letter}" for number in range(blocks) for letter in "ab"]
+    for number in range(blocks):
+        block = rows(ids[2 * number : 2 * number + 2], bad=["3a"])
+        write_table(stage.file(BLOCKS, f"w{number}-0.parquet"), block)
+        write_table(stage.file("checkpoint", f"w{number}.parquet"), rows([]))
+    write_table(stage.file(BLOCKS, "late-0.parquet"), rows(["0a"]))
+    return pa.array(ids)
+
+
+def end(stage: StageFolder, expected: pa.Array) -> None:
+    """Do what a stage does when it is run again with nothing left to score."""
+    if not stage.finished and not complete(stage):
+        assert committed_rows(stage) == len(expected)
+        finish(stage, expected, name="label", seconds=2.0, more_stats={"regions": 7})
+
+
+STEPS = ("write_bytes", "write_json", "remove_tree", "move", "delete_file")
+
+
+def test_a_crash_at_any_step_of_merging_loses_nothing(stage, monkeypatch):
+    """Catches rows that are lost, doubled or scored again when a stage is cut off at its end."""
+    monkeypatch.setattr("hts_ray.engine.compaction.MERGED_BYTES", 3000)
+    plain = {name: getattr(storage, name) for name in STEPS}
+    left = 0  # steps until the kill
+
+    def counted(name, *arguments):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed(name)
+        return plain[name](*arguments)
+
+    for name in STEPS:
+        monkeypatch.setattr(storage, name, partial(counted, name))
+    for kill_at in count(1):
+        left = 0
+        storage.remove_tree(stage.path)
+        expected = write_blocks(stage)
+        left, killed = kill_at, False
+        try:
+            end(stage, expected)
+        except Killed:
+            killed = True
+        unique_rows(stage)
+        end(stage, expected)
+        assert read_table(stage.path)["image_id"].to_pylist() == expected.to_pylist()
+        assert (stage.stats["quarantined"], stage.stats["regions"]) == (1, 7)
+        assert committed_rows(stage) == len(expected)
+        names = storage.list_names(stage.path)
+        assert 1 < sum(name.startswith("part-") for name in names) < 6
+        assert not {BLOCKS, "checkpoint"} & {*names}
+        if not killed:
+            break
+    assert kill_at > 10
+
+
+def unique_rows(stage: StageFolder) -> None:
+    """Check that readers find no row twice, but for what was never committed."""
+    names = storage.walk(stage.path)
+    if any(n.endswith(".parquet") and n.startswith((BLOCKS, "part-")) for n in names):
+        seen = read_table(stage.path, ["image_id"])["image_id"].to_pylist()
+        late = stage.file(BLOCKS, "late-0.parquet")
+        assert len(seen) == len(set(seen)) + storage.exists(late)
+
+
+def test_files_that_are_large_stay_as_they_are(stage, monkeypatch):
+    """Catches a copy of everything that gains nothing."""
+    monkeypatch.setattr("hts_ray.engine.compaction.MERGED_BYTES", 10)
+    end(stage, write_blocks(stage))
+    assert len(committed_files(stage)) == 6
+    assert len(read_table(stage.path)) == 12

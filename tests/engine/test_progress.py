@@ -7,6 +7,7 @@ import threading
 import pyarrow as pa
 import pytest
 
+from hts_ray.engine.compaction import BLOCKS
 from hts_ray.engine.progress import WrittenRows, polled
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -29,10 +30,10 @@ def test_written_rows_skip_files_in_the_making(stage):
     """Catches progress that ends a run because it met half a file."""
     written = WrittenRows(stage.path)
     assert written() == (0, 0)
-    write_table(stage.file("one.parquet"), rows(["a", "b"], bad=["a"]))
-    storage.write_bytes(stage.file("two.parquet"), b"PAR1")
+    write_table(stage.file(BLOCKS, "one.parquet"), rows(["a", "b"], bad=["a"]))
+    storage.write_bytes(stage.file(BLOCKS, "two.parquet"), b"PAR1")
     assert written() == (2, 1)
-    write_table(stage.file("two.parquet"), rows(["c"]))
+    write_table(stage.file(BLOCKS, "two.parquet"), rows(["c"]))
     assert written() == (3, 1)
 
 

@@ -138,7 +138,7 @@ def test_a_shared_folder_is_not_its_namesake():
 def test_images_at_local_paths_are_found(tmp_path, monkeypatch):
     """Would catch a pass over a million images that quarantines every one on the other nodes."""
     uris = ["s3://b/1.png", "/mnt/images/2.png", "/home/me/3.png"]
-    table = manifest_table([(Candidate(u, u, "train"), None) for u in uris])
+    table = manifest_table(Candidate(u, u, "train") for u in uris)
     with pytest.raises(ConfigError, match=r"/home/me/3.png.*shared_paths=\[/home\]"):
         check_uris(TWO_HOSTS, ("/mnt",), table["uri"], "it")
     check_uris(TWO_HOSTS, ("/mnt", "/home/me"), table["uri"], "it")
@@ -194,3 +194,79 @@ def test_the_cluster_that_was_joined_is_described(ray_session):
     config = load_config(overrides=pool)
     with pytest.raises(ConfigError, match="1 node with 4 CPUs and 2 GPUs can hold 2"):
         preflight.check_joined(config, "label")
+
+
+def placed_cluster(*, autoscaling=False):
+    """Two large GPUs, two small ones, and a node of CPUs, told apart by labels."""
+    nodes = [
+        Node("large", {"CPU": 8, "GPU": 2, "accelerator_type:A100": 1}, "", {"tier": "large"}),
+        Node("small", {"CPU": 8, "GPU": 2, "accelerator_type:L4": 1}, "", {"tier": "small"}),
+        Node("cpu", {"CPU": 16}, "", {"tier": "cpu", "ray.io/node-id": "17"}),
+    ]
+    return Cluster(tuple(nodes), autoscaling)
+
+
+GPU_POOL = ["label.pool.num_gpus=1", "label.pool.min_size=3", "label.pool.max_size=3"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["label.pool.nodes.labels={tier: large}"], None),
+        (["label.pool.nodes.labels={tier: 'in(small, large)'}", *GPU_POOL], None),
+        (
+            ["label.pool.nodes.labels={tier: '!small'}", "label.pool.nodes.accelerator_type=A100"],
+            None,
+        ),
+        (["label.pool.nodes={labels: {tier: huge}, fallbacks: [{tier: small}]}"], None),
+        (["label.pool.decode_nodes.labels={tier: cpu}"], None),
+        (
+            ["label.pool.nodes.labels={tier: huge}"],
+            r"label.pool.nodes.labels = {'tier': 'huge'}: no node has these labels; there are"
+            r" tier=large \(1 node\), tier=small \(1 node\), tier=cpu \(1 node\): .*--labels",
+        ),
+        (
+            ["label.pool.decode_nodes.labels={tier: disk}"],
+            r"label.pool.decode_nodes.labels = {'tier': 'disk'}",
+        ),
+        (
+            ["label.pool.nodes={labels: {tier: large}, accelerator_type: H100}"],
+            r"nodes.accelerator_type = 'H100': no node has such GPUs; there are A100, L4",
+        ),
+        (
+            ["label.pool.nodes.labels={tier: large}", *GPU_POOL],
+            r"label.pool.min_size = 3: .*can hold 2 where label.pool.nodes lets them.*to 2 or less",
+        ),
+    ],
+)
+def test_workers_are_placed_where_such_nodes_are(settings, told):
+    """Catches a run that waits for ever for a label or a GPU that nothing has."""
+    needs = label_needs(*settings)
+    if told is None:
+        assert check_room(placed_cluster(), needs) == []
+        return
+    with pytest.raises(ConfigError, match=told):
+        check_room(placed_cluster(), needs)
+    assert len(check_room(placed_cluster(autoscaling=True), needs)) == 1  # they may come
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "predict", "score"])
+def test_every_stage_is_placed(command):
+    """Catches a stage whose setting is taken and forgotten."""
+    where = {"prepare": "prepare", "train": "train"}.get(command, f"{command}.pool")
+    names = ["nodes"] if command in {"prepare", "train"} else ["nodes", "decode_nodes"]
+    for name in names:
+        config = load_config(overrides=[f"{where}.{name}.labels={{tier: none}}"])
+        with pytest.raises(ConfigError, match=rf"{where}\.{name}\.labels"):
+            check_room(placed_cluster(), demands(config, command))
+
+
+@pytest.mark.parametrize(
+    "value", ["{tier: a b}", "{'a/b/c': x}", "{tier: 'in()'}", "{tier: '!!x'}", "{tier: -x}"]
+)
+def test_a_label_that_ray_would_refuse(value):
+    """Catches Ray's traceback, minutes later, for a selector that cannot be parsed."""
+    with pytest.raises(ConfigError, match="is no label"):
+        load_config(overrides=[f"label.pool.nodes.labels={value}"])
+    with pytest.raises(ConfigError, match="fallbacks"):
+        load_config(overrides=["train.nodes={labels: {a: b}, fallbacks: [{a: c}]}"])

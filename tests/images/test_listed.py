@@ -28,7 +28,7 @@ def picture(path: Path, color: str = "red") -> Path:
 
 
 def images(found) -> list[tuple[str, str, str]]:
-    return [(image.image_id, image.uri, image.split) for image in found.images]
+    return [(row["image_id"], row["uri"], row["split"]) for row in found.listed.to_pylist()]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
@@ -59,7 +59,7 @@ def test_a_list_of_paths_alone(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text("uri\n/a.jpg\n/b.jpg\n/a.jpg\n")
     found = read_list(str(path), CONFIG)
-    assert [image.image_id for image in found.images] == ["/a.jpg", "/b.jpg"]
+    assert found.listed["image_id"].to_pylist() == ["/a.jpg", "/b.jpg"]
     assert found.counts["repeated_rows"] == 1
     table = pa.table({"uri": ["/a.jpg"], "positive_ids": [[1, 2]], "negative_ids": [[3]]})
     pq.write_table(table, tmp_path / "t.parquet")
@@ -95,9 +95,10 @@ def test_a_dataset_of_parquet_files(tmp_path):
     root = tmp_path / "set"
     (root / "data").mkdir(parents=True)
     data.to_parquet(str(root / "data" / "test-00000-of-00001.parquet"))
-    found = read_huggingface(str(root), CONFIG)
-    assert {image.split for image in found.images} == {"test"}
-    assert [read_image_bytes(i.uri) for i in found.images] == [Path(p).read_bytes() for p in paths]
+    manifest = inspect_images(read_huggingface(str(root), CONFIG)).manifest
+    assert set(manifest["split"].to_pylist()) == {"test"}
+    read = [read_image_bytes(uri) for uri in manifest["uri"].to_pylist()]
+    assert read == [Path(path).read_bytes() for path in paths]
     data.save_to_disk(str(tmp_path / "arrow"))
     with pytest.raises(DataError, match=r"save_to_disk.*to_parquet"):
         read_huggingface(str(tmp_path / "arrow"), CONFIG)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from crashes import crash_before_the_last_block
+from crashes import crash_before_the_last_block, keep_blocks
 from PIL import Image
 
 from hts_ray.config import FeaturesConfig, ImagesConfig, PoolConfig
@@ -100,8 +100,9 @@ def test_few_images_are_encoded_here(plan, images, expected):
     assert np.array_equal(taken.features_ND, features[[ids.index("i040"), ids.index("i001")]])
 
 
-def test_a_rerun_after_a_crash_encodes_the_rest_only(ray_session, plan, images):
+def test_a_rerun_after_a_crash_encodes_the_rest_only(ray_session, plan, images, monkeypatch):
     """Catches rows written twice or never, and finished blocks that are computed again."""
+    keep_blocks(monkeypatch)
     config = ON_RAY.model_copy(update={"pool": PoolConfig(num_gpus=1.0)})
     planned = plan(config, images)
     stage = planned.run()

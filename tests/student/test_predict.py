@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from crashes import crash_before_the_last_block
+from crashes import crash_before_the_last_block, keep_blocks
 
 from hts_ray.config import ImagesConfig, PoolConfig, PredictConfig
 from hts_ray.engine.decoding import decode_batch
@@ -86,8 +86,9 @@ def test_predictions_are_the_students_logits(
     assert info["student_fingerprint"] == student_fingerprint(student_path)
 
 
-def test_a_rerun_after_a_crash_scores_the_rest_only(ray_session, manifest, plan):
+def test_a_rerun_after_a_crash_scores_the_rest_only(ray_session, manifest, plan, monkeypatch):
     """Catches rows written twice or never, and finished blocks that are computed again."""
+    keep_blocks(monkeypatch)
     planned = plan(manifest, batch_images=16, pool=PoolConfig(num_gpus=1.0))
     stage = planned.run()
     kept = crash_before_the_last_block(stage)

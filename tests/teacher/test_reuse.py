@@ -119,7 +119,7 @@ def test_another_question_gets_no_old_answer(photos: Path, change: dict[str, Any
 def test_without_a_stamp_nothing_is_taken_over(photos: Path) -> None:
     """Catches answers given to files of which nobody knows whether they changed."""
     manifest = listed(photos)
-    bare = Manifest(manifest.path, manifest.table)
+    bare = Manifest(manifest.path, manifest.images)
     answer(asked(photos, manifest, "a"), manifest)
     assert taken(asked(photos, bare, "b")) == []
 

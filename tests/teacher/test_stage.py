@@ -20,9 +20,9 @@ from PIL import Image
 
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig, load_config
-from hts_ray.engine.compat import written_by
+from hts_ray.engine.compaction import BLOCKS
 from hts_ray.engine.decoding import decode_batch, decoded_image
-from hts_ray.engine.image_pass import committed_names, data_files
+from hts_ray.engine.image_pass import committed_files, committed_names, committed_rows
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.crops import crop_region
@@ -209,8 +209,8 @@ def test_all_bad_is_an_error(ray_session: None, tmp_path: Path) -> None:
         )
     assert not stage.finished
     assert read_table(stage.file("quarantine")).num_rows == 3
-    assert not data_files(stage)
     assert not committed_names(stage)
+    assert storage.list_names(stage.path) == ["quarantine"]
 
 
 def test_bad_teacher_is_the_user_s_mistake(ray_session: None, tmp_path: Path) -> None:
@@ -273,12 +273,12 @@ def test_kill_and_rerun(tmp_path: Path, ray_session: None) -> None:
     process.wait()
     wait_for_quiet(stage)
     first = committed_names(stage)
-    kept = {p: Path(p).stat().st_mtime_ns for p in written(stage, first)}
-    done = sum(read_table(path, ["image_id"]).num_rows for path in kept)
+    done = committed_rows(stage)
     assert 2 * block <= done < total
     assert not stage.finished
     # A write that never committed must not survive beside the rows that replace it.
-    Path(stage.file("stray_000000-0.parquet")).write_bytes(Path(next(iter(kept))).read_bytes())
+    stray = Path(stage.file(BLOCKS, "stray_000000-0.parquet"))
+    stray.write_bytes(Path(committed_files(stage)[0]).read_bytes())
     stats = label_images(
         config, manifest=open_manifest(manifest), class_table=classes(150), stage=stage
     )
@@ -287,15 +287,9 @@ def test_kill_and_rerun(tmp_path: Path, ray_session: None) -> None:
     ids = Counter(read_table(stage.path, ["image_id"])["image_id"].to_pylist())
     assert len(ids) == total
     assert set(ids.values()) == {1}
-    # Finished rows were neither redone nor rewritten: the second run wrote the others only.
-    assert {p: Path(p).stat().st_mtime_ns for p in kept} == kept
-    second = written(stage, committed_names(stage) - first)
-    assert sum(read_table(path, ["image_id"]).num_rows for path in second) == total - done
-
-
-def written(stage: StageFolder, writes: set[str]) -> list[str]:
-    """Return the paths of the data files of some of Ray's writes."""
-    return [stage.file(name) for name in data_files(stage) if written_by(name) in writes]
+    # Finished rows were not redone: their blocks are among those that were merged.
+    assert stats["blocks"] > len(first)
+    assert [n for n in storage.list_names(stage.path) if "part" in n] == ["part-00000.parquet"]
 
 
 def wait_for_quiet(stage: StageFolder) -> None:

@@ -1,0 +1,133 @@
+"""Ray Data as the stages use it: its settings, the images that it reads, work that it spreads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hts_ray.config import NodesConfig
+from hts_ray.engine.mistakes import users_mistakes_unwrapped
+from hts_ray.images.manifest import IMAGE_COLUMNS
+from hts_ray.store import storage
+
+if TYPE_CHECKING:
+    import ray.data
+
+# Waiting for GPUs of an autoscaling cluster counts as no progress; Ray's own limit is 30 min.
+_NO_PROGRESS_SECONDS = 6 * 3600
+_ANY = NodesConfig()
+
+
+def image_dataset(
+    path: str, splits: Sequence[str] | None = None, only: pa.Array | None = None
+) -> ray.data.Dataset:
+    """Return image_id, uri and split of a Parquet file's rows as a dataset that workers read.
+
+    `splits` and `only`, image ids, cut it down. It starts with a read, as Ray's checkpoints ask.
+    """
+    import ray.data
+    from ray.data.expressions import col
+
+    dataset = ray.data.read_parquet(path).select_columns(list(IMAGE_COLUMNS))
+    if only is not None:
+        # Not Dataset.limit: on a resumed run that would count from the images still to do.
+        return dataset.map_batches(partial(_keep_ids, ids=only), batch_format="pyarrow")
+    return dataset if splits is None else dataset.filter(expr=col("split").is_in(list(splits)))
+
+
+def _keep_ids(table: pa.Table, ids: pa.Array) -> pa.Table:
+    return table.filter(pc.is_in(table["image_id"], ids))
+
+
+_context_lock = threading.RLock()
+
+
+@contextmanager
+def data_context(checkpoint_path: str | None = None, *, keep_order: bool = False) -> Iterator[None]:
+    """Set Ray Data up for one pipeline: resume from `checkpoint_path`, no progress bars.
+
+    A user's mistake that a worker finds is raised here as it was there, without Ray's wrapping.
+    Ray's context belongs to the process, so blocks in several threads wait for each other; a
+    dataset keeps the context that it was made under.
+    """
+    from ray.data import DataContext
+    from ray.data.checkpoint import CheckpointConfig
+
+    checkpoint = None
+    if checkpoint_path is not None:
+        checkpoint = CheckpointConfig(
+            id_column="image_id",
+            checkpoint_path=checkpoint_path,
+            override_filesystem=storage.resolve(checkpoint_path)[0],
+            # Deleting would make a rerun of a finished pipeline append every row again.
+            delete_checkpoint_on_success=False,
+        )
+    with _context_lock, users_mistakes_unwrapped():
+        context = DataContext.get_current()
+        with (
+            _changed(context, "checkpoint_config", checkpoint),
+            _changed(context, "enable_progress_bars", False),
+            _changed(context, "execution_no_progress_timeout_s", _NO_PROGRESS_SECONDS),
+            _changed(context.execution_options, "preserve_order", keep_order),
+        ):
+            yield
+
+
+@contextmanager
+def _changed(owner: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def on_nodes(nodes: NodesConfig) -> dict[str, Any]:
+    """Return the arguments of Ray Data's maps that send their work to some nodes."""
+    options = {
+        "label_selector": dict(nodes.labels),
+        "fallback_strategy": [{"label_selector": dict(labels)} for labels in nodes.fallbacks],
+        "accelerator_type": nodes.accelerator_type,
+    }
+    return {name: value for name, value in options.items() if value}
+
+
+def rows_per_block(rows: int, batch: int, largest: int = 1024) -> int:
+    """Return how many rows a block gets: a multiple of `batch`, a few blocks for every CPU.
+
+    A block is what a crash can cost, and also a file.
+    """
+    import ray
+
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    share = -(-rows // (4 * cpus))
+    return batch * max(1, min(-(-share // batch), largest // batch))
+
+
+def spread(
+    work: Callable[[int], tuple[int, int]],
+    numbers: Sequence[int],
+    nodes: NodesConfig = _ANY,
+) -> Iterator[tuple[int, int]]:
+    """Yield what `work` returns for every number, as it comes, from a stream of Ray tasks.
+
+    Ray must be initialised. Work is done again when its worker dies: it must be able to.
+    """
+    import ray.data
+
+    def each(table: pa.Table) -> pa.Table:
+        done = [work(numbers[place]) for place in table["id"].to_pylist()]
+        return pa.table({"first": [one for one, _ in done], "second": [two for _, two in done]})
+
+    with data_context(), users_mistakes_unwrapped():
+        pieces = ray.data.range(len(numbers), override_num_blocks=len(numbers))
+        done = pieces.map_batches(each, batch_size=None, batch_format="pyarrow", **on_nodes(nodes))
+        for row in done.iter_rows():
+            yield int(row["first"]), int(row["second"])
