@@ -32,6 +32,9 @@ from typing import Any
 import jsonschema
 import yaml
 
+from hts_ray.config import HtsConfig, NodesConfig, PoolConfig, load_config
+from hts_ray.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "cluster"
 
@@ -52,6 +55,12 @@ _SPOT_LABELS = {
     "karpenter.sh/capacity-type",
 }
 _GPU = "nvidia.com/gpu"
+# The settings of so many GPUs, by the one that says where they are.
+_COUNTS = {
+    "label.pool.nodes": "label.pool.max_size",
+    "predict.pool.nodes": "predict.pool.max_size",
+    "train.nodes": "train.num_workers",
+}
 _QUANTITY = re.compile(r"^(\d+(?:\.\d+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi|)$")
 _QUANTITIES = {"limits", "requests", "sizeLimit"}
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a volume of the pods
@@ -393,15 +402,43 @@ def _entrypoint_problems(spec: Document) -> Iterator[str]:
     words = shlex.split(spec.get("entrypoint") or "")
     if not words:
         yield "entrypoint: there is nothing to run"
-    offered = sum(
-        group.get("maxReplicas", 0) * quantity(_limits(group["template"]["spec"]).get(_GPU, 0))
-        for group in (spec.get("rayClusterSpec") or {}).get("workerGroupSpecs", [])
-    )
-    for word in words:
-        name, _, value = word.partition("=")
-        asks = name in {"label.pool.max_size", "predict.pool.max_size", "train.num_workers"}
-        if asks and float(value) > offered:
-            yield f"entrypoint: {word} is more than the cluster's {offered:g} GPUs"
+    groups = (spec.get("rayClusterSpec") or {}).get("workerGroupSpecs", [])
+    try:
+        config = load_config(overrides=[word for word in words if re.match(r"[a-z_.]+=", word)])
+    except ConfigError as error:
+        yield f"entrypoint: {error}"
+        return
+    for name, nodes in _placings(config):
+        taken = [group for group in groups if _takes(nodes, group)]
+        if not taken:
+            found = {str(group.get("labels", {})) for group in groups}
+            yield (
+                f"entrypoint: {name}.labels={nodes.labels}: no group of workers has these labels;"
+                f" there are {', '.join(sorted(found))}"
+            )
+        offered = sum(
+            group.get("maxReplicas", 0) * quantity(_limits(group["template"]["spec"]).get(_GPU, 0))
+            for group in taken
+        )
+        count = _COUNTS.get(name, "")
+        for word in words:
+            if count and word.startswith(f"{count}=") and float(word.split("=")[1]) > offered:
+                yield f"entrypoint: {word} is more than the cluster's {offered:g} GPUs"
+
+
+def _placings(config: HtsConfig) -> Iterator[tuple[str, NodesConfig]]:
+    """Yield every setting that says which nodes some work goes to."""
+    for name in ("label.pool", "predict.pool", "score.pool", "train.features.pool"):
+        pool: PoolConfig = functools.reduce(getattr, name.split("."), config)  # type: ignore
+        yield f"{name}.nodes", pool.nodes
+        yield f"{name}.decode_nodes", pool.decode_nodes
+    yield "train.nodes", config.train.nodes
+    yield "prepare.nodes", config.prepare.nodes
+
+
+def _takes(nodes: NodesConfig, group: Document) -> bool:
+    # The type of a pod's GPU is not told; what is asked for may be right.
+    return nodes.take(group.get("labels") or {}, nodes.accelerator_type or "")
 
 
 def gang_requests(document: Document) -> dict[str, float]:

@@ -91,7 +91,20 @@ AUTOSCALER_V2 = [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]
         ("spec suspend", True, "nothing would ever start it"),
         ("spec rayClusterSpec", DELETE, "needs a cluster of its own"),
         ("spec entrypoint", "", "nothing to run"),
-        ("spec entrypoint", "hts label label.pool.max_size=17", "than the cluster's 16 GPUs"),
+        ("spec entrypoint", "hts label label.pool.max_size=25", "than the cluster's 24 GPUs"),
+        (
+            "spec entrypoint",
+            "hts label label.pool.max_size=17 'label.pool.nodes.labels={tier: large}'",
+            "than the cluster's 16 GPUs",
+        ),
+        (
+            "spec entrypoint",
+            "hts label 'label.pool.decode_nodes.labels={tier: disk}'",
+            "label.pool.decode_nodes.labels={'tier': 'disk'}: no group of workers has these labels;"
+            " there are {'tier': 'cpu'}, {'tier': 'large'}, {'tier': 'small'}",
+        ),
+        ("spec entrypoint", "hts label 'label.pool.nodes.labels={tier: a b}'", "is no label"),
+        (f"{GROUP} labels", {"tier": 1}, "is not of type 'string'"),
         # Its rules for clusters.
         (f"{CLUSTER} authOptions", DELETE, "set token"),
         (f"{CLUSTER} rayVersion", DELETE, "needs it for token authentication"),
