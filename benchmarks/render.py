@@ -365,6 +365,26 @@ def _scale_stages(report: Json) -> Iterator[Grid]:
     yield grid(columns, report["rows"])
 
 
+def _shards(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("", "part"),
+        Column("source", "source"),
+        Column("images", "images", number(0)),
+        Column("GiB", "gib", number(2)),
+        Column("requests an image", "requests_per_image", number(3)),
+        Column("images/s", "images_per_s", number(0)),
+    ]
+    yield grid(columns, report["reading"])
+    columns = [
+        Column("resume of a stage on", "place"),
+        Column("committed files", "files", number(0)),
+        Column("rows counted", "counted", lambda value: "yes" if value else "no"),
+        Column("seconds", "seconds", number(1)),
+        Column("list requests", "lists", number(0)),
+    ]
+    yield grid(columns, report["resume"])
+
+
 def _trie_speed(report: Json) -> Iterator[Grid]:
     columns = [
         Column("model", "model"),
@@ -562,6 +582,7 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "pipeline_efficiency": ("The teacher pass beside a bare loop", _pipeline_efficiency),
     "scale": ("Scale, by simulation", _scale),
     "scale_stages": ("Scale of the stages without a model", _scale_stages),
+    "shards": ("Shards beside loose files, and many files", _shards),
     "node_loss": ("A node that dies", _node_loss),
     "trie_speed": ("Prompts by trie", _trie_speed),
     "scoring_memory": ("Memory of scoring", _scoring_memory),

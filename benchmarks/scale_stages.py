@@ -21,10 +21,12 @@ To add a stage: write the two functions and name them in STAGES.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import resource
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -37,11 +39,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from measured import measured_on, read_results, write_results
+from PIL import Image
 
+from hts_ray import stages
 from hts_ray.classes import hico_classes
 from hts_ray.config import HtsConfig, load_config
 from hts_ray.engine.run import Run, open_run
 from hts_ray.evaluate import evaluate_stored, read_annotations
+from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, require_stage
@@ -50,6 +55,7 @@ from hts_ray.store.tables import MANIFEST_SCHEMA, REGION_SCORES_SCHEMA, predicti
 RESULTS = Path(__file__).parent / "results" / "scale_stages.json"
 CLASSES = 600
 FILE_IMAGES = 4096
+SHARD_IMAGES = 1000
 KNOWN = (("positive_ids", 1), ("negative_ids", 3), ("ambiguous_ids", 1))  # of an image
 MIB = 1 << 20
 
@@ -173,12 +179,58 @@ def run_evaluate(folder: Path, images: int) -> dict[str, Any]:
     return {"mean_ap": found.mean_ap}
 
 
+def make_prepare(folder: Path, images: int) -> None:
+    """Write tar shards of small JPEG files, a few distinct ones in turn."""
+    random, files = np.random.default_rng(0), []
+    for _ in range(64):
+        sink = io.BytesIO()
+        pixels = random.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(sink, "JPEG")
+        files.append(sink.getvalue())
+    (folder / "shards").mkdir()
+    for start in range(0, images, SHARD_IMAGES):
+        path = folder / "shards" / f"train-{start // SHARD_IMAGES:06d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for number in range(start, min(start + SHARD_IMAGES, images)):
+                data = files[number % len(files)]
+                member = tarfile.TarInfo(f"{number:012d}.jpg")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def run_prepare(folder: Path, images: int) -> dict[str, Any]:
+    """Prepare the shards on Ray, as `hts prepare webdataset` does with many."""
+    config = config_of(folder, prepare={"local_images": 0})
+    stage = stages.prepare(config, "webdataset", str(folder / "shards"))
+    assert stage.stats["rows_out"] == images, stage.stats
+    return {"shards": stage.stats["shards"]}
+
+
+def make_label(folder: Path, images: int) -> None:
+    """Write shards and their manifest."""
+    make_prepare(folder, images)
+    config = config_of(folder, prepare={"headers": False}).prepare
+    prepare_manifest(config, str(folder), "webdataset", str(folder / "shards"))
+
+
+def run_label(folder: Path, images: int) -> dict[str, Any]:
+    """Let a teacher that computes nothing label the shards' images, one region each."""
+    regions: dict[str, list[float]] = {"grid_scales": [], "grid_steps": []}
+    label = {"teacher": {"model": "builtin:dummy", "prior": "none"}, "regions": regions}
+    stage = stages.label(config_of(folder, label={**label, "pool": {"num_gpus": 0}}))
+    assert stage.stats["rows_out"] == images, stage.stats
+    parts = [name for name in storage.list_names(stage.path) if name.endswith(".parquet")]
+    return {"blocks": stage.stats["blocks"], "files": len(parts)}
+
+
 def opened(folder: Path, **sections: Any) -> Run:
     """Return the run in a folder."""
     return open_run(config_of(folder, **sections))
 
 
 STAGES: dict[str, tuple[Callable[[Path, int], None], Callable[[Path, int], dict[str, Any]]]] = {
+    "prepare": (make_prepare, run_prepare),
+    "label": (make_label, run_label),
     "filter": (make_filter, run_filter),
     "evaluate": (make_evaluate, run_evaluate),
 }
