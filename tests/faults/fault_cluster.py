@@ -214,7 +214,7 @@ class FaultCluster:
         address, prefix = self.network.host(number) if self.network else ("127.0.0.1", [])
         self._nodes[number] = self._start(
             f"node-{number}", [*prefix, *RAY, "start", f"--address={self.address}"],
-            address, "--num-cpus=2", "--num-gpus=1",
+            address, "--num-cpus=2", "--num-gpus=1", f"--labels=place=node-{number}",
         )  # fmt: skip
 
     def node_runs(self, number: int) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from servers import BUCKET, FaultyStore
 
 from hts_ray import cli
 from hts_ray.demo.world import world_class_ids, write_world
+from hts_ray.images import inside
 from hts_ray.store import storage
 from hts_ray.store.run import find_stage
 from hts_ray.store.tables import read_table, write_table
@@ -133,6 +136,35 @@ def to_bucket(lab: Lab, run_dir: str) -> None:
         uris.append(f"s3://{BUCKET}/images/{Path(uri).name}")
         if not storage.exists(uris[-1]):
             storage.write_bytes(uris[-1], Path(uri).read_bytes())
+    write_uris(path, table, uris)
+
+
+def to_shards(run_dir: str, shard_images: int = 6) -> None:
+    """Let a run's images lie in tar shards beside its manifest, each under the id that it has."""
+    names = [n for n in storage.list_names(run_dir) if n.startswith("manifest-")]
+    path = storage.join(run_dir, names[0], "manifest.parquet")
+    table = read_table(path)
+    uris: list[str] = []
+    for start in range(0, len(table), shard_images):
+        data = io.BytesIO()
+        shard = storage.join(run_dir, "shards", f"{start:03d}.tar")
+        with tarfile.open(fileobj=data, mode="w") as tar:
+            for uri in table["uri"].slice(start, shard_images).to_pylist():
+                image = storage.read_bytes(uri)
+                member = tarfile.TarInfo(Path(uri).name)
+                member.size = len(image)
+                tar.addfile(member, io.BytesIO(image))
+                uris.append(inside.Span(shard, data.tell() - _padded(len(image)), len(image)).uri)
+        storage.write_bytes(shard, data.getvalue())
+    write_uris(path, table, uris)
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def write_uris(path: str, table: pa.Table, uris: list[str]) -> None:
+    """Write a manifest with other URIs."""
     place = table.column_names.index("uri")
     field = table.schema.field(place)
     write_table(path, table.set_column(place, field, pa.array(uris, pa.string())))

@@ -17,7 +17,7 @@ import pytest
 from fault_checks import check_no_orphans, check_same, check_told, outcome
 from fault_cluster import Driver, stopped_at_the_end
 from fault_kinds import KINDS, ON_S3, STAGES, Scene, await_moment, small_disk
-from fault_lab import ASKED, Lab, finish, require, to_bucket
+from fault_lab import ASKED, Lab, finish, require, to_bucket, to_shards
 from PIL import Image, PngImagePlugin
 from servers import BUCKET
 
@@ -55,8 +55,14 @@ class Draw:
         moment = random.Random(seed)
         return cls(seed, stage, kind, moment.randint(0, STEPS[stage]), moment.uniform(0, 1))
 
+    @property
+    def shards(self) -> bool:
+        """Whether the images lie in tar shards: with every other seed that breaks `label`."""
+        return self.stage == "label" and self.seed % 2 == 1
+
     def __str__(self) -> str:
-        return f"seed{self.seed}-{self.stage}-{self.kind}-step{self.steps}+{self.seconds:.2f}s"
+        stage = f"{self.stage}{'-of-shards' if self.shards else ''}"
+        return f"seed{self.seed}-{stage}-{self.kind}-step{self.steps}+{self.seconds:.2f}s"
 
 
 @pytest.mark.parametrize("draw", [Draw.of(FIRST_SEED + n) for n in range(RUNS)], ids=str)
@@ -75,6 +81,8 @@ def test_random_faults(lab: Lab, tmp_path: Path, draw: Draw) -> None:
         run_dir = lab.run_dir(draw.stage, path)
         if draw.kind in ON_S3 and draw.stage == "label":
             to_bucket(lab, run_dir)
+        if draw.shards:
+            to_shards(run_dir)
         drivers: list[Driver] = []
 
         def start() -> Driver:
