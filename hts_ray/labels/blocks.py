@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from hts_ray.config import FilterConfig
 from hts_ray.labels.corrections import decisions
 from hts_ray.labels.evidence import Evidence, aggregate_regions, read_regions, region_files
-from hts_ray.labels.select import REASONS, UNDECIDED, Bins, Entries, choose, find_entries
+from hts_ray.labels.select import REASONS, Bins, Entries, choose, corrected, find_entries
 from hts_ray.store.aliases import FloatArray
 from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, write_table
 
@@ -134,16 +134,6 @@ def count_bins(bins: Bins, *tables: pa.Table) -> tuple[npt.NDArray[np.int64], ..
     return bins.count(entries_of(pa.concat_tables(tables)))
 
 
-def corrected(
-    found: Entries, target_E: npt.NDArray[np.int8]
-) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """Return targets and probabilities with what people decided: their positives are certain."""
-    given_E = found.decided_E != UNDECIDED
-    final_E = np.where(given_E, found.decided_E, target_E)
-    sure_E = given_E & (final_E == 1)
-    return final_E, np.where(sure_E, found.probability_E.dtype.type(1), found.probability_E)
-
-
 def label_rows(
     config: FilterConfig,
     class_ids: npt.NDArray[np.int16],
@@ -158,7 +148,9 @@ def label_rows(
     table = pa.concat_tables(tables).sort_by("image_id").combine_chunks()
     found = entries_of(table)
     machine_E, reasons_N = choose(found, thresholds_C, config)
-    target_E, probability_E = corrected(found, machine_E)
+    target_E = corrected(found, machine_E)
+    # What people call positive is certain.
+    probability_E = np.where(found.decided_E == 1, np.float32(1), found.probability_E)
     positives = np.flatnonzero(target_E == 1)
     order = np.lexsort((-probability_E[positives], found.row_E[positives]))  # is stable
     positives = positives[order]

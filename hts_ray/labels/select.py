@@ -180,7 +180,10 @@ def support(probabilities_RC: ArrayLike, threshold: float) -> NDArray[np.int32]:
 
 
 def select(
-    image_probabilities_NC: ArrayLike, support_NC: ArrayLike, config: FilterConfig
+    image_probabilities_NC: ArrayLike,
+    support_NC: ArrayLike,
+    config: FilterConfig,
+    decided_NC: NDArray[np.int8] | None = None,
 ) -> Selection:
     """Positive, ignored and negative classes of N images at once.
 
@@ -194,7 +197,8 @@ def select(
       (ties: more support first, then the lower class).
 
     `image_probabilities_NC` (N, C) in [0, 1]; `support_NC` (N, C) integers, the regions that agree
-    on a class. Without per-class settings, raising the positive threshold can only remove
+    on a class. What a person decided, as `Entries` has it, takes the place of the targets; reasons
+    are those of before. Without per-class settings, raising the positive threshold can only remove
     positives. Raises ValueError for probabilities out of range and unequal shapes.
     """
     probabilities = _probabilities("image_probabilities_NC", image_probabilities_NC)
@@ -204,10 +208,12 @@ def select(
             f"support_NC is {regions_NC.dtype} {regions_NC.shape}:"
             f" give integers of shape {probabilities.shape}"
         )
-    found = find_entries(probabilities, regions_NC, config)
+    found = find_entries(probabilities, regions_NC, config, decided_NC)
     thresholds_C = class_thresholds(found, probabilities.shape[1], config)
     target_E, reason_counts_N = choose(found, thresholds_C, config)
-    return Selection(found.targets(target_E, probabilities.shape[1]), reason_counts_N)
+    targets_NC = np.full(probabilities.shape, -1, np.int8)
+    targets_NC[found.row_E, found.column_E] = corrected(found, target_E)
+    return Selection(targets_NC, reason_counts_N)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,12 +231,6 @@ class Entries:
     probability_E: FloatArray
     support_E: NDArray[np.integer[Any]]
     decided_E: NDArray[np.int8]
-
-    def targets(self, target_E: NDArray[np.int8], classes: int) -> NDArray[np.int8]:
-        """Return the targets (N, C) of which `target_E` are the entries'; the others are -1."""
-        targets_NC = np.full((self.images, classes), -1, np.int8)
-        targets_NC[self.row_E, self.column_E] = target_E
-        return targets_NC
 
 
 def find_entries(
@@ -280,6 +280,11 @@ def choose(
     positive_E &= ~over_E
     # Candidate + positive is 0, 1 or 2: negative, ignored, positive.
     return candidate_E.astype(np.int8) + positive_E.astype(np.int8) - np.int8(1), counts_N
+
+
+def corrected(found: Entries, target_E: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Return the targets (E,) with what people decided in their place."""
+    return np.where(found.decided_E == UNDECIDED, target_E, found.decided_E)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,6 @@ from hts_ray.labels.blocks import (
     PART_IMAGES,
     Counts,
     Reading,
-    corrected,
     count_bins,
     entries_of,
     entry_rows,
@@ -44,14 +43,7 @@ from hts_ray.labels.evidence import (
     wants_sample_prior,
 )
 from hts_ray.labels.passes import TeacherPass, chosen_passes, together
-from hts_ray.labels.select import (
-    REASONS,
-    Bins,
-    Selection,
-    choose,
-    class_thresholds,
-    find_entries,
-)
+from hts_ray.labels.select import REASONS, Bins, Selection, select
 from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray
 from hts_ray.store.run import StageFolder, settings_hash
@@ -280,11 +272,7 @@ def choose_labels(
     if overrides is not None:
         ids = evidence.images["image_id"].combine_chunks()
         decided_NC, _ = decisions(overrides, ids, class_ids)
-    found = find_entries(p_NC, evidence.support_NC, config, decided_NC)
-    machine_E, reasons_N = choose(found, class_thresholds(found, p_NC.shape[1], config), config)
-    target_E, probability_E = corrected(found, machine_E)
-    if overrides is not None:
-        p_NC = p_NC.copy()
-        p_NC[found.row_E, found.column_E] = probability_E
-    selection = Selection(found.targets(target_E, p_NC.shape[1]), reasons_N)
+    selection = select(p_NC, evidence.support_NC, config, decided_NC)
+    if decided_NC is not None:
+        p_NC = np.where(decided_NC == 1, np.float32(1), p_NC)
     return PseudoLabels(replace(evidence, probabilities_NC=p_NC), selection)

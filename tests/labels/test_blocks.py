@@ -17,9 +17,10 @@ from hts_ray.errors import DataError
 from hts_ray.labels import stage as stage_module
 from hts_ray.labels.blocks import plan_blocks
 from hts_ray.labels.corrections import read_overrides
+from hts_ray.labels.evidence import image_evidence
 from hts_ray.labels.passes import TeacherPass
 from hts_ray.labels.select import class_thresholds, find_entries
-from hts_ray.labels.stage import filter_regions
+from hts_ray.labels.stage import choose_labels, filter_regions
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import (
@@ -30,6 +31,7 @@ from hts_ray.store.tables import (
 )
 
 IMAGES, CLASSES, FILES = 90, 6, 7
+IDS = np.arange(CLASSES, dtype=np.int16) * 3 + 1
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def folder(tmp_path_factory):
         table = pa.Table.from_pylist(rows[part::FILES], schema=REGION_SCORES_SCHEMA)
         write_table(stage.file(f"part-{part}.parquet"), table)
     info = {
-        "class_ids": [3 * c + 1 for c in range(CLASSES)],
+        "class_ids": IDS.tolist(),
         "prior_log_likelihoods": random.normal(-6, 1, CLASSES).tolist(),
     }
     storage.write_json(stage.file("table.json"), info)
@@ -94,6 +96,13 @@ def random_config(draw, overrides):
     )
 
 
+def label_lists(labels):
+    """Return the positive ids of every image, by falling probability."""
+    order_NC = np.argsort(-labels.evidence.probabilities_NC, axis=1, kind="stable")
+    rows = zip(order_NC, labels.selection.targets_NC, strict=True)
+    return [[int(IDS[c]) for c in order_C if target_C[c] == 1] for order_C, target_C in rows]
+
+
 def filtered(folder, config, run_dir, blocks=None):
     stage = StageFolder(str(run_dir), "pseudo_labels", "k")
     storage.remove_tree(stage.path)
@@ -110,6 +119,9 @@ def test_labels_equal_the_dense_filter_s(data, folder, tmp_path_factory):
     config = random_config(data.draw, overrides)
     corrections = None if config.overrides is None else read_overrides(overrides)
     wanted = dense_labels(folder.path, config, "train", corrections)
+    evidence = image_evidence(folder.path, config, "train")
+    at_once = choose_labels(evidence, config, IDS, corrections)
+    assert label_lists(at_once) == wanted["positive_ids"].to_pylist()
     sizes = {
         "block_bytes": data.draw(st.sampled_from([1, 9000, 1 << 30])),
         "part_images": data.draw(st.sampled_from([1, 30, 1 << 17])),
