@@ -145,8 +145,7 @@ def filter_command(settings: Settings, region_scores: str | None, from_sweep: st
         plan = stages.plan_filtering(run, given)
         print_mapping("plan", {"read": plan.inputs["region_scores"], "write": plan.folder.path})
         return
-    with busy("filter"):
-        stage = stages.filter_labels(run, given)
+    stage = stages.filter_labels(run, given)
     print_stage("filter", stage)
     names = ("positives", "positives_per_image", "images_without_positive",
              "classes_without_positive", "ignored_band", "below_support", "over_cap")  # fmt: skip

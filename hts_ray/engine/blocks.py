@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from hts_ray.config import HtsConfig
+from hts_ray.engine.console import busy, steps
 from hts_ray.engine.mistakes import users_mistakes_unwrapped
 from hts_ray.engine.session import command_cluster
 from hts_ray.engine.telemetry import on_ray
@@ -40,7 +41,13 @@ class Here:
 
 
 class OnRay(Here):
-    """Calls functions as tasks, spread over the cluster; `shared` is sent once."""
+    """Calls functions as tasks, spread over the cluster; `shared` is sent once.
+
+    `told` gets (done, total, "") of the calls whose results are kept.
+    """
+
+    def __init__(self, told: Callable[[int, int, str], None] = lambda *_: None) -> None:
+        self._told = told
 
     def map(
         self, function: Callable[..., Any], calls: Iterable[Sequence[Any]], *shared: Any
@@ -57,8 +64,10 @@ class OnRay(Here):
         """Yield a reference to the first of each pair, and the second."""
         import ray
 
-        for kept, told in self._submitted(function, calls, shared, 2):
+        calls = list(calls)
+        for done, (kept, told) in enumerate(self._submitted(function, calls, shared, 2), 1):
             yield kept, ray.get(told)
+            self._told(done, len(calls), "")
 
     @staticmethod
     def _submitted(
@@ -93,9 +102,14 @@ def blocks_of(config: HtsConfig, command: str, *, many: bool) -> Iterator[Here]:
 
     Ray is joined or started unless it runs already, as for a command of `hts`.
     """
+    within = on_ray()  # a command's cluster, and its progress
     if not many:
-        yield Here()
+        with nullcontext() if within else busy(command):
+            yield Here()
         return
-    cluster = nullcontext() if on_ray() else command_cluster(config, command)
-    with cluster, users_mistakes_unwrapped():
-        yield OnRay()
+    with users_mistakes_unwrapped():
+        if within:
+            yield OnRay()
+            return
+        with command_cluster(config, command), steps() as shown:
+            yield OnRay(shown.counts(command, "blocks"))
