@@ -434,6 +434,7 @@ def _placings(config: HtsConfig) -> Iterator[tuple[str, NodesConfig]]:
         yield f"{name}.decode_nodes", pool.decode_nodes
     yield "train.nodes", config.train.nodes
     yield "prepare.nodes", config.prepare.nodes
+    yield "filter.nodes", config.filter.nodes
 
 
 def _takes(nodes: NodesConfig, group: Document) -> bool:

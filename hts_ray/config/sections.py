@@ -303,7 +303,7 @@ class LabelConfig(Section):
 _OF_ALL_PASSES = {
     "positive_threshold", "negative_threshold", "per_class_quantile", "quantile_floor",
     "min_support", "max_positives_per_image", "overrides", "passes", "combine", "calibrate",
-    "local_images",
+    "local_images", "nodes",
 }  # fmt: skip
 
 
@@ -357,6 +357,7 @@ class FilterConfig(Section):
     )
     calibrate: bool = execution(False, "several passes are put on one scale first, class by class")
     local_images: int = execution(50_000, "so few are filtered without Ray", ge=0)
+    nodes: NodesConfig = execution(NodesConfig(), "that filter more on Ray")
 
     @field_validator("passes", mode="before")
     @classmethod

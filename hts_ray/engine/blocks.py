@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from hts_ray.config import HtsConfig
+from hts_ray.config import HtsConfig, NodesConfig
 from hts_ray.engine.console import busy, steps
 from hts_ray.engine.mistakes import users_mistakes_unwrapped
+from hts_ray.engine.ray_data import on_nodes
 from hts_ray.engine.session import command_cluster
 from hts_ray.engine.telemetry import on_ray
 
 # Something that a call made: itself, or Ray's reference to it.
 Kept = Any
+_ANY = NodesConfig()
 _AHEAD = 4  # calls that are submitted for every CPU
 
 
@@ -46,8 +48,12 @@ class OnRay(Here):
     `told` gets (done, total, "") of the calls whose results are kept.
     """
 
-    def __init__(self, told: Callable[[int, int, str], None] = lambda *_: None) -> None:
-        self._told = told
+    def __init__(
+        self,
+        nodes: NodesConfig = _ANY,
+        told: Callable[[int, int, str], None] = lambda *_: None,
+    ) -> None:
+        self._nodes, self._told = nodes, told
 
     def map(
         self, function: Callable[..., Any], calls: Iterable[Sequence[Any]], *shared: Any
@@ -69,8 +75,8 @@ class OnRay(Here):
             yield kept, ray.get(told)
             self._told(done, len(calls), "")
 
-    @staticmethod
     def _submitted(
+        self,
         function: Callable[..., Any],
         calls: Iterable[Sequence[Any]],
         shared: tuple[Any, ...],
@@ -79,7 +85,7 @@ class OnRay(Here):
         import ray
 
         # A node may go and storage may stumble: what it held is made again by the same calls.
-        options = {"num_returns": returns, "scheduling_strategy": "SPREAD"}
+        options = {"num_returns": returns, "scheduling_strategy": "SPREAD", **on_nodes(self._nodes)}
         task = ray.remote(_call).options(max_retries=3, retry_exceptions=[OSError], **options)
         sent = ray.put(shared)
         most = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -97,8 +103,8 @@ def _call(function: Callable[..., Any], shared: tuple[Any, ...], *call: Any) -> 
 
 
 @contextmanager
-def blocks_of(config: HtsConfig, command: str, *, many: bool) -> Iterator[Here]:
-    """Give what calls functions: tasks on Ray for many blocks, this process for few.
+def blocks_of(config: HtsConfig, command: str, nodes: NodesConfig, *, many: bool) -> Iterator[Here]:
+    """Give what calls functions: tasks on Ray's `nodes` for many blocks, this process for few.
 
     Ray is joined or started unless it runs already, as for a command of `hts`.
     """
@@ -109,7 +115,7 @@ def blocks_of(config: HtsConfig, command: str, *, many: bool) -> Iterator[Here]:
         return
     with users_mistakes_unwrapped():
         if within:
-            yield OnRay()
+            yield OnRay(nodes)
             return
         with command_cluster(config, command), steps() as shown:
-            yield OnRay(shown.counts(command, "blocks"))
+            yield OnRay(nodes, shown.counts(command, "blocks"))

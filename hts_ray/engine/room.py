@@ -173,6 +173,7 @@ def demands(config: HtsConfig, command: str) -> list[Demand]:
     found = {
         "prepare": [_decoding("prepare", config.prepare.nodes, "nodes")],
         "label": _pool("label.pool", config.label.pool, actors=True),
+        "filter": [_decoding("filter", config.filter.nodes, "nodes")],
         "predict": _pool("predict.pool", config.predict.pool),
         "score": _pool("score.pool", config.score.pool),
         "train": trainers,

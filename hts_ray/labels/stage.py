@@ -80,7 +80,7 @@ def plan_filter(run: Run, region_scores: StageFolder | None = None) -> Stage:
 
     def work(_progress: object) -> object:
         many = len(passes) == 1 and passes[0].images > config.local_images
-        with blocks_of(run.config, "filter", many=many) as blocks:
+        with blocks_of(run.config, "filter", config.nodes, many=many) as blocks:
             return filter_regions(config, passes, split, folder, blocks)
 
     read = ", ".join(one.folder.path for one in passes)

@@ -174,7 +174,7 @@ def trial_config(base: HtsConfig, settings: Mapping[str, Any]) -> HtsConfig:
 def feels(name: str) -> bool:
     """Return whether a setting, by its dotted name, can change what a trial measures."""
     section, _, rest = name.partition(".")
-    if name in ("filter.overrides", "filter.local_images"):
+    if name in ("filter.overrides", "filter.local_images", "filter.nodes"):
         return False  # what people decided is no setting, and where it is filtered no answer
     return section == "filter" or (section == "train" and _FELT.fullmatch(rest) is not None)
 

@@ -104,7 +104,10 @@ def test_the_pipeline_needs_what_its_stages_need():
     config = load_config(overrides=["predict.pool.num_gpus=1"])
     with pytest.raises(ConfigError, match=r"predict\.pool"):
         check_room(cluster(("a", 8, 0)), demands(config, "pipeline"))
-    assert demands(config, "filter") == []
+    check_room(cluster(("a", 0, 0)), demands(config, "filter"))
+    nowhere = load_config(overrides=["filter.nodes.labels={tier: cpu}"])
+    with pytest.raises(ConfigError, match=r"filter\.nodes"):
+        check_room(cluster(("a", 8, 0)), demands(nowhere, "filter"))
     score = load_config(overrides=["score.pool.num_gpus=1"])
     with pytest.raises(ConfigError, match=r"score\.pool\.num_gpus"):
         check_room(cluster(("a", 8, 0)), demands(score, "score"))
