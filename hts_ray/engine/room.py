@@ -183,7 +183,8 @@ def demands(config: HtsConfig, command: str) -> list[Demand]:
 
 def stages_of(command: str) -> tuple[str, ...]:
     """Return the stages that a command runs."""
-    return ("label", "train", "predict") if command in {"pipeline", "demo"} else (command,)
+    whole = ("label", "filter", "train", "predict")
+    return whole if command in {"pipeline", "demo"} else (command,)
 
 
 def _pool(section: str, pool: PoolConfig, *, actors: bool = False) -> list[Demand]:
