@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import os
 import random
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -293,6 +296,111 @@ def hub_server() -> Iterator[Hub]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@dataclass
+class ChatFault:
+    """What happens to a request for which `hits(words, image)` holds, `times` times.
+
+    `status` with `headers` is answered, or `body` in the place of the right one, after a pause.
+    """
+
+    hits: Callable[[str, Image.Image], bool] = lambda words, image: True
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    seconds: float = 0.0
+    times: int = 1_000_000
+
+
+@dataclass
+class Chat:
+    """An OpenAI-compatible server of one model.
+
+    `answer(words, image, request)` makes the `choices`; `requests` has the bodies and `keys` the
+    Authorization headers of all requests, and `running` the most that ran at the same time.
+    """
+
+    answer: Callable[[str, Image.Image, dict[str, Any]], list[dict[str, Any]]]
+    url: str = ""
+    model: str = "tiny"
+    key: str = ""
+    faults: list[ChatFault] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    running: list[int] = field(default_factory=lambda: [0, 0])
+
+    def reply(self, request: dict[str, Any]) -> tuple[int, dict[str, str], bytes, float]:
+        """Return status, headers, body and pause for a request."""
+        image, text = request["messages"][0]["content"]
+        data = image["image_url"]["url"].partition("base64,")[2]
+        picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+        words = text["text"]
+        fault = next((f for f in self.faults if f.times > 0 and f.hits(words, picture)), None)
+        if fault is not None:
+            fault.times -= 1
+            if fault.status != 200 or fault.body is not None:
+                body = fault.body or b'{"error": {"message": "told to fail"}}'
+                return fault.status, fault.headers, body, fault.seconds
+        if request["model"] != self.model:
+            return 404, {}, b'{"error": {"message": "no such model"}}', 0.0
+        answer = {
+            "id": "1", "object": "chat.completion", "created": 0, "model": self.model,
+            "choices": self.answer(words, picture, request),
+            "usage": {"prompt_tokens": 100, "completion_tokens": 3, "total_tokens": 103},
+        }  # fmt: skip
+        return 200, {}, json.dumps(answer).encode(), fault.seconds if fault else 0.0
+
+
+@contextmanager
+def chat_server(chat: Chat) -> Iterator[Chat]:
+    """Serve a chat model's answers on a port of this machine."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            listed = {"object": "list", "data": [{"id": chat.model, "object": "model"}]}
+            self._send(200, {}, json.dumps(listed).encode())
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            given = self.headers.get("Authorization")
+            if chat.key and given != f"Bearer {chat.key}":
+                self._send(401, {}, b'{"error": {"message": "wrong key"}}')
+                return
+            with lock:
+                chat.requests.append(request)
+                chat.keys.append(given)
+                chat.running[0] += 1
+                chat.running[1] = max(chat.running)
+                status, headers, body, seconds = chat.reply(request)
+            time.sleep(seconds)
+            with lock:
+                chat.running[0] -= 1
+            self._send(status, headers, body)
+
+        def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            with contextlib.suppress(OSError):  # the client has given up
+                self.send_response(status)
+                about = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+                for name, value in {**about, **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    chat.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield chat
     finally:
         server.shutdown()
         server.server_close()

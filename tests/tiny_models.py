@@ -766,6 +766,40 @@ def qwen2_5_vl(folder: Path) -> Path:
     return _qwen(folder, "Qwen2_5_VL", vision)
 
 
+def answering(folder: Path) -> Path:
+    """Save a Qwen2.5-VL that answers with yes or no, with heads of a size that vLLM takes.
+
+    One number of the hidden state is the same behind every token; by it the head prefers answers.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    vision = {
+        "hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "out_hidden_size": 64,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    text = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    _qwen(folder, "Qwen2_5_VL", vision, rope_parameters=rope, max_position_embeddings=512, **text)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    words = [f"{space}{word}" for word in ("yes", "no", "Yes", "No") for space in ("", " ")]
+    written = AutoTokenizer.from_pretrained(folder)(words).input_ids
+    answers = [ids[0] for ids in written if len(ids) == 1]
+    for name, weight in model.named_parameters():
+        if "language_model.layers" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.data[0] = 0
+    model.get_input_embeddings().weight.data[:, 0] = 4
+    model.lm_head.weight.data[:, 0] = 0
+    model.lm_head.weight.data[answers, 0] = 4
+    model.save_pretrained(folder)
+    return folder
+
+
 def qwen3_vl(folder: Path) -> Path:
     """Save a Qwen3-VL."""
     vision = {

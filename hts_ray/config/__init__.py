@@ -28,6 +28,7 @@ from hts_ray.config.sections import PrepareConfig as PrepareConfig
 from hts_ray.config.sections import RangeConfig as RangeConfig
 from hts_ray.config.sections import RayConfig as RayConfig
 from hts_ray.config.sections import RegionsConfig as RegionsConfig
+from hts_ray.config.sections import RequestsConfig as RequestsConfig
 from hts_ray.config.sections import ScoreConfig as ScoreConfig
 from hts_ray.config.sections import StudentConfig as StudentConfig
 from hts_ray.config.sections import SweepConfig as SweepConfig

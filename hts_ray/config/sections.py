@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ValidationError, field_validator
@@ -162,6 +163,23 @@ class CaptionConfig(Section):
         yield too_many, f"count={self.count} is more than num_beams={self.num_beams}"
 
 
+class RequestsConfig(Section):
+    """How `label.teacher.engine=vllm` or `openai` is asked."""
+
+    max_concurrency: int = setting(64, "requests in flight of one actor", ge=1)
+    timeout: float = setting(120.0, "seconds that an endpoint has for an answer", gt=0.0)
+    retries: int = setting(
+        6, "of a request that met 429, a 5xx, silence or a broken connection", ge=0
+    )
+    key_variable: str = setting(
+        "OPENAI_API_KEY",
+        "environment variable that holds the endpoint's key, on every node",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+    )
+    price_in: float | None = setting(None, "of a million tokens read, in your currency", ge=0.0)
+    price_out: float | None = setting(None, "of a million tokens written", ge=0.0)
+
+
 OPEN_CLIP = "open_clip:"  # what a teacher's model begins with that is one of open_clip
 _CAPTIONER_SETTINGS = (
     "mode", "captions", "instruction", "append_eos", "length_normalize", "template_reduction",
@@ -176,6 +194,21 @@ class TeacherConfig(Section):
         "hub id, path, builtin:NAME, open_clip:NAME/TAG or import:MODULE:CLASS",
     )
     revision: str | None = setting(None, "pinned revision of a hub model")
+    engine: Literal["transformers", "vllm", "openai"] = setting(
+        "transformers",
+        "what runs the model: this package, vLLM in the actors, or an OpenAI-compatible endpoint;"
+        " the last two for mode=captions and mode=questions",
+    )
+    endpoint: str | None = setting(
+        None, "base URL of engine=openai, such as http://host:8000/v1; `model` is its name there"
+    )
+    engine_options: dict[str, Any] = setting(
+        {}, "arguments of vLLM's engine, or more fields of every request to an endpoint"
+    )
+    image_format: Literal["jpeg", "png"] = setting(
+        "jpeg", "how regions are sent to an endpoint: jpeg of quality 95, or png without loss"
+    )
+    requests: RequestsConfig = execution(RequestsConfig(), "how the other engines are asked")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
         "of weights and activations; auto: bfloat16 where every GPU has it, else float16, float32"
@@ -233,6 +266,7 @@ class TeacherConfig(Section):
     )
 
     def _contradictions(self) -> Iterator[tuple[object, str]]:
+        yield from self._engine_contradictions()
         top_k, no_prior = self.search != "all", self.prior == "none"
         yield (
             top_k and self.length_normalize,
@@ -251,6 +285,30 @@ class TeacherConfig(Section):
             value = getattr(self, name)
             told = f"{name}={value} is for captioners, not for model={self.model}: leave it out"
             yield value != fields[name].default, told
+
+    def _engine_contradictions(self) -> Iterator[tuple[object, str]]:
+        engine, remote = f"engine={self.engine}", self.engine == "openai"
+        address = urlsplit(self.endpoint or "")
+        yield remote and self.endpoint is None, "engine=openai needs endpoint, a base URL"
+        yield self.endpoint and not remote, f"endpoint={self.endpoint} needs engine=openai"
+        web = address.scheme in {"http", "https"} and address.hostname
+        yield self.endpoint and not web, f"endpoint={self.endpoint} must begin with http(s)://HOST"
+        yield (
+            address.username or address.query,
+            "endpoint must hold no user, key or query: keys come from the environment",
+        )
+        if self.engine == "transformers":
+            yield self.engine_options, "engine_options needs engine=vllm or engine=openai"
+            return
+        yield (
+            self.mode == "prompts",
+            f"{engine} serves mode=captions and mode=questions. For mode=prompts it would read the"
+            " image anew with every prompt, about 190 times the tokens of engine=transformers",
+        )
+        yield self.caption.decoding == "beam", f"{engine} has no caption.decoding=beam: use sample"
+        packaged = self.model.startswith((OPEN_CLIP, "builtin:", "import:"))
+        named = "the endpoint's name of it" if remote else "a hub id or a folder"
+        yield packaged, f"{engine} does not run model={self.model}: give {named}"
 
 
 class PoolConfig(Section):

@@ -256,6 +256,8 @@ def choose_devices(
                 gib = weights_gib(chosen["dtype"])
             if gpus == "auto" and name == _USE_GPU:
                 gpus = offer.total >= max(1, config.train.num_workers)
+            elif gpus == "auto" and stage == "label" and _elsewhere(config):
+                gpus = 0.0
             elif gpus == "auto":
                 gpus = _gpus_of_actor(offer, gib, earlier)
             config = _changed(config, name, gpus)
@@ -276,8 +278,15 @@ def _changed(config: HtsConfig, name: str, value: Any) -> HtsConfig:
     return override(config, nested)
 
 
+def _elsewhere(config: HtsConfig) -> bool:
+    """Return whether the teacher's actors need no device: its model is behind an endpoint."""
+    return config.label.teacher.engine == "openai" and config.label.regions.detector is None
+
+
 def _dtype(config: HtsConfig, offer: Offer, earlier: Mapping[str, Any]) -> str:
     teacher, pool = config.label.teacher, config.label.pool
+    if teacher.engine == "openai" and teacher.dtype == "auto":
+        return "float32"  # of no meaning there: it must not make another pass
     if teacher.dtype != "auto":
         return teacher.dtype
     return str(earlier.get("dtype") or _best_dtype(offer, pool.num_gpus))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,7 @@ def table_info(captioner: Captioner, assignment: Assignment) -> dict[str, Any]:
         "background": list(assignment.background),
         "null_log_odds": null_log_odds(captioner, assignment),
         "model": teacher.model,
+        "engine": teacher.engine,
         "model_fingerprint": assignment.fingerprint,
         "length_normalize": teacher.length_normalize,
         "append_eos": teacher.append_eos,
@@ -151,6 +153,7 @@ class TeacherActor:
         if not storage.exists(self.assignment.info_path):
             storage.write_json(self.assignment.info_path, table_info(captioner, self.assignment))
         self.scorer = region_scorer(captioner, self.assignment, device)
+        self._usage = storage.join(self.assignment.usage_path, f"{uuid.uuid4().hex}.json")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return rows of REGION_SCORES_SCHEMA for rows of decoded images, one for one."""
@@ -159,6 +162,8 @@ class TeacherActor:
         regions = pc.sum(pc.list_value_length(table["region_kinds"])).as_py() or 0
         self.meter.count_rows(table, regions=regions)
         self._held.tick()
+        if (usage := getattr(self.scorer.captioner, "usage", None)) is not None:
+            storage.write_json(self._usage, usage)
         return table
 
     def process(self, batch: pa.Table) -> pa.Table:

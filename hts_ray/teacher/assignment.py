@@ -31,6 +31,7 @@ from hts_ray.teacher.models.catalog import (
 from hts_ray.teacher.models.loading import load_captioner
 
 TABLE_INFO = "table.json"
+USAGE = "_usage"  # a folder, which who reads a table passes over for its underscore
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Assignment:
     fingerprint: str = ""
     run_dir: str = ""
     info_path: str = ""
+    usage_path: str = ""
     given: GivenBoxes | None = None
     prior_rows: pa.Table | None = None
     limit: int | None = None
@@ -92,6 +94,7 @@ class Assignment:
             fingerprint,
             run_dir=stage.run_dir if stage else "",
             info_path=stage.file(TABLE_INFO) if stage else "",
+            usage_path=stage.file(USAGE) if stage else "",
             given=_given_boxes(config.regions, rows),
             prior_rows=sample,
             limit=None if budget is None else max(1, budget // max(1, len(rows))),

@@ -21,8 +21,9 @@ from hts_ray.images.regions import Region
 from hts_ray.labels.evidence import class_probabilities, with_sample_prior
 from hts_ray.teacher.actor import image_task, region_scorer, table_info
 from hts_ray.teacher.assignment import Assignment
+from hts_ray.teacher.models.chat import ChatTeacher, cost_of
 from hts_ray.teacher.models.loading import load_on_device
-from hts_ray.teacher.scorers import ImageFailure, ImageTask, RegionScorer, ScoredImage
+from hts_ray.teacher.scorers import ImageTask, RegionScorer, ScoredImage
 
 _TOP = 3
 
@@ -68,9 +69,10 @@ def estimate(
 ) -> Estimate:
     """Measure the teacher on `sample` images spread over the manifest, and extrapolate.
 
-    The first scored image is scored twice: once to warm up. Where this node has no GPU, the CPU is
-    measured. Class probabilities are those that `filtering` would make of the scores. Raises as a
-    run would for settings it refuses.
+    The first scored image is scored twice: once to warm up. A teacher that takes images side by
+    side gets them all at once, and what they cost is extrapolated too. Where this node has no GPU,
+    the CPU is measured. Class probabilities are those that `filtering` would make of the scores.
+    Raises as a run would for settings it refuses.
     """
     selection = manifest.rows(config.splits, config.limit, config.limit_seed)
     assignment = Assignment.plan(config, class_table, selection)
@@ -82,42 +84,55 @@ def estimate(
     rows: list[int] = np.linspace(0, selection.num_rows - 1, count).astype(int).tolist()
     decoded = decode_batch(selection.take(rows), config.images)
     good = np.flatnonzero(decoded["error_kind"].is_null().to_numpy()).tolist()
-    tasks, failures = [image_task(decoded, row) for row in good], len(rows) - len(good)
-    times, scored = [], []
-    for number, task in enumerate(tasks):
-        if number == 0:
-            scorer([task])
-        started = time.monotonic()
-        result = scorer([task])[0]
-        if isinstance(result, ImageFailure):
-            failures += 1
-            continue
-        times.append(time.monotonic() - started)
-        scored.append((task, result))
+    tasks = [image_task(decoded, row) for row in good]
+    scored, measured = _measured(scorer, tasks)
+    used = dict(captioner.usage) if isinstance(captioner, ChatTeacher) else {}
     info = table_info(captioner, assignment)
     count, pool = selection.num_rows, config.pool
     regions = per_image = seconds = None
-    if times:
-        per_image = sum(times) / len(times)
+    if scored:
+        per_image = measured / len(scored)
         seconds = per_image * count / pool.max_size
-        regions = sum(len(result.regions) for _, result in scored) / len(times)
+        regions = sum(len(result.regions) for _, result in scored) / len(scored)
     figures = {
         "images": count,
         "regions": None if regions is None else round(regions * count),
         "prompts": 0 if config.teacher.mode == "captions" else sum(map(len, info["prompts"])),
         "background sentences": len(assignment.background),
         "tokens a region": sum(sum(of_class) for of_class in info["token_counts"]),
-        "sample": len(times),
-        "sample quarantined": failures,
-        "device": device,
+        "sample": len(scored),
+        "sample quarantined": len(rows) - len(scored),
+        "device": config.teacher.endpoint or device,
         "seconds to load": load_seconds,
         "seconds an image": per_image,
         "regions an image": regions,
         "seconds in all": None if seconds is None else load_seconds + seconds,
         "GPU-hours": None if seconds is None else seconds * pool.max_size * pool.gpus / 3600,
     }
+    if scored and used:
+        in_all = {name: round(value * count / len(scored)) for name, value in used.items()}
+        figures |= in_all | cost_of(in_all, config.teacher.requests)
     chosen = filtering or FilterConfig()
     return Estimate(figures, _examples(scored, scorer, info, assignment, chosen))
+
+
+def _measured(
+    scorer: RegionScorer, tasks: Sequence[ImageTask]
+) -> tuple[list[tuple[ImageTask, ScoredImage]], float]:
+    """Score images; returns those that could be, and the seconds that they took together."""
+    scored: list[tuple[ImageTask, ScoredImage]] = []
+    seconds, batches = 0.0, [tasks]
+    if tasks and not isinstance(scorer.captioner, ChatTeacher):
+        scorer(tasks[:1])
+        batches = [[task] for task in tasks]
+    for batch in batches:
+        started = time.monotonic()
+        results = zip(batch, scorer(batch), strict=True)
+        good = [(task, result) for task, result in results if isinstance(result, ScoredImage)]
+        if good:
+            scored += good
+            seconds += time.monotonic() - started
+    return scored, seconds
 
 
 def _examples(

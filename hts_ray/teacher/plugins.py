@@ -45,6 +45,8 @@ def package_of(point: EntryPoint) -> str:
 
 def is_own(config: TeacherConfig) -> bool:
     """Return whether the teacher is such a class."""
+    if config.engine != "transformers":
+        return False
     return config.model.startswith(IMPORT) or config.model.partition(":")[0] in installed()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from hts_ray.classes import ClassTable
 from hts_ray.classes.prompts import object_phrases
 from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig
+from hts_ray.errors import ConfigError
 from hts_ray.images.boxes import GivenBoxes
 from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
@@ -239,15 +241,18 @@ class RegionScorer:
         """Return one result an image, in order.
 
         An exception of the teacher is pinned to the image that causes it by halving the
-        batch. Errors that leave the device unusable are raised: they say nothing about
-        an image (see `breaks_device`).
+        batch; a teacher that takes images side by side gets each by itself. Errors that say nothing
+        about an image are raised: wrong settings, and those of `breaks_device`.
         """
         if not tasks:
             return []
+        if len(tasks) > 1 and getattr(self.captioner, "side_by_side", False):
+            with ThreadPoolExecutor(len(tasks)) as threads:
+                return [one for (one,) in threads.map(lambda task: self([task]), tasks)]
         try:
             return self._score(tasks)
         except Exception as error:
-            if breaks_device(error):
+            if breaks_device(error) or isinstance(error, ConfigError):
                 raise
             if len(tasks) == 1:
                 kind = OUT_OF_MEMORY if _is_out_of_memory(error) else TEACHER_ERROR
@@ -339,10 +344,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def breaks_device(error: BaseException) -> bool:
-    """Return whether an error leaves the CUDA context of this process unusable."""
+    """Return whether an error leaves this process's CUDA context, or its engine, unusable."""
     if _is_out_of_memory(error):
         return False
-    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+    broken = {"AcceleratorError", "EngineDeadError"}  # of torch, of vLLM
+    return type(error).__name__ in broken or "CUDA error" in str(error)
 
 
 def _free_memory() -> None:

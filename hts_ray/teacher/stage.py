@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from hts_ray.store.run import StageFolder, settings_hash
 from hts_ray.store.tables import read_batches, read_table
 from hts_ray.teacher.actor import TeacherActor
 from hts_ray.teacher.assignment import (
+    USAGE,
     Assignment,
     asked_words,
     check_lengths,
@@ -49,7 +51,9 @@ from hts_ray.teacher.assignment import (
     pinned,
     region_sources,
 )
-from hts_ray.teacher.models.catalog import model_fingerprint
+from hts_ray.teacher.models.catalog import is_remote, model_fingerprint
+from hts_ray.teacher.models.chat import cost_of
+from hts_ray.teacher.models.endpoint import check_endpoint
 from hts_ray.teacher.plugins import is_own, own_fingerprint
 from hts_ray.teacher.reuse import TAKEN, take_over
 
@@ -72,8 +76,8 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
 
     Annotations are left out of its key: the teacher must not see them. Devices and precision should
     have been chosen, see `hts_ray.stages.placed`; what is still `auto` is a CPU in float32. Raises
-    ConfigError for a teacher, boxes or a detector that cannot be used, and for prompts that are too
-    long for it.
+    ConfigError for a teacher, boxes or a detector that cannot be used, for prompts that are too
+    long for it, and for an endpoint that does not answer.
     """
     if run.config.label.teacher.dtype == "auto":
         run = run.changed({"label": {"teacher": {"dtype": "float32"}}})
@@ -90,6 +94,8 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
     )
     folder = run.stage("region_scores", key)
     if not folder.finished:
+        if is_remote(label.teacher):
+            check_endpoint(label.teacher)
         check_lengths(label, run.class_table)
 
     def work(progress: ImagesDone | None) -> object:
@@ -126,7 +132,8 @@ def label_images(
 
     Returns stats: rows_in, rows_out (scored), rows_resumed (found finished), rows_taken_over (from
     other passes), quarantined, quarantined_by_kind, bad_boxes, regions, seconds, rows_per_second
-    and regions_per_second (of this run). Raises DataError when nothing is selected, when the
+    and regions_per_second (of this run); of an engine also requests, tokens_read, tokens_written
+    and, with prices, cost (of all runs). Raises DataError when nothing is selected, when the
     output does not hold every image once, and when every image was quarantined (the quarantine
     table is written all the same, and the rest is removed so that the next run tries again);
     ConfigError for a teacher that does not load.
@@ -160,6 +167,7 @@ def label_images(
         "regions_per_second": (regions - before) / seconds,
         "bad_boxes": len(notes),
         "gpus": config.pool.max_size * config.pool.gpus,
+        **_usage(stage, config.teacher),
     }
     stats = finish(stage, expected, name=STAGE, seconds=seconds, more_stats=more_stats, notes=notes)
     if progress is not None:
@@ -212,6 +220,14 @@ def _fingerprint_here(config: TeacherConfig) -> tuple[str, str]:
         return own_fingerprint(config), ""
     except ConfigError as error:
         return "", f"says: {error}"
+
+
+def _usage(stage: StageFolder, teacher: TeacherConfig) -> dict[str, float]:
+    """Return what all actors of the pass counted, of earlier runs too; {} of most teachers."""
+    used = Counter[str]()
+    for name in storage.list_names(stage.file(USAGE)):
+        used.update(storage.read_object(stage.file(USAGE, name)))
+    return {**used, **cost_of(used, teacher.requests)} if used else {}
 
 
 def _region_count(stage: StageFolder) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from servers import Chat, ChatFault, chat_server
 
 from hts_ray.classes import ClassTable, hico_classes
 from hts_ray.config import ImagesConfig, LabelConfig, RegionsConfig, TeacherConfig, load_config
@@ -211,6 +212,50 @@ def test_all_bad_is_an_error(ray_session: None, tmp_path: Path) -> None:
     assert read_table(stage.file("quarantine")).num_rows == 3
     assert not committed_names(stage)
     assert storage.list_names(stage.path) == ["quarantine"]
+
+
+def test_an_endpoint_that_goes_and_comes_back(ray_session: None, tmp_path: Path) -> None:
+    """Catches images lost or paid for twice by an outage, and tokens that no stats show."""
+    manifest = open_manifest(make_manifest(tmp_path, 12))
+    stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
+
+    def answer(words: str, image: Image.Image, request: dict[str, Any]) -> list[dict[str, Any]]:
+        message = {"role": "assistant", "content": "a person riding a bicycle"}
+        return [{"index": 0, "finish_reason": "stop", "message": message}]
+
+    def is_image(seed: int) -> Any:
+        pixels = np.asarray(Image.open(io.BytesIO(png(seed))))
+        return lambda words, image: np.array_equal(np.asarray(image), pixels)
+
+    with chat_server(Chat(answer)) as chat:
+        config = LabelConfig.model_validate({
+            "block_rows": 4, "batch_images": 4,
+            "regions": {"grid_scales": [], "grid_steps": []},
+            "teacher": {
+                "engine": "openai", "endpoint": chat.url, "model": "tiny", "mode": "captions",
+                "image_format": "png", "requests": {"retries": 0, "price_in": 5.0},
+            },
+        })  # fmt: skip
+        arguments: dict[str, Any] = {"manifest": manifest, "class_table": classes(), "stage": stage}
+        chat.faults = [ChatFault(lambda *_: len(chat.requests) > 6, status=500)]
+        with pytest.raises(ConfigError, match=r"label\.teacher\.endpoint = .*no longer answers"):
+            label_images(config, **arguments)
+        assert not stage.finished
+        wait_for_quiet(stage)
+        chat.faults = [ChatFault(is_image(3), status=500)]
+        before = len(chat.requests)
+        stats = label_images(config, **arguments)
+        later = chat.requests[before:]
+    table = read_table(stage.path).to_pylist()
+    assert sorted(row["image_id"] for row in table) == [f"good-{i:04d}.png" for i in range(12)]
+    (bad,) = (row for row in table if row["status"] == "quarantined")
+    assert (bad["image_id"], bad["error_kind"]) == ("good-0003.png", "teacher_error")
+    assert "HTTP 500" in bad["error"]
+    resumed = stats["rows_resumed"]
+    assert len(later) == 12 - resumed + 1  # one more to see whether the server is there
+    assert stats["requests"] >= 11 - resumed
+    assert stats["tokens_read"] == 100 * stats["requests"]
+    assert stats["cost"] == pytest.approx(5e-6 * stats["tokens_read"])
 
 
 def test_bad_teacher_is_the_user_s_mistake(ray_session: None, tmp_path: Path) -> None:

@@ -54,15 +54,24 @@ FAMILIES = {
 
 # Those that were taught to describe and not to answer, which mode=questions cannot ask.
 ONLY_CAPTIONERS = {"blip", "git", "vision-encoder-decoder", "florence2", "kosmos-2"}
+# Those that have no chat template.
+NO_CHAT = ONLY_CAPTIONERS | {"blip-2", "instructblip", "paligemma"}
+
+# What chat models are asked for a caption.
+INSTRUCTION = "Describe the image in one sentence."
+
+# What a family's processor, or an engine, needs besides this package's own requirements: module,
+# extra.
+EXTRAS = {
+    "smolvlm": ("num2words", "hts-ray[smolvlm]"),
+    "vllm": ("vllm", "hts-ray[vllm]"),
+    "openai": ("openai", "hts-ray[openai]"),
+}
 
 
-# What a family's processor needs besides this package's own requirements: module, extra.
-EXTRAS = {"smolvlm": ("num2words", "hts-ray[smolvlm]")}
-
-
-def missing_extra(family: str | None) -> str:
-    """Return what to install for a family of models; "" where nothing is missing."""
-    module, extra = EXTRAS.get(family or "", ("", ""))
+def missing_extra(name: str | None) -> str:
+    """Return what to install for a family of models or an engine; "" where nothing is missing."""
+    module, extra = EXTRAS.get(name or "", ("", ""))
     return f"pip install '{extra}'" if module and not find_spec(module) else ""
 
 
@@ -71,9 +80,14 @@ def is_dummy(config: TeacherConfig) -> bool:
     return config.model == DUMMY or config.model.startswith(f"{DUMMY}:")
 
 
+def is_remote(config: TeacherConfig) -> bool:
+    """Return whether the model runs elsewhere, behind an endpoint."""
+    return config.engine == "openai"
+
+
 def needs_torch(config: TeacherConfig) -> bool:
     """Return whether the teacher is one of the packaged kinds that run on torch."""
-    return not is_dummy(config) and not is_own(config)
+    return not (is_remote(config) or is_dummy(config) or is_own(config))
 
 
 def is_clip(config: TeacherConfig) -> bool:
@@ -147,6 +161,11 @@ def check_teacher(config: TeacherConfig) -> None:
 
     Raises ConfigError as loading would, so that a driver can refuse before any worker starts.
     """
+    if extra := missing_extra(config.engine):
+        message = f"engine={config.engine} needs another package on every node"
+        raise ConfigError(message, field="label.teacher.engine", value=config.engine, remedy=extra)
+    if is_remote(config):
+        return
     if is_dummy(config):
         dummy_seconds(config)
     elif is_own(config):
@@ -176,6 +195,9 @@ def model_folder(config: TeacherConfig, *, weights: bool = True) -> Path:
             "set label.teacher.mode=prompts, or name a chat model, InstructBLIP, BLIP-2 or"
             " PaliGemma",
         )
+    if config.engine == "vllm" and family in NO_CHAT:
+        message = f"family {family!r} is no chat model, which label.teacher.engine=vllm is for"
+        raise model_error(config, message, "set label.teacher.engine=transformers")
     return folder
 
 
@@ -218,10 +240,14 @@ def model_fingerprint(config: TeacherConfig) -> str:
 
     See `own_fingerprint` for a class that is not packaged here, and `NamedModel` for a model.
     """
+    if is_remote(config):
+        return f"{config.endpoint}#{config.model}@{config.revision or ''}"
     if is_dummy(config):
         return f"{DUMMY}@1"
     if is_clip(config):
         return f"{config.model}@{clip_model(config).fingerprint()}"
     if is_own(config):
         return own_fingerprint(config)
-    return TeacherModel.of(config).fingerprint()
+    # Engines differ in rounding, so what one says is not what another says.
+    engine = "" if config.engine == "transformers" else f"{config.engine}:"
+    return f"{engine}{TeacherModel.of(config).fingerprint()}"

@@ -48,7 +48,7 @@ from hts_ray.teacher.models.architectures import (
     QwenDecoder,
     SequenceToSequenceDecoder,
 )
-from hts_ray.teacher.models.catalog import model_error, supported_families
+from hts_ray.teacher.models.catalog import INSTRUCTION, model_error, supported_families
 from hts_ray.teacher.models.inputs import (
     RegionInputs,
     cuts_ends,
@@ -65,8 +65,6 @@ from hts_ray.teacher.models.questions import (
 )
 from hts_ray.teacher.scoring.decoders import Decoder
 
-# What chat models are asked before the prompts.
-INSTRUCTION = "Describe the image in one sentence."
 LLAVA_TEXT = "USER: <image>\n{} ASSISTANT:"
 _PROBE = "PROBE"
 # How a template opens a model's thoughts before its answer, and what ends them.

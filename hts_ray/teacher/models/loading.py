@@ -12,9 +12,12 @@ from hts_ray.teacher.models.catalog import (
     dummy_seconds,
     is_clip,
     is_dummy,
+    is_remote,
     model_folder,
     needs_torch,
 )
+from hts_ray.teacher.models.chat import ChatTeacher
+from hts_ray.teacher.models.endpoint import Endpoint
 from hts_ray.teacher.plugins import is_own, own_class
 
 
@@ -27,6 +30,8 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     naming label.teacher.model for a missing or incomplete model, and for a family that is not
     supported.
     """
+    if is_remote(config):
+        return ChatTeacher(Endpoint(config), config)
     if is_dummy(config):
         return DummyCaptioner(dummy_seconds(config))
     config = _with_dtype(config, device)
