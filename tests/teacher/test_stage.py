@@ -237,12 +237,13 @@ def test_an_endpoint_that_goes_and_comes_back(ray_session: None, tmp_path: Path)
             },
         })  # fmt: skip
         arguments: dict[str, Any] = {"manifest": manifest, "class_table": classes(), "stage": stage}
-        chat.faults = [ChatFault(lambda *_: len(chat.requests) > 6, status=500)]
+        gone = ChatFault(lambda *_: len(chat.requests) > 6, status=500)
+        chat.faults = [ChatFault(is_image(3), status=500), gone]
         with pytest.raises(ConfigError, match=r"label\.teacher\.endpoint = .*no longer answers"):
             label_images(config, **arguments)
         assert not stage.finished
         wait_for_quiet(stage)
-        chat.faults = [ChatFault(is_image(3), status=500)]
+        chat.faults.remove(gone)
         before = len(chat.requests)
         stats = label_images(config, **arguments)
         later = chat.requests[before:]
@@ -252,7 +253,7 @@ def test_an_endpoint_that_goes_and_comes_back(ray_session: None, tmp_path: Path)
     assert (bad["image_id"], bad["error_kind"]) == ("good-0003.png", "teacher_error")
     assert "HTTP 500" in bad["error"]
     resumed = stats["rows_resumed"]
-    assert len(later) == 12 - resumed + 1  # one more to see whether the server is there
+    assert len(later) - (12 - resumed) in {0, 1}  # one more to see whether the server is there
     assert stats["requests"] >= 11 - resumed
     assert stats["tokens_read"] == 100 * stats["requests"]
     assert stats["cost"] == pytest.approx(5e-6 * stats["tokens_read"])
