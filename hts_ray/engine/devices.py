@@ -324,6 +324,8 @@ def _lines(stage: str, asked: HtsConfig, chosen: Mapping[str, Any], offer: Offer
 
     `asked` are the settings before the choice.
     """
+    if stage == "label" and _elsewhere(asked):
+        return
     name, gpus, dtype = _SETTINGS[stage][0], float(chosen["num_gpus"]), chosen.get("dtype", "")
     trains, value = name == _USE_GPU, _value(asked, name)
     most = "train.num_workers" if trains else f"{name.rpartition('.')[0]}.max_size"

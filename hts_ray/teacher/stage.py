@@ -51,7 +51,7 @@ from hts_ray.teacher.assignment import (
     pinned,
     region_sources,
 )
-from hts_ray.teacher.models.catalog import is_remote, model_fingerprint
+from hts_ray.teacher.models.catalog import check_teacher, is_remote, model_fingerprint
 from hts_ray.teacher.models.chat import cost_of
 from hts_ray.teacher.models.endpoint import check_endpoint
 from hts_ray.teacher.plugins import is_own, own_fingerprint
@@ -81,6 +81,7 @@ def plan_label(run: Run, manifest: Manifest) -> Stage:
     """
     if run.config.label.teacher.dtype == "auto":
         run = run.changed({"label": {"teacher": {"dtype": "float32"}}})
+    check_teacher(run.config.labeling.teacher)
     label = pinned(run.config.labeling)
     fingerprint = model_fingerprint(label.teacher)
     key = settings_hash(

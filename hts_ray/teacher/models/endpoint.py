@@ -158,8 +158,10 @@ def check_endpoint(config: TeacherConfig) -> None:
         if config.mode == "questions":
             log_odds(reply.first)
     except DataError as error:
-        remedy = "see that it serves pictures to this model"
-        if config.mode == "questions":
+        remedy = "see that this model takes pictures"
+        if isinstance(error, ServerError):
+            remedy = "check the address, which often ends with /v1, and that its server runs"
+        elif config.mode == "questions":
             remedy += ", gives log-probabilities and answers label.teacher.question with yes or no"
         raise ConfigError(str(error), field=FIELD, value=config.endpoint, remedy=remedy) from None
 
