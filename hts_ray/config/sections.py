@@ -166,7 +166,9 @@ class CaptionConfig(Section):
 class RequestsConfig(Section):
     """How `label.teacher.engine=vllm` or `openai` is asked."""
 
-    max_concurrency: int = setting(64, "requests in flight of one actor", ge=1)
+    max_concurrency: int | None = setting(
+        None, "requests in flight of one actor; if not set, 64 to an endpoint, 256 in vLLM", ge=1
+    )
     timeout: float = setting(120.0, "seconds that an endpoint has for an answer", gt=0.0)
     retries: int = setting(
         6, "of a request that met 429, a 5xx, silence or a broken connection", ge=0

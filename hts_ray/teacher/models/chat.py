@@ -57,7 +57,12 @@ class Reply:
 
 
 class Engine(Protocol):
-    """Where a chat model runs."""
+    """Where a chat model runs.
+
+    `concurrency` is how many requests it is given at a time where the settings do not say.
+    """
+
+    concurrency: int
 
     def picture(self, image: Pixels) -> Any:
         """Return an image (H, W, 3) as `reply` takes it, made once for all its questions."""
@@ -125,7 +130,7 @@ class ChatTeacher:
         self.config = config
         self.usage = {"requests": 0, "tokens_read": 0, "tokens_written": 0}
         self._loop = asyncio.new_event_loop()
-        self._slots = asyncio.Semaphore(config.requests.max_concurrency)
+        self._slots = asyncio.Semaphore(config.requests.max_concurrency or engine.concurrency)
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> PromptScores:

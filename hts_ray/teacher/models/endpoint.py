@@ -37,6 +37,8 @@ class ServerError(DataError):
 class Endpoint:
     """See `hts_ray.teacher.models.chat.Engine`."""
 
+    concurrency = 64
+
     def __init__(self, config: TeacherConfig, retries: int | None = None) -> None:
         import openai
 

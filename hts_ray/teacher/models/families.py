@@ -205,13 +205,7 @@ def _questions(loaded: Loaded, family: Family) -> Questions:
     assert frame is not None, "families that cannot be asked are refused by name"
     # The token of an answer may hold the space in front of it.
     begun = frame(config.question.replace("{}", _PROBE)).rstrip(" ")
-    answers = AnswerTokens.of(behind(tokenizer, begun), behind(tokenizer))
-    if answers is None:
-        raise model_error(
-            config,
-            "its tokenizer has no single token for yes and another for no",
-            "label.teacher.mode=prompts, or another model",
-        )
+    answers = answer_tokens(config, tokenizer, begun)
     before, _, after = begun.partition(_PROBE)
     front = before.rstrip()
 
@@ -227,6 +221,18 @@ def _questions(loaded: Loaded, family: Family) -> Questions:
 
     encode = ended(behind(tokenizer), before)
     return WholeQuestions(process, family.vision, family.decoder, answers, encode)
+
+
+def answer_tokens(config: TeacherConfig, tokenizer: Any, begun: str) -> AnswerTokens:
+    """Return the tokens that answer behind `begun`; ConfigError where there are none."""
+    answers = AnswerTokens.of(behind(tokenizer, begun), behind(tokenizer))
+    if answers is None:
+        raise model_error(
+            config,
+            "its tokenizer has no single token for yes and another for no",
+            "label.teacher.mode=prompts, or another model",
+        )
+    return answers
 
 
 def tree_obstacle(text: Any) -> str | None:
@@ -404,17 +410,25 @@ def _prefix_family(
     return Family(decoder, tokenizer, _processed(loaded, text), encode)
 
 
-def _chat(loaded: Loaded, kind: type[PrefixDecoder], *, tree: bool = True) -> Family:
-    processor = loaded.processor
-    templated = getattr(processor, "chat_template", None)
+def chat_of(loaded: Loaded) -> Callable[[str], tuple[str, str]]:
+    """Return what makes of words beside an image the text up to the answer, see `_chat_text`.
+
+    ConfigError for a checkpoint without a chat template.
+    """
+    if getattr(loaded.processor, "chat_template", None):
+        return partial(_chat_text, loaded.processor)
     # The first checkpoints of LLaVA have no template.
-    if not templated and loaded.model.config.model_type != "llava":
-        raise model_error(
-            loaded.config,
-            f"{loaded.folder} holds no chat template",
-            "save chat_template.jinja with the processor",
-        )
-    chat = partial(_chat_text, processor) if templated else _llava_text
+    if "llava" in type(loaded.processor).__name__.lower():
+        return _llava_text
+    raise model_error(
+        loaded.config,
+        f"{loaded.folder} holds no chat template",
+        "save chat_template.jinja with the processor",
+    )
+
+
+def _chat(loaded: Loaded, kind: type[PrefixDecoder], *, tree: bool = True) -> Family:
+    processor, chat = loaded.processor, chat_of(loaded)
     text, glue = chat(loaded.config.instruction or INSTRUCTION)
     encode = behind(processor.tokenizer, text, glue)
     family = _prefix_family(loaded, kind, text, encode, tree=tree)

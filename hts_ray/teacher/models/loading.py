@@ -38,11 +38,13 @@ def load_captioner(config: TeacherConfig, device: str = "cpu") -> Captioner:
     if is_own(config):
         teacher: Captioner = own_class(config)(config, device)
         return teacher
-    from hts_ray.teacher.models import clip, pretrained  # torch loads slowly
+    from hts_ray.teacher.models import clip, pretrained, vllm  # torch loads slowly
 
     if is_clip(config):
         return clip.load_clip(config, device)
     folder = model_folder(config, weights=device != "meta")
+    if config.engine == "vllm" and device != "meta":
+        return ChatTeacher(vllm.Vllm(config, folder, device), config)
     return pretrained.load_pretrained(config, folder, device)
 
 
