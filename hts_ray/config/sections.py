@@ -237,6 +237,9 @@ class TeacherConfig(Section):
     pad_to_square: Literal["auto", "always", "never"] = setting(
         "auto", "pad regions to squares; `auto` where the model's processor cuts off their ends"
     )
+    max_pixels: int | None = setting(
+        None, "larger regions are shrunk to so many pixels before a chat model reads them", ge=1024
+    )
     prompt_templates: int = setting(1, "templates of a class that are scored and combined", ge=1)
     template_reduction: Literal["log_mean_exp", "mean", "max"] = setting(
         "log_mean_exp", "how the templates become one score"

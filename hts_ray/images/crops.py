@@ -5,8 +5,12 @@ Knows geometry and arrays, no model. Shape legend: R crops, H x W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
 
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import Region
@@ -21,11 +25,27 @@ class CropBatch(Sequence[Pixels]):
     A teacher may take the views one by one like any other pixels, or, to send every image to
     its device once however much its crops overlap, `images` and `spans`: crop r is
     `images[n][top:bottom, left:right]` with `(n, (left, top, right, bottom)) = spans[r]`.
+
+    A slice is a batch too. `part` says which crops of the `whole` list of spans it has; what a
+    teacher keeps in `kept` from one slice to the next lives as long as they do.
     """
 
-    def __init__(self, images: Sequence[Pixels], spans: Sequence[tuple[int, Span]]) -> None:
+    def __init__(
+        self,
+        images: Sequence[Pixels],
+        spans: Sequence[tuple[int, Span]],
+        part: range | None = None,
+        kept: dict[Any, Any] | None = None,
+    ) -> None:
         self.images = images
-        self.spans = spans
+        self.whole = spans
+        self.part = range(len(spans)) if part is None else part
+        self.kept: dict[Any, Any] = {} if kept is None else kept
+
+    @property
+    def spans(self) -> Sequence[tuple[int, Span]]:
+        """Where each crop was cut: the image's number, and the span."""
+        return [self.whole[number] for number in self.part]
 
     @classmethod
     def of(cls, images: Sequence[DecodedImage], regions: Sequence[Sequence[Region]]) -> CropBatch:
@@ -38,7 +58,7 @@ class CropBatch(Sequence[Pixels]):
         return cls([image.pixels for image in images], spans)
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return len(self.part)
 
     @overload
     def __getitem__(self, index: int) -> Pixels: ...
@@ -46,8 +66,8 @@ class CropBatch(Sequence[Pixels]):
     def __getitem__(self, index: slice) -> CropBatch: ...
     def __getitem__(self, index: int | slice) -> Pixels | CropBatch:
         if isinstance(index, slice):
-            return CropBatch(self.images, self.spans[index])
-        number, (left, top, right, bottom) = self.spans[index]
+            return CropBatch(self.images, self.whole, self.part[index], self.kept)
+        number, (left, top, right, bottom) = self.whole[self.part[index]]
         return self.images[number][top:bottom, left:right]
 
 
@@ -62,6 +82,24 @@ def pixel_span(image: DecodedImage, region: Region) -> Span:
     x0, x1 = _span(left, right, width / image.width, width)
     y0, y1 = _span(top, bottom, height / image.height, height)
     return x0, y0, x1, y1
+
+
+def fitting(shape: Sequence[int], most: int | None) -> tuple[int, int]:
+    """Return the height and width of an image (H, W, ...) shrunk to at most `most` pixels."""
+    height, width = shape[0], shape[1]
+    scale = 1.0 if most is None else math.sqrt(most / (height * width))
+    if scale >= 1:
+        return height, width
+    return max(1, int(height * scale)), max(1, int(width * scale))
+
+
+def shrunk(image: Pixels, most: int | None) -> Pixels:
+    """Return an image (H, W, 3) of at most `most` pixels; itself where it has no more."""
+    height, width = fitting(image.shape, most)
+    if (height, width) == image.shape[:2]:
+        return image
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
 def crop_region(image: DecodedImage, region: Region) -> Pixels:

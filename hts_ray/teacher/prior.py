@@ -41,6 +41,7 @@ def prior_scores(captioner: Captioner, assignment: Assignment) -> FloatArray | N
     key = settings_hash(
         assignment.fingerprint,
         assignment.prompts.fingerprint(),
+        [teacher.max_pixels, teacher.image_format, teacher.engine_options],
         [teacher.dtype, teacher.instruction, teacher.length_normalize, teacher.append_eos],
         [teacher.template_reduction, teacher.prior],
         teacher.null_images if sample is None else sample["uri"].to_pylist(),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hts_ray.engine.compat import crop_text, rope_deltas
-from hts_ray.teacher.models.inputs import collate, extended
+from hts_ray.teacher.models.inputs import collate, extended, to_device
 from hts_ray.teacher.scoring.decoders import (
     Decoder,
     Prefix,
@@ -176,7 +176,7 @@ class ProcessedDecoder(Decoder):
 
     def moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs on the model's device."""
-        return {name: value.to(self.model.device) for name, value in inputs.items()}
+        return {name: to_device(value, self.model.device) for name, value in inputs.items()}
 
 
 class PrefixDecoder(ProcessedDecoder):

@@ -20,6 +20,7 @@ import numpy as np
 
 from hts_ray.config import CaptionConfig, RequestsConfig, TeacherConfig
 from hts_ray.errors import DataError
+from hts_ray.images.crops import shrunk
 from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.captioner import ANSWERS, Answers, Caption, PromptScores
 from hts_ray.teacher.models.catalog import INSTRUCTION
@@ -174,7 +175,7 @@ class ChatTeacher:
 
         try:
             for image, requests in zip(images, asked, strict=True):
-                picture = await asyncio.to_thread(self.engine.picture, image)
+                picture = await asyncio.to_thread(self._picture, image)
                 tasks.append([])
                 for request in requests:
                     await self._slots.acquire()  # so that no more tasks exist than can run
@@ -186,6 +187,9 @@ class ChatTeacher:
         finally:
             for task in [task for of_region in tasks for task in of_region]:
                 task.cancel()
+
+    def _picture(self, image: Pixels) -> Any:
+        return self.engine.picture(shrunk(image, self.config.max_pixels))
 
     async def _one(self, picture: Any, request: Request) -> Reply:
         reply = await self.engine.reply(picture, request)

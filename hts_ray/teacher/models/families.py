@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from hts_ray.config import TeacherConfig
+from hts_ray.images.crops import fitting, shrunk
 from hts_ray.store.aliases import Pixels
 from hts_ray.teacher.models.architectures import (
     CountingDecoder,
@@ -53,6 +54,7 @@ from hts_ray.teacher.models.inputs import (
     RegionInputs,
     cuts_ends,
     margin_color,
+    on_device,
     pixel_preparation,
     squared,
 )
@@ -67,6 +69,7 @@ from hts_ray.teacher.scoring.decoders import Decoder
 
 LLAVA_TEXT = "USER: <image>\n{} ASSISTANT:"
 _PROBE = "PROBE"
+_ROUNDED = 0.02  # a level of a pixel in 255, at the usual standard deviations
 # How a template opens a model's thoughts before its answer, and what ends them.
 _THOUGHTS = {
     "<think>": "</think>",
@@ -144,6 +147,30 @@ class Loaded:
     def image_processor(self) -> Any:
         """The image processor, of families that need no text with the image."""
         return self._load("AutoImageProcessor")
+
+    @cached_property
+    def processing_gpu(self) -> str:
+        """The GPU on which its processor prepares images, "" for the CPU.
+
+        Taken where it makes of noise what it makes on the CPU, but for rounding.
+        """
+        device = self.model.device
+        if device.type != "cuda":
+            return ""
+        noise = np.random.default_rng(0).integers(0, 256, (3, 96, 160), np.uint8)
+        try:
+            there, here = (
+                self.processor.image_processor(
+                    torch.from_numpy(noise).to(place),
+                    input_data_format="channels_first",
+                    return_tensors="pt",
+                ).pixel_values.cpu()
+                for place in (device, "cpu")
+            )
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+            return ""
+        same = here.shape == there.shape and float((here - there).abs().mean()) < _ROUNDED
+        return str(device) if same else ""
 
     def _load(self, kind: str) -> Any:
         import transformers
@@ -371,17 +398,35 @@ def _first_set(model: Any, tokenizer: Any, *names: str) -> int | None:
 def _processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], RegionInputs]:
     """Return what makes a model's inputs of images and one text."""
     from PIL import Image
+    from torchvision.transforms.v2 import InterpolationMode, functional
 
-    processor, model = loaded.processor, loaded.model
+    processor, model, most = loaded.processor, loaded.model, loaded.config.max_pixels
     pads, color = loaded.pads(processor.image_processor), margin_color(processor.image_processor)
-    start = processor.tokenizer.bos_token
+    start, gpu = processor.tokenizer.bos_token, loaded.processing_gpu
     # A chat template may have written the start token that the tokenizer would add.
-    options = {"add_special_tokens": False} if start and text.startswith(start) else {}
+    options: dict[str, Any] = {}
+    if start and text.startswith(start):
+        options["add_special_tokens"] = False
 
-    def process(image: Pixels) -> dict[str, Tensor]:
-        # A PIL image: of an array of 3 rows it would have to be guessed what is a channel.
+    def pictured(image: Pixels) -> Image.Image:
+        image = shrunk(image, most)
         pixels = squared(torch.tensor(image), color).numpy() if pads else image
-        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        # A PIL image: of an array of 3 rows it would have to be guessed what is a channel.
+        return Image.fromarray(np.ascontiguousarray(pixels))
+
+    def on_gpu(image: Tensor) -> Tensor:
+        height, width = fitting(image.shape, most)
+        pixels = image.permute(2, 0, 1)
+        if (height, width) != image.shape[:2]:
+            size = [height, width]
+            pixels = functional.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True)
+        return squared(pixels.permute(1, 2, 0), color).permute(2, 0, 1) if pads else pixels
+
+    if gpu:
+        options["input_data_format"] = "channels_first"
+
+    def process(image: Any) -> dict[str, Tensor]:
+        picture = on_gpu(image) if gpu else pictured(image)
         inputs = processor(images=picture, text=text, return_tensors="pt", **options)
         return {
             name: value.to(model.dtype) if value.is_floating_point() else value
@@ -389,7 +434,7 @@ def _processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], Region
             if isinstance(value, Tensor) and name != "labels"
         }
 
-    return lambda images: RegionInputs(images, process)
+    return lambda images: RegionInputs(on_device(images, gpu) if gpu else images, process)
 
 
 def _prefix_family(

@@ -5,7 +5,10 @@ Shape legend: R regions, H x W pixels, L tokens.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ from torch import Tensor
 from hts_ray.images.crops import CropBatch
 from hts_ray.store.aliases import Pixels
 
+# Most regions, and bytes of host memory, that are prepared and not yet used; one always is.
+_AHEAD, _AHEAD_BYTES = 64, 1 << 30
 # Inputs with one entry a token, and what a token of a prompt has there.
 TOKEN_INPUTS: Mapping[str, int] = {
     "input_ids": 0,
@@ -65,7 +70,7 @@ def pixel_preparation(
     def prepare(images: Sequence[Pixels]) -> Tensor:
         sources = on_device(images, device)
         pixels: Tensor = processor(
-            [squared(source, color) for source in sources] if pad else sources,
+            [squared(source, color) if pad else source for source in sources],
             input_data_format="channels_last",
             do_rescale=False,
             do_normalize=False,
@@ -76,32 +81,39 @@ def pixel_preparation(
     return prepare
 
 
-def on_device(images: Sequence[Pixels], device: str) -> list[Tensor]:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device; a GPU copies it while the host goes on."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def on_device(images: Sequence[Pixels], device: str) -> Sequence[Any]:
     """Return uint8 images (H, W, 3) as tensors on a device, those that are crops as views.
 
-    Each image that is cropped travels once, however much its crops overlap.
+    Each image that is cropped travels once, however much its crops overlap and however many slices
+    of the batch are asked for.
     """
     whole = images.images if isinstance(images, CropBatch) else images
-    # A copy, since pixels out of Arrow are read-only, which torch does not know.
-    sources = [torch.from_numpy(np.array(image)).to(device) for image in whole]
+    kept = images.kept if isinstance(images, CropBatch) else {}
+    if device not in kept:
+        # A copy, since pixels out of Arrow are read-only, which torch does not know.
+        kept[device] = [to_device(torch.from_numpy(np.array(image)), device) for image in whole]
     if not isinstance(images, CropBatch):
-        return sources
-    return [
-        sources[number][top:bottom, left:right]
-        for number, (left, top, right, bottom) in images.spans
-    ]
+        tensors: list[Tensor] = kept[device]
+        return tensors
+    return CropBatch(kept[device], images.whole, images.part, kept)
 
 
 class RegionInputs:
-    """What a processor makes of R regions, computed when a region is asked for.
+    """What a processor makes of R regions: the model's inputs with a batch dimension of 1.
 
-    Tiles of one region can take 50 MB, so that all of a batch are not held at once. Entries are
-    the model's inputs with a batch dimension of 1.
+    A thread or more (as many as torch has) prepare regions while earlier ones are scored. Those of
+    a `CropBatch` go on behind a slice's end, so that the next slice finds its own begun. Not all
+    are made at once: the tiles of one region can take 50 MB.
     """
 
-    def __init__(
-        self, images: Sequence[Pixels], process: Callable[[Pixels], dict[str, Tensor]]
-    ) -> None:
+    def __init__(self, images: Sequence[Any], process: Callable[[Any], dict[str, Tensor]]) -> None:
         self.images = images
         self.process = process
 
@@ -109,7 +121,47 @@ class RegionInputs:
         return len(self.images)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return map(self.process, self.images)
+        images = self.images
+        if not isinstance(images, CropBatch) or images.part.step != 1:
+            yield from _made_ahead(images, self.process)
+            return
+        # What is kept must not hold the batch that keeps it, or its threads would outlive it.
+        at, made = images.kept.get(self.process, (None, None))
+        if made is None or at != images.part.start:
+            rest = CropBatch(
+                images.images, images.whole, range(images.part.start, len(images.whole))
+            )
+            made = _made_ahead(rest, self.process)
+        for number in images.part:
+            images.kept[self.process] = (number + 1, made)
+            yield next(made)
+
+
+def _made_ahead(
+    images: Sequence[Any], process: Callable[[Any], dict[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield each image's inputs in order, later ones being made meanwhile.
+
+    An exception is raised in the place of the image that caused it.
+    """
+    workers, waiting = max(1, torch.get_num_threads()), iter(range(len(images)))
+    threads = ThreadPoolExecutor(workers, "prepare")
+    upcoming: deque[Future[dict[str, Tensor]]] = deque()
+    most = workers
+    try:
+        while True:
+            numbers = islice(waiting, max(0, most - len(upcoming)))
+            upcoming += [threads.submit(lambda n: process(images[n]), n) for n in numbers]
+            if not upcoming:
+                return
+            made = upcoming.popleft().result()
+            held = sum(value.numel() * value.element_size() for value in made.values())
+            most = max(1, workers, min(_AHEAD, _AHEAD_BYTES // max(1, held)))
+            numbers = islice(waiting, max(0, most - len(upcoming)))
+            upcoming += [threads.submit(lambda n: process(images[n]), n) for n in numbers]
+            yield made
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def collate(regions: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from hts_ray.config import CaptionConfig
 from hts_ray.teacher.scoring.decoders import Decoder, Prefix, select_regions
 
 Written = tuple[list[int], float]
+_LOOK = 4  # tokens between two looks at whether all texts have ended: the host waits for the device
 
 
 class Continuation:
@@ -109,7 +110,7 @@ def _one_by_one(
         going = going & ~torch.isin(tokens, ends)
         chosen.append(tokens)
         counted.append(going)
-        if step + 1 == max_tokens or not bool(going.any()):
+        if step + 1 == max_tokens or (step % _LOOK == _LOOK - 1 and not bool(going.any())):
             break
         state.extend(tokens)
     tokens_RBT = torch.stack(chosen, dim=2).tolist()
@@ -200,7 +201,7 @@ def _beam_search(
         live, places = scores.masked_fill(ended, -math.inf).topk(beams, dim=1)
         best = live[:, :1] / step
         stopped = stopped | (best <= finished.rank.amin(1, keepdim=True))
-        if step == settings.max_tokens or bool(stopped.all()):
+        if step == settings.max_tokens or (step % _LOOK == 0 and bool(stopped.all())):
             break
         tokens = texts.gather(1, places[..., None].expand(-1, -1, step))
         state.extend(new.gather(1, places), parents.gather(1, places))

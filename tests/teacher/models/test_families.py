@@ -23,6 +23,7 @@ from PIL import Image
 
 from hts_ray.config import CaptionConfig, TeacherConfig
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.images.crops import CropBatch
 from hts_ray.teacher.models import architectures, catalog, families
 from hts_ray.teacher.models.catalog import FAMILIES
 from hts_ray.teacher.models.loading import load_captioner
@@ -683,3 +684,48 @@ def test_the_ends_of_wide_regions_are_seen(name: str, tiny_path: Callable[[str],
         np.testing.assert_array_equal(never.log_likelihoods, scores)
         always = loaded(tiny_path(name), pad_to_square="always").score(pair, PROMPTS)
         assert np.abs(always.log_likelihoods - scores).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "llava", "paligemma", "internvl"])
+def test_a_gpu_would_prepare_the_same_inputs(
+    name: str, tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches channels or margins mixed up where pixels go to the device before the processor."""
+    crops = CropBatch(IMAGES, [(n, (2, 1, image.shape[1], 30)) for n, image in enumerate(IMAGES)])
+    expected = list(loaded(tiny_path(name)).prepare(crops))
+    monkeypatch.setattr(families.Loaded, "processing_gpu", "cpu")
+    config = TeacherConfig(model=str(tiny_path(name)), pad_to_square="auto")
+    found = list(load_captioner(config).prepare(crops))
+    for one, other in zip(expected, found, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], atol=1e-6, rtol=0)
+
+
+def test_large_regions_are_shrunk_where_the_settings_say(tiny_path: Callable[[str], Path]) -> None:
+    """Catches a setting that a processor never sees, and small regions changed by it."""
+    path = tiny_path("qwen2_5_vl")
+    small, large = random_images((24, 40), (64, 128))
+    captioners = [loaded(path), loaded(path, max_pixels=2048)]
+    tokens = [
+        [one["input_ids"].shape[1] for one in captioner.prepare([small, large])]
+        for captioner in captioners
+    ]
+    assert tokens[0][0] == tokens[1][0]
+    assert tokens[0][1] > tokens[1][1]
+
+
+def test_captions_seldom_wait_for_the_device(
+    tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a look at every token, for which the host and the device wait for each other."""
+    captioner, looks = loaded(tiny_path("blip2_opt")), []
+    settings = CaptionConfig(max_tokens=12)
+    expected = captioner.caption(IMAGES, settings)
+    monkeypatch.setattr(
+        captioning, "bool", lambda flag: looks.append(1) or bool(flag), raising=False
+    )
+    assert captioner.caption(IMAGES, settings) == expected
+    assert len(looks) <= 2
+    monkeypatch.setattr(captioning, "_LOOK", 1)
+    assert captioner.caption(IMAGES, settings) == expected

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
+import time
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from hts_ray.images.crops import CropBatch
+from hts_ray.teacher.models import inputs
 from hts_ray.teacher.models.inputs import (
     RegionInputs,
     collate,
@@ -67,36 +71,107 @@ def test_patches_in_one_row_are_joined_in_order() -> None:
 
 def test_prompt_tokens_are_text_and_seen() -> None:
     """Catches a prompt's tokens given the types of an image, or of PaliGemma's prefix."""
-    inputs = {
+    given = {
         "input_ids": torch.tensor([[1, 2]]),
         "attention_mask": torch.ones(1, 2, dtype=torch.long),
         "token_type_ids": torch.zeros(1, 2, dtype=torch.long),
         "mm_token_type_ids": torch.ones(1, 2, dtype=torch.int32),
         "pixel_values": torch.ones(1, 3, 2, 2),
     }
-    assert extended(inputs, torch.tensor([[5]]))["token_type_ids"].tolist() == [[0, 0, 0]]
-    longer = extended(inputs, torch.tensor([[5, 6, 7]]), token_type=1)
+    assert extended(given, torch.tensor([[5]]))["token_type_ids"].tolist() == [[0, 0, 0]]
+    longer = extended(given, torch.tensor([[5, 6, 7]]), token_type=1)
     assert longer["input_ids"].tolist() == [[1, 2, 5, 6, 7]]
     assert longer["attention_mask"].tolist() == [[1] * 5]
     assert longer["token_type_ids"].tolist() == [[0, 0, 1, 1, 1]]
     assert longer["mm_token_type_ids"].tolist() == [[1, 1, 0, 0, 0]]
     assert longer["mm_token_type_ids"].dtype == torch.int32
-    assert inputs["input_ids"].shape == (1, 2)
+    assert given["input_ids"].shape == (1, 2)
 
 
-def test_regions_are_processed_when_asked_for() -> None:
-    """Catches all tiles of all regions being made, and held, at once."""
-    made: list[int] = []
+def whole_crops(count: int) -> CropBatch:
+    """Return crops whose widths are their numbers + 1."""
+    images = random_images((count, 4))
+    return CropBatch(images, [(0, (0, 0, number + 1, 4)) for number in range(count)])
+
+
+def numbered(made: list[int], broken: int = -1) -> Any:
+    """Return what makes inputs of a crop and notes its number, or fails on one."""
 
     def process(image: np.ndarray) -> dict[str, torch.Tensor]:
-        made.append(image.shape[1])
-        return {"input_ids": torch.zeros(1, image.shape[1])}
+        number = image.shape[1] - 1
+        made.append(number)
+        if number == broken:
+            raise ValueError(f"region {number}")
+        return {"input_ids": torch.full((1, 1), number)}
 
-    regions = RegionInputs(random_images((5, 4), (6, 4), (7, 4)), process)
-    assert len(regions) == 3
+    return process
+
+
+def numbers(regions: Iterable[dict[str, torch.Tensor]]) -> list[int]:
+    return [int(region["input_ids"]) for region in regions]
+
+
+def await_length(made: list[int], length: int) -> None:
+    deadline = time.monotonic() + 10
+    while len(made) < length:
+        assert time.monotonic() < deadline, made
+        time.sleep(0.01)
+
+
+def test_regions_are_prepared_ahead_and_not_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a GPU that waits for the next region, and all tiles of all regions held at once."""
+    monkeypatch.setattr(inputs, "_AHEAD", 3)
+    made: list[int] = []
+    regions = iter(RegionInputs(whole_crops(20), numbered(made)))
     assert not made
-    widths = [inputs["input_ids"].shape[1] for inputs in itertools.islice(regions, 2)]
-    assert widths == made == [5, 6]
+    assert numbers(islice(regions, 2)) == [0, 1]
+    await_length(made, 5)  # while the second is in use, three more
+    time.sleep(0.05)
+    assert sorted(made) == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(inputs, "_AHEAD_BYTES", 8)  # one region's
+    next(regions)
+    assert numbers(regions) == list(range(3, 20))
+
+
+def test_the_next_slice_is_begun_and_nothing_is_made_twice() -> None:
+    """Catches a GPU that waits at the start of every slice, and regions mixed up between slices."""
+    crops, made = whole_crops(9), []
+    process = numbered(made)
+    assert numbers(RegionInputs(crops[0:4], process)) == [0, 1, 2, 3]
+    await_length(made, 9)
+    assert numbers(RegionInputs(crops[4:8], process)) == [4, 5, 6, 7]
+    assert numbers(RegionInputs(crops[8:], process)) == [8]
+    assert sorted(made) == list(range(9))
+    # Another part of the batch, as after an error, or another text to process it with.
+    assert numbers(RegionInputs(crops[2:4], process)) == [2, 3]
+    assert numbers(RegionInputs(crops[4:6], numbered([]))) == [4, 5]
+    assert numbers(RegionInputs(crops[::4], process)) == [0, 4, 8]
+
+
+def test_what_cannot_be_prepared_fails_in_its_place() -> None:
+    """Catches a bad region that costs the ones before it, or passes for another's."""
+    regions = iter(RegionInputs(whole_crops(6), numbered([], broken=3)))
+    assert numbers(islice(regions, 3)) == [0, 1, 2]
+    with pytest.raises(ValueError, match="region 3"):
+        next(regions)
+
+
+def test_an_image_travels_once_for_all_its_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches images that are sent again with every slice, or with what is left of one."""
+    sent: list[int] = []
+
+    def to_device(tensor: torch.Tensor, device: object) -> torch.Tensor:
+        sent.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    monkeypatch.setattr(inputs, "to_device", to_device)
+    images = [np.zeros((1536, 2048, 3), np.uint8) for _ in range(16)]
+    spans = [(n % 16, (n, n, 1024 + n, 768 + n)) for n in range(224)]
+    crops = CropBatch(images, spans)
+    for size in (64, 32, 16):  # halved for want of memory
+        for first in range(0, 224, size):
+            on_device(crops[first : first + size], "cpu")
+    assert sum(sent) <= 1.05 * sum(image.nbytes for image in images)
 
 
 def test_crops_of_an_image_travel_as_one() -> None:
