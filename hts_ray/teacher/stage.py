@@ -168,7 +168,7 @@ def label_images(
         "regions_per_second": (regions - before) / seconds,
         "bad_boxes": len(notes),
         "gpus": config.pool.max_size * config.pool.gpus,
-        **_usage(stage, config.teacher),
+        **usage_of(stage, config.teacher),
     }
     stats = finish(stage, expected, name=STAGE, seconds=seconds, more_stats=more_stats, notes=notes)
     if progress is not None:
@@ -223,7 +223,7 @@ def _fingerprint_here(config: TeacherConfig) -> tuple[str, str]:
         return "", f"says: {error}"
 
 
-def _usage(stage: StageFolder, teacher: TeacherConfig) -> dict[str, float]:
+def usage_of(stage: StageFolder, teacher: TeacherConfig) -> dict[str, float]:
     """Return what all actors of the pass counted, of earlier runs too; {} of most teachers."""
     used = Counter[str]()
     for name in storage.list_names(stage.file(USAGE)):

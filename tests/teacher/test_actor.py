@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from assignments import CLASSES, plan, rows
+from PIL import Image
+from servers import Chat, ChatFault, chat_server
 
-from hts_ray.teacher.actor import region_scorer, table_info
+from hts_ray.engine.deaths import AttemptLog
+from hts_ray.engine.decoding import decode_batch
+from hts_ray.engine.telemetry import Meter
+from hts_ray.store.run import StageFolder
+from hts_ray.teacher.actor import TeacherActor, region_scorer, table_info
 from hts_ray.teacher.captioner import DummyCaptioner
 from hts_ray.teacher.models.files import NamedModel
 from hts_ray.teacher.prior import plain_images, prior_scores
 from hts_ray.teacher.scorers import CaptionVotes, PromptLikelihoods, QuestionOdds
+from hts_ray.teacher.stage import usage_of
 
 
 def test_table_info_tells_what_the_scores_are(tmp_path: Path) -> None:
@@ -68,3 +76,34 @@ def test_an_actor_hashes_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     info = table_info(DummyCaptioner(), assignment)
     region_scorer(DummyCaptioner(), assignment, "cpu")
     assert info["model_fingerprint"] == assignment.fingerprint == "model@1"
+
+
+def test_a_failed_request_costs_its_image_and_every_token_counts(tmp_path: Path) -> None:
+    """Catches rows lost or mixed up by failing requests, and tokens that no stats show."""
+    table = rows(tmp_path, 5)
+
+    def answer(words: str, image: Image.Image, request: Any) -> list[dict[str, Any]]:
+        message = {"role": "assistant", "content": "a person riding a bicycle"}
+        return [{"index": 0, "finish_reason": "stop", "message": message}]
+
+    def is_third(words: str, image: Image.Image) -> bool:
+        return np.array_equal(image, Image.open(table["uri"][2].as_py()))
+
+    with chat_server(Chat(answer, faults=[ChatFault(is_third, status=500)])) as chat:
+        asked = {
+            "engine": "openai", "endpoint": chat.url, "model": "tiny", "mode": "captions",
+            "image_format": "png", "requests": {"retries": 0, "price_in": 5.0},
+        }  # fmt: skip
+        assignment = plan(tmp_path, table, {"grid_scales": [], "grid_steps": []}, **asked)
+        actor = TeacherActor(assignment, AttemptLog(), Meter("label", "run"))
+        found = actor(decode_batch(table, assignment.config.images)).to_pylist()
+    assert [row["image_id"] for row in found] == table["image_id"].to_pylist()
+    assert [row["status"] for row in found] == ["ok", "ok", "quarantined", "ok", "ok"]
+    assert "HTTP 500" in found[2]["error"]
+    assert found[0]["captions"] == [["a person riding a bicycle"]]
+    (counts,) = Path(assignment.usage_path).glob("*.json")
+    assert json.loads(counts.read_text()) == {
+        "requests": 4, "tokens_read": 400, "tokens_written": 12
+    }  # fmt: skip
+    stage = StageFolder(str(tmp_path), "region_scores", "k")
+    assert usage_of(stage, assignment.config.teacher)["cost"] == pytest.approx(400 * 5e-6)

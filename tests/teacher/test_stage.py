@@ -214,6 +214,7 @@ def test_all_bad_is_an_error(ray_session: None, tmp_path: Path) -> None:
     assert storage.list_names(stage.path) == ["quarantine"]
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_goes_and_comes_back(ray_session: None, tmp_path: Path) -> None:
     """Catches images lost or paid for twice by an outage, and tokens that no stats show."""
     manifest = open_manifest(make_manifest(tmp_path, 12))
