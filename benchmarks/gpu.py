@@ -341,7 +341,8 @@ def teacher(family: str, sizes: Sizes) -> dict[str, Any]:
     offset = float((by_batches() - by_trie).abs().max())
     seconds = in_turn(
         {
-            "teacher": lambda: captioner.score(crops, prompts),
+            # Another batch, or the images would be on the device already.
+            "teacher": lambda: captioner.score(CropBatch(crops.images, crops.whole), prompts),
             "bare": lambda: decoder.log_likelihoods(prepared, sequences),
             "trie": lambda: decoder.log_likelihoods(one, sequences),
             "batched": by_batches,

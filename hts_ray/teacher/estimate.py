@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from hts_ray.classes import ClassTable
 from hts_ray.config import FilterConfig, LabelConfig
@@ -80,12 +81,8 @@ def estimate(
     captioner, device = load_on_device(assignment.config, or_cpu=True)
     scorer = region_scorer(captioner, assignment, device)
     load_seconds = time.monotonic() - started
-    count = min(sample, selection.num_rows)
-    rows: list[int] = np.linspace(0, selection.num_rows - 1, count).astype(int).tolist()
-    decoded = decode_batch(selection.take(rows), config.images)
-    good = np.flatnonzero(decoded["error_kind"].is_null().to_numpy()).tolist()
-    tasks = [image_task(decoded, row) for row in good]
-    scored, measured = _measured(scorer, tasks)
+    sample = min(sample, selection.num_rows)
+    scored, measured = _measured(scorer, _sampled(selection, sample, config))
     used = dict(captioner.usage) if isinstance(captioner, ChatTeacher) else {}
     info = table_info(captioner, assignment)
     count, pool = selection.num_rows, config.pool
@@ -101,7 +98,7 @@ def estimate(
         "background sentences": len(assignment.background),
         "tokens a region": sum(sum(of_class) for of_class in info["token_counts"]),
         "sample": len(scored),
-        "sample quarantined": len(rows) - len(scored),
+        "sample quarantined": sample - len(scored),
         "device": config.teacher.endpoint or device,
         "seconds to load": load_seconds,
         "seconds an image": per_image,
@@ -114,6 +111,14 @@ def estimate(
         figures |= in_all | cost_of(in_all, config.teacher.requests)
     chosen = filtering or FilterConfig()
     return Estimate(figures, _examples(scored, scorer, info, assignment, chosen))
+
+
+def _sampled(selection: pa.Table, sample: int, config: LabelConfig) -> list[ImageTask]:
+    """Return the readable ones of `sample` images spread over the selected ones."""
+    rows = np.linspace(0, selection.num_rows - 1, sample).astype(int)
+    decoded = decode_batch(selection.take(rows), config.images)
+    good = np.flatnonzero(decoded["error_kind"].is_null().to_numpy()).tolist()
+    return [image_task(decoded, row) for row in good]
 
 
 def _measured(

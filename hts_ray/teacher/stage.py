@@ -145,8 +145,7 @@ def label_images(
     started = time.monotonic()
     rows = manifest.rows(config.splits, config.limit, config.limit_seed)
     config = pinned(config)
-    if fingerprint is None:
-        fingerprint = model_fingerprint(config.teacher)
+    fingerprint = fingerprint or model_fingerprint(config.teacher)
     assignment = Assignment.plan(config, class_table, rows, fingerprint=fingerprint, stage=stage)
     expected = rows["image_id"]
     if is_own(config.teacher):
@@ -168,8 +167,7 @@ def label_images(
         "regions_per_second": (regions - before) / seconds,
         "bad_boxes": len(notes),
         "gpus": config.pool.max_size * config.pool.gpus,
-        **usage_of(stage, config.teacher),
-    }
+    } | usage_of(stage, config.teacher)
     stats = finish(stage, expected, name=STAGE, seconds=seconds, more_stats=more_stats, notes=notes)
     if progress is not None:
         progress(stats["rows_in"], stats["rows_in"], stats["quarantined"])
