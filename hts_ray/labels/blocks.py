@@ -22,7 +22,15 @@ import pyarrow.compute as pc
 from hts_ray.config import FilterConfig
 from hts_ray.labels.corrections import decisions
 from hts_ray.labels.evidence import Evidence, aggregate_regions, read_regions, region_files
-from hts_ray.labels.select import REASONS, Bins, Entries, choose, corrected, find_entries
+from hts_ray.labels.select import (
+    REASONS,
+    Bins,
+    Counted,
+    Entries,
+    choose,
+    corrected,
+    find_entries,
+)
 from hts_ray.store.aliases import FloatArray
 from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, write_table
 
@@ -85,15 +93,15 @@ def read_block(reading: Reading, files: Sequence[str]) -> tuple[pa.Table, Counts
     Counts: `images`, `kinds` of regions that are stored, `corrected` ids, and in `bins` what the
     first round of thresholds counts.
     """
-    tables, kinds, corrected = [], set[str](), list[str]()
+    tables, kinds, used = [], set[str](), list[str]()
     for regions in read_regions(reading.path, reading.split, files=files, info=reading.info):
         kinds.update(np.unique(regions.kinds_G).tolist())
         evidence = aggregate_regions(regions, reading.config).seen()
         table, ids = entry_rows(evidence, reading.config, reading.class_ids, reading.overrides)
         tables.append(table)
-        corrected += ids
+        used += ids
     whole = pa.concat_tables(tables).combine_chunks() if tables else None
-    counts = {"images": 0, "kinds": kinds, "corrected": corrected, "bins": None}
+    counts = {"images": 0, "kinds": kinds, "corrected": used, "bins": None}
     if whole is not None:
         counts |= {"images": len(whole), "bins": reading.bins.count(entries_of(whole))}
     return whole, counts
@@ -129,7 +137,7 @@ def entries_of(table: pa.Table) -> Entries:
     )
 
 
-def count_bins(bins: Bins, *tables: pa.Table) -> tuple[npt.NDArray[np.int64], ...]:
+def count_bins(bins: Bins, *tables: pa.Table) -> Counted:
     """Return what a round of the search for thresholds counts in the entries of blocks."""
     return bins.count(entries_of(pa.concat_tables(tables)))
 

@@ -28,6 +28,8 @@ REASON_DTYPE = np.dtype([(reason, np.int32) for reason in REASONS])
 UNDECIDED = 2  # where no person corrected an entry
 
 _FAR_ABOVE = 100.0  # nats
+# Of some entries: the bins that they fall into, each once, and how many fall into it.
+Counted = tuple[NDArray[np.int64], NDArray[np.int64]]
 _DIGIT = 8  # bits of a probability's pattern that are found in a round
 _BINS = 1 << _DIGIT
 
@@ -311,7 +313,7 @@ class Bins:
         shift = max(0, int(high - low).bit_length() - _DIGIT)
         return cls(np.full(classes, low), shift, lowest, highest)
 
-    def count(self, found: Entries) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def count(self, found: Entries) -> Counted:
         """Return the bins (class * 256 + bin) that entries fall into, each once, and how many."""
         counts_E = found.probability_E >= self.lowest
         column_E = found.column_E[counts_E].astype(np.int64)
@@ -320,16 +322,25 @@ class Bins:
         inside_E = (bin_E >= 0) & (bin_E < _BINS)
         return np.unique((column_E * _BINS + bin_E)[inside_E], return_counts=True)
 
+    def total(self, counted: Iterable[Counted]) -> NDArray[np.int64]:
+        """Add up what `count` finds of every part of the entries: (C, 256) and a column of 0."""
+        total_CB = np.zeros((len(self.low_C), _BINS + 1), np.int64)
+        for key, number in counted:
+            total_CB[key // _BINS, key % _BINS] += number
+        return total_CB
+
     def thresholds(
         self,
-        count: Callable[[Bins], Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]],
+        total_CB: NDArray[np.int64],
+        count: Callable[[Bins], Iterable[Counted]],
         images: int,
         config: FilterConfig,
     ) -> FloatArray:
         """Return the threshold (C,) of every class over all entries of N images, exactly.
 
-        `count` gives what `Bins.count` finds of every part of the entries, in any order. The k-th
-        largest is found digit by digit, eight bits of its pattern a round, as a radix sort would.
+        `total_CB` are these bins' `total`, and `count` gives what `Bins.count` finds of every part
+        of the entries in the bins of later rounds, in any order. The k-th largest is found digit by
+        digit, eight bits of its pattern a round, as a radix sort would.
         """
         thresholds_C = np.full(len(self.low_C), self.highest)
         if config.per_class_quantile is None:
@@ -340,9 +351,6 @@ class Bins:
             return thresholds_C
         bins, need_C = self, np.full(len(self.low_C), claim)
         while True:
-            total_CB = np.zeros((len(need_C), _BINS + 1), np.int64)
-            for key, counted in count(bins):
-                total_CB[key // _BINS, key % _BINS] += counted
             from_here_CB = total_CB[:, ::-1].cumsum(axis=1)[:, ::-1]
             # The highest bin that the k-th largest can be in; the lowest where there are too few,
             # whose low end is `lowest`.
@@ -353,6 +361,7 @@ class Bins:
                 kind = np.int32 if self.highest.dtype.itemsize == 4 else np.int64
                 return np.asarray(low_C.astype(kind).view(self.highest.dtype))
             bins = replace(bins, low_C=low_C, shift=max(0, bins.shift - _DIGIT))
+            total_CB = bins.total(count(bins))
 
 
 def class_thresholds(found: Entries, classes: int, config: FilterConfig) -> FloatArray:
@@ -366,7 +375,8 @@ def class_thresholds(found: Entries, classes: int, config: FilterConfig) -> Floa
     below `negative_threshold` is raised to that.
     """
     bins = Bins.first(classes, config, found.probability_E.dtype)
-    return bins.thresholds(lambda now: [now.count(found)], found.images, config)
+    first_CB = bins.total([bins.count(found)])
+    return bins.thresholds(first_CB, lambda now: [now.count(found)], found.images, config)
 
 
 def _bits(values: FloatArray | np.floating[Any]) -> NDArray[np.int64]:

@@ -7,8 +7,9 @@ Shapes: N images, C classes.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,6 @@ from hts_ray.engine.run import Run, Stage
 from hts_ray.errors import DataError
 from hts_ray.labels.blocks import (
     PART_IMAGES,
-    Counts,
     Reading,
     count_bins,
     entries_of,
@@ -43,7 +43,7 @@ from hts_ray.labels.evidence import (
     wants_sample_prior,
 )
 from hts_ray.labels.passes import TeacherPass, chosen_passes, together
-from hts_ray.labels.select import REASONS, Bins, Selection, select
+from hts_ray.labels.select import REASONS, Bins, Counted, Selection, select
 from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray
 from hts_ray.store.run import StageFolder, settings_hash
@@ -93,22 +93,22 @@ def labels_so_far(one: TeacherPass, split: str | None) -> pa.Table:
     They are provisional: quantiles and a sample's prior move with every image that is added.
     Raises DataError when nothing of the split is there yet.
     """
-    found = gather([one], one.config, split, None, Here())
+    found, thresholds_C = gather([one], one.config, split, None, Here())
     class_ids = np.asarray(one.info["class_ids"], dtype=np.int16)
     kept = [table for part in found.parts for table in part]
-    return label_rows(one.config, class_ids, found.thresholds_C, *kept)[0]
+    return label_rows(one.config, class_ids, thresholds_C, *kept)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
     """What can matter of all images: the entries of blocks, by the file of labels they belong to.
 
-    `thresholds_C` are those of the classes, `images` counts what is filtered, `corrected` are the
-    ids that corrections decided about, and `combined` counts the passes.
+    `first_CB` is what the first round of thresholds counted, `images` counts what is filtered,
+    `corrected` are the ids that corrections decided about, and `combined` counts the passes.
     """
 
     parts: list[list[Kept]]
-    thresholds_C: FloatArray
+    first_CB: npt.NDArray[np.int64]
     images: int
     corrected: list[str]
     combined: dict[str, int]
@@ -120,31 +120,27 @@ def gather(
     split: str | None,
     overrides: pa.Table | None,
     blocks: Here,
-) -> Gathered:
-    """Look at every image once, and find the thresholds; raises as `image_evidence`.
+) -> tuple[Gathered, FloatArray]:
+    """Look at every image once, and find the thresholds (C,); raises as `image_evidence`.
 
     Several passes are made one in this process, image by class; a single one stays in its blocks.
     """
     class_ids = np.asarray(passes[0].info["class_ids"], dtype=np.int16)
     bins = Bins.first(len(class_ids), config, np.dtype(np.float32))
-    combined: dict[str, int] = {}
     if len(passes) == 1:
-        parts, told = _blocks_of_one(passes[0], config, split, bins, overrides, blocks)
+        found = _blocks_of_one(passes[0], config, split, bins, overrides, blocks)
     else:
         evidence, combined = together(passes, config, split)
         table, used = entry_rows(evidence, config, class_ids, overrides)
-        told = [{"images": len(table), "corrected": used, "bins": bins.count(entries_of(table))}]
         starts = range(0, len(table), PART_IMAGES)
         parts, blocks = [[table.slice(start, PART_IMAGES)] for start in starts], Here()
-    images = sum(one["images"] for one in told)
-    first = [one["bins"] for one in told]
+        first_CB = bins.total([bins.count(entries_of(table))])
+        found = Gathered(parts, first_CB, len(table), used, combined)
 
-    def count(now: Bins) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        return first if now is bins else blocks.map(count_bins, parts, now)
+    def count(now: Bins) -> Iterable[Counted]:
+        return blocks.map(count_bins, found.parts, now)
 
-    thresholds_C = bins.thresholds(count, images, config)
-    corrected = sorted(name for one in told for name in one["corrected"])
-    return Gathered(parts, thresholds_C, images, corrected, combined)
+    return found, bins.thresholds(found.first_CB, count, found.images, config)
 
 
 def _blocks_of_one(
@@ -154,30 +150,34 @@ def _blocks_of_one(
     bins: Bins,
     overrides: pa.Table | None,
     blocks: Here,
-) -> tuple[list[list[Kept]], list[Counts]]:
-    """Return what is kept of a pass's blocks, by part, and the counts of blocks with images."""
-    path = one.folder.path
+) -> Gathered:
+    """Return what is kept of a pass's blocks."""
+    path, sums = one.folder.path, None
     plan = plan_blocks(path, one.images)
     flat = [(part, files) for part, of_part in enumerate(plan) for files in of_part]
     calls = [(files,) for _, files in flat]
-    sums = None
     if wants_sample_prior(one.info, config):
-        sums = [
-            of_file for block in blocks.map(score_sums, calls, path, split) for of_file in block
-        ]
+        sums = itertools.chain.from_iterable(blocks.map(score_sums, calls, path, split))
     info = filter_info(path, config, split, sums)
     reading = Reading(path, info, config, split, bins, overrides)
     parts: list[list[Kept]] = [[] for _ in plan]
-    told = []
-    for (part, _), (kept, counts) in zip(
-        flat, blocks.keep(read_block, calls, reading), strict=True
-    ):
-        told.append(counts)
-        if counts["images"]:
-            parts[part].append(kept)
-    if not any(counts["images"] for counts in told):
-        refuse_nothing(path, config, split, set().union(*(one["kinds"] for one in told)))
-    return [part for part in parts if part], [counts for counts in told if counts["images"]]
+    images, kinds, used = 0, set[str](), list[str]()
+
+    def counted() -> Iterator[Counted]:
+        nonlocal images
+        looked = blocks.keep(read_block, calls, reading)
+        for (part, _), (kept, counts) in zip(flat, looked, strict=True):
+            kinds.update(counts["kinds"])
+            if counts["images"]:
+                parts[part].append(kept)
+                images += counts["images"]
+                used.extend(counts["corrected"])
+                yield counts["bins"]
+
+    first_CB = bins.total(counted())
+    if not images:
+        refuse_nothing(path, config, split, kinds)
+    return Gathered([part for part in parts if part], first_CB, images, used, {})
 
 
 def filter_regions(
@@ -198,12 +198,12 @@ def filter_regions(
     blocks = Here() if blocks is None else blocks
     class_ids = np.asarray(passes[0].info["class_ids"], dtype=np.int16)
     overrides = None if config.overrides is None else read_overrides(config.overrides)
-    found = gather(passes, config, split, overrides, blocks)
+    found, thresholds_C = gather(passes, config, split, overrides, blocks)
     if overrides is not None:
         require_used(overrides, len(found.corrected), found.images)
     storage.remove_tree(stage.path)  # what a run that was cut off left
     calls = [(stage.file(f"part-{n:05d}.parquet"), *part) for n, part in enumerate(found.parts)]
-    counts = total(blocks.map(write_part, calls, config, class_ids, found.thresholds_C))
+    counts = total(blocks.map(write_part, calls, config, class_ids, thresholds_C))
     figures = summary(counts)
     if figures["positives"] == 0:
         storage.remove_tree(stage.path)
@@ -251,7 +251,7 @@ def _write_info(
         "region_scores": passes[0].name,
         "combine": config.combine if found.combined else None,
         "split": split,
-        "corrected_ids": found.corrected,
+        "corrected_ids": sorted(found.corrected),
     }
     if found.combined:
         info["passes"] = [one.record() for one in passes]

@@ -157,7 +157,7 @@ def swept_images(
     alpha = FilterConfig().prior_alpha if read_info(path).get("prior_log_likelihoods") else 0.0
     fixed = FilterConfig(prior_alpha=alpha)
     one = TeacherPass(given_stage(path, TABLE), fixed)
-    found = gather([one], fixed, config.train.split, None, Here())
+    found, _ = gather([one], fixed, config.train.split, None, Here())
     tables = [table for part in found.parts for table in part]
     table = pa.concat_tables(tables).select(["image_id", "entries"]).sort_by("image_id")
     row_N = pc.index_in(table["image_id"], value_set=images["image_id"].combine_chunks()).to_numpy()
