@@ -31,7 +31,7 @@ from hts_ray.store.tables import (
 
 FEW_SHOT_LEVELS = (1, 5, 10)
 _ROWS = 4096  # rows that are taken at a time
-_HELD_BYTES = 1 << 30  # of scores and labels
+_HELD_BYTES = 1 << 29  # of scores and labels
 
 
 def evaluate_predictions(
@@ -150,7 +150,7 @@ def evaluate_scores(
 def evaluate_stored(path: str, annotations: Annotations) -> metrics.Evaluation:
     """Evaluate a predictions table as `evaluate_scores` does, some classes after the other.
 
-    The table is read once for as many classes as fit into 1 GiB. Raises as `read_predictions`.
+    The table is read once for as many classes as fit into 512 MiB. Raises as `read_predictions`.
     """
     columns_C = _score_columns(path, annotations.class_table)
     ids = read_table(path, ["image_id"])
