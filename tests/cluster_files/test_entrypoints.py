@@ -117,7 +117,8 @@ def test_an_unknown_setting_would_be_noticed(prepared, capsys):
 def test_a_pipeline_uses_all_gpus_of_its_file(name, gpus, prepared, capsys):
     """Would catch GPUs that are paid for and have nothing to do, or workers that wait for ever."""
     first = check.load(TEXTS[name])[0]
-    nodes = first.get("max_workers")
+    types = first.get("available_node_types", {})
+    nodes = types.get("gpu", {}).get("max_workers", first.get("max_workers"))
     if nodes is None:
         nodes = first["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"]
     assert nodes == gpus
