@@ -7,9 +7,9 @@ JPEG files lie in a bucket alone and in tar shards. Batches of `label.batch_imag
 decoded by the function that the teacher's and the students' decoding tasks call, in this process,
 loose files and shards in turn. Of the shards every image is read, of the loose files as many as
 `--loose`. **Resume**: a stage's folder holds `--files` committed blocks of 16 rows, with their
-checkpoint. What a command does with it before any work starts is timed: finding the committed
-blocks and counting their rows by their footers. On S3 the blocks are found only, and list requests
-are counted.
+checkpoint. What a command does with it before any work starts is timed: finding the commits and
+counting their rows by their footers. On S3 the commits are found only, and list requests are
+counted; Ray lists the checkpoint once more for itself.
 
 The table goes to stdout, the numbers with hardware, versions, settings and date to
 benchmarks/results/shards.json.
@@ -41,7 +41,7 @@ from servers import BUCKET, s3_server  # type: ignore[import-not-found]
 from hts_ray.config import LabelConfig, PrepareConfig
 from hts_ray.engine.compaction import BLOCKS, CHECKPOINT
 from hts_ray.engine.decoding import decode_batch
-from hts_ray.engine.image_pass import committed_files, committed_rows
+from hts_ray.engine.image_pass import committed_names, committed_rows
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
@@ -164,14 +164,13 @@ def measure_resume(files: int, folder: str, log: Path) -> list[dict[str, Any]]:
         upload(partial(commit, stage), files)
         lists = len(listings(log))
         started = time.monotonic()
-        count = (
-            committed_rows(stage) if place == "disk" else BLOCK_ROWS * len(committed_files(stage))
-        )
+        disk = place == "disk"
+        count = committed_rows(stage) if disk else BLOCK_ROWS * len(committed_names(stage))
         seconds = time.monotonic() - started
         assert count == files * BLOCK_ROWS
-        asked = len(listings(log)) - lists if place == "S3" else None
+        asked = None if disk else len(listings(log)) - lists
         rows.append({"place": place, "files": files, "seconds": seconds, "lists": asked,
-                     "counted": place == "disk"})  # fmt: skip
+                     "counted": disk})  # fmt: skip
     return rows
 
 
@@ -184,7 +183,8 @@ def commit(stage: StageFolder, number: int) -> None:
     """Write a block as a worker of Ray's does: the rows, and their ids in the checkpoint."""
     name = f"write_{number:06d}"
     ids = pa.table({"image_id": [f"{number}-{row}" for row in range(BLOCK_ROWS)]})
-    write_table(stage.file(BLOCKS, f"{name}-0.parquet"), ids)
+    if not storage.is_remote(stage.path):  # where blocks are not looked at
+        write_table(stage.file(BLOCKS, f"{name}-0.parquet"), ids)
     write_table(stage.file(CHECKPOINT, f"{name}.parquet"), ids)
 
 

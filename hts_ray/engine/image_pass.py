@@ -36,46 +36,49 @@ QUARANTINED = "quarantined"
 
 def committed_names(stage: StageFolder) -> set[str]:
     """Return the names, without suffix, under which Ray's checkpoint has committed writes."""
-    return _written(stage)[1]
-
-
-def committed_files(stage: StageFolder, prefix: str = "") -> list[str]:
-    """Return the paths of the rows that count: of a finished stage all, else what is committed.
-
-    `prefix` is how the names of the commits begin that count. Lists the folder once.
-    """
-    data, committed = _written(stage)
-    chosen = {name for name in committed if name.startswith(prefix)}
-    return [stage.file(path) for path, write in data.items() if write in chosen]
+    return committed_writes(storage.list_names(stage.file(CHECKPOINT)))
 
 
 def committed_rows(stage: StageFolder, prefix: str = "") -> int:
-    """Return how many rows `committed_files` have, by their footers."""
-    return count_rows(committed_files(stage, prefix))
+    """Return how many rows an unfinished stage has committed; lists its checkpoint and no more.
+
+    `prefix` is how the names of the commits begin that count.
+    """
+    names = sorted(name for name in committed_names(stage) if name.startswith(prefix))
+    return count_rows([stage.file(CHECKPOINT, f"{name}.parquet") for name in names])
 
 
-def remove_uncommitted(stage: StageFolder) -> None:
-    """Remove data whose write was not committed: a worker may outlive a killed driver."""
-    data, committed = _written(stage)
-    for path, write in data.items():
-        if write not in committed:
-            storage.delete_file(stage.file(path))
+def committed_files(stage: StageFolder) -> list[str]:
+    """Return the paths of the rows that count: of a finished stage all, else what is committed."""
+    return [stage.file(path) for path in _written(stage)[0]]
 
 
-def _written(stage: StageFolder) -> tuple[dict[str, str], set[str]]:
-    """Return the writes by the paths of their files, and the writes that are committed.
+def remove_uncommitted(stage: StageFolder) -> list[str]:
+    """Remove data whose write was not committed, and return the paths of the rest.
+
+    A worker may outlive a killed driver.
+    """
+    kept, others = _written(stage)
+    for path in others:
+        storage.delete_file(stage.file(path))
+    return [stage.file(path) for path in kept]
+
+
+def _written(stage: StageFolder) -> tuple[list[str], list[str]]:
+    """Return the paths of data that counts, and of data that does not, from one listing.
 
     Files of blocks are in BLOCKS; where an older version wrote, and in a finished stage's folder,
-    they lie in the folder itself.
+    they lie in the folder itself. Everything counts in a finished stage, and what this process
+    has written, without Ray.
     """
     names = storage.walk(stage.path)
-    folders = {"", BLOCKS}
-    data = {n: n for n in names if n.endswith(".parquet") and n.rpartition("/")[0] in folders}
-    data = {path: written_by(path.rpartition("/")[2]) for path in data}
-    if STATS_FILE in names:
-        return data, set(data.values())
+    data = [n for n in names if n.endswith(".parquet") and n.rpartition("/")[0] in {"", BLOCKS}]
     ids = [n.removeprefix(f"{CHECKPOINT}/") for n in names if n.startswith(f"{CHECKPOINT}/")]
-    return data, committed_writes(ids)
+    if STATS_FILE in names or not (ids or any(path.startswith(BLOCKS) for path in data)):
+        return data, []
+    committed = committed_writes(ids)
+    kept = [path for path in data if written_by(path.rpartition("/")[2]) in committed]
+    return kept, sorted({*data} - {*kept})
 
 
 def finish(
@@ -98,10 +101,7 @@ def finish(
     `more_stats`. Raises DataError when no image could be used; the folder is emptied then, so that
     a rerun tries the images anew.
     """
-    data, committed = _written(stage)
-    if committed:
-        remove_uncommitted(stage)
-        data = {path: write for path, write in data.items() if write in committed}
+    files = remove_uncommitted(stage)
     ids = read_table(stage.path, ["image_id"])["image_id"]
     _require_exactly_once(ids, expected_ids, stage.path)
     rows = len(ids)
@@ -125,13 +125,13 @@ def finish(
         storage.write_json(stage.file("table.json"), dict(table_info))
     publish(
         stage,
-        [stage.file(path) for path in data],
+        files,
         {
             "rows_in": len(expected_ids),
             "rows_out": rows - len(bad),
             "quarantined": len(bad),
             "quarantined_by_kind": dict(kinds),
-            "blocks": len(data),
+            "blocks": len(files),
             "seconds": seconds,
             "rows_per_second": rows / max(seconds, 1e-9),
             **(more_stats or {}),

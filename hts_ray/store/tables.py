@@ -225,12 +225,31 @@ def count_rows(files: list[str]) -> int:
 
     Raises DataError when a file is damaged or not Parquet.
     """
+    with _readable_files(files):
+        return int(_dataset_of(files).count_rows()) if files else 0
+
+
+def read_files(files: list[str], columns: list[str]) -> pa.Table:
+    """Return some columns of Parquet files of one store, in their order; text where there are none.
+
+    Raises as `count_rows`.
+    """
     if not files:
-        return 0
+        return pa.schema([(name, pa.string()) for name in columns]).empty_table()
+    with _readable_files(files):
+        return _dataset_of(files).to_table(columns=columns)
+
+
+def _dataset_of(files: list[str]) -> pads.Dataset:
     filesystem, _ = storage.resolve(files[0])
     inner = [storage.resolve(file)[1] for file in files]
+    return pads.dataset(inner, format="parquet", filesystem=filesystem)
+
+
+@contextmanager
+def _readable_files(files: list[str]) -> Iterator[None]:
     try:
-        return int(pads.dataset(inner, format="parquet", filesystem=filesystem).count_rows())
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{files[0]} or a file beside it is no Parquet: {error}") from error
 

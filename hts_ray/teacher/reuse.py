@@ -20,7 +20,7 @@ from hts_ray.errors import DataError
 from hts_ray.images.manifest import IMAGE_COLUMNS, Manifest, open_manifest
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, settings_hash, stage_folders
-from hts_ray.store.tables import read_table, write_table
+from hts_ray.store.tables import read_files, read_table, write_table
 from hts_ray.teacher.assignment import TABLE_INFO, Assignment, asked_words, region_sources
 
 TAKEN = "taken-"  # how the names of commits begin that come from another pass
@@ -41,10 +41,11 @@ def take_over(
         "images": manifest.fingerprint,
     }
     storage.write_json(stage.file(_ASKED), asked)
-    wanted = _stamped(manifest).filter(pc.field("image_id").isin(ids))
-    for file in committed_files(stage):
-        wanted = _without(wanted, read_table(file, ["image_id"]))
-    for source, images in _earlier(stage, asked["asked"], manifest) if len(wanted) else ():
+    wanted: pa.Table | None = None
+    for source, images in _earlier(stage, asked["asked"], manifest):
+        if wanted is None:
+            wanted = _stamped(manifest).filter(pc.field("image_id").isin(ids))
+            wanted = _without(wanted, read_files(committed_files(stage), ["image_id"]))
         same = wanted.filter(pc.is_in(_keys(wanted), _keys(images)))
         for file in committed_files(source) if len(same) else ():
             rows = read_table(file)

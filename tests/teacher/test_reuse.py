@@ -17,7 +17,7 @@ from hts_ray.images.manifest import Manifest, open_manifest
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
-from hts_ray.store.tables import REGION_SCORES_SCHEMA, read_table
+from hts_ray.store.tables import REGION_SCORES_SCHEMA, read_files, read_table
 from hts_ray.teacher.assignment import Assignment
 from hts_ray.teacher.reuse import TAKEN, _commit, take_over
 from hts_ray.teacher.stage import label_images
@@ -65,10 +65,8 @@ def answer(stage: StageFolder, manifest: Manifest, bad: str = "") -> None:
 
 
 def taken(stage: StageFolder) -> list[str]:
-    files = committed_files(stage, TAKEN)
-    return sorted(
-        i for file in files for i in read_table(file, ["image_id"])["image_id"].to_pylist()
-    )
+    files = [file for file in committed_files(stage) if f"/{TAKEN}" in file]
+    return sorted(read_files(files, ["image_id"])["image_id"].to_pylist())
 
 
 def test_unchanged_images_keep_their_answers(photos: Path) -> None:
