@@ -435,6 +435,7 @@ def _placings(config: HtsConfig) -> Iterator[tuple[str, NodesConfig]]:
     yield "train.nodes", config.train.nodes
     yield "prepare.nodes", config.prepare.nodes
     yield "filter.nodes", config.filter.nodes
+    yield "filter.nodes", config.filter.nodes
 
 
 def _takes(nodes: NodesConfig, group: Document) -> bool:
