@@ -11,6 +11,7 @@ from report_pages import Page
 
 from hts_ray import report
 from hts_ray.cli.runs import report as command
+from hts_ray.engine.compaction import BLOCKS
 from hts_ray.store import storage, tables
 from hts_ray.store.run import StageFolder
 
@@ -114,7 +115,8 @@ def test_a_pass_that_runs_is_told_with_its_count(run_dir):
     """Catches a report of yesterday's labels that does not say that a pass is on its way."""
     assert not any("in progress" in line for line in report.report_for_run(run_dir).intro)
     rows = StageFolder(run_dir, "region_scores", "abc").read().slice(0, 2)
-    tables.write_table(StageFolder(run_dir, "region_scores", "new").file("part-9.parquet"), rows)
+    running = StageFolder(run_dir, "region_scores", "new")
+    tables.write_table(running.file(BLOCKS, "part-9.parquet"), rows)
     told = report.report_for_run(run_dir).intro[0]
     assert re.match(r"hts label is in progress.*: 2 of \d images are written.* UTC", told)
     assert told.endswith("shows the stages that are finished.")
@@ -124,7 +126,11 @@ def test_a_first_pass_shows_its_labels_so_far(run_dir):
     """Catches hours without a look at the labels, and old labels that hide the new ones."""
     whole = [item.image_id for item in report.report_for_run(run_dir).gallery]
     storage.remove_tree(f"{run_dir}/pseudo_labels-abc")
-    storage.delete_file(f"{run_dir}/region_scores-abc/stats.json")
+    running = Path(run_dir, "region_scores-abc")
+    (running / "stats.json").unlink()
+    (running / BLOCKS).mkdir()
+    for file in running.glob("*.parquet"):
+        file.rename(running / BLOCKS / file.name)
     data = report.report_for_run(run_dir)
     assert data.intro[0].endswith("those so far; they may still change.")
     assert {item.image_id for item in data.gallery} == set(whole)
