@@ -85,6 +85,10 @@ class Blocks:
             counts = json.loads((table.schema.metadata or {}).get(b"counts", b"{}"))
             yield Seen(table, Counter(counts))
 
+    def remove(self) -> None:
+        """Remove the folder."""
+        storage.remove_tree(self.folder)
+
     def _length(self, number: int) -> int:
         return min(self.block, self.rows - number * self.block)
 

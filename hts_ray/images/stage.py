@@ -49,8 +49,16 @@ class PreparePlan:
         looked at. `spread` does the blocks of a large one. Raises DataError when no image is
         usable.
         """
-        stage, counts = (self._in_blocks if self.large else self._here)(run_dir, progress, spread)
+        if self.large:
+            blocks = self._blocks(run_dir)
+            blocks.finish(spread, progress)
+            stage, counts = self._of_blocks(run_dir, blocks)
+        else:
+            blocks = None
+            stage, counts = self._here(run_dir, progress)
         if not counts["usable"]:
+            if blocks is not None:
+                blocks.remove()  # the next run is to look again
             told = ", ".join(f"{name} {value}" for name, value in counts.items() if value)
             remedy = f": {HEIC_REMEDY}" if counts.get("needs_heic") else ""
             raise DataError(f"no usable image under {self.root}: {told or 'it is empty'}{remedy}")
@@ -64,10 +72,12 @@ class PreparePlan:
                 "root": storage.absolute(self.root) if there else self.root,
             }
         )
+        if blocks is not None:
+            blocks.remove()
         return stage
 
     def _here(
-        self, run_dir: str, progress: ImagesDone | None, _: Spread
+        self, run_dir: str, progress: ImagesDone | None
     ) -> tuple[StageFolder, dict[str, int]]:
         config, stamps = self.config, self.found.shard_stamps
         prepared = inspect_images(
@@ -83,15 +93,16 @@ class PreparePlan:
             write_table(stage.file("quarantine", "part-0.parquet"), prepared.quarantine)
         return stage, prepared.counts
 
-    def _in_blocks(
-        self, run_dir: str, progress: ImagesDone | None, spread: Spread
-    ) -> tuple[StageFolder, dict[str, int]]:
+    def _blocks(self, run_dir: str) -> Blocks:
         config, found = self.config, self.found
         settings = [config.answer_settings(), self.source, storage.absolute(self.root)]
         work = settings_hash(*settings, content_hash(found.listed))
         folder = storage.join(storage.absolute(run_dir), f"_prepare-{work}")
-        blocks = Blocks.of(found, folder, workers=config.workers, headers=config.headers)
-        blocks.finish(spread, progress)
+        return Blocks.of(found, folder, workers=config.workers, headers=config.headers)
+
+    def _of_blocks(self, run_dir: str, blocks: Blocks) -> tuple[StageFolder, dict[str, int]]:
+        """Write what the blocks have seen, hashed first: the hash names the folder."""
+        found = self.found
         counts = Counter(found.counts)
         manifest = ContentHash(MANIFEST_SCHEMA.empty_table())
         stamps = ContentHash(found.shard_stamps)
@@ -112,7 +123,6 @@ class PreparePlan:
                     manifests.write(part.manifest)
                     stamp_parts.write(part.stamps)
                     quarantine.write(part.quarantine)
-        storage.remove_tree(folder)
         return stage, dict(counts)
 
 

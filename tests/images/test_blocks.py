@@ -109,6 +109,11 @@ def test_a_prepare_that_was_cut_off_goes_on(tmp_path, photos, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         plan(LARGE, "folder", photos / "loose").write(run, None, spread)
     monkeypatch.undo()
+    # And before the manifest is published.
+    monkeypatch.setattr(StageFolder, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        plan(LARGE, "folder", photos / "loose").write(run, None, spread)
+    monkeypatch.undo()
     stage = plan(LARGE, "folder", photos / "loose").write(run, None, spread)
     assert everything(stage) == everything(whole.write(str(tmp_path / "small")))
     assert looked == [0, 1, 2, 3]
@@ -152,6 +157,7 @@ def test_nothing_usable_is_told_as_of_few(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"no usable image.*not_an_image 1"):
         plan(LARGE, "folder", tmp_path).write(str(tmp_path / "run"))
+    assert not any("_prepare" in name for name in storage.list_names(str(tmp_path / "run")))
 
 
 def test_a_manifest_of_part_files_is_read_as_one(tmp_path):
