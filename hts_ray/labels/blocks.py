@@ -37,6 +37,7 @@ from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, write_table
 # What one call reads at most, about: bytes of stored scores, and images where they are small.
 _BLOCK_BYTES, _BLOCK_IMAGES = 128 << 20, 1 << 15
 PART_IMAGES = 1 << 18  # about what one file of labels holds: tens of MB
+_PART_ENTRIES = 1 << 24  # of which a call holds some copies: at most 1 GB
 _ENTRY = ("column", "probability", "support", "decided")
 Counts = dict[str, Any]
 
@@ -62,14 +63,21 @@ class Reading:
 
 
 def plan_blocks(
-    path: str, images: int, *, block_bytes: int = _BLOCK_BYTES, part_images: int = PART_IMAGES
+    path: str,
+    images: int,
+    entries: int = 0,
+    *,
+    block_bytes: int = _BLOCK_BYTES,
+    part_images: int = PART_IMAGES,
 ) -> list[list[list[str]]]:
     """Return the files of a pass as parts, each of some blocks; a part becomes a file of labels.
 
-    A part has the score files of about `part_images` of its `images`, a block those of
-    `block_bytes`. What a part holds does not depend on the size of the blocks.
+    A part has the score files of about `part_images` of its `images`, or of fewer where an image
+    has so many `entries` (0: few), a block those of `block_bytes`. What a part holds does not
+    depend on the size of the blocks.
     """
     files = region_files(path)
+    part_images = min(part_images, _PART_ENTRIES // entries) if entries else part_images
     per_image = sum(files.values()) / images if images else np.inf
     part_bytes, at_most = per_image * part_images, min(block_bytes, per_image * _BLOCK_IMAGES)
     parts: list[list[list[str]]] = []

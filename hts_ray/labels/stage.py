@@ -153,7 +153,8 @@ def _blocks_of_one(
 ) -> Gathered:
     """Return what is kept of a pass's blocks."""
     path, sums = one.folder.path, None
-    plan = plan_blocks(path, one.images)
+    every = 0 if config.negative_threshold else len(one.info["class_ids"])
+    plan = plan_blocks(path, one.images, every)
     flat = [(part, files) for part, of_part in enumerate(plan) for files in of_part]
     calls = [(files,) for _, files in flat]
     if wants_sample_prior(one.info, config):

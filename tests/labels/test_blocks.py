@@ -174,6 +174,7 @@ def test_a_part_does_not_depend_on_the_blocks(folder):
     assert files == sorted(files)
     assert len(files) == FILES
     assert len(plan_blocks(folder.path, 0)) == 1
+    assert len(plan_blocks(folder.path, IMAGES, 1 << 19)) == 3  # 32 images a part
 
 
 @pytest.mark.usefixtures("ray_session")
