@@ -88,6 +88,7 @@ constraints: install
 benchmarks: install
 	$(BIN)/python benchmarks/metrics_speed.py
 	$(BIN)/python benchmarks/trie_speed.py
+	$(BIN)/python benchmarks/preparation.py
 	$(BIN)/python benchmarks/scoring_memory.py
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/caption_matching.py

@@ -400,6 +400,26 @@ def _trie_speed(report: Json) -> Iterator[Grid]:
     yield grid(columns, report["rows"])
 
 
+def _preparation(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("processor", "processor"),
+        Column("images", "image"),
+        Column("preparing, ms a region", "prepare_ms", number(1)),
+        Column("model, ms a region", "model_ms", number(1)),
+        Column("in turn, regions/s", "in_turn", number(1)),
+        Column("beside, regions/s", "beside", number(1)),
+        Column("beside / in turn", "beside_over_in_turn", number()),
+        Column("share of what is possible", "share_of_possible", number()),
+    ]
+    yield grid(columns, report["rows"])
+    sent = [
+        Column("pixels of 16 images, MB", "images_mb", number(0)),
+        Column("sent to the device for 224 regions, MB", "sent_mb", number(0)),
+        Column("ratio", "ratio", number()),
+    ]
+    yield grid(sent, [report["sent"]])
+
+
 def _scoring_memory(report: Json) -> Iterator[Grid]:
     columns = [
         Column("regions", "regions"),
@@ -585,6 +605,7 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "shards": ("Shards beside loose files, and many files", _shards),
     "node_loss": ("A node that dies", _node_loss),
     "trie_speed": ("Prompts by trie", _trie_speed),
+    "preparation": ("A chat model's processor beside the model", _preparation),
     "scoring_memory": ("Memory of scoring", _scoring_memory),
     "search": ("Search for the best classes", _search),
     "gpu": ("On a GPU", _gpu),

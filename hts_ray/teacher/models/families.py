@@ -241,10 +241,10 @@ def _questions(loaded: Loaded, family: Family) -> Questions:
 
     if family.vision is None:
         encode = ended(behind(tokenizer, front, before[len(front) :]))
-        return SplitQuestions(_processed(loaded, front), family.decoder, answers, encode)
+        return SplitQuestions(processed(loaded, front), family.decoder, answers, encode)
 
     def process(image: Pixels, phrase: str) -> dict[str, Tensor]:
-        return next(iter(_processed(loaded, f"{before}{phrase}{after}")([image])))
+        return next(iter(processed(loaded, f"{before}{phrase}{after}")([image])))
 
     encode = ended(behind(tokenizer), before)
     return WholeQuestions(process, family.vision, family.decoder, answers, encode)
@@ -395,7 +395,7 @@ def _first_set(model: Any, tokenizer: Any, *names: str) -> int | None:
     return None
 
 
-def _processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], RegionInputs]:
+def processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], RegionInputs]:
     """Return what makes a model's inputs of images and one text."""
     from PIL import Image
     from torchvision.transforms.v2 import InterpolationMode, functional
@@ -452,7 +452,7 @@ def _prefix_family(
         by_trie=tree and tree_obstacle(language) is None,
         prompt_batch=loaded.config.prompt_batch,
     )
-    return Family(decoder, tokenizer, _processed(loaded, text), encode)
+    return Family(decoder, tokenizer, processed(loaded, text), encode)
 
 
 def chat_of(loaded: Loaded) -> Callable[[str], tuple[str, str]]:
@@ -537,7 +537,7 @@ def _qformer(loaded: Loaded, words: str, frame: str, *, reads_question: bool) ->
         by_trie=False,  # T5's position bias counts from the cache
         prompt_batch=loaded.config.prompt_batch,
     )
-    family = Family(decoder, tokenizer, _processed(loaded, words), behind(tokenizer))
+    family = Family(decoder, tokenizer, processed(loaded, words), behind(tokenizer))
     return replace(family, frame=frame.format, vision=model.vision_model)
 
 
@@ -571,7 +571,7 @@ def _florence(loaded: Loaded) -> Family:
         positions=_positions(text),
     )
     words = loaded.config.instruction or "<CAPTION>"
-    return Family(decoder, tokenizer, _processed(loaded, words), behind(tokenizer))
+    return Family(decoder, tokenizer, processed(loaded, words), behind(tokenizer))
 
 
 def _unknown(loaded: Loaded, kind: type[PrefixDecoder], tree: bool) -> Family:

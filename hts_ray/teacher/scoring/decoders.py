@@ -30,6 +30,8 @@ from hts_ray.teacher.scoring.trie import PromptTrie, TokenIds, edge_log_probs, s
 
 # Lists of prompts whose tries are kept.
 _KEPT = 4
+# Regions in a group on a GPU that are prepared while others are scored: it waits for the first group.
+_BESIDE = 16
 
 
 def capture_hidden(head: nn.Module, call: Callable[[], Any]) -> tuple[Tensor, Any]:
@@ -232,6 +234,8 @@ class Decoder(ABC):
         No group has more than `limit` regions. `nodes` are the tokens fed behind each, those of
         scoring if not given. Every group can be given to `encode`.
         """
+        if limit is None and not isinstance(images, Tensor) and self.model.device.type == "cuda":
+            limit = _BESIDE
         group: list[Any] = []
         used = 0
         for image in images:
