@@ -41,5 +41,9 @@ def teachers() -> None:
         ["builtin:world_captioner", "prompts, captions", "the demo's drawn world"],
         ["builtin:dummy", "prompts, captions, questions", "nothing: random numbers"],
         ["import:MODULE:CLASS", "its own", "hts_ray/teacher/contract.py"],
+        *(
+            [f"label.teacher.engine={engine}", "captions, questions", missing_extra(engine) or what]
+            for engine, what in (("vllm", "a chat model and GPUs"), ("openai", "an endpoint"))
+        ),
     ]
     print_rows("built in", ["family or name", "modes", "needs"], [*families, *own], text_columns=3)

@@ -585,6 +585,13 @@ def _unknown(loaded: Loaded, kind: type[PrefixDecoder], tree: bool) -> Family:
 
 # How a family of which nothing is known may be fed, the fastest first.
 _WAYS = ((PrefixDecoder, True), (PrefixDecoder, False), (CountingDecoder, False))
+_CHAT: dict[str, type[PrefixDecoder]] = {
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision", "smolvlm"), PrefixDecoder),
+    **dict.fromkeys(("idefics3", "internvl", "mistral3", "gemma3"), PrefixDecoder),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), QwenDecoder),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), QwenDecoder),
+    "mllama": MllamaDecoder,
+}
 _BUILDERS: dict[str, Callable[[Loaded], Family]] = {
     "blip": _blip,
     "git": _git,
@@ -596,21 +603,7 @@ _BUILDERS: dict[str, Callable[[Loaded], Family]] = {
         loaded, "A short image description:", "{}", reads_question=True
     ),
     "paligemma": _paligemma,
-    "llava": lambda loaded: _chat(loaded, PrefixDecoder),
-    "llava_onevision": lambda loaded: _chat(loaded, PrefixDecoder),
-    "smolvlm": lambda loaded: _chat(loaded, PrefixDecoder),
-    "idefics3": lambda loaded: _chat(loaded, PrefixDecoder),
-    "qwen2_vl": lambda loaded: _chat(loaded, QwenDecoder),
-    "qwen2_5_vl": lambda loaded: _chat(loaded, QwenDecoder),
-    "qwen3_vl": lambda loaded: _chat(loaded, QwenDecoder),
-    "qwen3_vl_moe": lambda loaded: _chat(loaded, QwenDecoder),
-    "qwen3_5": lambda loaded: _chat(loaded, QwenDecoder),
-    "qwen3_5_moe": lambda loaded: _chat(loaded, QwenDecoder),
-    "mllama": lambda loaded: _chat(loaded, MllamaDecoder),
-    "llava_next": lambda loaded: _chat(loaded, PrefixDecoder),
-    "internvl": lambda loaded: _chat(loaded, PrefixDecoder),
-    "mistral3": lambda loaded: _chat(loaded, PrefixDecoder),
-    "gemma3": lambda loaded: _chat(loaded, PrefixDecoder),
     "florence2": _florence,
     "kosmos-2": _kosmos,
+    **{family: partial(_chat, kind=kind) for family, kind in _CHAT.items()},
 }

@@ -30,7 +30,7 @@ from hts_ray.teacher.scoring.trie import PromptTrie, TokenIds, edge_log_probs, s
 
 # Lists of prompts whose tries are kept.
 _KEPT = 4
-# Regions in a group on a GPU that are prepared while others are scored: it waits for the first group.
+# Regions in a group on a GPU where others are prepared meanwhile: it waits for the first group.
 _BESIDE = 16
 
 
