@@ -4,8 +4,8 @@ The processors of Qwen2.5-VL and SmolVLM2, as their checkpoints have them, prepa
 few images in the default grid (14 each), 64 to a slice, for a model that sleeps as long as a GPU
 would compute: two operations a parameter and token, of the picture and of 400 nodes of prompts, at
 4e14 a second. In turn prepares a group of 16 regions, sleeps, and so on; beside is what a teacher
-does. The two alternate; medians of the rounds. What is possible is the longer of preparing alone (in turn,
-without the sleep) and sleeping alone.
+does. The two alternate; medians of the rounds. What is possible is the longer of preparing alone
+(in turn, without the sleep) and sleeping alone.
 
     python benchmarks/preparation.py
 """
