@@ -574,6 +574,14 @@ class TrainConfig(Section):
         " share of the node's cores as threads",
     )
     nodes: NodesConfig = execution(NodesConfig(), "that the workers run on; without fallbacks")
+    images_kept: Literal["auto", "pixels", "bytes", "none"] = execution(
+        "auto",
+        "what stays in the object store between epochs: decoded images, their files, or nothing;"
+        " auto: the first that fits into a third of it",
+    )
+    decode_tasks: int | None = execution(
+        None, "images decoded at the same time for each worker; null: free CPUs", ge=1
+    )
     features: FeaturesConfig = execution(FeaturesConfig(), "for trainable=head")
     gradient_checkpointing: bool = execution(False, "less memory: compute activations twice")
     compile: bool = execution(False, "torch.compile the image tower")

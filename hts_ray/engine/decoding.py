@@ -31,7 +31,7 @@ DECODED_FIELDS = (
     pa.field("error_kind", pa.string()),
     pa.field("error", pa.string()),
 )
-_READ_THREADS = 4  # a task's reads overlap; storage is mostly waited for
+READ_THREADS = 4  # a task's reads overlap; storage is mostly waited for
 
 
 def decode_batch(
@@ -42,6 +42,7 @@ def decode_batch(
     retries: int = storage.RETRIES,
     attempts: Log | None = None,
     meter: Meter | None = None,
+    reader: Reader | None = None,
 ) -> pa.Table:
     """Add the decoded pixels of each row's `uri`, or the reason why there are none.
 
@@ -50,11 +51,11 @@ def decode_batch(
     `square` squashes the pixels to `square` x `square`, which is all that a student looks at.
     Storage that fails is asked again up to `retries` times. With a log of `attempts`, a batch that
     has killed its worker is decoded in another process. A `meter` counts the reads that were tried
-    again. Raises DataError when the storage fails and not an image, see
-    `hts_ray.images.retry.read_patiently`.
+    again. A `reader` stands in for the storage. Raises DataError when the storage fails and not an
+    image, see `hts_ray.images.retry.read_patiently`.
     """
     uris = table["uri"].to_pylist()
-    reader = Reader(retries, meter)
+    reader = reader or Reader(retries, meter)
     work = partial(_decode_row, images=images, square=square, reader=reader)
     ids = [f"decode {image_id}" for image_id in table["image_id"].to_pylist()] if attempts else []
     if attempts is not None and attempts.begin(ids) is not None:
@@ -62,7 +63,7 @@ def decode_batch(
         rows = each_in_a_process(work, uris, lambda _: died)
     else:
         reader.read_ahead(filter(None, uris))
-        with ThreadPoolExecutor(min(_READ_THREADS, max(1, len(uris)))) as threads:
+        with ThreadPoolExecutor(min(READ_THREADS, max(1, len(uris)))) as threads:
             rows = list(threads.map(work, uris))
     if attempts is not None:
         attempts.end(ids)

@@ -49,9 +49,12 @@ _context_lock = threading.RLock()
 
 
 @contextmanager
-def data_context(checkpoint_path: str | None = None, *, keep_order: bool = False) -> Iterator[None]:
+def data_context(
+    checkpoint_path: str | None = None, *, keep_order: bool = False, block_bytes: int | None = None
+) -> Iterator[None]:
     """Set Ray Data up for one pipeline: resume from `checkpoint_path`, no progress bars.
 
+    `keep_order` has blocks come out in order, and `block_bytes` is a size other than Ray's.
     A user's mistake that a worker finds is raised here as it was there, without Ray's wrapping.
     Ray's context belongs to the process, so blocks in several threads wait for each other; a
     dataset keeps the context that it was made under.
@@ -74,6 +77,9 @@ def data_context(checkpoint_path: str | None = None, *, keep_order: bool = False
             _changed(context, "checkpoint_config", checkpoint),
             _changed(context, "enable_progress_bars", False),
             _changed(context, "execution_no_progress_timeout_s", _NO_PROGRESS_SECONDS),
+            _changed(
+                context, "target_max_block_size", block_bytes or context.target_max_block_size
+            ),
             _changed(context.execution_options, "preserve_order", keep_order),
         ):
             yield

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 
 from hts_ray.config import OPEN_CLIP, HtsConfig, NodesConfig, PoolConfig, RayConfig
 from hts_ray.engine.clip import LOCAL
@@ -22,6 +23,7 @@ from hts_ray.engine.compat import autoscaler_status
 from hts_ray.errors import ConfigError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
+from hts_ray.store.tables import stream
 
 # Tasks that must find a CPU while all actors of a pool hold theirs: reading, decoding, and the
 # filter of a resumed run. Without them Ray waits for ever.
@@ -364,12 +366,12 @@ def check_joined(
     paths: Iterable[tuple[str, str]] = (),
     *,
     manifest: Manifest | None = None,
-    labels: pa.Table | None = None,
+    labels: pads.Dataset | None = None,
 ) -> list[str]:
     """Check the cluster that this process has joined for a command; returns notes for the user.
 
     `paths` are (field, path) that come from elsewhere than the settings; the images of `manifest`
-    and of `labels` (a table with `uri`) are looked at too. Raises ConfigError for what would fail
+    and of `labels` (rows with `uri`) are looked at too. Raises ConfigError for what would fail
     late or wait for ever.
     """
     cluster = joined_cluster(config.ray)
@@ -379,5 +381,6 @@ def check_joined(
         check_paths(cluster, shared, [("manifest", manifest.path)])
         check_uris(cluster, shared, manifest.images["uri"], manifest.path)
     if labels is not None and cluster.several_hosts:
-        check_uris(cluster, shared, labels["uri"], "the labels")
+        for piece in stream(labels, ["uri"]):
+            check_uris(cluster, shared, piece["uri"], "the labels")
     return check_room(cluster, demands(config, command))

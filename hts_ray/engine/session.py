@@ -22,7 +22,7 @@ from hts_ray.errors import ConfigError, UserError
 from hts_ray.images.manifest import Manifest
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pyarrow.dataset as pads
 
 # The newer Parquet reader starts 32 actors that read footers, however small the input. A
 # manifest is one file: the older reader saves these processes, and where the newer one is asked
@@ -130,7 +130,7 @@ def command_cluster(
     *,
     manifest: Manifest | None = None,
     paths: Sequence[tuple[str, str]] = (),
-    labels: pa.Table | None = None,
+    labels: pads.Dataset | None = None,
 ) -> Iterator[None]:
     """Join or start Ray for a command of `hts`, and refuse a cluster that could never run it.
 

@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.dataset as pads
 import yaml
 
 from hts_ray.config import HtsConfig, load_config, override
@@ -47,7 +47,7 @@ from hts_ray.stages.checks import check_later
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
-from hts_ray.student.targets import center_rows, training_labels, validation_rows
+from hts_ray.student.targets import center_rows, label_source, validation_rows
 from hts_ray.teacher.models.catalog import weights_gib
 from hts_ray.teacher.stage import plan_label
 
@@ -212,14 +212,14 @@ def train(
 
 def plan_training(
     run: Run, pseudo_labels: StageFolder | str | None, manifest: StageFolder | str | None
-) -> tuple[Stage, pa.Table | None]:
+) -> tuple[Stage, pads.Dataset | None]:
     """Plan `train`; returns the labels that it learns from too."""
     from hts_ray.student.train import plan_train  # torch loads slowly
 
     images, source = _path(manifest), None
     if pseudo_labels is not None:
         source = found(run, pseudo_labels, "pseudo_labels", "filter")
-    labels = training_labels(run, source, images)
+    labels = label_source(run, source, images)
     center = center_rows(run, images)
     return plan_train(run, labels, validation_rows(run, images), center), labels
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
 from hts_ray.errors import DataError
 from hts_ray.store import storage
 from hts_ray.store.parts import ContentHash
-from hts_ray.store.tables import STATS_FILE, read_table
+from hts_ray.store.tables import STATS_FILE, read_table, stream
 
 
 def settings_hash(*parts: Any) -> str:
@@ -31,6 +33,36 @@ def settings_hash(*parts: Any) -> str:
 def content_hash(table: pa.Table) -> str:
     """Return a hash of a table's rows, whatever its chunks and file layout."""
     return ContentHash(table).digest()
+
+
+def rows_hash(rows: pads.Dataset, columns: Iterable[str]) -> str:
+    """Return a hash of some columns of rows that may not fit into memory, whatever their files.
+
+    The columns hold text, numbers or lists of them.
+    """
+    digests: dict[str, Any] = {}
+    for piece in stream(rows, columns):
+        for name in piece.column_names:
+            for chunk in piece[name].chunks:
+                _add_to(digests, name, chunk)
+    return settings_hash({name: digest.hexdigest() for name, digest in digests.items()})
+
+
+def _add_to(digests: dict[str, Any], name: str, values: pa.Array) -> None:
+    """Add values to the digests of a column: which are null, the lengths, what they hold."""
+    parts = {"valid": values.is_valid()}
+    if pa.types.is_list(values.type):
+        parts["length"] = values.value_lengths().drop_null()
+        _add_to(digests, f"{name}.item", values.flatten())
+    else:
+        parts[str(values.type)] = values.drop_null()
+    for part, array in parts.items():
+        text = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
+        data = "".join(array.to_pylist()).encode() if text else array.to_numpy(False).tobytes()
+        digests.setdefault(f"{name}.{part}", hashlib.sha256()).update(data)
+        if text:
+            lengths = pc.binary_length(array).to_numpy(False).tobytes()
+            digests.setdefault(f"{name}.length", hashlib.sha256()).update(lengths)
 
 
 @dataclass(frozen=True)

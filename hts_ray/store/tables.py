@@ -185,9 +185,26 @@ def read_table(
 
 def read_batches(path: str, columns: Iterable[str], rows: int) -> Iterator[pa.RecordBatch]:
     """Yield the rows of `read_table` in their order, at most `rows` at a time."""
+    for piece in stream(open_table(path), columns, rows):
+        yield from piece.to_batches()
+
+
+def open_table(path: str) -> pads.Dataset:
+    """Return what `read_table` reads, unread; raises what it does."""
     with _readable(path):
-        ahead = {"batch_readahead": 4, "fragment_readahead": 1}
-        yield from _dataset(path).to_batches(columns=list(columns), batch_size=rows, **ahead)
+        return _dataset(path)
+
+
+def stream(rows: pads.Dataset, columns: Iterable[str], most: int = 1 << 16) -> Iterator[pa.Table]:
+    """Yield pieces of at most so many rows, in order, in memory that their number does not change.
+
+    Raises DataError for damaged files.
+    """
+    with _as_damage(next(iter(getattr(rows, "files", [])), "the table")):
+        ahead: dict[str, int] = {"batch_readahead": 1, "fragment_readahead": 1}
+        for batch in rows.to_batches(columns=list(columns), batch_size=most, **ahead):
+            batch.validate(full=True)
+            yield pa.Table.from_batches([batch])
 
 
 def table_schema(path: str) -> pa.Schema:
@@ -200,6 +217,12 @@ def table_schema(path: str) -> pa.Schema:
 def _readable(path: str) -> Iterator[None]:
     if not storage.exists(path):
         raise DataError(f"no table at {path}: check the path, or run the stage that writes it")
+    with _as_damage(path):
+        yield
+
+
+@contextmanager
+def _as_damage(path: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:

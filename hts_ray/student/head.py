@@ -256,16 +256,17 @@ def _unit(array_ND: FloatArray) -> FloatArray:
 
 
 def fit_on_features(task: Task) -> dict[str, Any]:
-    """Fit the classifier of the task's student; returns history, rows and weights (bytes).
+    """Fit the classifier of the task's student; returns its history and weights (bytes).
 
     Features that the run has of these images already are used again. Raises DataError when no
     image can be read or the loss stops being finite.
     """
     config, classes = task.config, len(task.run.class_table)
-    found = _features(task, "train", task.data.table, config.split, flipped=config.augment.flip)
+    labels = pa.concat_tables(task.data.mapped(task.run.class_table, config))
+    found = _features(task, "train", labels, config.split, flipped=config.augment.flip)
     state = safetensors.torch.load(storage.read_bytes(storage.join(task.initial, WEIGHTS)))
-    first = _first_rows(task.data.table)
-    table = task.data.table.take(pa.array([first[image_id] for image_id in found.image_ids]))
+    first = _first_rows(labels)
+    table = labels.take(pa.array([first[image_id] for image_id in found.image_ids]))
     positive, ignored = table["positive"], table["ignored"]
     weights_NC = None
     if "weight" in table.column_names:
@@ -299,7 +300,7 @@ def fit_on_features(task: Task) -> dict[str, Any]:
     state["classifier"] = torch.from_numpy(fit.classifier_CD)
     state["logit_scale"] = torch.tensor(fit.logit_scale)
     weights = safetensors.torch.save(state)
-    return {"history": fit.history, "rows": fit.history[-1]["images"], "weights": weights}
+    return {"history": fit.history, "weights": weights, "kept": {}}
 
 
 def _validator(task: Task) -> Callable[[HeadFit], float | None]:

@@ -42,8 +42,6 @@ from hts_ray.student.targets import dense_targets, dense_weights, validation_due
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SHUFFLE_BYTES = 1 << 30  # of decoded images that a worker holds to draw its batches from
-
 
 @dataclass
 class _Worker:
@@ -217,11 +215,11 @@ def _run_epoch(worker: _Worker, shard: Any, position: resume.Position) -> resume
 def _validate(worker: _Worker, epoch: int) -> float | None:
     """Return the validation images' mAP (HICO, in 0..1) where it is due after `epoch`.
 
-    Every worker scores its own batches. NaN when no image could be read or no class has a
-    positive. The student's mode is kept, and nothing of the training changes.
+    Every worker scores its share. NaN when no image could be read or no class has a positive.
+    The student's mode is kept, and nothing of the training changes.
     """
     import ray.train
-    from accelerate.utils import gather_object
+    from accelerate.utils import broadcast_object_list
 
     truth_NC = worker.job["validation"]
     if truth_NC is None or not validation_due(worker.config, epoch):
@@ -236,21 +234,33 @@ def _validate(worker: _Worker, epoch: int) -> float | None:
     student.eval()
     found: list[tuple[Any, Any]] = []
     with torch.no_grad(), worker.accelerator.autocast():
-        for number, batch in enumerate(batches):
-            if number % worker.world == worker.rank:
-                logits_BC = student(student.normalise(batch["pixels"]))
-                found.append((batch["rows"].cpu().numpy(), logits_BC.float().cpu().numpy()))
+        for batch in batches:
+            logits_BC = student(student.normalise(batch["pixels"]))
+            found.append((batch["rows"].cpu().numpy(), logits_BC.float().cpu().numpy()))
     student.train(mode)
-    found = gather_object(found) if worker.world > 1 else found
-    if not found:
+    shares = [found]
+    if worker.world > 1:
+        everyones: list[Any] | None = [None] * worker.world if worker.rank == 0 else None
+        torch.distributed.gather_object(found, everyones)
+        shares = everyones or []
+    value = [_whole_mean(shares, truth_NC)]
+    return float(broadcast_object_list(value)[0] if worker.world > 1 else value[0])
+
+
+def _whole_mean(shares: list[list[tuple[Any, Any]]], truth_NC: Any) -> float:
+    """Return the mAP over the rows and logits of all workers' shares; NaN for none."""
+    pairs = [pair for share in shares for pair in share]
+    if not pairs:
         return float("nan")
-    rows_N = np.concatenate([rows for rows, _ in found])
-    logits_NC = np.concatenate([logits for _, logits in found])
-    return mean_average_precision(hico_average_precision(logits_NC, truth_NC[rows_N]))
+    rows_N = np.concatenate([rows for rows, _ in pairs])
+    logits_NC = np.concatenate([logits for _, logits in pairs])
+    order_N = np.argsort(rows_N)  # ties in a class are broken by the order
+    aps_C = hico_average_precision(logits_NC[order_N], truth_NC[rows_N[order_N]])
+    return mean_average_precision(aps_C)
 
 
-def _seed(worker: _Worker, epoch: int, step: int = -1) -> int:
-    """Return the seed of one step, or with -1 that of an epoch's order."""
+def _seed(worker: _Worker, epoch: int, step: int) -> int:
+    """Return the seed of one step."""
     parts = [worker.job["seed"], epoch, step + 1, worker.rank]
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
@@ -260,10 +270,9 @@ def _batches(worker: _Worker, shard: Any, epoch: int) -> Iterator[dict[str, torc
 
     Ray makes batches in threads of its own and copies the next one to the device meanwhile.
     """
+    if worker.rank == 0:  # the order follows from it; all workers wait for each other
+        storage.write_json(worker.job["epoch"], epoch)
     size = worker.job["stored_size"]
-    rows = min(
-        worker.job["rows"], max(worker.stepper.batch_size, _SHUFFLE_BYTES // (size * size * 3))
-    )
     drawn = partial(
         draw, seed=worker.job["seed"], epoch=epoch, stored=size, config=worker.config.augment
     )
@@ -273,8 +282,6 @@ def _batches(worker: _Worker, shard: Any, epoch: int) -> Iterator[dict[str, torc
         collate_fn=_collate(size, worker.stepper.student, drawn),
         device=device,
         pin_memory=device.type == "cuda",
-        local_shuffle_buffer_size=rows,
-        local_shuffle_seed=_seed(worker, epoch),
         prefetch_batches=2,
         drop_last=False,
     )

@@ -1,25 +1,28 @@
-"""From labels to what a training reads: images in their order, decoded, targets and weights.
+"""From labels to what a training reads: rows in their order, targets and weights.
 
-Ray's tasks import this module, so it does without torch.
+Labels are streamed: neither their number nor that of the images shows in the memory of the process
+that prepares a training. Ray's tasks import this module, so it does without torch.
 
-Shapes: N images, C classes.
+Shapes: N images, C classes, P positive labels.
 """
 
 from __future__ import annotations
 
-import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
 from hts_ray.classes import ClassTable
-from hts_ray.config import ImagesConfig, TrainConfig
-from hts_ray.engine.decoding import decode_batch
+from hts_ray.config import TrainConfig
 from hts_ray.engine.image_pass import write_quarantine
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
@@ -27,29 +30,46 @@ from hts_ray.evaluate import label_matrix
 from hts_ray.store import storage
 from hts_ray.store.aliases import TrainingTold
 from hts_ray.store.run import StageFolder, require_stage
-from hts_ray.store.tables import QUARANTINE_SCHEMA, read_table, write_table
-
-if TYPE_CHECKING:
-    import ray.data
+from hts_ray.store.tables import QUARANTINE_SCHEMA, open_table, read_table, stream, write_table
 
 WORK = "ray_train"  # the folder of what only an unfinished training needs
-_DECODE_ROWS = 32
-_LOOP_COLUMNS = ("row", "positive", "ignored", "weight", "pixels")
-_BLOCK_BYTES = 32 << 20
+_FILE_ROWS, _MOST_FILES = 1 << 16, 256
+_SAMPLED = 64  # images that stand for the others in estimates
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The rows to train on, and what was left out of them.
+    """Labels to train on, and what a pass over them found.
 
-    `table` has row, image_id, uri, and `positive` and `ignored` as positions in the class
-    table, in training order, repeats included; with soft labels also `weight`, one per positive.
+    `labels` has image_id, uri, positive_ids, ignored_ids and, with soft labels, probability.
+    `counts_C` are the positives by class, repeats counted. `copies` says how often the images of
+    rare classes occur, by their number among the `images`; the others occur once. `sample` are
+    some of the URIs.
     """
 
-    table: pa.Table
+    labels: pads.Dataset
     images: int
-    classes_with_positives: int
+    counts_C: npt.NDArray[np.int64]
+    copies: dict[int, int]
     dropped_ids: int
+    sample: list[str | None]
+
+    @property
+    def rows(self) -> int:
+        """The rows of an epoch: the images, repeats included."""
+        return self.images + sum(self.copies.values()) - len(self.copies)
+
+    @property
+    def classes_with_positives(self) -> int:
+        """The number of classes with a positive."""
+        return int((self.counts_C > 0).sum())
+
+    def mapped(self, class_table: ClassTable, config: TrainConfig) -> Iterator[pa.Table]:
+        """Yield the images as image_id, uri, `positive` and `ignored` (positions of classes).
+
+        With soft labels also `weight`, one per positive.
+        """
+        return (piece for piece, _ in _mapped(self.labels, class_table, config))
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,15 @@ class ValidationSet:
         """Take annotated rows of a manifest."""
         table = manifest.select(["image_id", "uri"])
         table = table.append_column("row", pa.array(np.arange(len(table))))
-        return cls(table.combine_chunks(), label_matrix(manifest, class_table))
+        return cls(table, label_matrix(manifest, class_table))
+
+    def write(self, folder: str) -> list[int]:
+        """Write the rows as `write_rows` does, in this order; returns the rows of each."""
+        starts = range(0, len(self.table), _FILE_ROWS)
+        pieces = [self.table.slice(start, _FILE_ROWS) for start in starts]
+        for number, piece in enumerate(pieces):
+            write_table(row_file(folder, number), piece)
+        return [len(piece) for piece in pieces]
 
 
 @dataclass(frozen=True)
@@ -95,10 +123,10 @@ class Task:
         return self.stage.file(WORK, *names)
 
 
-def training_labels(
+def label_source(
     run: Run, source: StageFolder | None = None, manifest: str | None = None
-) -> pa.Table | None:
-    """Return what the student learns from: image_id, uri, positive_ids, ignored_ids.
+) -> pads.Dataset | None:
+    """Return where the student's labels are read: image_id, uri, positive_ids, ignored_ids.
 
     With `train.soft_labels` the positives' probability comes with them. `train.labels` decides:
 
@@ -111,17 +139,28 @@ def training_labels(
     train = run.config.train
     if train.labels == "none":
         return None
-    columns = ["image_id", "uri", "positive_ids", "ignored_ids"]
     if train.labels == "pseudo":
-        columns += ["probability"] if train.soft_labels else []
         folder = source or require_stage(run.run_dir, "pseudo_labels", "filter")
-        table = folder.read([*columns, "split"])
-        return table.filter(pc.equal(table["split"], train.split)).select(columns)
+        return open_table(folder.path).filter(pads.field("split") == train.split)
     chosen = run.manifest(manifest).annotated(train.split)
     if not len(chosen):
         raise DataError(f"train.labels=annotations: no annotated image in split {train.split!r}")
     names = ["ignored_ids" if n == "ambiguous_ids" else n for n in chosen.column_names]
-    return chosen.rename_columns(names).select(columns)
+    return pads.dataset(chosen.rename_columns(names))
+
+
+def training_labels(
+    run: Run, source: StageFolder | None = None, manifest: str | None = None
+) -> pa.Table | None:
+    """Return the labels that `label_source` finds as a table."""
+    found = label_source(run, source, manifest)
+    return None if found is None else found.to_table(columns=label_columns(run.config.train))
+
+
+def label_columns(config: TrainConfig) -> list[str]:
+    """Return the columns of labels that a training reads."""
+    soft = ["probability"] if config.soft_labels and config.labels == "pseudo" else []
+    return ["image_id", "uri", "positive_ids", "ignored_ids", *soft]
 
 
 def validation_rows(run: Run, manifest: str | None = None) -> pa.Table | None:
@@ -155,82 +194,159 @@ def validation_due(config: TrainConfig, epoch: int) -> bool:
 
 
 def training_set(
-    labels: pa.Table, class_table: ClassTable, config: TrainConfig, seed: int
+    labels: pa.Table | pads.Dataset, class_table: ClassTable, config: TrainConfig
 ) -> TrainingSet:
-    """Map class ids to positions, repeat images for rare classes and fix the order by `seed`.
+    """Look at all labels once, or twice where images of rare classes are repeated.
 
     Raises DataError when no image has a positive label, and ConfigError when soft labels are
     asked of labels without probabilities.
     """
-    labels = labels.filter(labels["image_id"].is_valid())
-    positive, known = _positions(labels["positive_ids"], class_table)
-    ignored, known_ignored = _positions(labels["ignored_ids"], class_table)
-    unknown_positive, unknown_ignored = int((~known).sum()), int((~known_ignored).sum())
-    found = pc.list_flatten(positive)
-    if not len(found):
-        dropped = f" ({unknown_positive} are of other classes)" if unknown_positive else ""
+    source = pads.dataset(labels) if isinstance(labels, pa.Table) else labels
+    counts_C = np.zeros(len(class_table), np.int64)
+    images, dropped = 0, np.zeros(2, int)  # ids of other classes: positive, ignored
+    sample: list[str | None] = []
+    for piece, unknown in _mapped(source, class_table, config):
+        counts_C += positive_counts(piece["positive"], len(class_table))
+        images += len(piece)
+        dropped += unknown
+        places = np.linspace(0, len(piece) - 1, min(len(piece), _SAMPLED)).astype(int)
+        sample += piece["uri"].take(pa.array(places)).to_pylist()
+    if not counts_C.any():
+        of_others = f" ({dropped[0]} are of other classes)" if dropped[0] else ""
         raise DataError(
-            f"no image of {len(labels)} has a positive label{dropped}: lower"
+            f"no image of {images} has a positive label{of_others}: lower"
             " filter.positive_threshold or filter.min_support, or check classes.source"
         )
-    order = np.arange(len(labels))
-    if config.min_positives_per_class:
-        targets_NC = dense_targets(positive, ignored, len(class_table))
-        order = repeat_indices(targets_NC, config.min_positives_per_class)
-    order = np.random.default_rng(seed).permutation(order)
-    columns = {
-        "image_id": labels["image_id"],
-        "uri": labels["uri"],
-        "positive": positive,
-        "ignored": ignored,
-    }
-    if config.soft_labels:
-        columns["weight"] = _positive_weights(labels, positive, known)
-    table = pa.table(columns).take(pa.array(order))
-    table = table.append_column("row", pa.array(np.arange(len(order))))
-    return TrainingSet(
-        table.combine_chunks(),
-        images=len(labels),
-        classes_with_positives=len(pc.unique(found)),
-        dropped_ids=unknown_positive + unknown_ignored,
-    )
+    copies: dict[int, int] = {}
+    least = config.min_positives_per_class
+    if (counts_C[counts_C > 0] < least).any():
+        owners_P, classes_P = _rare_positives(source, class_table, config, counts_C < least)
+        numbers, owners_P = np.unique(owners_P, return_inverse=True)
+        times, counts_C = repeats(owners_P, classes_P, len(numbers), counts_C, least)
+        copies = {int(i): int(n) for i, n in zip(numbers, times, strict=True) if n > 1}
+    kept = np.linspace(0, len(sample) - 1, min(len(sample), _SAMPLED)).astype(int)
+    chosen = [sample[i] for i in kept]
+    return TrainingSet(source, images, counts_C, copies, int(dropped.sum()), chosen)
 
 
-def decoded_images(table: pa.Table, size: int, bad_folder: str) -> tuple[ray.data.Dataset, int]:
-    """Return decoded images with their labels as a dataset, and its number of rows.
+def _mapped(
+    labels: pads.Dataset, class_table: ClassTable, config: TrainConfig
+) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
+    """Yield pieces of the labels with positions, and how many ids of each were of other classes."""
+    soft = config.soft_labels and "probability" in labels.schema.names
+    columns = ["image_id", "uri", "positive_ids", "ignored_ids", *(["probability"] * soft)]
+    for piece in stream(labels, columns):
+        found = piece.filter(piece["image_id"].is_valid())
+        positive, known = _positions(found["positive_ids"], class_table)
+        ignored, known_ignored = _positions(found["ignored_ids"], class_table)
+        table = {
+            "image_id": found["image_id"],
+            "uri": found["uri"],
+            "positive": positive,
+            "ignored": ignored,
+        }
+        if config.soft_labels:
+            table["weight"] = _positive_weights(found, positive, known)
+        yield pa.table(table), (int((~known).sum()), int((~known_ignored).sum()))
 
-    It is computed once when it fits into a third of the object store, which a shuffle and its
-    neighbours have to live in as well; otherwise again every epoch.
+
+def _rare_positives(
+    labels: pads.Dataset,
+    class_table: ClassTable,
+    config: TrainConfig,
+    rare_C: npt.NDArray[np.bool_],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return image and class (P,) of all positives of the images that show a rare class."""
+    images, classes, start = [], [], 0
+    for piece, _ in _mapped(labels, class_table, config):
+        rows_P, classes_P = _rows(piece["positive"]), _flat(piece["positive"])
+        shows_N = np.zeros(len(piece), bool)
+        shows_N[rows_P[rare_C[classes_P]]] = True
+        images.append(rows_P[shows_N[rows_P]] + start)
+        classes.append(classes_P[shows_N[rows_P]])
+        start += len(piece)
+    return np.concatenate(images), np.concatenate(classes)
+
+
+def write_rows(
+    data: TrainingSet, class_table: ClassTable, config: TrainConfig, seed: int, folder: str
+) -> list[int]:
+    """Write a training's rows in an order that follows from `seed`; returns the rows of each file.
+
+    Each Parquet file `part-00000.parquet` and so on has some 65,536 rows drawn from everywhere, at
+    the most 256 files. Rows have row (their number), image_id, uri, `positive` and `ignored` as
+    positions of classes and, with soft labels, `weight`. Memory is that of one file; the rows
+    pass through temporary files of this machine. Rows that an earlier run finished are kept.
     """
-    import ray
-    import ray.data
+    index = storage.join(folder, "_rows.json")
+    if storage.exists(index):
+        return list(storage.read_json(index))
+    files = max(1, min(_MOST_FILES, -(-data.rows // _FILE_ROWS)))
+    random = np.random.default_rng(seed)
+    counts: list[int] = []
+    with tempfile.TemporaryDirectory() as spill:
+        _scatter(data, class_table, config, files, random, spill)
+        for number in range(files):
+            with pa.OSFile(str(Path(spill) / str(number))) as source:
+                rows = pa.ipc.open_stream(source).read_all()
+            rows = rows.take(pa.array(random.permutation(len(rows))))
+            numbers = np.arange(sum(counts), sum(counts) + len(rows))
+            write_table(row_file(folder, number), rows.append_column("row", pa.array(numbers)))
+            counts.append(len(rows))
+    storage.write_json(index, counts)
+    return counts
 
-    image_bytes = size * size * 3
-    block = max(1, min(_BLOCK_BYTES // image_bytes, -(-len(table) // 8)))
-    slices = [table.slice(start, block) for start in range(0, len(table), block)]
-    dataset = ray.data.from_arrow(slices).map_batches(
-        partial(_decode_rows, size=size, bad_folder=bad_folder),
-        batch_format="pyarrow",
-        batch_size=_DECODE_ROWS,
+
+def row_file(folder: str, number: int) -> str:
+    """Return the path of one of the files that `write_rows` writes."""
+    return storage.join(folder, f"part-{number:05d}.parquet")
+
+
+def _scatter(
+    data: TrainingSet,
+    class_table: ClassTable,
+    config: TrainConfig,
+    files: int,
+    random: np.random.Generator,
+    folder: str,
+) -> None:
+    """Write every row, repeats included, to one of so many files at random."""
+    copies = np.array(sorted(data.copies.items()), np.int64).reshape(-1, 2)
+    start = 0
+    with ExitStack() as stack:
+        writers: list[pa.RecordBatchStreamWriter] = []
+        for piece in data.mapped(class_table, config):
+            if not writers:
+                sinks = [stack.enter_context(pa.OSFile(f"{folder}/{i}", "w")) for i in range(files)]
+                writers = [stack.enter_context(pa.ipc.new_stream(s, piece.schema)) for s in sinks]
+            times = np.ones(len(piece), np.int64)
+            here = copies[(copies[:, 0] >= start) & (copies[:, 0] < start + len(piece))]
+            times[here[:, 0] - start] = here[:, 1]
+            rows = np.repeat(np.arange(len(piece)), times)
+            goes = random.integers(files, size=len(rows))
+            order = np.argsort(goes, kind="stable")
+            bounds = np.searchsorted(goes[order], np.arange(files + 1))
+            sorted_rows = piece.take(pa.array(rows[order]))
+            for writer, low, high in zip(writers, bounds, bounds[1:], strict=False):
+                writer.write_table(sorted_rows.slice(low, high - low))
+            start += len(times)
+
+
+def named_rows(folder: str, rows: list[int]) -> list[str]:
+    """Return the image ids of some of the rows that `write_rows` wrote, in their order."""
+    found = open_table(folder).to_table(
+        columns=["row", "image_id"], filter=pads.field("row").isin(rows)
     )
-    store = ray.cluster_resources().get("object_store_memory", 0.0)
-    if len(table) * image_bytes > store / 3:
-        return dataset, len(table)
-    dataset = dataset.materialize()
-    return dataset, int(dataset.count())
+    ids = dict(zip(found["row"].to_pylist(), found["image_id"].to_pylist(), strict=True))
+    return [ids[row] for row in rows]
 
 
-def _decode_rows(table: pa.Table, *, size: int, bad_folder: str) -> pa.Table:
-    """Decode a batch; bad rows leave it and are written to a file named by their ids."""
-    decoded = decode_batch(table, ImagesConfig.model_validate({}), square=size)
-    good = decoded["error_kind"].is_null()
-    bad = decoded.filter(pc.invert(good))
-    if len(bad):
-        name = hashlib.sha256("\n".join(bad["image_id"].to_pylist()).encode()).hexdigest()[:24]
-        columns = ["image_id", "uri", "error_kind", "error"]
-        write_table(storage.join(bad_folder, f"{name}.parquet"), bad.select(columns))
-    kept = [name for name in decoded.column_names if name in _LOOP_COLUMNS]
-    return decoded.filter(good).select(kept)
+def bad_rows(task: Task) -> int:
+    """Return how many rows of a training are known to be bad, repeats included."""
+    folder = task.work_file("bad-train")
+    if not storage.list_names(folder):
+        return 0
+    return len(pc.unique(read_table(folder, ["row"])["row"]))
 
 
 def gather_quarantine(task: Task) -> int:
@@ -253,25 +369,44 @@ def gather_quarantine(task: Task) -> int:
 
 
 def repeat_indices(targets_NC: npt.NDArray[np.int8], least: int) -> npt.NDArray[np.int64]:
-    """Return image indices in which every class with a positive has at least `least` of them.
+    """Return image indices, ascending, in which every class with a positive has `least` of them.
 
-    `targets_NC` (N, C) is 1 where positive. Each image occurs at least once, in ascending order;
-    the images of a rare class are repeated in turn, rarest class first, and each repeat counts
-    for all of its classes. Source: DEFR's training, with least = 40.
+    `targets_NC` (N, C) is 1 where positive; see `repeats`.
     """
-    positive_NC = targets_NC == 1
-    copies_N = np.ones(len(targets_NC), dtype=np.int64)
-    counts_C = positive_NC.sum(axis=0).astype(np.int64)
+    owners_P, classes_P = np.nonzero(targets_NC == 1)
+    counts_C = np.bincount(classes_P, minlength=targets_NC.shape[1])
+    times_N, _ = repeats(owners_P, classes_P, len(targets_NC), counts_C, least)
+    return np.repeat(np.arange(len(targets_NC)), times_N)
+
+
+def repeats(
+    owners_P: npt.NDArray[np.int64],
+    classes_P: npt.NDArray[np.int64],
+    images: int,
+    counts_C: npt.NDArray[np.int64],
+    least: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return how often each image occurs (N,), and the positives by class then (C,).
+
+    Positive label p is that of image `owners_P[p]` and class `classes_P[p]`. The images of a
+    class with fewer than `least` positives (`counts_C`) are repeated in turn, rarest class first,
+    and each repeat counts for all of its classes. Images without a rare class may be left out of
+    the labels. Source: DEFR's training, with least = 40.
+    """
+    times_N, counts_C = np.ones(images, np.int64), counts_C.astype(np.int64)
     for c in np.argsort(counts_C, kind="stable"):
-        owners = np.flatnonzero(positive_NC[:, c])
         lacking = least - int(counts_C[c])
-        if len(owners) == 0 or lacking <= 0:
+        if lacking <= 0:
             continue
-        extra = np.full(len(owners), lacking // len(owners), dtype=np.int64)
-        extra[: lacking % len(owners)] += 1
-        copies_N[owners] += extra
-        counts_C += extra @ positive_NC[owners]
-    return np.repeat(np.arange(len(targets_NC)), copies_N)
+        owners = owners_P[classes_P == c]
+        if not len(owners):
+            continue
+        extra_N = np.zeros(images, np.int64)
+        extra_N[owners] = lacking // len(owners)
+        extra_N[owners[: lacking % len(owners)]] += 1
+        times_N += extra_N
+        counts_C += np.bincount(classes_P, extra_N[owners_P], len(counts_C)).astype(np.int64)
+    return times_N, counts_C
 
 
 def class_weights(counts_C: npt.NDArray[np.int64], power: float) -> list[float] | None:

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 import safetensors.torch
 import torch
 
@@ -28,11 +29,19 @@ from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError, UserError
 from hts_ray.store import storage
 from hts_ray.store.aliases import TrainingTold
-from hts_ray.store.run import StageFolder, content_hash, settings_hash
+from hts_ray.store.run import StageFolder, content_hash, rows_hash, settings_hash
 from hts_ray.student import resume, targets
 from hts_ray.student.augment import stored_size
 from hts_ray.student.checkpoints import DESCRIPTION, description_of, load_student, save_student
 from hts_ray.student.checks import check_train
+from hts_ray.student.feed import (
+    Feed,
+    Kept,
+    choose_kept,
+    fed_images,
+    mean_file_bytes,
+    object_store_bytes,
+)
 from hts_ray.student.head import fit_on_features
 from hts_ray.student.loop import train_loop
 from hts_ray.student.model import (
@@ -47,7 +56,15 @@ from hts_ray.student.model import (
 from hts_ray.student.optimizer import Optimizer, settings_loss
 from hts_ray.student.predict import score_images
 from hts_ray.student.progress import training_progress
-from hts_ray.student.targets import WORK, Task, ValidationSet, training_set
+from hts_ray.student.targets import (
+    WORK,
+    Task,
+    TrainingSet,
+    ValidationSet,
+    label_columns,
+    training_set,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     import ray.data
@@ -55,7 +72,7 @@ if TYPE_CHECKING:
 
 def plan_train(
     run: Run,
-    labels: pa.Table | None,
+    labels: pa.Table | pads.Dataset | None,
     validation: pa.Table | None = None,
     center: pa.Table | None = None,
 ) -> Stage:
@@ -65,13 +82,15 @@ def plan_train(
     over the images `center` (image_id, uri, split) are kept with the student.
     """
     config = run.config
+    if isinstance(labels, pa.Table):
+        labels = pads.dataset(labels)
     key = settings_hash(
         config.train.answer_settings(),
         config.student.answer_settings(),
         source_fingerprint(config.student),
         config.seed,
         run.class_table.fingerprint(),
-        None if labels is None else content_hash(labels),
+        None if labels is None else rows_hash(labels, label_columns(config.train)),
         *([] if center is None else [content_hash(center)]),
     )
     folder = run.stage("student", key)
@@ -84,7 +103,7 @@ def plan_train(
 
 def train_student(
     run: Run,
-    labels: pa.Table | None,
+    labels: pa.Table | pads.Dataset | None,
     stage: StageFolder,
     validation: pa.Table | None = None,
     progress: TrainingTold | None = None,
@@ -104,7 +123,7 @@ def train_student(
     _check(run)
     data = None
     if labels is not None:
-        data = training_set(labels, run.class_table, run.config.train, run.config.seed)
+        data = training_set(labels, run.class_table, run.config.train)
     initial = _write_initial(run, stage)
     outcome: dict[str, Any] = {"history": []}
     counts = {"rows_in": 0, "rows_out": 0, "quarantined": 0}
@@ -118,7 +137,8 @@ def train_student(
             "rows_in": data.images,
             "rows_out": data.images - bad,
             "quarantined": bad,
-            "rows_trained": outcome["rows"],
+            "rows_trained": outcome["history"][-1]["images"],
+            **outcome["kept"],
             "classes_with_positives": data.classes_with_positives,
             "dropped_class_ids": data.dropped_ids,
         }
@@ -139,7 +159,7 @@ def train_student(
     return stage.stats
 
 
-def estimate(run: Run, labels: pa.Table | None) -> dict[str, Any]:
+def estimate(run: Run, labels: pa.Table | pads.Dataset | None) -> dict[str, Any]:
     """Measure a few training steps on noise in this process and extrapolate; writes nothing.
 
     Returns images, images_per_epoch (repeats included), epochs, steps, device,
@@ -150,20 +170,23 @@ def estimate(run: Run, labels: pa.Table | None) -> dict[str, Any]:
         return {"images": 0, "note": "the zero-shot student is stored without training"}
     _check(run)
     config = run.config.train
-    data = training_set(labels, run.class_table, config, run.config.seed)
+    data = training_set(labels, run.class_table, config)
     workers = max(1, config.num_workers)
     share = max(1, config.batch_size // workers)
-    steps = config.epochs * max(1, -(-(len(data.table) // workers) // share))
+    steps = config.epochs * max(1, -(-(data.rows // workers) // share))
     passes, gpus = steps, float(workers * config.gpu)
     if config.trainable == "head":  # each image and its mirror image pass through the tower once
         pool = config.features.pool
         passes = -(-data.images * (1 + config.augment.flip) // (share * pool.max_size))
         gpus = pool.gpus * pool.max_size
     device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
-    per_step = _seconds_per_step(run, share, device)
+    per_step, image_size = _seconds_per_step(run, share, device)
+    feed = Feed("", (data.rows,), stored_size(image_size, config.augment), "")
+    kept, reason = _kept(run, data, [feed])
     return {
         "images": data.images,
-        "images_per_epoch": len(data.table),
+        "images_per_epoch": data.rows,
+        "images_kept": f"{kept}: {reason}",
         "classes_with_positives": data.classes_with_positives,
         "epochs": config.epochs,
         "steps": steps,
@@ -174,8 +197,8 @@ def estimate(run: Run, labels: pa.Table | None) -> dict[str, Any]:
     }
 
 
-def _seconds_per_step(run: Run, batch: int, device: str) -> float:
-    """Return the seconds of the second of two steps on a worker's batch."""
+def _seconds_per_step(run: Run, batch: int, device: str) -> tuple[float, int]:
+    """Return the seconds of the second of two steps on a worker's batch, and the images' side."""
     config = run.config.train
     student = build_student(run.config.student, run.class_table).to(device)
     set_trainable(student, config.trainable, config.trainable_blocks)
@@ -192,7 +215,7 @@ def _seconds_per_step(run: Run, batch: int, device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
-    return seconds
+    return seconds, student.image_size
 
 
 def _check(run: Run) -> None:
@@ -218,31 +241,37 @@ def _write_initial(run: Run, stage: StageFolder) -> str:
 
 
 def _fit(task: Task) -> dict[str, Any]:
-    """Run the training; returns the history, the rows trained on and the weights' bytes."""
+    """Run the training; returns the history, how images were kept and the weights' bytes."""
     config, data, validation = task.config, task.data, task.validation
     image_size = int(description_of(task.initial)["image_size"])
-    size = stored_size(image_size, config.augment)
-    with data_context(keep_order=True):
-        dataset, rows = targets.decoded_images(data.table, size, task.work_file("bad-train"))
-        datasets = {"train": dataset}
-        if validation is not None:
-            datasets["validation"], _ = targets.decoded_images(
-                validation.table, image_size, task.work_file("bad-validation")
-            )
+    size, seed = stored_size(image_size, config.augment), task.run.config.seed
+    folder, bad_folder = task.work_file("rows"), task.work_file("bad-train")
+    counts = write_rows(data, task.run.class_table, config, seed, folder)
+    epoch_file = task.work_file("epoch.json")
+    feed = Feed(folder, tuple(counts), size, bad_folder, seed, epoch_file)
+    feeds = {"train": feed}
+    if validation is not None:
+        places = task.work_file("rows-validation"), task.work_file("bad-validation")
+        counts = validation.write(places[0])
+        feeds["validation"] = Feed(places[0], tuple(counts), image_size, places[1])
+    kept, reason = _kept(task.run, data, list(feeds.values()))
+    tasks = config.decode_tasks and config.decode_tasks * max(1, config.num_workers)
+    datasets = {name: fed_images(one, kept, tasks) for name, one in feeds.items()}
     workers = max(1, config.num_workers)
-    if rows < workers:
+    good = feed.rows - targets.bad_rows(task)
+    if good < workers:
         targets.gather_quarantine(task)
         raise DataError(
-            f"{rows} of {data.images} images can be read, {workers} workers need one each:"
+            f"{good} of {data.images} images can be read, {workers} workers need one each:"
             f" the reasons are in {task.stage.file('quarantine')}"
         )
-    job = _job(task, rows, size)
+    job = _job(task, feed)
     shown = training_progress(job["history"], job["steps"], task.progress)
     with shown, users_mistakes_unwrapped():
         result = _run_trainer(task, job, datasets)
     error = (result.return_value or {}).get("error")
     if error is not None:
-        names = data.table["image_id"].take(pa.array(error["rows"], pa.int64())).to_pylist()
+        names = targets.named_rows(folder, error["rows"])
         raise DataError(
             f"{error['message']}; images {', '.join(names)}: lower train.optim.lr, raise"
             " train.loss_temperature or set train.optim.grad_clip"
@@ -253,22 +282,32 @@ def _fit(task: Task) -> dict[str, Any]:
     with result.checkpoint.as_directory() if place is None else nullcontext(place) as folder:
         files = resume.read_files(folder)
     history = json.loads(files[resume.STATE])["history"]
-    return {"history": history, "rows": rows, "weights": files[resume.MODEL]}
+    told = {"images_kept": kept, "images_kept_because": reason}
+    return {"history": history, "weights": files[resume.MODEL], "kept": told}
 
 
-def _job(task: Task, rows: int, size: int) -> dict[str, Any]:
-    """Return what every worker gets; `size` is the side at which images are stored."""
+def _kept(run: Run, data: TrainingSet, feeds: list[Feed]) -> tuple[Kept, str]:
+    """Return how the images of a training are kept, and why."""
+    store = object_store_bytes(run.config.ray)
+    pixels, rows = (sum(getattr(one, name) for one in feeds) for name in ("pixel_bytes", "rows"))
+    return choose_kept(
+        run.config.train.images_kept, pixels, lambda: rows * mean_file_bytes(data.sample), store
+    )
+
+
+def _job(task: Task, feed: Feed) -> dict[str, Any]:
+    """Return what every worker gets."""
     config, stage, known = task.config, task.stage, task.validation
     local = task.work_file("local") if config.num_workers == 0 else None
     name = f"train-{stage.key}"
-    counts_C = targets.positive_counts(task.data.table["positive"], len(task.run.class_table))
     return {
         "config": config.model_dump(mode="json"),
         "initial": task.initial,
         "seed": task.run.config.seed,
-        "rows": rows,
-        "class_weights": targets.class_weights(counts_C, config.class_balance),
-        "stored_size": size,
+        "rows": feed.rows,
+        "class_weights": targets.class_weights(task.data.counts_C, config.class_balance),
+        "stored_size": feed.size,
+        "epoch": feed.epoch_file,
         "validation": None if known is None else known.annotations_NC,
         "history": stage.file("history.json"),
         "steps": task.work_file("steps.json"),
@@ -285,6 +324,20 @@ def _run_trainer(task: Task, job: dict[str, Any], datasets: dict[str, ray.data.D
     from ray.data import ExecutionOptions
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+
+    class Shards(DataConfig):  # type: ignore[misc]
+        """Equal shares of the training images, and all validation images, each to one worker."""
+
+        def configure(
+            self, datasets: Mapping[str, Any], world_size: int, *given: Any, **named: Any
+        ) -> list[dict[str, Any]]:
+            equal = {name: one for name, one in datasets.items() if name != "validation"}
+            shards: list[dict[str, Any]] = super().configure(equal, world_size, *given, **named)
+            if "validation" in datasets:
+                parts = datasets["validation"].streaming_split(world_size, equal=False)
+                for shard, part in zip(shards, parts, strict=True):
+                    shard["validation"] = part
+            return shards
 
     config = task.config
     resources = {"CPU": config.worker_cpus, **({"GPU": 1.0} if config.gpu else {})}
@@ -306,9 +359,7 @@ def _run_trainer(task: Task, job: dict[str, Any], datasets: dict[str, ray.data.D
             checkpoint_config=CheckpointConfig(num_to_keep=resume.KEPT_CHECKPOINTS),
         ),
         datasets=datasets,
-        dataset_config=DataConfig(
-            datasets_to_split=["train"], execution_options=ExecutionOptions(preserve_order=True)
-        ),
+        dataset_config=Shards(execution_options=ExecutionOptions(preserve_order=True)),
     )
     return _fit_or_explain(trainer, config)
 

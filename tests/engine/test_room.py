@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.dataset as pads
 import pytest
 
 from hts_ray.config import RayConfig, load_config
@@ -152,11 +153,13 @@ def test_images_at_local_paths_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "joined_cluster", lambda _: TWO_HOSTS)
     config = load_config(overrides=["run_dir=s3://b/r", f"ray.shared_paths=[{tmp_path}]"])
     manifest = open_manifest(path)
-    for images in ({"manifest": manifest}, {"labels": table}):
+    for images in ({"manifest": manifest}, {"labels": pads.dataset(table)}):
         with pytest.raises(ConfigError, match="are at local paths"):
             preflight.check_joined(config, "label", **images)
     monkeypatch.setattr(preflight, "joined_cluster", lambda _: cluster(("a", 8, 0)))
-    assert preflight.check_joined(config, "label", manifest=manifest, labels=table) == []
+    assert (
+        preflight.check_joined(config, "label", manifest=manifest, labels=pads.dataset(table)) == []
+    )
 
 
 def test_model_folders_are_told_from_hub_ids(tmp_path):

@@ -51,7 +51,7 @@ def test_cached_features_give_what_full_training_gives(
     config = changed(batch_size=48)
     stage, stats = train("cached", config)
     full = StageFolder(str(tmp_path), "student", "full")
-    data = training_set(color_world, color_table, config, 5)
+    data = training_set(color_world, color_table, config)
     run = run_of(tmp_path, train=config)
     task = Task(run, data, None, full, training._write_initial(run, full), None)
     outcome = training._fit(task)

@@ -8,6 +8,8 @@ import pytest
 
 from hts_ray.config import TrainConfig
 from hts_ray.errors import DataError
+from hts_ray.store.tables import read_table
+from hts_ray.student import targets
 from hts_ray.student.targets import (
     class_weights,
     dense_targets,
@@ -15,6 +17,7 @@ from hts_ray.student.targets import (
     positive_counts,
     repeat_indices,
     training_set,
+    write_rows,
 )
 
 CONFIG = TrainConfig()
@@ -46,31 +49,69 @@ def test_repeats_hold_for_random_labels():
         assert (counts[~present] == 0).all()
 
 
-def test_label_set_maps_ids_counts_unknown_ones_and_is_seeded(color_table):
+def written(labels, classes, config, seed, folder):
+    """Return what a training reads of labels, and the rows of each file."""
+    data = training_set(labels, classes, config)
+    counts = write_rows(data, classes, config, seed, str(folder))
+    return read_table(str(folder)), counts
+
+
+def test_label_set_maps_ids_counts_unknown_ones_and_is_seeded(color_table, tmp_path):
     """Catches class ids used as positions, unknown ids that wrap around, and unseeded order."""
     lists = pa.list_(pa.int16())
     labels = pa.table(
         {
-            "image_id": ["a", "b", "c"],
-            "uri": ["a", "b", "c"],
-            "positive_ids": pa.array([[11, 99], [7], []], lists),
-            "ignored_ids": pa.array([[3], None, [-1]], lists),
+            "image_id": ["a", "b", None, "c"],
+            "uri": ["a", "b", "d", "c"],
+            "positive_ids": pa.array([[11, 99], [7], [7], []], lists),
+            "ignored_ids": pa.array([[3], None, [], [-1]], lists),
         }
     )
-    data = training_set(labels, color_table, CONFIG, 0)
-    rows = {row["image_id"]: row for row in data.table.to_pylist()}
+    table, counts = written(labels, color_table, CONFIG, 0, tmp_path / "0")
+    rows = {row["image_id"]: row for row in table.to_pylist()}
     assert (rows["a"]["positive"], rows["a"]["ignored"]) == ([2], [1])
     assert (rows["b"]["positive"], rows["b"]["ignored"]) == ([0], [])
+    data = training_set(labels, color_table, CONFIG)
     assert (data.dropped_ids, data.classes_with_positives, data.images) == (2, 2, 3)
-    assert data.table["row"].to_pylist() == [0, 1, 2]
-    orders = {
-        tuple(training_set(labels, color_table, CONFIG, s).table["uri"].to_pylist())
-        for s in range(9)
-    }
+    assert (table["row"].to_pylist(), counts) == ([0, 1, 2], [3])
+    orders = set()
+    for seed in range(9):
+        table, _ = written(labels, color_table, CONFIG, seed, tmp_path / f"order{seed}")
+        orders.add(tuple(table["uri"].to_pylist()))
     assert len(orders) > 2
-    empty = labels.set_column(2, "positive_ids", pa.array([[], [99], []], lists))
+    empty = labels.set_column(2, "positive_ids", pa.array([[], [99], [], []], lists))
     with pytest.raises(DataError, match=r"no image of 3 .*1 are of other classes.*lower"):
-        training_set(empty, color_table, CONFIG, 0)
+        training_set(empty, color_table, CONFIG)
+
+
+def test_rows_are_spread_over_files_each_as_often_as_it_should(color_table, tmp_path, monkeypatch):
+    """Catches repeats counted by piece, rows lost between files, and an order by input file."""
+    monkeypatch.setattr(targets, "_FILE_ROWS", 50)
+    lists, count = pa.list_(pa.int16()), 200
+    positive = [[3]] * 3 + [[7]] * (count - 4) + [[11, 7]]  # two rare classes, at both ends
+    labels = pa.table(
+        {
+            "image_id": [f"i{i:03d}" for i in range(count)],
+            "uri": [""] * count,
+            "positive_ids": pa.array(positive, lists),
+            "ignored_ids": pa.array([[]] * count, lists),
+        }
+    )
+    pieces = pa.concat_tables([labels.slice(0, 7), labels.slice(7)])
+    config = TrainConfig(min_positives_per_class=10)
+    data = training_set(pieces, color_table, config)
+    assert data.rows == count + 7 + 9
+    assert data.counts_C.tolist() == [197 + 9, 10, 10]  # by position: 7, 3, 11
+    table, counts = written(pieces, color_table, config, 1, tmp_path / "rows")
+    assert (len(counts), sum(counts)) == (5, data.rows)
+    assert table["row"].to_pylist() == list(range(data.rows))
+    times = {c["values"]: c["counts"] for c in table["image_id"].value_counts().to_pylist()}
+    assert times.pop("i199") == 10
+    assert sorted(times.values())[-3:] == [3, 3, 4]
+    first = table["image_id"].slice(0, counts[0]).to_pylist()
+    assert len({int(name[1:]) // 50 for name in first}) == 4  # from everywhere
+    again, _ = written(labels, color_table, config, 1, tmp_path / "again")
+    assert again.equals(table)
 
 
 def test_targets_are_positive_ignored_negative():

@@ -279,7 +279,8 @@ def test_soft_labels_follow_their_class_and_change_the_student(
     labels = color_world.set_column(2, "positive_ids", pa.array(lists, pa.list_(pa.int16())))
     labels = labels.append_column("probability", pa.array(probability, pa.list_(pa.float32())))
     soft = CONFIG.model_copy(update={"soft_labels": True})
-    rows = training_set(labels, color_table, soft, 0).table.to_pylist()
+    pieces = training_set(labels, color_table, soft).mapped(color_table, soft)
+    rows = pa.concat_tables(pieces).to_pylist()
     place = {int(class_id): i for i, class_id in enumerate(color_table.ids)}
     expected = {
         image_id: {place[c]: 0.1 + 0.2 * i for i, c in enumerate(row)}
@@ -291,15 +292,20 @@ def test_soft_labels_follow_their_class_and_change_the_student(
     train(stage, soft, labels)
     assert weights(stage) != weights(unbroken[0])
     with pytest.raises(ConfigError, match="soft_labels"):
-        training_set(color_world, color_table, soft, 0)
+        training_set(color_world, color_table, soft)
 
 
-def test_decoding_again_every_epoch_gives_the_same_student(unbroken, train, stage, monkeypatch):
-    """Catches an order that depends on timing once the images no longer fit into memory."""
+@pytest.mark.parametrize(("asked", "kept"), [("auto", "none"), ("bytes", "bytes")])
+def test_images_that_are_decoded_in_every_epoch_give_the_same_student(
+    unbroken, train, stage, monkeypatch, asked, kept
+):
+    """Catches an order that depends on timing, or on how images are kept when they do not fit."""
     import ray
 
+    assert unbroken[1]["images_kept"] == "pixels"
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 1.0})
-    train(stage)
+    stats = train(stage, CONFIG.model_copy(update={"images_kept": asked}))
+    assert stats["images_kept"] == kept
     assert weights(stage) == weights(unbroken[0])
 
 

@@ -183,7 +183,9 @@ def published(config: HtsConfig, stored: dict[str, Any], folder: Path) -> StageF
 def targets_of(stage: StageFolder, stored: dict[str, Any]) -> np.ndarray:
     """Return what training reads from a filter stage, in the order of the ids."""
     table = read_table(stage.path)
-    rows = training_set(table, stored["classes"], CONFIG.train, 0).table.sort_by("image_id")
+    data = training_set(table, stored["classes"], CONFIG.train)
+    pieces = data.mapped(stored["classes"], CONFIG.train)
+    rows = pa.concat_tables(pieces).sort_by("image_id")
     return dense_targets(rows["positive"], rows["ignored"], CLASSES)
 
 
