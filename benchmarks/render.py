@@ -294,6 +294,19 @@ def _train_speed(report: Json) -> Iterator[Grid]:
     yield grid(columns, rows)
 
 
+def _epoch_start(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("workers", "workers"),
+        Column("stored side, px", "stored"),
+        Column("side here, px", "side"),
+        Column("images of a worker's batch", "batch"),
+        Column("buffer, s", "median.buffer", number()),
+        Column("mixed, s", "median.mixed", number()),
+        Column("ratio", "ratio", number(3)),
+    ]
+    yield grid(columns, report["rows"])
+
+
 def _head_fit(report: Json) -> Iterator[Grid]:
     columns = [
         Column("preset", "preset"),
@@ -610,6 +623,7 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "search": ("Search for the best classes", _search),
     "gpu": ("On a GPU", _gpu),
     "train_speed": ("Training beside a bare loop", _train_speed),
+    "epoch_start": ("The first batch of an epoch", _epoch_start),
     "head_fit": ("Fitting the classifier alone", _head_fit),
     "metrics_speed": ("The metric beside a plain loop", _metrics_speed),
 }

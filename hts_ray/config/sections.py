@@ -518,6 +518,7 @@ class FeaturesConfig(Section):
     pool: PoolConfig = PoolConfig()
     batch_images: int = setting(64, "images given to an actor at a time", ge=1)
     local_images: int = setting(2000, "so few need no Ray where the pool has no GPU", ge=0)
+    memory_gib: float = setting(4.0, "train.trainable=head reads more than this from disk", ge=0)
 
 
 class TrainConfig(Section):

@@ -83,7 +83,7 @@ def _written(stage: StageFolder) -> tuple[list[str], list[str]]:
 
 def finish(
     stage: StageFolder,
-    expected_ids: pa.Array,
+    expected_ids: pa.Array | pa.ChunkedArray,
     *,
     name: str,
     seconds: float,
@@ -140,7 +140,9 @@ def finish(
     return stage.stats
 
 
-def _require_exactly_once(found: pa.ChunkedArray, expected: pa.Array, path: str) -> None:
+def _require_exactly_once(
+    found: pa.ChunkedArray, expected: pa.Array | pa.ChunkedArray, path: str
+) -> None:
     # One look-up of every row; sets of all ids would take more memory than the ids.
     place = pc.index_in(found, value_set=expected)
     counts = np.bincount(place.drop_null().to_numpy(), minlength=len(expected))

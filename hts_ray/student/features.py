@@ -35,7 +35,7 @@ from hts_ray.student.checkpoints import WEIGHTS, description_of, find_student, s
 from hts_ray.student.model import ARCHITECTURE
 from hts_ray.student.pool import StudentPass, StudentWorker
 
-TABLE = "features"
+TABLE, FLIPPED = "features", "flipped"
 _INPUT = "_input"  # readers of tables leave out what starts so
 _IMAGE_SCHEMA = pa.schema([(name, pa.string()) for name in IMAGE_COLUMNS])
 _DECODING = ImagesConfig.model_validate({})
@@ -72,11 +72,12 @@ def read_feature_table(path: str) -> Features:
     good = table.filter(pc.equal(table["status"], OK)).sort_by("image_id")
     if not len(good):
         raise DataError(f"{path} holds no image with features: see its quarantine")
-    flipped = _matrix(good["flipped"]) if "flipped" in good.column_names else None
-    return Features(good["image_id"].to_pylist(), _matrix(good[TABLE]), flipped)
+    flipped = feature_matrix(good[FLIPPED]) if FLIPPED in good.column_names else None
+    return Features(good["image_id"].to_pylist(), feature_matrix(good[TABLE]), flipped)
 
 
-def _matrix(column: pa.ChunkedArray) -> FloatArray:
+def feature_matrix(column: pa.ChunkedArray) -> FloatArray:
+    """Return the features (N, D) of a table's column, which has no null."""
     parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
     return np.concatenate(parts).reshape(len(column), column.type.list_size)
 
@@ -109,7 +110,7 @@ def plan_features(
     )
 
     def work(progress: ImagesDone | None) -> object:
-        ids = images["image_id"].combine_chunks()
+        ids = images["image_id"]
         info = {"student": folder, **made_by, "flipped": flipped}
         if config.pool.gpus > 0 or len(images) > config.local_images:
             source = stage.file(_INPUT, "images.parquet")
@@ -129,17 +130,21 @@ def _find(
     run_dir: str, made_by: dict[str, Any], images: pa.Table, flipped: bool
 ) -> StageFolder | None:
     """Return a finished features folder of the run that holds all these images, or None."""
-    wanted = _named(images)
     for stage in finished_stages(run_dir, TABLE):
         info = storage.read_json(stage.file("table.json"))
         fits = made_by.items() <= info.items() and (info["flipped"] or not flipped)
-        if fits and wanted <= _named(stage.read(["image_id", "uri"])):
+        if fits and _holds(stage.read(["image_id", "uri"]), images):
             return stage
     return None
 
 
-def _named(images: pa.Table) -> set[tuple[str, str]]:
-    return set(zip(images["image_id"].to_pylist(), images["uri"].to_pylist(), strict=True))
+def _holds(stored: pa.Table, images: pa.Table) -> bool:
+    """Return whether all images are among the stored ones, with the same URI."""
+    place = pc.index_in(images["image_id"], value_set=stored["image_id"])
+    if place.null_count:
+        return False
+    uris, wanted = (table["uri"].cast(pa.large_string()) for table in (stored, images))
+    return bool(uris.take(place).equals(wanted))
 
 
 def encoder_fingerprint(student_path: str) -> str:
@@ -183,7 +188,7 @@ class FeatureEncoder(StudentWorker):
         pixels = stack_pixels(table, self.student.image_size)
         sides = {TABLE: pixels}
         if self._flipped:
-            sides["flipped"] = np.ascontiguousarray(pixels[:, :, ::-1])
+            sides[FLIPPED] = np.ascontiguousarray(pixels[:, :, ::-1])
         student = self.student
         return {n: student.compute(student.normalise(p), student.visual) for n, p in sides.items()}
 

@@ -11,13 +11,16 @@ Shapes: N images, B images of a batch, D features, C classes.
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors.torch
@@ -31,10 +34,10 @@ from hts_ray.errors import DataError
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray
-from hts_ray.store.tables import write_table
+from hts_ray.store.tables import open_table, stream, write_table
 from hts_ray.student import targets
 from hts_ray.student.checkpoints import WEIGHTS
-from hts_ray.student.features import Features, plan_features, read_feature_table
+from hts_ray.student.features import FLIPPED, TABLE, feature_matrix, plan_features
 from hts_ray.student.loggers import CurveLog
 from hts_ray.student.model import CosineClassifier
 from hts_ray.student.optimizer import Optimizer, settings_loss
@@ -61,6 +64,33 @@ class HeadFit:
     logit_scale: float
 
 
+class RowFile:
+    """A matrix (N, K) in a temporary file of this machine, of which rows are read as asked for.
+
+    Rows are given as positions in an int64 tensor, as those of a tensor are. The file is gone when
+    the object is.
+    """
+
+    def __init__(self, shape: tuple[int, int], kind: npt.DTypeLike) -> None:
+        self.shape, self._kind = shape, np.dtype(kind)
+        self._row_bytes = shape[1] * self._kind.itemsize
+        self._file = tempfile.TemporaryFile(prefix="hts-rows-")  # noqa: SIM115 - lives on
+        self._file.truncate(shape[0] * self._row_bytes)
+
+    def __getitem__(self, rows_B: Tensor) -> Tensor:
+        values_BK = np.empty((len(rows_B), self.shape[1]), self._kind)
+        for value_K, row in zip(values_BK, rows_B.tolist(), strict=True):
+            os.preadv(self._file.fileno(), [value_K], row * self._row_bytes)
+        return torch.from_numpy(values_BK)
+
+    def __setitem__(self, rows_B: Tensor, values_BK: Tensor) -> None:
+        for row, value_K in zip(rows_B.tolist(), values_BK.numpy(), strict=True):
+            os.pwrite(self._file.fileno(), value_K.tobytes(), row * self._row_bytes)
+
+
+Matrix = Tensor | RowFile
+
+
 class HeadData:
     """What a fit reads, checked; its arrays are copied.
 
@@ -81,14 +111,18 @@ class HeadData:
     ) -> None:
         features = _float_array("features_ND", features_ND)
         # Copies: what comes from Arrow is read-only, which torch warns of.
-        self.targets_NC = torch.from_numpy(np.array(targets_NC))
-        if self.targets_NC.ndim != 2 or len(self.targets_NC) != len(features):
-            found = tuple(self.targets_NC.shape)
+        targets_array = np.array(targets_NC)
+        if targets_array.ndim != 2 or len(targets_array) != len(features):
+            found = targets_array.shape
             raise ValueError(f"targets_NC {found}: {len(features)} images need as many rows")
         if not len(features):
             raise DataError("no image to fit the classifier on: see the quarantine")
-        self.features_ND = torch.from_numpy(_unit(features))
-        self.weights_NC = self.flipped_ND = None
+        self.features_ND: Matrix = torch.from_numpy(_unit(features))
+        self.targets_NC: Matrix = torch.from_numpy(targets_array)
+        # Image and class of every positive.
+        self.positives: tuple[Any, ...] = np.nonzero(targets_array == 1)
+        self.weights_NC: Matrix | None = None
+        self.flipped_ND: Matrix | None = None
         if label_weights_NC is not None:
             self.weights_NC = torch.from_numpy(np.array(label_weights_NC, dtype=np.float32))
         if flipped_ND is not None:
@@ -101,11 +135,59 @@ class HeadData:
             self.flipped_ND = torch.from_numpy(_unit(flipped))
         self._image_ids = image_ids
 
+    @classmethod
+    def streamed(cls, task: Task, features: str, image_ids: pa.Array) -> HeadData:
+        """Read what a training needs of the images `image_ids` from a table of features.
+
+        What takes more than `train.features.memory_gib` lies in files of this machine.
+        """
+        config, classes, self = task.config, len(task.run.class_table), cls.__new__(cls)
+        table, images = open_table(features), len(image_ids)
+        names = [TABLE, FLIPPED] if config.augment.flip else [TABLE]
+        width = table.schema.field(TABLE).type.list_size
+        row_bytes = 4 * width * len(names) + classes * (5 if config.soft_labels else 1)
+        on_disk = images * row_bytes > config.features.memory_gib * 2**30
+
+        def matrix(columns: int, kind: npt.DTypeLike) -> Matrix:
+            shape = (images, columns)
+            return RowFile(shape, kind) if on_disk else torch.from_numpy(np.empty(shape, kind))
+
+        found = {name: matrix(width, np.float32) for name in names}
+        for rows_B, piece in _placed(stream(table, ["image_id", *names]), image_ids):
+            for name in names:
+                found[name][rows_B] = torch.from_numpy(_unit(feature_matrix(piece[name])))
+        self.features_ND, self.flipped_ND = found[TABLE], found.get(FLIPPED)
+        self.targets_NC = matrix(classes, np.int8)
+        self.weights_NC = matrix(classes, np.float32) if config.soft_labels else None
+        pairs = []
+        for rows_B, piece in _placed(task.data.mapped(task.run.class_table, config), image_ids):
+            targets_BC = targets.dense_targets(piece["positive"], piece["ignored"], classes)
+            self.targets_NC[rows_B] = torch.from_numpy(targets_BC)
+            owners_P, classes_P = np.nonzero(targets_BC == 1)
+            pairs.append((rows_B.numpy()[owners_P], classes_P))
+            if self.weights_NC is not None:
+                weights = targets.dense_weights(piece["positive"], piece["weight"], classes)
+                self.weights_NC[rows_B] = torch.from_numpy(weights)
+        owners_P, classes_P = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        order = np.lexsort((classes_P, owners_P))
+        self.positives, self._image_ids = (owners_P[order], classes_P[order]), image_ids
+        return self
+
     def names(self, rows: Tensor) -> str:
         """Name the first few images of some rows."""
         found = sorted(set(rows.tolist()))[:_NAMED_IMAGES]
         ids = self._image_ids
-        return ", ".join(f"row {row}" if ids is None else ids[row] for row in found)
+        return ", ".join(f"row {row}" if ids is None else str(ids[row]) for row in found)
+
+
+def _placed(pieces: Iterable[pa.Table], image_ids: pa.Array) -> Iterator[tuple[Tensor, pa.Table]]:
+    """Yield the rows of pieces whose images are among `image_ids`, each with its place there."""
+    for piece in pieces:
+        ids = piece["image_id"].cast(image_ids.type)
+        places = pc.index_in(ids, value_set=image_ids).combine_chunks()
+        known = piece.filter(places.is_valid())
+        if len(known):
+            yield torch.from_numpy(places.drop_null().to_numpy().astype(np.int64)), known
 
 
 def fit_head(
@@ -158,11 +240,11 @@ class _Fit:
         if config.learn_logit_scale:
             self._head.learn_logit_scale()
         self._optimizer = Optimizer.of(self._head, config)
-        targets_NC = data.targets_NC.numpy()
-        self._order = np.arange(len(targets_NC))
-        if config.min_positives_per_class:
-            self._order = targets.repeat_indices(targets_NC, config.min_positives_per_class)
-        counts_C = (targets_NC[self._order] == 1).sum(axis=0)
+        (owners_P, classes_P), (images, classes) = data.positives, data.targets_NC.shape
+        counts_C = np.bincount(classes_P, minlength=classes)
+        least = config.min_positives_per_class
+        times_N, counts_C = targets.repeats(owners_P, classes_P, images, counts_C, least)
+        self._order = np.repeat(np.arange(images), times_N)
         weights = targets.class_weights(counts_C, config.class_balance)
         self._loss = settings_loss(config, weights, "none")
 
@@ -261,23 +343,12 @@ def fit_on_features(task: Task) -> dict[str, Any]:
     Features that the run has of these images already are used again. Raises DataError when no
     image can be read or the loss stops being finite.
     """
-    config, classes = task.config, len(task.run.class_table)
-    labels = pa.concat_tables(task.data.mapped(task.run.class_table, config))
-    found = _features(task, "train", labels, config.split, flipped=config.augment.flip)
+    config = task.config
+    pieces = task.data.mapped(task.run.class_table, config)
+    rows = pa.concat_tables(piece.select(["image_id", "uri"]) for piece in pieces)
+    features, ids = _encoded(task, "train", rows, config.split, flipped=config.augment.flip)
+    data = HeadData.streamed(task, features, ids)
     state = safetensors.torch.load(storage.read_bytes(storage.join(task.initial, WEIGHTS)))
-    first = _first_rows(labels)
-    table = labels.take(pa.array([first[image_id] for image_id in found.image_ids]))
-    positive, ignored = table["positive"], table["ignored"]
-    weights_NC = None
-    if "weight" in table.column_names:
-        weights_NC = targets.dense_weights(positive, table["weight"], classes)
-    data = HeadData(
-        found.features_ND,
-        targets.dense_targets(positive, ignored, classes),
-        label_weights_NC=weights_NC,
-        flipped_ND=found.flipped_ND,
-        image_ids=found.image_ids,
-    )
     validate = _validator(task)
     log = CurveLog(config.loggers, task.stage.file("curves"), config.model_dump(mode="json"))
 
@@ -309,22 +380,31 @@ def _validator(task: Task) -> Callable[[HeadFit], float | None]:
     if validation is None:
         return lambda fit: None
     split = config.validation_split or "validation"
-    found = _features(task, "validation", validation.table, split, flipped=False)
-    first = _first_rows(validation.table)
-    annotations_NC = validation.annotations_NC[[first[image_id] for image_id in found.image_ids]]
+    path, ids = _encoded(task, "validation", validation.table, split, flipped=False)
+    pieces = _placed(stream(open_table(path), ["image_id", TABLE]), ids)
+    parts = [(rows_B.numpy(), feature_matrix(piece[TABLE])) for rows_B, piece in pieces]
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    features_ND = np.concatenate([features for _, features in parts])[order]
+    known = validation.table["image_id"].cast(ids.type)
+    annotations_NC = validation.annotations_NC[pc.index_in(ids, value_set=known).to_numpy()]
 
     def validate(fit: HeadFit) -> float | None:
         if not targets.validation_due(config, len(fit.history) - 1):
             return None
-        logits_NC = head_logits(found.features_ND, fit.classifier_CD, fit.logit_scale)
+        logits_NC = head_logits(features_ND, fit.classifier_CD, fit.logit_scale)
         return mean_average_precision(hico_average_precision(logits_NC, annotations_NC))
 
     return validate
 
 
-def _features(task: Task, images: str, table: pa.Table, split: str, *, flipped: bool) -> Features:
-    """Return the features of a table's images, each once; the bad ones go to the task's folder."""
-    rows = table.take(pa.array(sorted(_first_rows(table).values()))).select(["image_id", "uri"])
+def _encoded(
+    task: Task, images: str, rows: pa.Table, split: str, *, flipped: bool
+) -> tuple[str, pa.Array]:
+    """Have the features of some rows' images in a table; returns its path and the ids, sorted.
+
+    Images that cannot be read are left out, and listed in the task's folder.
+    """
+    rows = rows.select(["image_id", "uri"])
     rows = rows.append_column("split", pa.array([split] * len(rows), pa.string()))
     settings, run_dir = task.config.features, task.stage.run_dir
     planned = plan_features(settings, run_dir, task.initial, rows, flipped=flipped)
@@ -334,19 +414,16 @@ def _features(task: Task, images: str, table: pa.Table, split: str, *, flipped: 
             task.progress({"encoded": done, "of": of, "quarantined": bad})
 
     stage = planned.run(told if task.progress else None)
-    wanted = rows["image_id"].combine_chunks()
     stored = stage.read(["image_id", "uri", "status", "error_kind", "error"])
-    bad = stored.filter(
-        pc.and_(pc.not_equal(stored["status"], OK), pc.is_in(stored["image_id"], wanted))
-    )
+    # By id: the order in which workers wrote must not be the order of a training.
+    stored = stored.filter(pc.is_in(stored["image_id"], value_set=rows["image_id"]))
+    good = pc.equal(stored["status"], OK)
+    bad = stored.filter(pc.invert(good))
     if len(bad):
         path = task.work_file(f"bad-{images}", "features.parquet")
         write_table(path, bad.drop_columns(["status"]))
-    found = read_feature_table(stage.path)
-    return found.take(sorted(set(found.image_ids).intersection(wanted.to_pylist())))
-
-
-def _first_rows(table: pa.Table) -> dict[str, int]:
-    """Return the first row of every image id: a table of a training repeats rare images."""
-    ids = table["image_id"].to_pylist()
-    return {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
+    # Text of 2 GiB has no room in an array of strings.
+    ids = stored.filter(good)["image_id"].cast(pa.large_string()).combine_chunks()
+    if not len(ids):
+        raise DataError(f"{stage.path} holds no image with features: see its quarantine")
+    return stage.path, ids.take(pc.sort_indices(ids))

@@ -129,7 +129,7 @@ class StudentPass:
         self,
         stage: StageFolder,
         read: Callable[[], ray.data.Dataset],
-        image_ids: pa.Array,
+        image_ids: pa.ChunkedArray,
         name: str,
         progress: ImagesDone | None,
         info: Mapping[str, Any],

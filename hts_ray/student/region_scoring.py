@@ -69,7 +69,7 @@ def plan_score(run: Run, student_path: str, region_scores: StageFolder) -> Stage
 
             return ray.data.read_parquet(source)
 
-        ids = regions["image_id"].combine_chunks()
+        ids = regions["image_id"]
         count = pc.sum(pc.list_value_length(regions["boxes"])).as_py()
         info = {**student_info(folder), "region_scores": region_scores.path}
         return task.publish(stage, read, ids, TABLE, progress, info, regions=count)

@@ -368,17 +368,6 @@ def gather_quarantine(task: Task) -> int:
     return counts[0]
 
 
-def repeat_indices(targets_NC: npt.NDArray[np.int8], least: int) -> npt.NDArray[np.int64]:
-    """Return image indices, ascending, in which every class with a positive has `least` of them.
-
-    `targets_NC` (N, C) is 1 where positive; see `repeats`.
-    """
-    owners_P, classes_P = np.nonzero(targets_NC == 1)
-    counts_C = np.bincount(classes_P, minlength=targets_NC.shape[1])
-    times_N, _ = repeats(owners_P, classes_P, len(targets_NC), counts_C, least)
-    return np.repeat(np.arange(len(targets_NC)), times_N)
-
-
 def repeats(
     owners_P: npt.NDArray[np.int64],
     classes_P: npt.NDArray[np.int64],

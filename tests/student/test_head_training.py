@@ -88,6 +88,26 @@ def test_the_same_images_are_encoded_once(train, color_world, tmp_path):
     assert weights[0] == weights[2] != weights[1]
 
 
+def test_features_that_do_not_fit_into_memory_give_the_same_student(train, color_world):
+    """Catches rows of a file that slip, and another order than that of the memory."""
+    probability = [
+        [0.3 + 0.4 * (i % 2)] * len(ids) for i, ids in enumerate(color_world[2].to_pylist())
+    ]
+    labels = color_world.append_column("probability", pa.array(probability, pa.list_(pa.float32())))
+    found = []
+    for gib in (1.0, 0.0):
+        config = changed(
+            soft_labels=True,
+            min_positives_per_class=40,
+            class_balance=0.5,
+            augment=AugmentConfig(flip=True, crop_scale=(1.0, 1.0), color_jitter=0.0),
+            features={"memory_gib": gib},
+        )
+        stage, _ = train(f"memory{gib}", config, labels)
+        found.append(storage.read_bytes(stage.file("model.safetensors")))
+    assert found[0] == found[1]
+
+
 def test_flips_soft_labels_and_validation_reach_the_fit(train, color_world):
     """Catches settings of the training that the short way forgets."""
     weights = [storage.read_bytes(train("plain")[0].file("model.safetensors"))]
