@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from hts_ray.config import AugmentConfig, OptimConfig, TrainConfig
 from hts_ray.engine.telemetry import HeldGpus, Meter
 from hts_ray.losses import make_loss
+from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.student import loop
 from hts_ray.student.augment import draw
 from hts_ray.student.optimizer import Optimizer
@@ -244,6 +246,21 @@ def test_a_loss_that_is_not_finite_names_its_own_images_and_spoils_no_checkpoint
     assert written == [2, 4][: spoiled // 2]
     history, _ = run_epoch(monkeypatch, 5, changes)
     assert history.history[0]["images"] == 40
+
+
+def test_shares_of_the_validation_images_are_measured_together():
+    """Catches a mean of the workers' means, and rows that slip against their annotations."""
+    random = np.random.default_rng(0)
+    truth_NC = random.choice([1, -1], size=(41, 5)).astype(np.int8)
+    logits_NC = random.normal(size=(41, 5)).astype(np.float32)
+    logits_NC[::2] = 0  # ties are broken by the order of the rows
+    rows_N = random.permutation(41)[:40]
+    parts = [(rows, logits_NC[rows]) for rows in np.split(rows_N, 4)]
+    found = loop._whole_mean([parts[:1], parts[1:], []], truth_NC)
+    kept = np.sort(rows_N)
+    aps = hico_average_precision(logits_NC[kept], truth_NC[kept])
+    assert found == mean_average_precision(aps)
+    assert np.isnan(loop._whole_mean([[], []], truth_NC))
 
 
 def step(student, loss):

@@ -57,6 +57,13 @@ def with_uris(labels, uris):
     return labels.set_column(place, "uri", pa.array(changed, pa.string()))
 
 
+def annotated(labels):
+    """Return labels as annotated rows of a manifest."""
+    nothing = pa.array([[]] * len(labels), pa.list_(pa.int16()))
+    names = ["image_id", "uri", "positive_ids", "ambiguous_ids", "negative_ids"]
+    return labels.append_column("negative_ids", nothing).rename_columns(names)
+
+
 def test_estimate_plans_the_steps_that_training_takes(run_of, tmp_path, color_table):
     """Catches a plan that forgets repeats or workers, and one that accepts unusable labels."""
     ids = color_table.ids[:2].tolist()
@@ -231,10 +238,7 @@ def test_a_student_is_measured_while_it_trains_and_stays_the_same(
     unbroken, train, stage, color_world, color_table, tmp_path
 ):
     """Catches measuring that disturbs the training, misses a due epoch, or mixes up images."""
-    nothing = pa.array([[]] * len(color_world), pa.list_(pa.int16()))
-    manifest = color_world.append_column("negative_ids", nothing).rename_columns(
-        ["image_id", "uri", "positive_ids", "ambiguous_ids", "negative_ids"]
-    )
+    manifest = annotated(color_world)
     (tmp_path / "broken.png").write_bytes(b"no image")
     manifest = with_uris(manifest, {5: str(tmp_path / "broken.png")})
     stats = train(stage, CONFIG.model_copy(update={"validate_every": 3}), validation=manifest)
@@ -339,17 +343,21 @@ def test_unreadable_images_and_infinite_losses_are_told(ray_session, train, stag
 
 
 @pytest.mark.timeout(600)
-def test_two_workers_take_the_same_steps_as_one(ray_session, train, tmp_path):
-    """Catches a loss that is a mean per worker, doubled gradients, and a lost last checkpoint."""
+def test_two_workers_take_the_same_steps_as_one(ray_session, train, tmp_path, color_world):
+    """Catches a mean loss or mAP per worker, doubled gradients, and a lost last checkpoint."""
     plain = AugmentConfig(flip=False, crop_scale=(1.0, 1.0), color_jitter=0.0)
     config = CONFIG.model_copy(update={"epochs": 3, "batch_size": 48, "augment": plain})
-    losses, states = [], []
+    losses, states, measured = [], [], []
     for workers in (0, 2):
         stage = StageFolder(str(tmp_path), "student", str(workers))
-        train(stage, config.model_copy(update={"num_workers": workers, "cpus_per_worker": 0.5}))
+        values = {"num_workers": workers, "cpus_per_worker": 0.5, "validate_every": 3}
+        odd = annotated(color_world.slice(1))  # 47 images: no worker's may be dropped
+        stats = train(stage, config.model_copy(update=values), validation=odd)
+        measured.append(stats["validation_mAP"])
         losses.append([record["loss"] for record in read_history(stage.file("history.json"))])
         states.append(load_file(stage.file("model.safetensors")))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert measured[0] == pytest.approx(measured[1], abs=0.01)
     for name, value in states[0].items():
         assert torch.allclose(value, states[1][name], atol=2e-3), name
 
