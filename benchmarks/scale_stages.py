@@ -31,8 +31,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -43,14 +45,31 @@ from PIL import Image
 
 from hts_ray import stages
 from hts_ray.classes import hico_classes
-from hts_ray.config import HtsConfig, load_config
+from hts_ray.config import HtsConfig, RayConfig, load_config
+from hts_ray.engine.ray_data import image_dataset
 from hts_ray.engine.run import Run, open_run
+from hts_ray.engine.session import ray_cluster
 from hts_ray.evaluate import evaluate_stored, read_annotations
+from hts_ray.images.manifest import open_manifest
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
-from hts_ray.store.run import StageFolder, require_stage
-from hts_ray.store.tables import MANIFEST_SCHEMA, REGION_SCORES_SCHEMA, predictions_schema
+from hts_ray.store.run import StageFolder, require_stage, rows_hash
+from hts_ray.store.tables import (
+    MANIFEST_SCHEMA,
+    PSEUDO_LABELS_SCHEMA,
+    REGION_SCORES_SCHEMA,
+    predictions_schema,
+)
+from hts_ray.student import feed as feeding
+from hts_ray.student import pool as student_pool
+from hts_ray.student.feed import Feed
+from hts_ray.student.pool import StudentPass
+from hts_ray.student.predict import StudentScorer
+from hts_ray.student.targets import label_columns, label_source, training_set, write_rows
+
+if TYPE_CHECKING:
+    import ray.data
 
 RESULTS = Path(__file__).parent / "results" / "scale_stages.json"
 CLASSES = 600
@@ -223,6 +242,97 @@ def run_label(folder: Path, images: int) -> dict[str, Any]:
     return {"blocks": stage.stats["blocks"], "files": len(parts)}
 
 
+def make_train_rows(folder: Path, images: int) -> None:
+    """Write pseudo-labels of one to three positives and as many ignored classes an image."""
+    random = np.random.default_rng(0)
+    stage = StageFolder(str(folder), "pseudo_labels", "made")
+    Path(stage.path).mkdir()
+    for number, start in enumerate(range(0, images, FILE_IMAGES)):
+        count = min(FILE_IMAGES, images - start)
+        ends = np.concatenate([[0], np.cumsum(random.integers(1, 4, count))]).astype(np.int32)
+        ids = pa.array(random.integers(0, CLASSES, ends[-1]).astype(np.int16))
+        columns = {field.name: pa.nulls(count, field.type) for field in PSEUDO_LABELS_SCHEMA}
+        columns |= {n: pa.array(values) for n, values in image_columns(start, count).items()}
+        for name in ("positive_ids", "ignored_ids"):
+            columns[name] = pa.ListArray.from_arrays(ends, ids)
+        table = pa.Table.from_arrays(list(columns.values()), names=list(columns))
+        pq.write_table(table, stage.file(f"part-{number:06d}.parquet"), compression="zstd")
+    stage.publish({"rows_in": images, "rows_out": images, "quarantined": 0, "seconds": 0})
+
+
+def run_train_rows(folder: Path, images: int) -> dict[str, Any]:
+    """Do to the rows what `hts train` does: its key, their order, an epoch on Ray, undecoded."""
+    run = opened(folder, train={"min_positives_per_class": 40})
+    config = run.config.train
+    source = label_source(run)
+    assert source is not None
+    rows_hash(source, label_columns(config))
+    data = training_set(source, run.class_table, config)
+    counts = write_rows(data, run.class_table, config, 0, str(folder / "rows"))
+    feed = Feed(str(folder / "rows"), tuple(counts), 280, "", 0, str(folder / "epoch.json"))
+    before = time.monotonic()
+    with ray_cluster(RayConfig(object_store_gib=1.0)):
+        first, seen, started = 0.0, 0, time.monotonic()
+        with feed.blocks:
+            shards = feeding._read(feed, "none", None).streaming_split(1, equal=True)
+        for batch in shards[0].iter_batches(batch_size=4096, batch_format="pyarrow"):
+            first = first or time.monotonic() - started
+            seen += len(batch)
+    assert seen == data.rows, (seen, data.rows)
+    return {"rows": seen, "first_batch_seconds": first, "ray_seconds": time.monotonic() - before}
+
+
+def make_predict_rows(folder: Path, images: int) -> None:
+    """Write a manifest."""
+    with pq.ParquetWriter(folder / "manifest.parquet", MANIFEST_SCHEMA) as manifest:
+        for start in range(0, images, FILE_IMAGES):
+            count = min(FILE_IMAGES, images - start)
+            columns = {field.name: pa.nulls(count, field.type) for field in MANIFEST_SCHEMA}
+            columns |= image_columns(start, count)
+            manifest.write_table(pa.table(columns, schema=MANIFEST_SCHEMA))
+
+
+class ModelFree(StudentPass):
+    """A pass that reads rows, writes as many scores and calls no student."""
+
+    def _map(self, decoded: ray.data.Dataset, meter: Any) -> ray.data.Dataset:
+        return decoded.map_batches(scored, batch_format="pyarrow", batch_size=self.batch_images)
+
+
+def undecoded(table: pa.Table, **_: Any) -> pa.Table:
+    """Leave the images unread."""
+    return table
+
+
+def scored(table: pa.Table) -> pa.Table:
+    """Return a row of predictions for every image."""
+    schema = predictions_schema(CLASSES)
+    columns = {field.name: pa.nulls(len(table), field.type) for field in schema}
+    columns |= {name: table[name] for name in ("image_id", "uri", "split")}
+    scores = np.zeros(len(table) * CLASSES, np.float32)
+    columns["scores"] = pa.FixedSizeListArray.from_arrays(pa.array(scores), CLASSES)
+    columns["status"] = pa.array(["ok"] * len(table))
+    return pa.table(columns, schema=schema)
+
+
+def run_predict_rows(folder: Path, images: int) -> dict[str, Any]:
+    """Do to the rows what `hts predict` does, but decode and score."""
+    config = opened(folder).config.predict
+    manifest = open_manifest(str(folder / "manifest.parquet"))
+    stage = StageFolder(str(folder), "predictions", manifest.fingerprint)
+    task = ModelFree("", StudentScorer, config.pool, config.images, config.batch_images)
+    with (
+        patch.object(student_pool, "decode_batch", undecoded),
+        patch.object(ModelFree, "side", None),
+        ray_cluster(RayConfig(object_store_gib=1.0), [config.pool]),
+    ):
+        ids = manifest.rows(("train",))["image_id"]
+        read = partial(image_dataset, manifest.path, ("train",))
+        stats = task.publish(stage, read, ids, "predict", None, {})
+    assert stats["rows_out"] == images, stats
+    return {"ray_seconds": stats["seconds"]}
+
+
 def opened(folder: Path, **sections: Any) -> Run:
     """Return the run in a folder."""
     return open_run(config_of(folder, **sections))
@@ -233,6 +343,8 @@ STAGES: dict[str, tuple[Callable[[Path, int], None], Callable[[Path, int], dict[
     "label": (make_label, run_label),
     "filter": (make_filter, run_filter),
     "evaluate": (make_evaluate, run_evaluate),
+    "train_rows": (make_train_rows, run_train_rows),
+    "predict_rows": (make_predict_rows, run_predict_rows),
 }
 
 

@@ -23,7 +23,6 @@ import torch
 from hts_ray.config import TrainConfig
 from hts_ray.engine.compat import interruptible
 from hts_ray.engine.mistakes import user_error, users_mistakes_unwrapped
-from hts_ray.engine.ray_data import data_context
 from hts_ray.engine.run import Run, Stage
 from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import DataError, UserError
