@@ -227,7 +227,10 @@ def _read(feed: Feed, kept: Kept, refs: list[Any] | None) -> ray.data.Dataset:
             )
             return ReadTask(read, about)
 
-    return ray.data.read_datasource(Rows(), override_num_blocks=len(feed.stretches()))
+    # Two tasks that read rows feed many that decode; pixels are copied by as many as can be.
+    concurrency = None if kept == "pixels" else 2
+    tasks = len(feed.stretches())
+    return ray.data.read_datasource(Rows(), override_num_blocks=tasks, concurrency=concurrency)
 
 
 def _rows_of(path: str, stretch: Stretch, unit: int) -> Iterator[pa.Table]:
