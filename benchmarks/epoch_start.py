@@ -29,7 +29,7 @@ import pyarrow as pa
 from measured import measured_on, read_results, write_results
 
 from hts_ray.config import RayConfig
-from hts_ray.engine.image_pass import data_context
+from hts_ray.engine.ray_data import data_context
 from hts_ray.engine.session import ray_cluster
 from hts_ray.store import storage
 from hts_ray.store.tables import write_table
