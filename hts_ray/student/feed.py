@@ -42,6 +42,7 @@ _BAD_COLUMNS = ("row", "image_id", "uri", "error_kind", "error")
 _UNIT_BYTES, _UNIT_ROWS = 32 << 20, 64
 _MIXED_ROWS = 512  # at the least, but for few images
 _MOST_TASKS = 1024  # of an epoch that read rows: each costs the start of the epoch a moment
+_NEVER_CUT = 1 << 50  # bytes of a block
 _SHARE_OF_STORE = 3  # what is kept takes a third: what is on its way to the workers needs room too
 
 
@@ -174,8 +175,8 @@ def fed_images(feed: Feed, kept: Kept, tasks: int | None = None) -> ray.data.Dat
     """
     from ray.data import TaskPoolStrategy
 
+    refs = None if kept == "none" else _keep(feed, kept)
     with feed.blocks:
-        refs = None if kept == "none" else _keep(feed, kept)
         dataset = _read(feed, kept, refs)
         if kept == "pixels":
             return dataset
@@ -191,9 +192,10 @@ def _keep(feed: Feed, kept: Kept) -> list[Any]:
     work: Any = load_bytes
     if kept == "pixels":
         work = partial(_decode, size=feed.size, bad_folder=feed.bad_folder, drop_bad=False)
-    units = _read(plain, "none", None).repartition(target_num_rows_per_block=plain.unit)
-    done = units.map_batches(work, batch_format="pyarrow", batch_size=None).materialize()
-    refs: list[Any] = done.to_arrow_refs()
+    with data_context(keep_order=True, block_bytes=_NEVER_CUT):
+        units = _read(plain, "none", None).repartition(target_num_rows_per_block=plain.unit)
+        done = units.map_batches(work, batch_format="pyarrow", batch_size=None).materialize()
+        refs: list[Any] = done.to_arrow_refs()
     assert len(refs) == sum(-(-count // plain.unit) for count in plain.counts)
     return refs
 
