@@ -215,7 +215,7 @@ def _read(feed: Feed, kept: Kept, refs: list[Any] | None) -> ray.data.Dataset:
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 
-        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
             return [self.task(stretch) for stretch in feed.stretches()]
 
         def task(self, stretch: Stretch) -> Any:

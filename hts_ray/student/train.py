@@ -288,7 +288,7 @@ def _fit(task: Task) -> dict[str, Any]:
 def _kept(run: Run, data: TrainingSet, feeds: list[Feed]) -> tuple[Kept, str]:
     """Return how the images of a training are kept, and why."""
     store = object_store_bytes(run.config.ray)
-    pixels, rows = (sum(getattr(one, name) for one in feeds) for name in ("pixel_bytes", "rows"))
+    pixels, rows = sum(one.pixel_bytes for one in feeds), sum(one.rows for one in feeds)
     return choose_kept(
         run.config.train.images_kept, pixels, lambda: rows * mean_file_bytes(data.sample), store
     )
