@@ -20,13 +20,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,13 @@ from measured import measured_on, write_results
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from servers import BUCKET, s3_server  # type: ignore[import-not-found]
+from servers import BUCKET, await_port, free_ports, kill_tree  # type: ignore[import-not-found]
 
 from hts_ray.config import LabelConfig, PrepareConfig
 from hts_ray.engine.compaction import BLOCKS, CHECKPOINT
 from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.image_pass import committed_names, committed_rows
 from hts_ray.images.stage import prepare_manifest
-from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import read_table, write_table
 
@@ -52,27 +51,63 @@ DISTINCT = 64
 ROUNDS = 4
 SIDE = 448  # about 160 KB as JPEG, as photographs of 500 pixels are
 BLOCK_ROWS = 16
+# Puts a folder's files into moto's memory, and serves them.
+SERVER = """
+import sys
+from pathlib import Path
+from moto.s3.models import s3_backends
+from moto.server import main
+folder, bucket, port = sys.argv[1:]
+backend = s3_backends["123456789012"]["aws"]
+backend.create_bucket(bucket, "us-east-1")
+for path in sorted(Path(folder).rglob("*")):
+    if path.is_file():
+        backend.put_object(bucket, path.relative_to(folder).as_posix(), path.read_bytes())
+main(["-H", "127.0.0.1", "-p", port])
+"""
 
 
 def main() -> None:
     """Measure both parts, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=7000)
-    parser.add_argument("--loose", type=int, default=1600)
+    parser.add_argument("--loose", type=int, default=1000)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--files", type=int, default=20_000)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder)) as environment:
-        os.environ.update(environment)
-        log = Path(folder) / "s3.log"
-        reading = measure_reading(arguments, folder, log)
-        resume = measure_resume(arguments.files, folder, log)
-    results = {**measured_on(), "settings": vars(arguments) | {"batch": LabelConfig().batch_images}}
-    results |= {"reading": reading, "resume": resume}
-    for row in [*reading, *resume]:
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name) / "s3.log"
+        images = jpegs()
+        write_shards(folder / "bucket", arguments, images)
+        write_stage(folder / "bucket" / "run", arguments.files)
+        with s3_server_of(folder / "bucket", log) as environment:
+            os.environ.update(environment)
+            rows = measure_resume(arguments.files, folder / "bucket" / "run", log)
+            results = {**measured_on(), "settings": vars(arguments), "resume": rows}
+            results["reading"] = measure_reading(folder, images, log)
+    for row in [*results["reading"], *rows]:
         print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                         for name, value in row.items()))  # fmt: skip
     write_results(RESULTS, results)
+
+
+@contextmanager
+def s3_server_of(folder: Path, log: Path) -> Iterator[dict[str, str]]:
+    """Start an S3 server whose bucket has a folder's files; gives its clients' environment."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-c", SERVER, str(folder), BUCKET, str(port)]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        try:
+            await_port(process, port, log)
+            yield {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": "testing",
+                "AWS_SECRET_ACCESS_KEY": "testing",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }
+        finally:
+            kill_tree(process)
 
 
 def requests(log: Path) -> list[str]:
@@ -92,34 +127,33 @@ def jpegs() -> list[bytes]:
     return found
 
 
-def upload(work: Callable[[int], None], count: int) -> None:
-    """Do a number of uploads in threads."""
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(work, range(count)))
-
-
-def measure_reading(arguments: argparse.Namespace, folder: str, log: Path) -> list[dict[str, Any]]:
-    """Read loose files and shards in turn."""
-    images, each = jpegs(), -(-arguments.images // arguments.shards)
-    loose = f"s3://{BUCKET}/loose"
-    upload(lambda n: storage.write_bytes(f"{loose}/{n:06d}.jpg", images[n % DISTINCT]),
-           arguments.loose)  # fmt: skip
-
-    def shard(number: int) -> None:
-        data = io.BytesIO()
-        with tarfile.open(fileobj=data, mode="w") as tar:
+def write_shards(folder: Path, arguments: argparse.Namespace, images: Sequence[bytes]) -> None:
+    """Write loose files, and the tar shards of all images."""
+    (folder / "loose").mkdir(parents=True)
+    (folder / "tars").mkdir()
+    for n in range(arguments.loose):
+        (folder / "loose" / f"{n:06d}.jpg").write_bytes(image(images, n))
+    each = -(-arguments.images // arguments.shards)
+    for number in range(arguments.shards):
+        with tarfile.open(folder / "tars" / f"train-{number:03d}.tar", "w") as tar:
             for n in range(number * each, min((number + 1) * each, arguments.images)):
                 member = tarfile.TarInfo(f"{n:06d}.jpg")
-                member.size = len(images[n % DISTINCT])
-                tar.addfile(member, io.BytesIO(images[n % DISTINCT]))
-        storage.write_bytes(f"s3://{BUCKET}/tars/train-{number:03d}.tar", data.getvalue())
+                member.size = len(image(images, n))
+                tar.addfile(member, io.BytesIO(image(images, n)))
 
-    upload(shard, arguments.shards)
-    rows = []
-    tables = {}
-    for source, root in (("folder", loose), ("webdataset", f"s3://{BUCKET}/tars")):
+
+def image(images: Sequence[bytes], number: int) -> bytes:
+    """Return a file unlike all others: `prepare` reads files of one size whole, to compare them."""
+    return images[number % DISTINCT] + bytes(number // DISTINCT)
+
+
+def measure_reading(folder: Path, images: Sequence[bytes], log: Path) -> list[dict[str, Any]]:
+    """Prepare loose files and shards, and read them in turn."""
+    rows, tables = [], {}
+    roots = {"folder": f"s3://{BUCKET}/loose", "webdataset": f"s3://{BUCKET}/tars"}
+    for source, root in roots.items():
         before, started = len(requests(log)), time.monotonic()
-        stage = prepare_manifest(PrepareConfig(), f"{folder}/{source}", source, root)
+        stage = prepare_manifest(PrepareConfig(), str(folder / source), source, root)
         seconds = time.monotonic() - started
         table = tables[source] = read_table(stage.path, ["image_id", "uri"])
         asked = len(requests(log)) - before
@@ -156,12 +190,11 @@ def read_all(table: pa.Table) -> int:
     return len(table)
 
 
-def measure_resume(files: int, folder: str, log: Path) -> list[dict[str, Any]]:
+def measure_resume(files: int, folder: Path, log: Path) -> list[dict[str, Any]]:
     """Find and count what a stage of many files has committed, on a disk and on S3."""
     rows = []
-    for place, run_dir in (("disk", f"{folder}/run"), ("S3", f"s3://{BUCKET}/run")):
+    for place, run_dir in (("disk", str(folder)), ("S3", f"s3://{BUCKET}/run")):
         stage = StageFolder(run_dir, "region_scores", "k")
-        upload(partial(commit, stage), files)
         lists = len(listings(log))
         started = time.monotonic()
         disk = place == "disk"
@@ -179,13 +212,17 @@ def listings(log: Path) -> list[str]:
     return [line for line in requests(log) if "list-type=2" in line]
 
 
-def commit(stage: StageFolder, number: int) -> None:
-    """Write a block as a worker of Ray's does: the rows, and their ids in the checkpoint."""
-    name = f"write_{number:06d}"
-    ids = pa.table({"image_id": [f"{number}-{row}" for row in range(BLOCK_ROWS)]})
-    if not storage.is_remote(stage.path):  # where blocks are not looked at
-        write_table(stage.file(BLOCKS, f"{name}-0.parquet"), ids)
-    write_table(stage.file(CHECKPOINT, f"{name}.parquet"), ids)
+def write_stage(folder: Path, files: int) -> None:
+    """Write blocks and their checkpoint as workers of Ray's do; only their names differ."""
+    stage = StageFolder(str(folder), "region_scores", "k")
+    ids = pa.table({"image_id": [str(row) for row in range(BLOCK_ROWS)]})
+    write_table(stage.file(BLOCKS, "write_000000-0.parquet"), ids)
+    block = Path(stage.file(BLOCKS, "write_000000-0.parquet")).read_bytes()
+    Path(stage.file(CHECKPOINT)).mkdir()
+    for number in range(files):
+        name = f"write_{number:06d}"
+        Path(stage.file(BLOCKS, f"{name}-0.parquet")).write_bytes(block)
+        Path(stage.file(CHECKPOINT, f"{name}.parquet")).write_bytes(block)
 
 
 if __name__ == "__main__":
