@@ -71,7 +71,7 @@ def main() -> None:
     """Measure both parts, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=7000)
-    parser.add_argument("--loose", type=int, default=1000)
+    parser.add_argument("--loose", type=int, default=600)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--files", type=int, default=20_000)
     arguments = parser.parse_args()
