@@ -14,6 +14,7 @@ from hts_ray.engine.compaction import BLOCKS
 from hts_ray.errors import DataError
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
+from hts_ray.store.parts import ahead
 from hts_ray.store.run import StageFolder
 
 
@@ -26,17 +27,23 @@ class WrittenRows:
 
     def __call__(self) -> tuple[int, int]:
         """Return (rows, quarantined rows) of the files that are complete."""
-        for name in storage.list_names(storage.join(self._path, BLOCKS)):
-            if name.endswith(".parquet") and name not in self._counts:
-                try:
-                    filesystem, inner = storage.resolve(storage.join(self._path, BLOCKS, name))
-                    status = pq.read_table(inner, columns=["status"], filesystem=filesystem)
-                except (OSError, pa.ArrowException):
-                    continue  # still being written
-                bad = pc.sum(pc.not_equal(status["status"], "ok")).as_py() or 0
-                self._counts[name] = (len(status), int(bad))
+        names = storage.list_names(storage.join(self._path, BLOCKS))
+        new = [name for name in names if name.endswith(".parquet") and name not in self._counts]
+        # A resumed pass begins with thousands of files.
+        for name, found in zip(new, ahead(self._count, new), strict=True):
+            if found is not None:
+                self._counts[name] = found
         counts = self._counts.values()
         return sum(rows for rows, _ in counts), sum(bad for _, bad in counts)
+
+    def _count(self, name: str) -> tuple[int, int] | None:
+        """Return the rows of a file and the bad ones among them, None while it is written."""
+        filesystem, inner = storage.resolve(storage.join(self._path, BLOCKS, name))
+        try:
+            status = pq.read_table(inner, columns=["status"], filesystem=filesystem)["status"]
+        except (OSError, pa.ArrowException):
+            return None
+        return len(status), int(pc.sum(pc.not_equal(status, "ok")).as_py() or 0)
 
 
 @contextmanager
