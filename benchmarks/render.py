@@ -150,26 +150,87 @@ def _world(report: Json) -> Iterator[Grid]:
 
 
 def _losses(report: Json) -> Iterator[Grid]:
-    rows = [{"loss": loss, **row} for loss, row in report["rows"].items()]
+    for teacher, found in report["tuning"].items():
+        rows = [{"loss": loss, **entry, **entry["setting"]} for loss, entry in found.items()]
+        columns = [
+            Column("loss", "loss"),
+            Column("T", "temperature", "{:g}".format),
+            Column("rate", "rate", "x{:g}".format),
+            Column("clip, of the median norm", "clip", "x{:g}".format),
+            Column("clip", "clip_norm", "{:.2g}".format),
+            Column("mAP, %", "mAP", PERCENT),
+            Column("at an edge", "at_edge", lambda edge: "yes" if edge else "no"),
+        ]
+        worlds = report["tuned_on"]
+        yield grid(columns, rows, f"Chosen with the teacher {teacher}, on worlds {worlds}")
     columns = [
-        Column("test AP, %", "loss"),
-        Column("T", "temperature", "{:g}".format),
-        Column("rate", "rate_factor", "x{:g}".format),
+        Column("test AP, %", "name"),
         Column("mAP", "mAP", interval),
-        Column("known object", "mAP_known_object", interval),
         Column("few@5", "few@5", interval, optional=True),
         Column("few@10", "few@10", interval, optional=True),
         Column("mAP, less LSE-Sign's", "mAP_minus_lse_sign", interval),
+        Column("few@5, less LSE-Sign's", "few@5_minus_lse_sign", interval, optional=True),
+        Column("few@10, less LSE-Sign's", "few@10_minus_lse_sign", interval, optional=True),
     ]
-    yield grid(columns, rows, f"Mean and 95 % interval over worlds {report['seeds']}")
-    tuning: Mapping[str, Mapping[str, float]] = report["tuning_mAP"]
-    names = {name for found in tuning.values() for name in found}
-    tried = [
-        {"name": name, **{loss: found.get(name) for loss, found in tuning.items()}}
-        for name in sorted(names, key=lambda name: [float(part) for part in name.split()])
+    for part in report["comparison"]:
+        caption = (
+            f"Student: {part['student']}. Teacher {part['teacher']}, settings chosen with"
+            f" {part['tuned_with']}: worlds {part['worlds']}, seeds {part['seeds']}"
+        )
+        yield grid(columns, part["rows"], caption)
+
+
+def _teachers(report: Json) -> Iterator[Grid]:
+    rows = [
+        {**entry, **row, "name": name}
+        for entry in report["rows"]
+        for name, row in entry["rows"].items()
     ]
-    columns = [Column("temperature, rate", "name"), *(Column(n, n, PERCENT) for n in tuning)]
-    yield grid(columns, tried, f"Tuning: mAP in %, mean over worlds {report['tuned_on']}")
+    columns = [
+        Column("student", "student"),
+        Column("seeds", "seeds", lambda seeds: ", ".join(map(str, seeds))),
+        Column("teacher", "teacher"),
+        Column("its mAP, %", "teacher_mAP", PERCENT),
+        Column("zero-shot", "zero_shot", PERCENT),
+        Column("supervised", "supervised", interval),
+        Column("supervised, chosen loss", "supervised_chosen", interval),
+        Column("settings", "name"),
+        Column("HTS, mAP in %", "mAP", interval),
+        Column("gap closed", "gap_closed", share_interval),
+        Column("gap to its loss", "gap_closed_of_its_loss", share_interval, optional=True),
+    ]
+    yield grid(columns, rows, f"Worlds {report['worlds']}")
+    parts = [{"name": name, "mAP": value} for name, value in report["parts"].items()]
+    columns = [Column("on validation worlds", "name"), Column("mAP, %", "mAP", PERCENT)]
+    yield grid(columns, parts, "The stand-in, with parts of the choice undone")
+    chosen = [{"name": name, "value": value} for name, value in report["choice"].items()]
+    columns = [Column("chosen", "name"), Column("", "value")]
+    yield grid(columns, chosen, f"Settings chosen on worlds {report['tuned_on']}")
+
+
+def _rescue(report: Json) -> Iterator[Grid]:
+    columns = [
+        Column("labels", "labels"),
+        Column("search", "search"),
+        Column("worlds", "worlds"),
+        Column("won back, %", "back", number(0, 100)),
+        Column("standard error", "error", number(0, 100)),
+        Column("mean gain", "mean_gain", POINTS),
+        Column("worst gain", "worst_gain", POINTS),
+        Column("CPU seconds", "cpu_seconds", number(0)),
+    ]
+    yield grid(columns, report["summary"], f"Sweeps of {report['trials']} trials")
+    rows = [
+        {**row, **{search: row[search]["after"] for search in ("sweep", "grid", "random")}}
+        for row in report["rows"]
+    ]
+    columns = [
+        Column("world", "world"),
+        Column("labels", "labels"),
+        Column("start", "start"),
+        *(Column(n, n, PERCENT) for n in ("good", "before", "sweep", "grid", "random")),
+    ]
+    yield grid(columns, rows, "Test mAP in %")
 
 
 def _objectives(report: Json) -> Iterator[Grid]:
@@ -606,7 +667,9 @@ TABLES: dict[str, tuple[str, Callable[[Json], Iterator[Grid]]]] = {
     "world": ("What each part of the method gains", _world),
     "photos": ("Real photographs", _photos),
     "losses": ("Losses", _losses),
+    "teachers": ("Weak teachers", _teachers),
     "sweep": ("Sweep", _sweep),
+    "rescue": ("Rescue by sweep", _rescue),
     "objectives": ("Objectives without labels", _objectives),
     "abstention": ("None of these", _abstention),
     "questions": ("Questions beside likelihoods", _questions),

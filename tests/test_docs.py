@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,6 +180,46 @@ def test_figures_on_photographs_are_those_measured() -> None:
     assert set(told) <= known
     for count in found["sizes"].values():
         assert f"{count:,}" in section
+
+
+def results(name: str) -> dict[str, Any]:
+    """Return what a benchmark wrote."""
+    text = (ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def test_claims_about_losses_and_teachers_are_those_measured() -> None:
+    """Catches figures of losses and weak teachers that a new measurement left behind."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("### Losses, and teachers that are not perfect")[2]
+    section = section.partition("\n### ")[0]
+    teachers, losses = results("teachers"), results("losses")
+    for row in teachers["rows"]:
+        assert row["student"] == "full"
+        both = row["teacher_mAP"], row["supervised"]["mean"]
+        cells = [row["teacher"], *(f"{100 * mean_ap:.1f}" for mean_ap in both)]
+        for name in ("default", "chosen"):
+            gap = row["rows"][name]["gap_closed"]
+            cells.append(f"{100 * row['rows'][name]['mAP']['mean']:.1f}")
+            cells.append(f"{gap['mean']:.2f} ({gap['low']:.2f} to {gap['high']:.2f})")
+        assert f"| {' | '.join(cells)} |" in section
+        assert f"{100 * row['supervised_chosen']['mean']:.1f}" in section
+        assert f"{row['rows']['chosen']['gap_closed_of_its_loss']['mean']:.2f}" in section
+    for part in losses["comparison"]:
+        whole = ", student as in the demo" if part["student"] == "full" else ""
+        cells = [part["teacher"] + whole]
+        for row in part["rows"]:
+            less = row["mAP_minus_lse_sign"]
+            told = (
+                f"{100 * less['mean']:+.1f} ({100 * less['low']:+.1f} to {100 * less['high']:+.1f})"
+            )
+            own = row["name"] == "lse_sign"
+            cells.append(f"{100 * row['mAP']['mean']:.1f}" + ("" if own else f", {told}"))
+        assert f"| {' | '.join(cells)} |" in section
+    page = (ROOT / "docs" / "student.md").read_text(encoding="utf-8")
+    page = page.partition("### Weak teachers")[2].partition("\n## ")[0]
+    assert all(f"{100 * mean_ap:.1f}" in page for mean_ap in teachers["parts"].values())
 
 
 def test_every_setting_is_named_with_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
