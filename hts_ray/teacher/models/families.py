@@ -24,7 +24,7 @@ between "Question:" and "Answer:", PaliGemma behind "answer en", the others as i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,7 @@ class Loaded:
     config: TeacherConfig
     folder: Path
     model: Any
+    places: list[str] = field(default_factory=list)  # of `processing_gpu`
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -148,29 +149,28 @@ class Loaded:
         """The image processor, of families that need no text with the image."""
         return self._load("AutoImageProcessor")
 
-    @cached_property
-    def processing_gpu(self) -> str:
-        """The GPU on which its processor prepares images, "" for the CPU.
+    def processing_gpu(self, text: str) -> str:
+        """Return the GPU on which its processor prepares images beside a text, "" for the CPU.
 
-        Taken where it makes of noise what it makes on the CPU, but for rounding.
+        Taken where it makes of noise what it makes on the CPU, but for rounding. Asked once.
         """
         device = self.model.device
-        if device.type != "cuda":
-            return ""
+        if device.type != "cuda" or self.places:
+            return self.places[0] if self.places else ""
         noise = np.random.default_rng(0).integers(0, 256, (3, 96, 160), np.uint8)
+        options = {"text": text, "input_data_format": "channels_first", "return_tensors": "pt"}
         try:
             there, here = (
-                self.processor.image_processor(
-                    torch.from_numpy(noise).to(place),
-                    input_data_format="channels_first",
-                    return_tensors="pt",
-                ).pixel_values.cpu()
+                self.processor(images=torch.from_numpy(noise).to(place), **options)
                 for place in (device, "cpu")
             )
+            pixels = there.pixel_values.cpu() - here.pixel_values
+            same = {k: v.shape for k, v in there.items()} == {k: v.shape for k, v in here.items()}
+            same = same and float(pixels.abs().mean()) < _ROUNDED
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
-            return ""
-        same = here.shape == there.shape and float((here - there).abs().mean()) < _ROUNDED
-        return str(device) if same else ""
+            same = False
+        self.places.append(str(device) if same else "")
+        return self.places[0]
 
     def _load(self, kind: str) -> Any:
         import transformers
@@ -402,7 +402,7 @@ def processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], RegionI
 
     processor, model, most = loaded.processor, loaded.model, loaded.config.max_pixels
     pads, color = loaded.pads(processor.image_processor), margin_color(processor.image_processor)
-    start, gpu = processor.tokenizer.bos_token, loaded.processing_gpu
+    start, gpu = processor.tokenizer.bos_token, loaded.processing_gpu(text)
     # A chat template may have written the start token that the tokenizer would add.
     options: dict[str, Any] = {}
     if start and text.startswith(start):

@@ -10,14 +10,13 @@ import base64
 import io
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from PIL import Image
 from servers import Chat, ChatFault, chat_server
@@ -44,8 +43,8 @@ IMAGES = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.answering(tmp_path_factory.mktemp("chat") / "tiny")
+def checkpoint(tiny_path: Callable[[str], Path]) -> Path:
+    return tiny_path("answering")
 
 
 @cache

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -693,13 +694,36 @@ def test_a_gpu_would_prepare_the_same_inputs(
     """Catches channels or margins mixed up where pixels go to the device before the processor."""
     crops = CropBatch(IMAGES, [(n, (2, 1, image.shape[1], 30)) for n, image in enumerate(IMAGES)])
     expected = list(loaded(tiny_path(name)).prepare(crops))
-    monkeypatch.setattr(families.Loaded, "processing_gpu", "cpu")
+    monkeypatch.setattr(families.Loaded, "processing_gpu", lambda loaded, text: "cpu")
     config = TeacherConfig(model=str(tiny_path(name)), pad_to_square="auto")
     found = list(load_captioner(config).prepare(crops))
     for one, other in zip(expected, found, strict=True):
         assert one.keys() == other.keys()
         for key in one:
             torch.testing.assert_close(one[key], other[key], atol=1e-6, rtol=0)
+
+
+def test_a_gpu_is_taken_only_where_it_agrees(tiny_path: Callable[[str], Path]) -> None:
+    """Catches a processor that is trusted on a GPU with other pixels, or refused with the same."""
+
+    class Gpu(str):  # a CPU that says that it is a GPU
+        __slots__ = ()
+        type = "cuda"
+
+    for name, words in (
+        ("qwen2_5_vl", "<|image_pad|>"),
+        ("smolvlm", "<image>"),
+        ("llava", "<image>"),
+    ):
+        folder = tiny_path(name)
+        model = SimpleNamespace(dtype=torch.float32, device=Gpu("cpu"))
+        loaded_parts = families.Loaded(TeacherConfig(model=str(folder)), folder, model)
+        assert loaded_parts.processing_gpu(words) == "cpu"
+        other = families.Loaded(TeacherConfig(model=str(folder)), folder, model)
+        assert other.processing_gpu("no picture at all") == ""
+        model.device = Gpu("meta")  # no values to compare
+        other = families.Loaded(TeacherConfig(model=str(folder)), folder, model)
+        assert other.processing_gpu(words) == ""
 
 
 def test_large_regions_are_shrunk_where_the_settings_say(tiny_path: Callable[[str], Path]) -> None:

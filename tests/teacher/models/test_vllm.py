@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-import tiny_models
 import torch
 from PIL import Image
 
@@ -47,8 +46,8 @@ SMALL_ENGINE = {"enforce_eager": True, "max_model_len": 512}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.answering(tmp_path_factory.mktemp("chat") / "tiny")
+def checkpoint(tiny_path: Callable[[str], Path]) -> Path:
+    return tiny_path("answering")
 
 
 def config(path: Path, **more: Any) -> TeacherConfig:
