@@ -44,7 +44,8 @@ from hts_ray.images.crops import CropBatch
 from hts_ray.images.decode import DecodedImage
 from hts_ray.images.regions import propose_regions
 from hts_ray.losses import make_loss
-from hts_ray.student.augment import augment, draw, stored_size
+from hts_ray.student.augment import augment
+from hts_ray.student.measure import noise_batch
 from hts_ray.student.model import Student, parameter_groups
 from hts_ray.student.step import Stepper, take_step
 from hts_ray.teacher.captioner import ClassPrompts
@@ -452,14 +453,7 @@ class OwnSteps:
         cuda = device() == "cuda"
         self.config = TrainConfig(batch_size=batch, compile=compiled, use_gpu=cuda)
         self.stepper = Stepper.of(make_student(sizes), self.config)
-        self.stored = stored_size(sizes.student, self.config.augment)
-        size, classes = sizes.student, len(self.stepper.student.class_table)
-        table = draw(range(batch), 0, 0, self.stored, self.config.augment).table(size)
-        targets = torch.full((batch, classes), -1, dtype=torch.int8)
-        targets[:, :2] = 1
-        pixels = torch.randint(0, 256, (batch, self.stored, self.stored, 3), dtype=torch.uint8)
-        host = {"pixels": pixels, "augmentation": table, "targets": targets}
-        host["rows"] = torch.arange(batch)
+        host = noise_batch(self.stepper)
         self.host = {name: value.pin_memory() if cuda else value for name, value in host.items()}
         self.before = take_step(self.stepper, self.moved())
 

@@ -167,6 +167,8 @@ def readable(figures: dict[str, Any]) -> dict[str, str]:
 def _figure(name: str, value: Any) -> str:
     if value is None:
         return "not measured"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{part} {_figure(part, number)}" for part, number in value.items())
     if name.endswith("seconds"):
         return duration(float(value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

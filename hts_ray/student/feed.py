@@ -279,7 +279,7 @@ def load_bytes(table: pa.Table) -> pa.Table:
     return table
 
 
-class _Loaded(Reader):
+class Loaded(Reader):
     """Hands out the bytes that `load_bytes` added to a table, and raises the errors it found."""
 
     def __init__(self, table: pa.Table) -> None:
@@ -302,7 +302,7 @@ def _decode(table: pa.Table, *, size: int, bad_folder: str, drop_bad: bool) -> p
     """Decode a unit; bad rows are written to a file named by what they are, and may leave it."""
     reader = None
     if "bytes" in table.column_names:
-        reader = _Loaded(table)
+        reader = Loaded(table)
         table = table.drop_columns(["bytes", "error_kind", "error"])
     decoded = decode_batch(table, ImagesConfig.model_validate({}), square=size, reader=reader)
     bad = decoded.filter(decoded["error_kind"].is_valid()).select(_BAD_COLUMNS)

@@ -43,6 +43,7 @@ from hts_ray.student.feed import (
 )
 from hts_ray.student.head import fit_on_features
 from hts_ray.student.loop import train_loop
+from hts_ray.student.measure import measure_pace, seconds_per_step
 from hts_ray.student.model import (
     Student,
     build_student,
@@ -52,7 +53,6 @@ from hts_ray.student.model import (
     source_fingerprint,
     with_learnt_scale,
 )
-from hts_ray.student.optimizer import Optimizer, settings_loss
 from hts_ray.student.predict import score_images
 from hts_ray.student.progress import training_progress
 from hts_ray.student.targets import (
@@ -162,8 +162,10 @@ def estimate(run: Run, labels: pa.Table | pads.Dataset | None) -> dict[str, Any]
     """Measure a few training steps on noise in this process and extrapolate; writes nothing.
 
     Returns images, images_per_epoch (repeats included), epochs, steps, device,
-    seconds_per_step, seconds (without start-up and decoding) and gpu_hours; only images for
-    the zero-shot student. Raises what training would raise for the same settings and labels.
+    seconds_per_step, seconds (without start-up) and gpu_hours; but for trainable=head also
+    images_kept, images_per_second (of steps, decoding and reading, each alone) and bound_by, the
+    slowest of those that every epoch needs; only images for the zero-shot student. Raises what
+    training would raise for the same settings and labels.
     """
     if labels is None:
         return {"images": 0, "note": "the zero-shot student is stored without training"}
@@ -179,42 +181,33 @@ def estimate(run: Run, labels: pa.Table | pads.Dataset | None) -> dict[str, Any]
         passes = -(-data.images * (1 + config.augment.flip) // (share * pool.max_size))
         gpus = pool.gpus * pool.max_size
     device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
-    per_step, image_size = _seconds_per_step(run, share, device)
-    feed = Feed("", (data.rows,), stored_size(image_size, config.augment), "")
-    kept, reason = _kept(run, data, [feed])
-    return {
+    per_step, stored = seconds_per_step(run, device)
+    figures: dict[str, Any] = {
         "images": data.images,
         "images_per_epoch": data.rows,
-        "images_kept": f"{kept}: {reason}",
         "classes_with_positives": data.classes_with_positives,
         "epochs": config.epochs,
         "steps": steps,
         "device": device,
         "seconds_per_step": round(per_step, 4),
-        "seconds": passes * per_step,
-        "gpu_hours": passes * per_step * gpus / 3600,
     }
-
-
-def _seconds_per_step(run: Run, batch: int, device: str) -> tuple[float, int]:
-    """Return the seconds of the second of two steps on a worker's batch, and the images' side."""
-    config = run.config.train
-    student = build_student(run.config.student, run.class_table).to(device)
-    set_trainable(student, config.trainable, config.trainable_blocks)
-    student.train()
-    optimizer = Optimizer.of(student, config)
-    loss = settings_loss(config, None, "mean").to(device)
-    images = torch.randn(batch, 3, student.image_size, student.image_size, device=device)
-    wanted = torch.full((batch, len(run.class_table)), -1, dtype=torch.int8, device=device)
-    wanted[:, 0] = 1
-    for _ in range(2):
-        started = time.monotonic()
-        loss(student(images), wanted).backward()
-        optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - started
-    return seconds, student.image_size
+    seconds = passes * per_step
+    if config.trainable != "head":
+        kept, reason = _kept(run, data, [Feed("", (data.rows,), stored, "")])
+        rate = share * workers / per_step
+        pace = measure_pace(run, data.sample, stored, rate, device)
+        bound, slowest = pace.bound(kept)
+        seconds = max(seconds, config.epochs * data.rows / slowest)
+        figures |= {
+            "images_kept": f"{kept}: {reason}",
+            "images_per_second": {
+                "steps": round(pace.steps, 1),
+                "decoding": round(pace.decoding, 1),
+                "reading": round(pace.reading, 1),
+            },
+            "bound_by": bound,
+        }
+    return figures | {"seconds": seconds, "gpu_hours": seconds * gpus / 3600}
 
 
 def _check(run: Run) -> None:
