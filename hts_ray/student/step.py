@@ -55,6 +55,9 @@ class Stepper:
 
         forget_accelerator()  # this process may have trained with other settings
         accelerator = Accelerator(mixed_precision=student.config.precision, cpu=not config.gpu)
+        if accelerator.device.type == "cuda":
+            # Products in float32 round their inputs to TF32's 10 bits: some eight times as fast.
+            torch.set_float32_matmul_precision("high")
         set_trainable(student, config.trainable, config.trainable_blocks)
         if config.learn_logit_scale:
             student.learn_logit_scale()
