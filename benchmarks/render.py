@@ -343,6 +343,7 @@ def _train_speed(report: Json) -> Iterator[Grid]:
             "highest": max(entry[kind] / entry[f"bare_{kind}"] for entry in report["rounds"]),
         }
         for kind, text in kinds.items()
+        if kind in report["efficiency"]
     ]
     columns = [
         Column("images", "name"),

@@ -1,15 +1,16 @@
 """Compare training through Ray Train and Ray Data with a bare loop of the same model.
 
-    python benchmarks/train_speed.py [--images 128] [--batch 32] [--epochs 6] [--rounds 1]
+    python benchmarks/train_speed.py [--images 128] [--batch 32] [--workers 2] [--epochs 6]
 
-`kept` is `train_student` on a Ray Train worker over JPEG files that Ray Data decodes once and
-keeps in its object store; `decoded` decodes them again in every epoch, as it does when the images
-do not fit. Both augment as the paper does, clip gradients and report to Ray. `bare` takes as many
-steps (forward, LSE-Sign, backward, AdamW) on one prepared batch that lies in memory. It runs in
-the worker's own process between the epochs, so that an epoch is compared with the bare loops right
-before and after it: the machine's speed drifts by more than what is measured. The first epoch,
-which starts everything, does not count. A ViT-B/32 with random weights at 224 pixels, float32,
-600 classes, as many threads as cores. JSON goes to benchmarks/results/train_speed.json.
+`kept` is `train_student` on Ray Train workers over JPEG files that are decoded once and kept in
+Ray's object store; `decoded` reads and decodes them again in every epoch, as it is done when the
+images do not fit. Both augment as the paper does, clip gradients and report to Ray. `bare` takes as
+many steps (forward, LSE-Sign, backward, AdamW; gradients over gloo) on one prepared batch that lies
+in memory. It runs in the workers' own processes between the epochs, so that an epoch is compared
+with the bare loops right before and after it: the machine's speed drifts by more than what is
+measured. The first epoch, which starts everything, does not count. A ViT-B/32 with random weights
+at 224 pixels, float32, 600 classes; the workers share the cores. JSON goes to
+benchmarks/results/train_speed.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -45,7 +46,7 @@ from hts_ray.student.checkpoints import load_student
 from hts_ray.student.model import parameter_groups, set_trainable
 
 RESULTS = Path(__file__).parent / "results" / "train_speed.json"
-_STORE_GIB = {"kept": 2.0, "decoded": 0.1}
+_KINDS: dict[str, Literal["pixels", "none"]] = {"kept": "pixels", "decoded": "none"}
 
 
 def save_model(folder: Path) -> None:
@@ -84,28 +85,32 @@ def save_labels(folder: Path, count: int, class_table: ClassTable) -> pa.Table:
 
 
 class BareLoop:
-    """The model's own steps on one batch in memory; starts with one that allocates."""
+    """The model's own steps on a worker's batch in memory; starts with one that allocates."""
 
-    def __init__(self, initial: str, config: TrainConfig) -> None:
+    def __init__(self, initial: str, config: TrainConfig, world: int) -> None:
         self.student = load_student(initial)
         set_trainable(self.student, config.trainable)
         self.student.train()
+        self.world = world
+        distributed: Any = torch.nn.parallel.DistributedDataParallel
+        self.model = distributed(self.student) if world > 1 else self.student
         self.optimizer = torch.optim.AdamW(parameter_groups(self.student, config.optim))
         self.loss = make_loss(config.loss, config.loss_temperature)
         size, classes = self.student.image_size, len(self.student.class_table)
-        self.images = torch.randn(config.batch_size, 3, size, size)
-        self.targets = torch.full((config.batch_size, classes), -1, dtype=torch.int8)
+        batch = config.batch_size // world
+        self.images = torch.randn(batch, 3, size, size)
+        self.targets = torch.full((batch, classes), -1, dtype=torch.int8)
         self.targets[:, :2] = 1
         self.rate(1)
 
     def rate(self, steps: int) -> float:
-        """Return images/s of so many steps."""
+        """Return images/s of so many steps, over all workers."""
         started = time.monotonic()
         for _ in range(steps):
-            self.loss(self.student(self.images), self.targets).backward()
+            self.loss(self.model(self.images), self.targets).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return steps * len(self.images) / (time.monotonic() - started)
+        return steps * len(self.images) * self.world / (time.monotonic() - started)
 
 
 def with_bare_loops(rates_path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -123,11 +128,12 @@ def with_bare_loops(rates_path: str) -> Callable[[dict[str, Any]], dict[str, Any
             nonlocal bare
             position = run_epoch(worker, shard, position)
             if bare is None:
-                bare = BareLoop(job["initial"], worker.config)
+                bare = BareLoop(job["initial"], worker.config, worker.world)
             else:
                 rates["epochs"].append(position.history[-1]["images_per_second"])
             rates["bare"].append(bare.rate(worker.steps_per_epoch))
-            storage.write_json(rates_path, rates)
+            if worker.rank == 0:
+                storage.write_json(rates_path, rates)
             return position
 
         loop._run_epoch = timed_epoch
@@ -159,7 +165,7 @@ def epoch_rates(
 
 
 def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dict[str, float]]:
-    """Run the rounds; a cluster a kind, because the size of its store is what differs."""
+    """Run the rounds, every kind on a cluster of its own."""
     class_table = hico_classes()
     save_model(folder / "model")
     labels = save_labels(folder, options.images, class_table)
@@ -167,15 +173,17 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dic
     config = TrainConfig(
         epochs=options.epochs,
         batch_size=options.batch,
-        cpus_per_worker=threads,
+        num_workers=options.workers,
+        cpus_per_worker=max(1, threads // options.workers),
         checkpoint_every=options.epochs,
     )
     rows = []
     for _ in range(options.rounds):
         found = {}
-        for kind, store in _STORE_GIB.items():
-            with ray_cluster(RayConfig(object_store_gib=store)):
-                found[kind] = epoch_rates(student, config, class_table, labels, folder)
+        for kind in options.kinds:
+            chosen = config.model_copy(update={"images_kept": _KINDS[kind]})
+            with ray_cluster(RayConfig(object_store_gib=1.0)):
+                found[kind] = epoch_rates(student, chosen, class_table, labels, folder)
             shares = "  ".join(f"{rate / bare:.3f}" for rate, bare in found[kind])
             print(f"{kind}: share of the bare loop, epoch by epoch: {shares}", flush=True)
         for pairs in zip(*found.values(), strict=True):
@@ -192,6 +200,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=list(_KINDS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -200,7 +210,7 @@ def main() -> None:
         rows = measure(options, threads, Path(name))
     shares = {
         kind: statistics.median(row[kind] / row[f"bare_{kind}"] for row in rows)
-        for kind in _STORE_GIB
+        for kind in options.kinds
     }
     print("median share of the bare loop:", {k: round(v, 3) for k, v in shares.items()})
     settings: dict[str, Any] = {key: value for key, value in vars(options).items() if key != "out"}
