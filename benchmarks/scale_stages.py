@@ -11,10 +11,10 @@ other process of the run, with its name, as the proportional set size: a page th
 share, such as one of the object store, is split among them. CPU seconds are those of all processes,
 Ray's own and its start included: they tell more than seconds on a machine that does other things
 too. Against the smallest size: the time an image, and what an image more costs the driver in bytes.
-Up to `filter.local_images` images the filter is one process without Ray, and `evaluate` always is; it
-holds 512 MiB of scores and labels at a time, however many there are. The table goes to stdout, the
-numbers with hardware, versions, settings and date to benchmarks/results/scale_stages.json; rows of
-other stages and sizes stay.
+Up to `filter.local_images` images the filter is one process without Ray, as `evaluate` always is,
+which holds 512 MiB of scores and labels at a time. The table goes to stdout, the numbers with
+hardware, versions, settings and date to benchmarks/results/scale_stages.json; rows of other stages
+and sizes stay.
 
 To add a stage: write the two functions and name them in STAGES.
 """
