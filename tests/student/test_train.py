@@ -80,6 +80,7 @@ def test_estimate_plans_the_steps_that_training_takes(run_of, tmp_path, color_ta
     figures = estimate(run, labels)
     assert (figures["images"], figures["images_per_epoch"]) == (3, 4)
     assert figures["steps"] == 6
+    assert figures["images_kept"].startswith("pixels: ")
     assert 0 < figures["seconds"] < 60
     with pytest.raises(DataError, match="no image of 3 has a positive"):
         estimate(Run(run.config, color_table.subset(color_table.ids[2:])), labels)
