@@ -132,17 +132,17 @@ def choose_kept(
     room = store / _SHARE_OF_STORE
     if asked != "auto":
         return asked, "as train.images_kept says"
-    third = f"a third of the object store ({_gib(room)})"
+    third = f"a third of the object store ({_size(room)})"
     if pixels <= room:
-        return "pixels", f"{_gib(pixels)} fit into {third}: decoded once"
+        return "pixels", f"{_size(pixels)} fit into {third}: decoded once"
     files = measure_files()
     if files <= room:
         return "bytes", (
-            f"{_gib(pixels)} of pixels do not fit into {third}, {_gib(files)} of files do:"
+            f"{_size(pixels)} of pixels do not fit into {third}, {_size(files)} of files do:"
             " read once, decoded in every epoch"
         )
     return "none", (
-        f"neither {_gib(pixels)} of pixels nor {_gib(files)} of files fit into {third}:"
+        f"neither {_size(pixels)} of pixels nor {_size(files)} of files fit into {third}:"
         " read and decoded in every epoch"
     )
 
@@ -157,8 +157,8 @@ def object_store_bytes(config: RayConfig) -> float:
     return (config.object_store_gib or 0.3 * hardware()["memory_gib"]) * 2**30
 
 
-def _gib(number: float) -> str:
-    return f"{number / 2**30:.3g} GiB"
+def _size(number: float) -> str:
+    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
 
 
 def mean_file_bytes(uris: Sequence[str | None]) -> float:
