@@ -38,6 +38,7 @@ from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.teacher.models import inputs
 from hts_ray.teacher.models.catalog import INSTRUCTION
 from hts_ray.teacher.models.families import Loaded, chat_of, processed
+from hts_ray.teacher.models.inputs import RegionInputs
 from hts_ray.teacher.scorers import ImageTask, RegionScorer
 
 SIZES = ((640, 480), (1024, 768), (2048, 1536))
@@ -110,7 +111,7 @@ class Sleeper:
 
     def scores(self, crops: Sequence[Pixels], _captions: object) -> FloatArray:
         """Prepare a slice's regions by groups, and sleep over each."""
-        regions = self.prepare(crops)
+        regions = RegionInputs(crops, self.prepare(crops).process, "cuda")
         made: Iterable[Any] = regions if self.beside else map(regions.process, crops)
         waiting = iter(made)
         while group := list(islice(waiting, GROUP)):

@@ -434,7 +434,11 @@ def processed(loaded: Loaded, text: str) -> Callable[[Sequence[Pixels]], RegionI
             if isinstance(value, Tensor) and name != "labels"
         }
 
-    return lambda images: RegionInputs(on_device(images, gpu) if gpu else images, process)
+    def prepare(images: Sequence[Pixels]) -> RegionInputs:
+        sources = on_device(images, gpu) if gpu else images
+        return RegionInputs(sources, process, model.device.type)
+
+    return prepare
 
 
 def _prefix_family(

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from hts_ray.images.crops import CropBatch
 from hts_ray.store.aliases import Pixels
+from hts_ray.teacher.scoring.memory import WORKSPACE
 
-# Most regions, and bytes of host memory, that are prepared and not yet used; one always is.
-_AHEAD, _AHEAD_BYTES = 64, 1 << 30
+# Most regions that are prepared and not yet used, and most bytes: some groups for a GPU, and for a
+# CPU, which does both, no more than a group may take. One for each thread always is.
+_AHEAD = 64
+_AHEAD_BYTES = {"cuda": 2 << 30, "cpu": WORKSPACE}
 # Inputs with one entry a token, and what a token of a prompt has there.
 TOKEN_INPUTS: Mapping[str, int] = {
     "input_ids": 0,
@@ -110,12 +113,18 @@ class RegionInputs:
 
     A thread or more (as many as torch has) prepare regions while earlier ones are scored. Those of
     a `CropBatch` go on behind a slice's end, so that the next slice finds its own begun. Not all
-    are made at once: the tiles of one region can take 50 MB.
+    are made at once: the tiles of one region can take 50 MB. `device` is the type of the model's.
     """
 
-    def __init__(self, images: Sequence[Any], process: Callable[[Any], dict[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        images: Sequence[Any],
+        process: Callable[[Any], dict[str, Tensor]],
+        device: str = "cpu",
+    ) -> None:
         self.images = images
         self.process = process
+        self.most = _AHEAD_BYTES.get(device, WORKSPACE)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -123,42 +132,40 @@ class RegionInputs:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         images = self.images
         if not isinstance(images, CropBatch) or images.part.step != 1:
-            yield from _made_ahead(images, self.process)
+            yield from _made_ahead(images, self.process, self.most)
             return
         # What is kept must not hold the batch that keeps it, or its threads would outlive it.
         at, made = images.kept.get(self.process, (None, None))
         if made is None or at != images.part.start:
-            rest = CropBatch(
-                images.images, images.whole, range(images.part.start, len(images.whole))
-            )
-            made = _made_ahead(rest, self.process)
+            rest = range(images.part.start, len(images.whole))
+            following = CropBatch(images.images, images.whole, rest)
+            made = _made_ahead(following, self.process, self.most)
         for number in images.part:
             images.kept[self.process] = (number + 1, made)
             yield next(made)
 
 
 def _made_ahead(
-    images: Sequence[Any], process: Callable[[Any], dict[str, Tensor]]
+    images: Sequence[Any], process: Callable[[Any], dict[str, Tensor]], most: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield each image's inputs in order, later ones being made meanwhile.
+    """Yield each image's inputs in order, later ones of at most about so many bytes made meanwhile.
 
     An exception is raised in the place of the image that caused it.
     """
-    workers, waiting = max(1, torch.get_num_threads()), iter(range(len(images)))
+    workers, waiting = torch.get_num_threads(), iter(range(len(images)))
     threads = ThreadPoolExecutor(workers, "prepare")
     upcoming: deque[Future[dict[str, Tensor]]] = deque()
-    most = workers
+
+    def fill(count: int) -> None:
+        for number in islice(waiting, max(0, count - len(upcoming))):
+            upcoming.append(threads.submit(lambda n: process(images[n]), number))
+
     try:
-        while True:
-            numbers = islice(waiting, max(0, most - len(upcoming)))
-            upcoming += [threads.submit(lambda n: process(images[n]), n) for n in numbers]
-            if not upcoming:
-                return
+        fill(workers)
+        while upcoming:
             made = upcoming.popleft().result()
             held = sum(value.numel() * value.element_size() for value in made.values())
-            most = max(1, workers, min(_AHEAD, _AHEAD_BYTES // max(1, held)))
-            numbers = islice(waiting, max(0, most - len(upcoming)))
-            upcoming += [threads.submit(lambda n: process(images[n]), n) for n in numbers]
+            fill(max(workers, min(_AHEAD, most // max(1, held))))
             yield made
     finally:
         threads.shutdown(wait=False, cancel_futures=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -128,9 +130,14 @@ def test_regions_are_prepared_ahead_and_not_all_at_once(monkeypatch: pytest.Monk
     await_length(made, 5)  # while the second is in use, three more
     time.sleep(0.05)
     assert sorted(made) == [0, 1, 2, 3, 4]
-    monkeypatch.setattr(inputs, "_AHEAD_BYTES", 8)  # one region's
-    next(regions)
-    assert numbers(regions) == list(range(3, 20))
+    assert numbers(regions) == list(range(2, 20))
+    monkeypatch.setattr(inputs, "_AHEAD_BYTES", {"cpu": 16})  # two regions'
+    made.clear()
+    regions = iter(RegionInputs(whole_crops(20), numbered(made)))
+    assert numbers(islice(regions, 2)) == [0, 1]
+    await_length(made, 4)
+    time.sleep(0.05)
+    assert sorted(made) == [0, 1, 2, 3]
 
 
 def test_the_next_slice_is_begun_and_nothing_is_made_twice() -> None:
@@ -146,6 +153,20 @@ def test_the_next_slice_is_begun_and_nothing_is_made_twice() -> None:
     assert numbers(RegionInputs(crops[2:4], process)) == [2, 3]
     assert numbers(RegionInputs(crops[4:6], numbered([]))) == [4, 5]
     assert numbers(RegionInputs(crops[::4], process)) == [0, 4, 8]
+
+
+def test_threads_end_with_their_batch() -> None:
+    """Catches threads, and the regions that they made, of every batch kept for the whole run."""
+    crops = whole_crops(9)
+    process = numbered([])
+    gc.disable()
+    try:
+        assert numbers(RegionInputs(crops[0:4], process)) == [0, 1, 2, 3]
+        kept = weakref.ref(crops.kept[process][1])
+        del crops
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_prepared_fails_in_its_place() -> None:
