@@ -1,6 +1,6 @@
 """Images in tar shards beside loose files, and resuming a stage of many files, on an S3 server.
 
-    python benchmarks/shards.py [--images 7000] [--files 20000]
+    python benchmarks/shards.py [--parts reading resume] [--images 7000] [--files 20000]
 
 The S3 server is moto's, on this machine; requests are counted in its log. **Reading**: the same
 JPEG files lie in a bucket alone and in tar shards. Batches of `label.batch_images` are read and
@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from measured import measured_on, write_results
+from measured import measured_on, read_results, write_results
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -70,25 +70,20 @@ main(["-H", "127.0.0.1", "-p", port])
 def main() -> None:
     """Measure both parts, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--images", type=int, default=7000)
     parser.add_argument("--loose", type=int, default=600)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--files", type=int, default=20_000)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder, log = Path(name), Path(name) / "s3.log"
-        images = jpegs()
-        write_shards(folder / "bucket", arguments, images)
-        write_stage(folder / "bucket" / "run", arguments.files)
-        with s3_server_of(folder / "bucket", log) as environment:
-            os.environ.update(environment)
-            rows = measure_resume(arguments.files, folder / "bucket" / "run", log)
-            results = {**measured_on(), "settings": vars(arguments), "resume": rows}
-            results["reading"] = measure_reading(folder, images, log)
-    for row in [*results["reading"], *rows]:
-        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                        for name, value in row.items()))  # fmt: skip
-    write_results(RESULTS, results)
+    for part in arguments.parts:
+        with tempfile.TemporaryDirectory() as name:
+            rows = PARTS[part](arguments, Path(name))
+        for row in rows:
+            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                            for key, value in row.items()), flush=True)  # fmt: skip
+        kept = {key: value for key, value in read_results(RESULTS).items() if key in PARTS}
+        write_results(RESULTS, {**measured_on(), **kept, part: rows})
 
 
 @contextmanager
@@ -144,11 +139,21 @@ def write_shards(folder: Path, arguments: argparse.Namespace, images: Sequence[b
 
 def image(images: Sequence[bytes], number: int) -> bytes:
     """Return a file unlike all others: `prepare` reads files of one size whole, to compare them."""
-    return images[number % DISTINCT] + bytes(number // DISTINCT)
+    data = images[number % DISTINCT]
+    return data + bytes(max(map(len, images)) - len(data) + number)
 
 
-def measure_reading(folder: Path, images: Sequence[bytes], log: Path) -> list[dict[str, Any]]:
+def measure_reading(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Prepare loose files and shards, and read them in turn."""
+    images, log = jpegs(), folder / "s3.log"
+    write_shards(folder / "bucket", arguments, images)
+    with s3_server_of(folder / "bucket", log) as environment:
+        os.environ.update(environment)
+        return read_in_turn(folder, images, log)
+
+
+def read_in_turn(folder: Path, images: Sequence[bytes], log: Path) -> list[dict[str, Any]]:
+    """Return rows of what was asked for an image, and of the rates."""
     rows, tables = [], {}
     roots = {"folder": f"s3://{BUCKET}/loose", "webdataset": f"s3://{BUCKET}/tars"}
     for source, root in roots.items():
@@ -190,8 +195,17 @@ def read_all(table: pa.Table) -> int:
     return len(table)
 
 
-def measure_resume(files: int, folder: Path, log: Path) -> list[dict[str, Any]]:
+def measure_resume(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Find and count what a stage of many files has committed, on a disk and on S3."""
+    files, log = arguments.files, folder / "s3.log"
+    write_stage(folder / "bucket" / "run", files)
+    with s3_server_of(folder / "bucket", log) as environment:
+        os.environ.update(environment)
+        return resume_on_both(files, folder / "bucket" / "run", log)
+
+
+def resume_on_both(files: int, folder: Path, log: Path) -> list[dict[str, Any]]:
+    """Return a row of what it takes on the disk, and one on S3."""
     rows = []
     for place, run_dir in (("disk", str(folder)), ("S3", f"s3://{BUCKET}/run")):
         stage = StageFolder(run_dir, "region_scores", "k")
@@ -224,6 +238,8 @@ def write_stage(folder: Path, files: int) -> None:
         Path(stage.file(BLOCKS, f"{name}-0.parquet")).write_bytes(block)
         Path(stage.file(CHECKPOINT, f"{name}.parquet")).write_bytes(block)
 
+
+PARTS = {"reading": measure_reading, "resume": measure_resume}
 
 if __name__ == "__main__":
     main()
