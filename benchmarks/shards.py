@@ -43,6 +43,7 @@ from hts_ray.engine.compaction import BLOCKS, CHECKPOINT
 from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.image_pass import committed_names, committed_rows
 from hts_ray.images.stage import prepare_manifest
+from hts_ray.store import storage
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import read_table, write_table
 
@@ -197,33 +198,24 @@ def read_all(table: pa.Table) -> int:
 
 def measure_resume(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Find and count what a stage of many files has committed, on a disk and on S3."""
-    files, log = arguments.files, folder / "s3.log"
-    write_stage(folder / "bucket" / "run", files)
-    with s3_server_of(folder / "bucket", log) as environment:
+    files, log, bucket = arguments.files, folder / "s3.log", folder / "bucket"
+    write_stage(bucket / "run", files)
+    stage = StageFolder(str(bucket / "run"), "region_scores", "k")
+    started = time.monotonic()
+    assert committed_rows(stage) == files * BLOCK_ROWS
+    seconds = time.monotonic() - started
+    rows = [{"place": "disk", "seconds": seconds, "lists": None, "counted": True}]
+    storage.remove_tree(stage.file(BLOCKS))  # nobody looks at them
+    with s3_server_of(bucket, log) as environment:
         os.environ.update(environment)
-        return resume_on_both(files, folder / "bucket" / "run", log)
-
-
-def resume_on_both(files: int, folder: Path, log: Path) -> list[dict[str, Any]]:
-    """Return a row of what it takes on the disk, and one on S3."""
-    rows = []
-    for place, run_dir in (("disk", str(folder)), ("S3", f"s3://{BUCKET}/run")):
-        stage = StageFolder(run_dir, "region_scores", "k")
-        lists = len(listings(log))
         started = time.monotonic()
-        disk = place == "disk"
-        count = committed_rows(stage) if disk else BLOCK_ROWS * len(committed_names(stage))
+        assert (
+            len(committed_names(StageFolder(f"s3://{BUCKET}/run", "region_scores", "k"))) == files
+        )
         seconds = time.monotonic() - started
-        assert count == files * BLOCK_ROWS
-        asked = None if disk else len(listings(log)) - lists
-        rows.append({"place": place, "files": files, "seconds": seconds, "lists": asked,
-                     "counted": disk})  # fmt: skip
-    return rows
-
-
-def listings(log: Path) -> list[str]:
-    """Return the server's list requests."""
-    return [line for line in requests(log) if "list-type=2" in line]
+        lists = sum("list-type=2" in line for line in requests(log))
+        rows.append({"place": "S3", "seconds": seconds, "lists": lists, "counted": False})
+    return [{**row, "files": files} for row in rows]
 
 
 def write_stage(folder: Path, files: int) -> None:
