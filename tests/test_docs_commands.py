@@ -38,6 +38,7 @@ NOT_RUN = {
     "hts label --run-dir runs/mine label.teacher.model=open_clip:ViT": "downloads a model",
     "hts label --run-dir runs/mine label.teacher.model=Salesforce": "downloads a model",
     "hts label --run-dir runs/mine label.teacher.model=Qwen": "downloads a model for a GPU",
+    "hts label --run-dir runs/mine --dry-run label.teacher.engine": "needs an endpoint",
     "hts train --run-dir runs/mine student.model=": "downloads models",
     "hts train --config mine.yaml": "downloads a model",
     "hts sweep --run-dir runs/mine sweep.validation=labeled": "that by `corrected` is run",
