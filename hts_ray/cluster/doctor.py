@@ -56,7 +56,8 @@ _SKEW_WARNING_S, _SKEW_PROBLEM_S = 2.0, 300.0  # S3 refuses requests 15 minutes 
 _SMALL_STORE_GIB = 1.0
 _SLOW_STORAGE_S = 2.0
 _NODE_TIMEOUT_S = 180.0
-_STAGES = ("label", "train", "predict")  # those that need room on a cluster
+# Those that need room on a cluster, or may name its nodes.
+_STAGES = ("prepare", "label", "filter", "train", "predict", "score")
 
 
 class Finding(NamedTuple):
