@@ -18,7 +18,14 @@ import pyarrow.compute as pc
 from hts_ray.config import FilterConfig
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.combine import combine, only_some
-from hts_ray.labels.evidence import Evidence, image_evidence, read_info, require_abstention
+from hts_ray.labels.evidence import (
+    Evidence,
+    class_probabilities,
+    image_evidence,
+    read_info,
+    require_abstention,
+    wants_sample_prior,
+)
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, finished_stages, given_stage
 from hts_ray.store.tables import read_table
@@ -62,8 +69,9 @@ def chosen_passes(
     """Return the passes that `filter.passes` names, by their keys; `latest` alone where it is None.
 
     Raises ConfigError for a name that fits none or several, for fewer than two passes or more than
-    fit into memory, and for settings under which every region must show a class; DataError for
-    passes over other classes or other images than the first's.
+    fit into memory, for settings under which every region must show a class, and for a prior that
+    the teacher did not store; DataError for scores of an unknown kind, and for passes over other
+    classes or other images than the first's.
     """
     if config.passes is None:
         assert latest is not None
@@ -84,6 +92,9 @@ def chosen_passes(
         _require_memory(chosen)
     for one in chosen:
         require_abstention(one.info, one.config)
+        if not wants_sample_prior(one.info, one.config):
+            nothing_1C = np.zeros((1, len(one.info["class_ids"])), np.float32)
+            class_probabilities(nothing_1C, one.info, one.config)  # refuses what it cannot read
     return chosen
 
 

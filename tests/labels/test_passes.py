@@ -172,3 +172,15 @@ def test_passes_that_do_not_fit_are_refused(run, tmp_path, monkeypatch):
         StageFolder(str(tmp_path), "region_scores", key).publish({"rows_out": 10**12})
     with pytest.raises(ConfigError, match=r"filter\.passes.*take \d+ GiB.*enough for \d+ images"):
         planned(run, "all")
+
+
+def test_what_cannot_be_read_is_refused_by_the_plan(run, tmp_path):
+    """Catches a cluster that is started, or scores that are read for hours, for a wrong setting."""
+    pass_ = StageFolder(str(tmp_path), "region_scores", "aaaa")
+    with pytest.raises(ConfigError, match=r"filter\.prior_alpha = 0\.5: the teacher stored no"):
+        plan_filter(run.changed({"filter": {"prior_alpha": 0.5}}), pass_)
+    plan_filter(run.changed({"filter": {"prior_alpha": 0.5, "prior": "sample"}}), pass_)
+    info = storage.read_json(pass_.file("table.json"))
+    storage.write_json(pass_.file("table.json"), {**info, "score_kind": "of tomorrow"})
+    with pytest.raises(DataError, match=r"'of tomorrow'.*label again"):
+        plan_filter(run, pass_)
