@@ -128,7 +128,8 @@ def split_settings(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str
     settings = tuple(
         entry
         for entry in arguments
-        if re.match(r"\w+(\.\w+)*=", entry) and not storage.exists(entry)
+        # A value may be an address; no scheme of one holds a `=`.
+        if re.match(r"\w+(\.\w+)*=", entry) and ("://" in entry or not storage.exists(entry))
     )
     return settings, tuple(entry for entry in arguments if entry not in settings)
 
