@@ -9,9 +9,12 @@ looked at. `run` takes any photographs in class folders, or with a CSV of `filen
 class file as `classes.source` takes it. Exact duplicates are dropped, then images are drawn by a
 seed into train (whose labels only the supervised rows see), validation (on which every setting is
 chosen) and test (scored once). The steps are the product's own: prepare, label on Ray Data, filter,
-train. The search for HTS with both teachers begins at what was chosen for each alone. Students
-learn the classifier in CLIP's feature space before its projection, on features that are computed
-once; `--check` compares their scores with `hts predict`'s. Intervals are of the difference in mAP
+train. The preset's rows are of own-images as it is, but for CLIP's logit scale, and
+`filter.background=false`, since every photograph shows a class. The other rows' settings are
+drawn; every search begins at the preset's, the one with both teachers also at what was chosen for
+each alone. Students learn the classifier in CLIP's feature space before its projection, on features
+that are computed once; `--check` compares scores with `hts predict`'s. The teachers themselves are
+judged on the training images, whose labels they never see. Intervals are of the difference in mAP
 over 400 bootstraps of the test images, students averaged.
 """
 
@@ -38,14 +41,13 @@ from measured import measured_on, read_results, write_results
 from numpy.typing import NDArray
 
 from hts_ray import stages
-from hts_ray.config import OPEN_CLIP, HtsConfig
+from hts_ray.config import HtsConfig
 from hts_ray.engine.console import print_rows
 from hts_ray.engine.run import Run, open_run
 from hts_ray.errors import ConfigError, DataError, UserError
 from hts_ray.evaluate import label_matrix, read_predictions
 from hts_ray.images.manifest import FILE, IMAGE_COLUMNS, open_manifest
-from hts_ray.labels.evidence import aggregate_regions, filter_info
-from hts_ray.labels.passes import chosen_passes, together
+from hts_ray.labels.passes import TeacherPass, chosen_passes, together
 from hts_ray.labels.stage import choose_labels, plan_filter
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
@@ -58,7 +60,7 @@ from hts_ray.student.model import build_student
 from hts_ray.student.predict import centered
 from hts_ray.student.targets import training_labels
 from hts_ray.student.train import plan_train
-from hts_ray.sweep.data import read_regions, zero_shot_classifier
+from hts_ray.sweep.data import zero_shot_classifier
 
 Choices = dict[str, tuple[Any, ...]]
 Drawn = dict[str, Any]
@@ -70,35 +72,40 @@ DRAWS = 30  # settings that are tried on the validation images, a row
 CHANGED = 0.35  # of the settings, in a step from the best so far
 SEEDS = (0, 1, 2)  # students of a row
 BOOTSTRAPS = 400
-CLIP_SCALE = 20.0  # of the cosine; ours was trained with 19.07
 
 # What is drawn for a row: how one teacher pass is read, how several become one, which classes of an
-# image are positives, and how the classifier is fitted. The first of each is a row's first try.
+# image are positives, and how the classifier is fitted. The first of each is the preset's.
 READ: Choices = {
     "prior_alpha": (1.0, 0.0, 0.5, 0.75, 1.25),
     "temperature": (1.0, 0.5, 2.0),
     "region_kinds": (None, ["whole"]),
-    "top_k": (5, 1, 2, 3),
+    "top_k": (3, 1, 2, 5),
 }
 TOGETHER: Choices = {
-    "weight": (0.5, 0.25, 1.0, 2.0),  # of the captioner; CLIP's is 1
+    "weight": (1.0, 0.25, 0.5, 2.0),  # of the captioner; CLIP's is 1
     "combine": ("geometric", "mean"),
-    "calibrate": (True, False),
+    "calibrate": (False, True),
 }
 SELECTED: Choices = {
     "positive_threshold": (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9),
     "negative_threshold": (0.1, 0.01, 0.03, 0.2),
-    "per_class_quantile": (0.95, None, 0.97, 0.93, 0.9, 0.85),
+    "per_class_quantile": (0.995, None, 0.98, 0.95, 0.93, 0.9, 0.85),
     "quantile_floor": (0.2, 0.05, 0.1, 0.3),
     "max_positives_per_image": (8, 1, 2),
 }
 FITTED: Choices = {
-    "logit_scale": (50.0, 20.0, 100.0),
+    "logit_scale": (None, 10.0, 50.0, 100.0),  # None: CLIP's own
     "loss_temperature": (1.0, 0.0625, 0.25, 0.5, 2.0, 4.0),
     "epochs": (10, 3, 5, 20),
     "soft_labels": (False, True),
     "head_lr": (3e-3, 3e-4, 1e-3, 1e-2, 3e-2),
-    "grad_clip": (None, 1.0),
+    "grad_clip": (1.0, None),
+}
+LOSSES = {
+    "HTS with BCE": "bce",
+    "HTS with weighted BCE": "weighted_bce",
+    "HTS with focal loss": "focal",
+    "HTS with ASL": "asl",
 }
 
 
@@ -296,7 +303,7 @@ class Bench:
 
 
 def zero_shot_rows(bench: Bench) -> list[Row]:
-    """CLIP as it is: the cosine behind its own projection, with about its own scale."""
+    """CLIP as it is: the cosine behind its own projection, with its own scale."""
     config = bench.run.changed({"student": {"feature_space": "projected"}}).config.student
     student = build_student(config, bench.run.class_table)
     tower = student.visual.state_dict()
@@ -304,7 +311,8 @@ def zero_shot_rows(bench: Bench) -> list[Row]:
     texts_CE = student.classifier.detach().numpy()
 
     def logits(split: str) -> NDArray[Any]:
-        return head_logits(bench.features_of(split) @ map_ED.numpy().T, texts_CE, CLIP_SCALE)
+        features_NE = bench.features_of(split) @ map_ED.numpy().T
+        return head_logits(features_NE, texts_CE, config.logit_scale)
 
     found_NC = logits("test")
     return [
@@ -321,37 +329,34 @@ def predicted(bench: Bench, run: Run, student: StageFolder) -> NDArray[Any]:
     return scores_NC[[row[image_id] for image_id in bench.ids("test")]]
 
 
-def label(bench: Bench, model: str, splits: Sequence[str], **regions: Any) -> StageFolder:
+def label(bench: Bench, model: str, splits: Sequence[str]) -> StageFolder:
     """A teacher's pass over some splits, by `hts label`."""
-    teacher = {"model": model}
-    if not model.startswith(OPEN_CLIP):  # which takes the mean of the sentences' directions
-        teacher["template_reduction"] = "mean"
-    changes = {"label": {"teacher": teacher, "splits": list(splits), "regions": regions}}
+    changes = {"label": {"teacher": {"model": model}, "splits": list(splits)}}
     return stages.label(bench.run.changed(changes), bench.manifest)
 
 
-def teacher_row(bench: Bench, scores: StageFolder, judged: StageFolder) -> Row:
-    """What the captioner says of the whole test images itself.
+def teacher_table(bench: Bench, name: str, scores: StageFolder) -> list[dict[str, Any]]:
+    """How a teacher itself ranks the training images, whose labels it never sees.
 
-    The prior is taken from its pass over the training images; alpha is chosen on validation.
+    Read of the whole image, as the mean of all regions and as the best of them; by alpha.
     """
-    found: dict[tuple[str, float], NDArray[Any]] = {}
-    for alpha in READ["prior_alpha"]:
-        changes = {"region_kinds": ["whole"], "prior": "sample", "prior_alpha": alpha}
-        config = bench.run.changed({"filter": changes}).config.filter
-        info = filter_info(scores.path, config, "train")
-        for split in ("validation", "test"):
-            regions = replace(read_regions(judged.path, split, 0), info=info)
-            evidence = aggregate_regions(regions, config)
-            row = {image_id: n for n, image_id in enumerate(regions.image_ids.tolist())}
-            rows = [row[image_id] for image_id in bench.ids(split)]
-            found[split, alpha] = evidence.probabilities_NC[rows]
-    value = {
-        alpha: bench.ap(found["validation", alpha], "validation") for alpha in READ["prior_alpha"]
+    ways: dict[str, dict[str, Any]] = {
+        "whole image": {"region_kinds": ["whole"]},
+        "mean of the regions": {"aggregation": "mean"},
+        "best region": {"aggregation": "max"},
     }
-    best = max(value, key=lambda alpha: value[alpha])
-    chosen, counts = {"prior_alpha": best}, {"validation_by_alpha": value}
-    return Row("teacher", "whole image", [found["test", best]], chosen, value[best], counts)
+    found = []
+    for way, changes in ways.items():
+        value = {}
+        for alpha in (0.0, 0.5, 1.0):
+            own = {"prior": "sample", "prior_alpha": alpha, **changes}
+            config = bench.run.changed({"filter": own}).config.filter
+            evidence, _ = together([TeacherPass(scores, config)], config, "train")
+            row = {image_id: n for n, image_id in enumerate(evidence.image_ids)}
+            rows = [row[image_id] for image_id in bench.ids("train")]
+            value[f"{alpha:g}"] = bench.ap(evidence.probabilities_NC[rows], "train")
+        found.append({"teacher": name, "way": way, "mAP_by_alpha": value})
+    return found
 
 
 def pseudo_row(
@@ -366,7 +371,7 @@ def pseudo_row(
     """Students of a teacher's pass, by `hts filter` and `hts train` with what validation chose.
 
     Each of several passes has students of its own; the settings told are the first one's. `beside`
-    is CLIP's own pass, which is combined with each, and its row; the search begins at `start`.
+    is CLIP's own pass, which is combined with each, and its row; the search tries `start` too.
     """
     found = [_students_of(bench, scores, changes, beside, start) for scores in passes]
     scores = [scores for row in found for scores in row.scores]
@@ -427,16 +432,19 @@ def _students_of(
     return Row("", "", found, told(best), best.value, counts, best.drawn, students[0])
 
 
-def preset_row(bench: Bench, passes: Sequence[StageFolder]) -> Row:
-    """Students of the captioner's passes with the preset's settings: nothing is chosen."""
-    found = []
+def preset_row(bench: Bench, name: str, passes: Sequence[Sequence[StageFolder]]) -> Row:
+    """Students with the preset's settings, of one pass or of two together: nothing is chosen."""
+    found, first = [], None
     for scores in passes:
-        labels = plan_filter(bench.run, scores).run()
+        named = [{"scores": folder.key} for folder in scores]
+        run = bench.run.changed({"filter": {"passes": named if len(named) > 1 else None}})
+        labels = plan_filter(run, scores[0]).run()
         for seed in bench.seeds:
-            student = _student(bench.run.changed({"seed": seed}), labels, bench.manifest)
-            found.append(_scores(bench, student, False, "test"))
+            student = _student(run.changed({"seed": seed}), labels, bench.manifest)
+            found.append(_scores(bench, student, run.config.predict.center, "test"))
+            first = first or student
     counts = {**labels.stats, **_against_truth(bench, labels)}
-    return Row("HTS, own-images preset", "nothing chosen", found, counts=counts)
+    return Row(name, "nothing chosen", found, counts=counts, student=first)
 
 
 def supervised_row(bench: Bench, name: str, changes: Mapping[str, Any]) -> Row:
@@ -459,8 +467,10 @@ def fitted(drawn: Drawn) -> dict[str, Any]:
     """Return the settings of a fit."""
     train = {name: drawn[name] for name in ("loss_temperature", "epochs", "soft_labels")}
     optim = {name: drawn[name] for name in ("head_lr", "grad_clip")}
-    train["optim"] = {**optim, "warmup_steps": 0}
-    return {"train": train, "student": {"logit_scale": drawn["logit_scale"]}}
+    train["optim"] = optim
+    train["augment"] = {"flip": False}
+    scale = drawn["logit_scale"]
+    return {"train": train, "student": {} if scale is None else {"logit_scale": scale}}
 
 
 def fit_here(bench: Bench, run: Run, data: HeadData) -> NDArray[Any]:
@@ -495,17 +505,18 @@ def choose(
 ) -> Chosen:
     """Return what does best on validation, of as many draws as every row has.
 
-    The first half is drawn freely; the second, or all with a `start`, changes about a third of the
-    settings of the best so far.
+    The preset's settings come first, then `start`. The rest of the first half is drawn freely
+    where there is no `start`; all others change about a third of the settings of the best so far.
     """
     best: Chosen | None = None
-    first = {name: values[0] for name, values in choices.items()} | (start or {})
+    preset = {name: values[0] for name, values in choices.items()}
+    starts = [preset] if start is None else [preset, preset | start]
     for number in range(bench.draws):
         random = np.random.default_rng([7, number])
         drawn = {name: v[int(random.integers(len(v)))] for name, v in choices.items()}
-        near = best.drawn if best is not None else first
-        if number == 0:
-            drawn = first
+        near = best.drawn if best is not None else preset
+        if number < len(starts):
+            drawn = starts[number]
         elif start is not None or number >= bench.draws // 2:
             drawn = {n: drawn[n] if random.random() < CHANGED else near[n] for n in choices}
         try:
@@ -542,7 +553,7 @@ def _student(run: Run, labels: StageFolder | None, manifest: str) -> StageFolder
 def predict_difference(bench: Bench, student: StageFolder | None) -> float:
     """Return the largest difference of `hts predict`'s test logits from those here."""
     assert student is not None
-    run = bench.run.changed({"predict": {"split": "test"}})
+    run = bench.run.changed({"predict": {"split": "test", "center": False}})
     return float(
         np.abs(predicted(bench, run, student) - _scores(bench, student, False, "test")).max()
     )
@@ -617,6 +628,10 @@ def _interval(value: float, boots_B: NDArray[Any]) -> dict[str, float]:
 
 # Pairs of rows whose difference has an interval.
 COMPARED = (
+    ("preset, captioner", "zero-shot CLIP, centred"),
+    ("preset, CLIP as the teacher", "zero-shot CLIP, centred"),
+    ("preset, both", "zero-shot CLIP, centred"),
+    ("preset, both", "preset, CLIP as the teacher"),
     ("HTS", "zero-shot CLIP"),
     ("HTS", "zero-shot CLIP, centred"),
     ("HTS", "student on CLIP's labels"),
@@ -628,7 +643,7 @@ COMPARED = (
 
 
 def settings(given: argparse.Namespace) -> HtsConfig:
-    """The run's settings: the preset for people's own images, with our models."""
+    """The run's settings: the preset for people's own images, with our models and sentences."""
     for folder in (given.models / "clip", *_captioners(given.models)):
         if not folder.is_dir():
             raise DataError(f"{folder} is missing: `photos.py pretrain` writes it")
@@ -637,21 +652,23 @@ def settings(given: argparse.Namespace) -> HtsConfig:
         run_dir=str(given.run_dir),
         classes={"source": str(given.classes)},
         label={
-            # Every photograph of such a set shows one of its classes.
+            # Every photograph of such a set shows one of its classes, which have five sentences.
             "teacher": {"background": "none", "dtype": "bfloat16", "prompt_templates": 5},
             "regions": {"grid_scales": [0.7], "grid_steps": [2]},
             "pool": {"max_size": given.workers},
         },
         student={
             "model": f"local-dir:{given.models / 'clip'}", "pretrained": None, "image_size": None,
+            "logit_scale": clip_scale(given.models / "clip"),
         },
-        train={
-            "trainable": "head",
-            "min_positives_per_class": 0,
-            "augment": {"flip": False},
-            "features": {"local_images": 100_000},
-        },
+        train={"features": {"local_images": 100_000}},
     )  # fmt: skip
+
+
+def clip_scale(folder: Path) -> float:
+    """The factor of the cosine that a CLIP was trained with."""
+    with safetensors.safe_open(folder / "open_clip_model.safetensors", "np") as weights:
+        return float(np.exp(weights.get_tensor("logit_scale")))
 
 
 def _captioners(models: Path) -> list[Path]:
@@ -674,18 +691,23 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     captioners = [str(folder) for folder in _captioners(given.models)]
     passes = [label(bench, folder, ["train"]) for folder in captioners]
     clip = label(bench, "open_clip:student", ["train"])
-    bce = {"train": {"loss": "bce"}}
+    rows += [
+        preset_row(bench, "preset, captioner", [[scores] for scores in passes]),
+        preset_row(bench, "preset, CLIP as the teacher", [[clip]]),
+        preset_row(bench, "preset, both", [[scores, clip] for scores in passes]),
+    ]
     own = pseudo_row(bench, "student on CLIP's labels", "no captioner", [clip], {})
     hts = pseudo_row(bench, "HTS", "LSE-Sign", passes, {})
-    rows += [preset_row(bench, passes), own, hts]
-    rows += [pseudo_row(bench, "HTS with BCE", "another loss", passes, bce)]
+    rows += [own, hts]
+    for name, loss in LOSSES.items() if given.losses else ():
+        rows.append(pseudo_row(bench, name, "another loss", passes, {"train": {"loss": loss}}))
     both = (clip, own)
     rows.append(pseudo_row(bench, "HTS with CLIP", "both teachers", passes, {}, both, hts.drawn))
-    if given.teacher:
-        judged = label(bench, captioners[0], ["validation", "test"], grid_scales=[], grid_steps=[])
-        rows.insert(2, teacher_row(bench, passes[0], judged))
-    rows.append(supervised_row(bench, "supervised with BCE", bce))
+    rows.append(supervised_row(bench, "supervised with BCE", {"train": {"loss": "bce"}}))
     rows.append(supervised_row(bench, "supervised", {}))
+    teachers = {Path(folder).name: s for folder, s in zip(captioners, passes, strict=True)}
+    teachers["CLIP"] = clip
+    tables = [teacher_table(bench, name, scores) for name, scores in teachers.items()]
     counts = storage.read_json(str(Path(manifest).with_name("counts.json")))
     report = {
         "classes": opened.class_table.names,
@@ -695,6 +717,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "captioners": len(passes),
         "draws": given.draws,
         "counts": counts,
+        "teachers": [row for table in tables for row in table],
         "predict_difference": predict_difference(bench, hts.student) if given.check else None,
         "pretraining": read_results(given.models / "pretraining.json"),
         "seconds": time.monotonic() - started,
@@ -743,7 +766,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--students", type=int, nargs="+", default=list(SEEDS), help="seeds")
     one.add_argument("--draws", type=int, default=DRAWS, help="settings tried on validation, a row")
     one.add_argument("--workers", type=int, default=2, help="actors of the teacher pass")
-    one.add_argument("--teacher", action="store_true", help="also judge the captioner itself")
+    one.add_argument("--losses", action="store_true", help="rows of the other losses too")
     one.add_argument("--check", action="store_true", help="compare with the scores of hts predict")
     one.add_argument("--out", type=Path, default=RESULTS)
     shown = commands.add_parser("table", help="print what was measured")

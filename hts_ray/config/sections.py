@@ -242,7 +242,7 @@ class TeacherConfig(Section):
     )
     prompt_templates: int = setting(1, "templates of a class that are scored and combined", ge=1)
     template_reduction: Literal["log_mean_exp", "mean", "max"] = setting(
-        "log_mean_exp", "how the templates become one score"
+        "mean", "how the templates become one score"
     )
     append_eos: bool = setting(False, "score the end of the sentence too")
     length_normalize: bool = setting(False, "divide log-likelihoods by their token counts")
