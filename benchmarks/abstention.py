@@ -16,7 +16,7 @@ of every kind. Ways to abstain, each a probability of a class in a region:
 - `shipped`: as the filter of the preset own-images has it.
 
 The last is the odds against the background, less what they are on the twelve pictures, times the
-softmax of the classes without half of their prior. The twelve are of the same kinds as the first
+softmax of the classes without their prior. The twelve are of the same kinds as the first
 three of the pictures, other draws. "P at" is the precision at that recall, with one threshold for
 all lists of a size. The other columns are at the threshold with recall 0.9 on the
 validation worlds 110 and 111, which chose all settings. "none" is the share of pictures without a

@@ -9,13 +9,13 @@ looked at. `run` takes any photographs in class folders, or with a CSV of `filen
 class file as `classes.source` takes it. Exact duplicates are dropped, then images are drawn by a
 seed into train (whose labels only the supervised rows see), validation (on which every setting is
 chosen) and test (scored once). The steps are the product's own: prepare, label on Ray Data, filter,
-train. The preset's rows are of own-images as it is, but for CLIP's logit scale, and
-`filter.background=false`, since every photograph shows a class. The other rows' settings are
-drawn; every search begins at the preset's, the one with both teachers also at what was chosen for
-each alone. Students learn the classifier in CLIP's feature space before its projection, on features
-that are computed once; `--check` compares scores with `hts predict`'s. The teachers themselves are
-judged on the training images, whose labels they never see. Intervals are of the difference in mAP
-over 400 bootstraps of the test images, students averaged.
+train. The preset's rows are of own-images as it is, but for CLIP's logit scale, five sentences a
+class, no background, since every photograph shows a class, and no mirrored images. The other rows'
+settings are drawn; every search begins at the preset's, the one with both teachers also at what was
+chosen for each alone. Students learn the classifier in CLIP's feature space before its projection,
+on features that are computed once; `--check` compares scores with `hts predict`'s. The teachers
+themselves are judged on the training images, whose labels they never see. Intervals are of the
+difference in mAP over 400 bootstraps of the test images, students averaged.
 """
 
 from __future__ import annotations
@@ -162,13 +162,15 @@ def true_classes(
             found = by_name.get(name.replace("\\", "/").rsplit("/", 1)[-1])
             if found is not None:
                 labels[found] = (label, f"{table}, line {line}")
-    unknown = {
-        _plain(label): where for label, where in labels.values() if _plain(label) not in place
-    }
+    unknown: dict[str, str] = {}
+    for label, where in labels.values():
+        if _plain(label) not in place:
+            unknown.setdefault(_plain(label), where)
     if unknown:
         first, where = next(iter(unknown.items()))
+        more = f", nor are {len(unknown) - 1} others" if len(unknown) > 1 else ""
         raise DataError(
-            f"{where}: {first!r} is not in the class file, nor are {len(unknown) - 1} others:"
+            f"{where}: {first!r} is not in the class file{more}:"
             f" it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
         )
     if not labels:
@@ -468,7 +470,6 @@ def fitted(drawn: Drawn) -> dict[str, Any]:
     train = {name: drawn[name] for name in ("loss_temperature", "epochs", "soft_labels")}
     optim = {name: drawn[name] for name in ("head_lr", "grad_clip")}
     train["optim"] = optim
-    train["augment"] = {"flip": False}
     scale = drawn["logit_scale"]
     return {"train": train, "student": {} if scale is None else {"logit_scale": scale}}
 
@@ -661,7 +662,7 @@ def settings(given: argparse.Namespace) -> HtsConfig:
             "model": f"local-dir:{given.models / 'clip'}", "pretrained": None, "image_size": None,
             "logit_scale": clip_scale(given.models / "clip"),
         },
-        train={"features": {"local_images": 100_000}},
+        train={"augment": {"flip": False}, "features": {"local_images": 100_000}},
     )  # fmt: skip
 
 

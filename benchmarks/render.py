@@ -655,12 +655,23 @@ def _photos(report: Json) -> Iterator[Grid]:
         Column("recall", "labels.recall", PERCENT, optional=True),
     ]
     differences = [Column("difference in mAP", "name"), Column("points, 95 %", "points", interval)]
+
+    def by_alpha(values: Json) -> str:
+        return " / ".join(f"{100 * value:.1f}" for value in values.values())
+
+    teachers = [
+        Column("teacher", "teacher"),
+        Column("read as", "way"),
+        Column("alpha 0 / 0.5 / 1", "mAP_by_alpha", by_alpha),
+    ]
     for name, found in report["sets"].items():
         sizes = ", ".join(f"{count:,} {split}" for split, count in found["sizes"].items())
         students = f"{len(found['students'])} students and {found['captioners']} captioner(s)"
         yield grid(columns, found["rows"], f"{name}: {sizes} images; {students}")
         rows = [{"name": pair["name"], "points": pair} for pair in found["differences"]]
         yield grid(differences, rows)
+        judged = f"{name}: mAP in % of the teachers themselves, on the training images"
+        yield grid(teachers, found["teachers"], judged)
 
 
 # Result -> title and tables, in the order of the page.

@@ -31,6 +31,14 @@ _ROWS = 1 << 17  # read at a time
 IMAGE_COLUMNS = ("image_id", "uri", "split")  # all that a stage over images looks at
 
 
+def sampled(rows: pa.Table, limit: int | None, seed: int) -> pa.Table:
+    """Return `limit` rows drawn at random, in order and the same for the same `seed`; None: all."""
+    if limit is None or limit >= len(rows):
+        return rows
+    drawn = np.random.default_rng(seed).choice(len(rows), limit, replace=False)
+    return rows.take(np.sort(drawn))
+
+
 @dataclass(frozen=True, eq=False)
 class Manifest:
     """A manifest that was checked. Ids, URIs and splits are in memory, the other columns are not.
@@ -78,10 +86,7 @@ class Manifest:
             found = ", ".join(sorted(str(name) for name in table["split"].unique().to_pylist()))
             asked = "" if splits is None else f" in split {', '.join(splits)}"
             raise DataError(f"{self.path} holds no image{asked}: it has {found or 'no rows'}")
-        if limit is not None and limit < len(chosen):
-            drawn = np.random.default_rng(seed).choice(len(chosen), limit, replace=False)
-            chosen = chosen.take(np.sort(drawn))
-        return chosen.combine_chunks()
+        return sampled(chosen, limit, seed).combine_chunks()
 
     def annotated(self, split: str | None = None) -> pa.Table:
         """Return the annotated rows of a split, or of all; there may be none."""

@@ -22,7 +22,7 @@ from hts_ray.config import TrainConfig, override
 from hts_ray.engine.run import Run
 from hts_ray.errors import UserError
 from hts_ray.evaluate import label_matrix, read_predictions
-from hts_ray.images.manifest import IMAGE_COLUMNS
+from hts_ray.images.manifest import IMAGE_COLUMNS, sampled
 from hts_ray.labels.stage import plan_filter
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
@@ -142,6 +142,8 @@ class _Final:
         self._plan, self._data, self._objective = plan, data, objective
         self._folder = plan.stage.file(FOLDER)
         ids, sweep = data.regions.image_ids, plan.run.config.sweep
+        kept = plan.run.config.train.center_images
+        self._center = sampled(plan.images, kept, plan.run.config.seed) if kept else None
         if plan.validation is not None and objective == VALIDATION:
             self.parts = [ids[~data.labeled_N].tolist()]
         else:
@@ -160,7 +162,7 @@ class _Final:
         labels = training_labels(run, plan_filter(run, plan.region_scores).run(), None)
         assert labels is not None
         labels = labels.filter(pc.is_in(labels["image_id"], pa.array(image_ids)))
-        return plan_train(run, labels.combine_chunks()).run()
+        return plan_train(run, labels.combine_chunks(), center=self._center).run()
 
     def compare(
         self, trial: Trial, students: Sequence[Callable[[], StageFolder]]

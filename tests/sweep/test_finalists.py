@@ -4,6 +4,7 @@ import os
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy.stats import ttest_rel
 
@@ -27,15 +28,23 @@ def test_finalists_are_compared_by_what_a_student_changes():
 
 
 def test_each_image_is_left_out_once():
-    """Would catch students that are compared on images which they were trained on."""
+    """Would catch students that are compared on images which they were trained on.
+
+    And students without the means that `predict.center` asks for.
+    """
     ids = np.array([f"image-{n:02d}" for n in range(21)])
     data = SimpleNamespace(regions=SimpleNamespace(image_ids=ids))
+    train = SimpleNamespace(center_images=5)
+    config = SimpleNamespace(sweep=SimpleNamespace(seed=4), seed=0, train=train)
     plan = SimpleNamespace(
-        run=SimpleNamespace(config=SimpleNamespace(sweep=SimpleNamespace(seed=4))),
+        run=SimpleNamespace(config=config),
         stage=SimpleNamespace(file=str),
+        images=pa.table({"image_id": ids}),
         validation=None,
     )
-    first, second = _Final(plan, data, DEFAULT_OBJECTIVE).parts
+    final = _Final(plan, data, DEFAULT_OBJECTIVE)
+    assert len(set(final._center["image_id"].to_pylist())) == 5
+    first, second = final.parts
     assert sorted([*first, *second]) == ids.tolist()
     assert not set(first) & set(second)
     assert abs(len(first) - len(second)) <= 1
