@@ -671,7 +671,7 @@ def _photos(report: Json) -> Iterator[Grid]:
         rows = [{"name": pair["name"], "points": pair} for pair in found["differences"]]
         yield grid(differences, rows)
         judged = f"{name}: mAP in % of the teachers themselves, on the training images"
-        yield grid(teachers, found["teachers"], judged)
+        yield grid(teachers, found.get("teachers", []), judged)
 
 
 # Result -> title and tables, in the order of the page.
