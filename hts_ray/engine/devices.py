@@ -160,7 +160,8 @@ def cluster_offer(config: HtsConfig, command: str) -> Offer:
     ]
     if not found and cluster.autoscaling:
         found = [Gpus.of(kind, each, nodes, None) for kind, each, nodes in startable_gpus()]
-        if "label" in stages_of(command) and _value(config, _DTYPE) == "auto":
+        labels = "label" in stages_of(command) and not _elsewhere(config)
+        if labels and _value(config, _DTYPE) == "auto":
             wanted = min(1.0, config.label.pool.gpus or len(found))
             if wanted:
                 with busy("waiting for a node with a GPU, to see which precision it has"):

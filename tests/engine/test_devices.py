@@ -63,6 +63,26 @@ def test_a_teacher_gets_as_many_gpus_as_its_weights_need():
         assert caught.value.field == "label.pool.num_gpus"
 
 
+ENDPOINT = tuple(
+    f"label.teacher.{setting}"
+    for setting in ("engine=openai", "endpoint=http://h/v1", "model=m", "mode=captions")
+)
+
+
+def test_a_model_behind_an_endpoint_takes_no_gpu(monkeypatch):
+    """Would catch GPUs held, or a node started, for actors that only ask a server."""
+    choice = chosen(A100, settings=ENDPOINT)
+    assert label_of(choice) == label_of(chosen(settings=ENDPOINT)) == (0, "float32")
+    assert not choice.lines
+    regions = (*ENDPOINT, "label.regions.detector=some/detector")
+    assert label_of(chosen(A100, settings=regions)) == (1, "float32")
+    monkeypatch.setattr(devices, "joined_cluster", lambda _: Cluster((), autoscaling=True))
+    monkeypatch.setattr(devices, "on_ray", lambda: True)
+    monkeypatch.setattr(devices, "startable_gpus", lambda: [("A100", 8, 1)])
+    monkeypatch.setattr(devices, "_ask", lambda *_, **__: pytest.fail("a node was asked for"))
+    cluster_offer(load_config(overrides=ENDPOINT), "label")
+
+
 def test_every_stage_of_a_command_gets_devices():
     """Would catch a pipeline whose later stages stay on CPUs, or a stage that is left `auto`."""
     config = chosen(A100, command="pipeline").config
