@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -85,12 +86,45 @@ def run_shard(rank, folder):
             mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
             take_step(stepper, batch_of(pixels[mine], targets[mine]))
         result[name] = student.linear.weight.detach().clone()
+    result["epoch"] = sharded_epoch(make_stepper({}, world=2), rank)
+    result["error"] = sharded_epoch(make_stepper({}, world=2), rank, spoiled=5)
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
+def sharded_epoch(stepper, rank, spoiled=None):
+    """Run the loop's epoch over a worker's shards, or over all rows if there is but one.
+
+    Returns its loss and images, or the error of a row whose weights are not numbers.
+    """
+
+    def batches(*_):
+        for sizes, (pixels, targets) in zip(SHARDED_STEPS, sharded_batches(), strict=True):
+            batch = batch_of(pixels, targets, weights=torch.ones(len(pixels), 5))
+            if spoiled is not None and len(pixels) > spoiled:
+                batch["weights"][spoiled] = torch.nan
+            first = sum(sizes[:rank])
+            end = first + sizes[rank] if stepper.world > 1 else len(pixels)
+            yield {name: value[first:end] for name, value in batch.items()}
+
+    stepper.loss.checks_values = False
+    meter, job = Meter("train", "test"), {"rows": 14, "seed": 0, "validation": None}
+    held = HeldGpus(meter, 0.0)
+    worker = loop._Worker(job, stepper.config, stepper, rank, stepper.world, meter, held)
+    with patch.object(loop, "_batches", batches):
+        try:
+            done = loop._run_epoch(worker, None, Position(workers=stepper.world))
+        except loop._BadLossError as error:
+            return error.error["rows"]
+    return [done.history[0]["loss"], done.history[0]["images"]]
+
+
 def test_uneven_shards_give_the_gradient_of_the_global_mean(tmp_path):
-    """Catches a mean per worker, which weighs a small shard's rows more, and a sum."""
+    """Catches a mean per worker, which weighs a small shard's rows more, and a sum.
+
+    And an epoch's loss of one worker alone, and a loss that is not finite on one worker of which
+    the other never hears: it would wait for ever.
+    """
     # pytest's import mode gives this module no name that a spawned process could import.
     command = [sys.executable, __file__]
     workers = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
@@ -100,6 +134,10 @@ def test_uneven_shards_give_the_gradient_of_the_global_mean(tmp_path):
         for worker in workers:
             worker.kill()
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    alone = sharded_epoch(make_stepper({}), 0)
+    for of_worker in found:
+        assert of_worker["epoch"] == pytest.approx(alone, rel=1e-6)
+        assert of_worker["error"] == [4, 5, 6, 7]
     for name in SHARDED_LOSSES:
         expected, unscaled = _LinearStudent(), _LinearStudent()
         loss = sharded_loss(name, "mean")
@@ -120,7 +158,7 @@ def batch_of(pixels, targets, **more):
     return {"pixels": pixels, "targets": targets, "rows": rows, "augmentation": table, **more}
 
 
-def make_stepper(changes):
+def make_stepper(changes, world=1):
     """Return what takes the steps of a linear student, with plain gradient descent at rate 1."""
     from accelerate import Accelerator
 
@@ -131,7 +169,8 @@ def make_stepper(changes):
     average = config.ema_decay and copy.deepcopy(student)
     model, inner = accelerator.prepare(student, torch.optim.SGD(student.parameters(), 1.0))
     optimizer = Optimizer(student, inner, config, average)
-    return Stepper(config, accelerator, student, model, optimizer, sharded_loss("asl", "sum"))
+    loss = sharded_loss("asl", "sum")
+    return Stepper(config, accelerator, student, model, optimizer, loss, world)
 
 
 def after_steps(changes, batches, weights=None):
