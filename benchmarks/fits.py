@@ -39,7 +39,7 @@ from hts_ray.metrics import POSITIVE
 from hts_ray.store import storage
 from hts_ray.student.model import Student, build_student, set_trainable
 from hts_ray.student.optimizer import Optimizer, settings_loss
-from hts_ray.sweep.data import read_regions
+from hts_ray.sweep.data import SweepData, read_regions, reference
 from hts_ray.teacher.stage import plan_label
 
 
@@ -268,3 +268,31 @@ def _sides(run: Run, student: Student, split: str, uris: list[str]) -> Tensor:
         both = [torch.stack(output.chunk(2), dim=1) for output in outputs]
         np.save(path, torch.cat(both).numpy())
     return torch.from_numpy(np.load(path))
+
+
+def sweep_data(world: World, teacher: Teacher, config: HtsConfig) -> SweepData:
+    """Return what trials of a sweep read of a world, without a labeled image."""
+    regions = teacher.spoil(world.regions["train"], world.seed)
+    with torch.inference_mode():
+        image_NF, mirror_NF = (
+            torch.cat(
+                [
+                    world.student.visual(part)
+                    for part in torch.split(world.sides["train"][:, side], _BATCH)
+                ]
+            )
+            for side in (0, 1)
+        )
+    seen_N = np.ones(len(regions.images), dtype=bool)
+    return SweepData(
+        config=config,
+        regions=regions,
+        feature_row_N=np.arange(len(seen_N)),
+        features_MD=image_NF.numpy(),
+        flipped_MD=mirror_NF.numpy(),
+        classifier_CD=world.student.classifier.detach().numpy(),
+        reference_NC=reference(regions, seen_N),
+        labeled_N=~seen_N,
+        validation=None,
+        overrides=None,
+    )

@@ -222,6 +222,15 @@ def test_claims_about_losses_and_teachers_are_those_measured() -> None:
     assert all(f"{100 * mean_ap:.1f}" in page for mean_ap in teachers["parts"].values())
 
 
+def test_claims_about_rescue_are_those_measured() -> None:
+    """Catches what a sweep wins back told otherwise than it was measured."""
+    rows = results("rescue")["summary"]
+    for row in rows:
+        for page in ("README.md", "docs/sweep.md"):
+            assert f"{100 * row['back']:.0f} %" in (ROOT / page).read_text(encoding="utf-8")
+        assert row["worst_gain"] >= 0
+
+
 def test_every_setting_is_named_with_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a setting that no page names, and a reference left behind by the code."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))

@@ -60,3 +60,7 @@ def test_optuna_learns_and_goes_on():
     again = [resumed.propose(number)["filter.positive_threshold"] for number in range(40, 50)]
     assert sum(again) / 10 > early + 0.1
     assert all(value not in thresholds for value in again)
+    curves = [dict(enumerate(trial.reports, start=1)) for trial in known[1:] if trial.reports]
+    for study in (proposer._study, resumed._study):  # a stopped trial is ranked by how far it came
+        told = [trial.intermediate_values for trial in study.trials if trial.intermediate_values]
+        assert told == curves
