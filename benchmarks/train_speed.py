@@ -1,15 +1,16 @@
 """Compare training through Ray Train and Ray Data with a bare loop of the same model.
 
-    python benchmarks/train_speed.py [--images 128] [--batch 32] [--workers 2] [--epochs 6]
+    python benchmarks/train_speed.py [--images 128] [--batch 32] [--epochs 6] [--workers 1]
 
-`kept` is `train_student` on Ray Train workers over JPEG files that are decoded once and kept in
-Ray's object store; `decoded` reads and decodes them again in every epoch, as it is done when the
-images do not fit. Both augment as the paper does, clip gradients and report to Ray. `bare` takes as
-many steps (forward, LSE-Sign, backward, AdamW; gradients over gloo) on one prepared batch that lies
-in memory. It runs in the workers' own processes between the epochs, so that an epoch is compared
-with the bare loops right before and after it: the machine's speed drifts by more than what is
-measured. The first epoch, which starts everything, does not count. A ViT-B/32 with random weights
-at 224 pixels, float32, 600 classes; the workers share the cores. JSON goes to
+`kept` is `train_student` on a Ray Train worker over JPEG files that are decoded once and kept in
+Ray's object store; `decoded` decodes them again in every epoch, as it is done when the images do
+not fit. Both augment as the paper does, clip gradients and report to Ray. `bare` takes as many
+steps (forward, LSE-Sign, backward, AdamW) on one prepared batch that lies in memory. It runs in
+the worker's own process between the epochs, so that an epoch is compared with the bare loops right
+before and after it: the machine's speed drifts by more than what is measured. The first epoch,
+which starts everything, does not count. A ViT-B/32 with random weights at 224 pixels, float32,
+600 classes, as many threads as cores. `--workers 2` shares batch and cores out between two workers,
+whose gradients, the bare loop's too, go over gloo. JSON goes to
 benchmarks/results/train_speed.json.
 """
 
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=list(_KINDS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
