@@ -229,9 +229,9 @@ def _read(feed: Feed, kept: Kept, refs: list[Any] | None) -> ray.data.Dataset:
             )
             return ReadTask(read, about)
 
-    # Two tasks that read rows feed many that decode; pixels are copied by as many as can be.
-    concurrency = None if kept == "pixels" else 2
     tasks = len(feed.stretches())
+    # Two tasks that read rows feed many that decode; pixels are copied by as many as can be.
+    concurrency = None if kept == "pixels" else min(2, tasks)
     return ray.data.read_datasource(Rows(), override_num_blocks=tasks, concurrency=concurrency)
 
 
