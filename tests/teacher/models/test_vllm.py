@@ -20,14 +20,19 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
+from assignments import plan, rows
 from PIL import Image
 
 from hts_ray.classes import hico_classes
 from hts_ray.config import CaptionConfig, LabelConfig, TeacherConfig
+from hts_ray.engine.deaths import AttemptLog
+from hts_ray.engine.decoding import decode_batch
+from hts_ray.engine.telemetry import Meter
 from hts_ray.errors import ConfigError
 from hts_ray.images.manifest import open_manifest
 from hts_ray.store.run import StageFolder
 from hts_ray.store.tables import MANIFEST_SCHEMA, read_table, write_table
+from hts_ray.teacher.actor import TeacherActor
 from hts_ray.teacher.captioner import AskedCaptioner
 from hts_ray.teacher.models import catalog
 from hts_ray.teacher.models.loading import load_captioner
@@ -149,6 +154,31 @@ def test_what_it_cannot_run_is_refused(
         catalog.check_teacher(config(checkpoint))
 
 
+def test_a_dead_engine_ends_its_process(
+    stand_in: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches every image of a run quarantined by an engine that has died, or its actor kept."""
+
+    class EngineDeadError(Exception):
+        pass
+
+    async def died(*_: object, **__: object) -> AsyncIterator[Any]:
+        raise EngineDeadError
+        yield
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    table = rows(tmp_path, 3)
+    asked = config(checkpoint, mode="captions").model_dump(exclude={"requests"})
+    assignment = plan(tmp_path, table, {"grid_scales": [], "grid_steps": []}, **asked)
+    actor = TeacherActor(assignment, AttemptLog(), Meter("label", "run"))
+    monkeypatch.setattr(StandIn, "generate", died)
+    monkeypatch.setattr("hts_ray.teacher.actor.os._exit", ended)
+    with pytest.raises(SystemExit, match="1"):
+        actor(decode_batch(table, assignment.config.images))
+
+
 @pytest.mark.vllm
 @pytest.mark.timeout(1500)
 def test_the_real_engine_answers_as_we_do(checkpoint: Path) -> None:
@@ -172,13 +202,13 @@ def test_a_killed_engine_is_started_again(
     checkpoint: Path, tmp_path: Path, ray_session: None
 ) -> None:
     """Catches an actor that goes on with a dead engine, and images lost or doubled by it."""
-    rows = []
+    listed = []
     for number in range(24):
         uri = str(tmp_path / f"{number}.png")
         Image.fromarray(RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(uri)
-        rows.append({"image_id": str(number), "uri": uri, "split": "train"})
+        listed.append({"image_id": str(number), "uri": uri, "split": "train"})
     manifest = str(tmp_path / "manifest.parquet")
-    write_table(manifest, pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+    write_table(manifest, pa.Table.from_pylist(listed, schema=MANIFEST_SCHEMA))
     stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
     killer = threading.Thread(target=kill_engine_once, args=(stage,), daemon=True)
     killer.start()
@@ -191,4 +221,4 @@ def test_a_killed_engine_is_started_again(
     assert not killer.is_alive()
     assert (stats["rows_out"], stats["quarantined"]) == (24, 0)
     ids = read_table(stage.path, ["image_id"])["image_id"].to_pylist()
-    assert sorted(ids) == sorted(row["image_id"] for row in rows)
+    assert sorted(ids) == sorted(row["image_id"] for row in listed)
