@@ -291,7 +291,7 @@ def sweep_data(world: World, teacher: Teacher, config: HtsConfig) -> SweepData:
         features_MD=image_NF.numpy(),
         flipped_MD=mirror_NF.numpy(),
         classifier_CD=world.student.classifier.detach().numpy(),
-        reference_NC=reference(regions, seen_N),
+        reference_NC=reference(regions),
         labeled_N=~seen_N,
         validation=None,
         overrides=None,

@@ -155,7 +155,7 @@ def with_noise(data: SweepData, teacher: Teacher, seed: int) -> SweepData:
     noise_GC = np.repeat(shared_NC, counts_N, axis=0)
     noise_GC += teacher.own * rng.standard_normal(noise_GC.shape, dtype=np.float32)
     noisy = replace(regions, scores_GS=regions.scores_GS + noise_GC)
-    reference_NC = reference(noisy, data.feature_row_N >= 0)
+    reference_NC = reference(noisy)
     return replace(data, regions=noisy, reference_NC=reference_NC)
 
 

@@ -679,6 +679,11 @@ class SweepConfig(Section):
     """Which settings of the filter and the training are tried, and how the best is chosen."""
 
     trials: int = setting(100, "settings to try, the run's own first", ge=1)
+    train: Literal["head", "full"] = setting(
+        "head",
+        "what a trial trains: the classifier on stored features, or students in full on Ray Train's"
+        " workers; any setting of filter, train and student can then be tried",
+    )
     search: Literal["random", "optuna"] = setting(
         "random", "optuna learns from earlier trials (`pip install hts-ray[optuna]`)"
     )
@@ -694,8 +699,8 @@ class SweepConfig(Section):
     )
     validation: str | None = setting(None, "labeled images to compare on: a manifest or anno.mat")
     finalists: int = setting(3, "best trials to train in full, beside the run's own", ge=0)
-    repeats: int = setting(3, "seeds that a trial is averaged over", ge=1)
-    reduction: float = setting(3.0, "one trial in so many goes on to more seeds", gt=1.0)
+    repeats: int = setting(3, "seeds that a trial is averaged over, train=head", ge=1)
+    reduction: float = setting(3.0, "one trial in so many goes on to more seeds or epochs", gt=1.0)
     max_images: int | None = setting(
         None,
         "images that trials see: a sample, each class as often as can be; all if not set",

@@ -343,7 +343,8 @@ def _lines(stage: str, asked: HtsConfig, chosen: Mapping[str, Any], offer: Offer
     if open_dtype and dtype != (best := _best_dtype(offer, gpus)):
         yield f"note: {dtype} as this run began; {_DTYPE}={best} would label anew"
     idle = offer.total - gpus * workers
-    if idle >= max(1.0, gpus) and (gpus or value != "auto"):
+    # A sweep has several trainings at a time.
+    if idle >= max(1.0, gpus) and (gpus or value != "auto") and not (gpus and stage == "sweep"):
         all_of_them = sum(kind.workers(gpus) for kind in offer.usable) if gpus else 0
         remedy = f"{most}={all_of_them} takes all" if gpus else f"{name} is {value:g}"
         yield f"note: {idle:g} of {offer.total:g} GPUs idle: {remedy}"

@@ -59,27 +59,61 @@ class Validation:
 
 
 @dataclass(frozen=True, eq=False)
-class SweepData:
+class Judging:
+    """What students are compared by.
+
+    `regions` are the teacher's scores of N images, in the order of their ids; `reference_NC` is the
+    evidence that objectives compare with, see `reference`; `labeled_N` are the images that have
+    labels to compare with, on which no student is trained.
+    """
+
+    regions: Regions
+    reference_NC: FloatArray
+    labeled_N: BoolArray
+
+    @property
+    def image_ids(self) -> npt.NDArray[Any]:
+        """The ids (N,) of the images."""
+        return self.regions.image_ids
+
+
+@dataclass(frozen=True, eq=False)
+class SweepData(Judging):
     """Everything a trial reads: arrays and the run's own settings, which a trial's replace.
 
-    - `regions` are the teacher's scores of N images, in the order of their ids.
     - `feature_row_N` is an image's row of `features_MD`, or -1 where it has no features.
     - `flipped_MD` are the features of the mirrored images, None where none are stored.
     - `classifier_CD` is the zero-shot classifier, `overrides` the rows of `filter.overrides`.
-    - `reference_NC` is the evidence that objectives compare with, see `reference`.
-    - `labeled_N` are the images of `validation`, on which no student is trained.
     """
 
     config: HtsConfig
-    regions: Regions
     feature_row_N: npt.NDArray[np.int64]
     features_MD: FloatArray
     flipped_MD: FloatArray | None
     classifier_CD: FloatArray
-    reference_NC: FloatArray
     validation: Validation | None
-    labeled_N: BoolArray
     overrides: pa.Table | None
+
+
+def load_judging(
+    config: HtsConfig,
+    class_table: ClassTable,
+    region_scores_path: str,
+    validation: pa.Table | None = None,
+    max_images: int | None = None,
+) -> Judging:
+    """Read the region scores of the images of `train.split`; see `load_sweep_data`."""
+    split = config.train.split
+    images = None
+    if config.sweep.max_images is not None:
+        images = scored_images(region_scores_path, split)
+        images = swept_images(images, region_scores_path, config, validation)
+    regions = read_regions(region_scores_path, split, config.sweep.seed, max_images, images)
+    if list(regions.info["class_ids"]) != class_table.ids.tolist():
+        raise DataError(
+            f"{region_scores_path} was scored with other classes: use the run's own classes"
+        )
+    return Judging(regions, reference(regions), labeled_among(regions.image_ids, validation))
 
 
 def load_sweep_data(
@@ -99,33 +133,26 @@ def load_sweep_data(
     features, when classes differ, when no labeled image has features, or when the teacher expects
     no positive of any class.
     """
-    split = config.train.split
-    images = None
-    if config.sweep.max_images is not None:
-        images = scored_images(region_scores_path, split)
-        images = swept_images(images, region_scores_path, config, validation)
-    regions = read_regions(region_scores_path, split, config.sweep.seed, max_images, images)
-    if list(regions.info["class_ids"]) != class_table.ids.tolist():
-        raise DataError(
-            f"{region_scores_path} was scored with other classes: use the run's own classes"
-        )
+    known = load_judging(config, class_table, region_scores_path, validation, max_images)
     stored = read_feature_table(features_path)
-    feature_row_N, wanted = _feature_rows(regions.image_ids.tolist(), stored)
+    feature_row_N, wanted = _feature_rows(known.image_ids.tolist(), stored)
     if not len(wanted):
         raise DataError(
-            f"{features_path} has features of no image in split {split!r} of {region_scores_path}"
+            f"{features_path} has features of no image in split {config.train.split!r} of"
+            f" {region_scores_path}"
         )
     overrides = config.filter.overrides
     return SweepData(
         config=config,
-        regions=regions,
+        regions=known.regions,
         feature_row_N=feature_row_N,
         features_MD=stored.features_ND[wanted],
         flipped_MD=None if stored.flipped_ND is None else stored.flipped_ND[wanted],
         classifier_CD=zero_shot_classifier(config, class_table),
-        reference_NC=reference(regions, feature_row_N >= 0),
+        # An image without features is scored by no student: it must not count against any.
+        reference_NC=np.where((feature_row_N >= 0)[:, None], known.reference_NC, np.float32(0)),
+        labeled_N=known.labeled_N,
         validation=_validation(validation, stored, class_table, features_path),
-        labeled_N=labeled_among(regions.image_ids, validation),
         overrides=None if overrides is None else read_overrides(overrides),
     )
 
@@ -249,22 +276,20 @@ def zero_shot_classifier(config: HtsConfig, class_table: ClassTable) -> FloatArr
     return np.asarray(classifier.detach().cpu().numpy(), dtype=np.float32)
 
 
-def reference(regions: Regions, has_features_N: BoolArray) -> FloatArray:
+def reference(regions: Regions) -> FloatArray:
     """Read the teacher's evidence (N, C) in fixed ways, from all regions and from halves of them.
 
     It is a mean over `reference_readings`, which depend on the stored scores and on no setting, so
-    that every setting is measured by the same evidence and none by its own. An image without
-    features is scored by no student: it must not count against any. Raises DataError when the
-    teacher expects no positive of any class.
+    that every setting is measured by the same evidence and none by its own. Raises DataError when
+    the teacher expects no positive of any class.
     """
     readings = reference_readings(regions)
     view_G = halve_regions(np.diff(regions.offsets_N1), seed=0)
     consensus = _consensus(regions, readings, None)
-    consensus.probabilities_NC[~has_features_N] = 0
     views = []
     for view in (0, 1):
         half = _consensus(regions, readings, view_G == view)
-        half.probabilities_NC[~(half.seen_N & has_features_N)] = np.nan
+        half.probabilities_NC[~half.seen_N] = np.nan
         views.append(half.probabilities_NC)
     return make_reference(consensus.probabilities_NC, np.stack(views))
 

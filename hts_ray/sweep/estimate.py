@@ -32,16 +32,20 @@ def estimate(plan: Plan, sample: int = 200) -> dict[str, Any]:
     bound, since trials are stopped early) and finalists seconds (one training after the other,
     without start-up). Raises what the run's own settings raise.
     """
-    config = plan.run.config
+    config, full = plan.run.config, plan.run.config.sweep.train == "full"
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = replace(plan, stage=StageFolder(folder, TABLE, "estimate"))
-        features_seconds, seed_seconds = _measure(elsewhere, folder, sample)
+        features_seconds = seed_seconds = 0.0
+        if not full:
+            features_seconds, seed_seconds = _measure(elsewhere, folder, sample)
         training_seconds = _training_seconds(elsewhere, folder)
     sweep = config.sweep
     at_a_time = sweep.concurrency or min(sweep.trials, os.cpu_count() or 1)
     finalists = min(sweep.finalists + 1, sweep.trials) if sweep.finalists else 0
     trainings = 1 if final_objective(plan.objective) == VALIDATION else FOLDS
-    trial_seconds = seed_seconds * sweep.repeats
+    trial_seconds = training_seconds if full else seed_seconds * sweep.repeats
+    if full:  # the first student of a finalist is its trial's; how many run at a time Ray tells
+        at_a_time, trainings = sweep.concurrency or 1, trainings - 1
     return {
         "images": len(plan.images),
         "scored images": plan.scored,

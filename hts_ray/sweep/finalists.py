@@ -6,45 +6,36 @@ students lie inside the sweep's folder, so that no later stage takes one of them
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 
-from hts_ray.config import TrainConfig, override
+from hts_ray.config import override
 from hts_ray.engine.run import Run
 from hts_ray.errors import UserError
 from hts_ray.evaluate import label_matrix, read_predictions
 from hts_ray.images.manifest import IMAGE_COLUMNS, sampled
-from hts_ray.labels.stage import plan_filter
 from hts_ray.metrics import hico_average_precision, mean_average_precision
 from hts_ray.store import storage
-from hts_ray.store.aliases import FloatArray
+from hts_ray.store.aliases import BoolArray, FloatArray
 from hts_ray.store.run import StageFolder
-from hts_ray.store.tables import write_table
+from hts_ray.store.tables import MANIFEST_SCHEMA, write_table
 from hts_ray.student.predict import plan_predict, score_images
-from hts_ray.student.targets import training_labels
-from hts_ray.student.train import plan_train
-from hts_ray.sweep.data import SweepData
+from hts_ray.sweep.data import Judging
 from hts_ray.sweep.log import OWN, Trial
-from hts_ray.sweep.objectives import (
-    VALIDATION,
-    Outcome,
-    unseen_expected_ap,
-)
+from hts_ray.sweep.objectives import HELD_OUT, VALIDATION, Outcome, unseen_expected_ap
 from hts_ray.sweep.plan import Plan
-from hts_ray.sweep.space import Settings, trial_config
+from hts_ray.sweep.space import Settings
+from hts_ray.sweep.trainings import Training, train_students
 
 FOLDER = "finalists"
-HELD_OUT = "unseen_ap"
 FOLDS = 2
+# From which probability of the reference on an image counts as positive, or is left out, in the
+# curve of a full trial without labels.
+_POSITIVE, _AMBIGUOUS = 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ def final_objective(name: str) -> str:
 
 
 def run_finalists(
-    plan: Plan, data: SweepData, trials: Sequence[Trial], tell: Callable[[str], None]
+    plan: Plan, data: Judging, trials: Sequence[Trial], tell: Callable[[str], None]
 ) -> list[Finalist]:
     """Train every trial's settings in full and compare the students on images they did not see.
 
@@ -83,27 +74,60 @@ def run_finalists(
     that of the labeled ones. So many trainings run at a time as the cluster holds. Raises what the
     training of the run's own settings raises.
     """
-    final = _Final(plan, data, final_objective(plan.objective))
-    train = plan.run.config.train
-    students: list[list[Callable[[], StageFolder]]]
-    students = [[partial(final.train, trial, ids) for ids in final.parts] for trial in trials]
+    final = _Final(plan, data)
+    parts = range(len(final.training.parts))
+    jobs = [(trial.number, trial.settings, part) for trial in trials for part in parts]
+    students = iter(train_students(final.training, jobs))
     found: list[Finalist] = []
     own_ap_C = None
-    with ExitStack() as stack:
-        if train.num_workers:  # those inside this process share its random state: one by one
-            pool = ThreadPoolExecutor(training_slots(train))
-            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            students = [[pool.submit(job).result for job in halves] for halves in students]
-        for trial, halves in zip(trials, students, strict=True):
-            last, ap_C = final.compare(trial, halves)
-            if trial.number == OWN:
-                own_ap_C = ap_C
-            elif ap_C is not None and own_ap_C is not None:
-                last = replace(last, gain_error=paired_error(ap_C, own_ap_C))
-            found.append(last)
-            shown = last.message if last.value is None else f"{last.objective} {last.value:.4f}"
-            tell(f"finalist {trial.number}: {shown}, {last.seconds:.0f} s of training")
+    for trial in trials:
+        last, ap_C = final.compare(trial, [next(students) for _ in parts])
+        if trial.number == OWN:
+            own_ap_C = ap_C
+        elif ap_C is not None and own_ap_C is not None:
+            last = replace(last, gain_error=paired_error(ap_C, own_ap_C))
+        found.append(last)
+        shown = last.message if last.value is None else f"{last.objective} {last.value:.4f}"
+        tell(f"finalist {trial.number}: {shown}, {last.seconds:.0f} s of training")
     return found
+
+
+def full_training(plan: Plan, data: Judging) -> Training:
+    """Return what full trainings share: halves of the images, or with labels all but the labeled.
+
+    Where trials train in full too, a student of the first part is measured after every epoch: its
+    mAP on labeled images, or on the other half by what the reference is sure of. These students are
+    the finalists' then, and not trained again.
+    """
+    ids, run = data.image_ids, plan.run
+    full = run.config.sweep.train == "full"
+    curve_on = plan.validation if full else None
+    if final_objective(plan.objective) == VALIDATION:
+        parts = [ids[~data.labeled_N]]
+    else:
+        random = np.random.default_rng([run.config.sweep.seed, 3])
+        fold_N = random.permutation(np.arange(len(ids)) % FOLDS)
+        parts = [ids[fold_N == fold] for fold in range(FOLDS)]
+        curve_on = sure_annotations(plan, data, fold_N != 0) if full else None
+    listed = tuple(tuple(part.tolist()) for part in parts)
+    kept = run.config.train.center_images
+    center = sampled(plan.images, kept, run.config.seed) if kept else None
+    folder = plan.stage.file(FOLDER)
+    return Training(run, plan.region_scores, folder, listed, curve_on, center)
+
+
+def sure_annotations(plan: Plan, data: Judging, chosen_N: BoolArray) -> pa.Table:
+    """Return images as annotated rows: positive from probability 0.5 on, ambiguous from 0.2 on."""
+    class_ids = plan.run.class_table.ids
+    images = plan.images.sort_by("image_id")
+    images = images.filter(pc.is_in(images["image_id"], pa.array(data.image_ids[chosen_N])))
+    rows = []
+    for row, p_C in zip(images.to_pylist(), data.reference_NC[chosen_N], strict=True):
+        positive_C = p_C >= _POSITIVE
+        ambiguous_C = (p_C >= _AMBIGUOUS) & ~positive_C
+        annotated = {"positive_ids": class_ids[positive_C], "ambiguous_ids": class_ids[ambiguous_C]}
+        rows.append({**row, **annotated, "negative_ids": []})
+    return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
 
 
 def paired_error(ap_C: FloatArray, other_C: FloatArray) -> float:
@@ -118,51 +142,13 @@ def paired_error(ap_C: FloatArray, other_C: FloatArray) -> float:
     return float(difference_C.std(ddof=1) / np.sqrt(len(difference_C)))
 
 
-def training_slots(train: TrainConfig) -> int:
-    """Return how many trainings run at a time, so that each finds all its workers' resources.
-
-    Each needs its workers' CPUs and GPUs, and a CPU for the tasks that feed them. On a single
-    machine, which may have more logical CPUs than real ones, the workers of all trainings need a
-    real one each too; the tasks that feed them do little after the first epoch.
-    """
-    resources = ray.cluster_resources()
-    cpus = train.num_workers * train.worker_cpus
-    slots = int(float(resources.get("CPU", 1.0)) // (cpus + 1))
-    if sum(bool(node["Alive"]) for node in ray.nodes()) == 1:
-        slots = min(slots, int((os.cpu_count() or 1) // cpus))
-    if train.gpu:
-        slots = min(slots, int(resources.get("GPU", 0.0) // train.num_workers))
-    return max(1, slots)
-
-
 class _Final:
-    """What all finalists share: `parts` are the ids of the images of each of their students."""
+    """How finalists are compared."""
 
-    def __init__(self, plan: Plan, data: SweepData, objective: str) -> None:
-        self._plan, self._data, self._objective = plan, data, objective
-        self._folder = plan.stage.file(FOLDER)
-        ids, sweep = data.regions.image_ids, plan.run.config.sweep
-        kept = plan.run.config.train.center_images
-        self._center = sampled(plan.images, kept, plan.run.config.seed) if kept else None
-        if plan.validation is not None and objective == VALIDATION:
-            self.parts = [ids[~data.labeled_N].tolist()]
-        else:
-            random = np.random.default_rng([sweep.seed, 3])
-            fold_N = random.permutation(np.arange(len(ids)) % FOLDS)
-            self.parts = [ids[fold_N == fold].tolist() for fold in range(FOLDS)]
-
-    def train(self, trial: Trial, image_ids: Sequence[str]) -> StageFolder:
-        """Filter with a trial's settings and train on the pseudo-labels of one of the parts."""
-        plan, parts = self._plan, len(self.parts)
-        config = trial_config(plan.run.config, trial.settings)
-        optim = {"restart_epochs": config.train.optim.restart_epochs * parts}
-        longer = {"epochs": config.train.epochs * parts, "optim": optim}
-        config = override(config, {"run_dir": self._folder, "train": longer})
-        run = Run(config, plan.run.class_table)
-        labels = training_labels(run, plan_filter(run, plan.region_scores).run(), None)
-        assert labels is not None
-        labels = labels.filter(pc.is_in(labels["image_id"], pa.array(image_ids)))
-        return plan_train(run, labels.combine_chunks(), center=self._center).run()
+    def __init__(self, plan: Plan, data: Judging) -> None:
+        self._plan, self._data = plan, data
+        self._objective = final_objective(plan.objective)
+        self.training = full_training(plan, data)
 
     def compare(
         self, trial: Trial, students: Sequence[Callable[[], StageFolder]]
@@ -184,9 +170,9 @@ class _Final:
     def _expected_ap(self, students: Sequence[StageFolder]) -> FloatArray:
         """Return the expected AP (C,) of two students, each trained on one half of the images."""
         data, images = self._data, self._plan.images
-        ids = data.regions.image_ids.tolist()
+        ids = data.image_ids.tolist()
         logits_2NC = np.stack([self._logits(student, images, ids) for student in students])
-        fold_N = np.where(np.isin(ids, self.parts[0]), 0, 1).astype(np.int8)
+        fold_N = np.where(np.isin(ids, self.training.parts[0]), 0, 1).astype(np.int8)
         return unseen_expected_ap(Outcome(data.reference_NC, fold_N, logits_2NC))
 
     def _labeled_ap(self, student: StageFolder) -> FloatArray:
@@ -210,9 +196,10 @@ class _Final:
         config, class_table = self._plan.run.config, self._plan.run.class_table
         if config.predict.pool.gpus == 0 and len(images) <= config.train.features.local_images:
             return score_images(student.path, images, config.predict)
-        manifest = storage.join(self._folder, "images.parquet")
+        folder = self.training.folder
+        manifest = storage.join(folder, "images.parquet")
         write_table(manifest, images.select(IMAGE_COLUMNS))
-        values = {"run_dir": self._folder, "predict": {"split": None}}
+        values = {"run_dir": folder, "predict": {"split": None}}
         run = Run(override(config, values), class_table)
         stage = plan_predict(run, student.path, run.manifest(manifest)).run()
         return read_predictions(stage.path, class_table)

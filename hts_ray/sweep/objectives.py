@@ -139,17 +139,20 @@ OBJECTIVES: dict[str, Callable[[Outcome], float]] = {
     "seen_ap": seen_ap,
 }
 DEFAULT_OBJECTIVE = "blended_ap"
+HELD_OUT = "unseen_ap"  # the one that only looks at images which students did not see
 VALIDATION = "mAP_validation"  # no function of an outcome: it takes labels
 
 
-def choose_objective(name: str | None, labeled: bool) -> str:
+def choose_objective(name: str | None, labeled: bool, full: bool = False) -> str:
     """Return what a sweep compares by: `name`, or the default for `labeled` images or none.
 
-    ConfigError with the known names for another, and for a validation without labels.
+    Students that are trained in full are compared on images that they did not see. ConfigError
+    with the known names for another, and for a validation without labels.
     """
+    without_labels = HELD_OUT if full else DEFAULT_OBJECTIVE
     if name is None:
-        return VALIDATION if labeled else DEFAULT_OBJECTIVE
-    known = [*OBJECTIVES, *([VALIDATION] if labeled else [])]
+        return VALIDATION if labeled else without_labels
+    known = [*([HELD_OUT] if full else OBJECTIVES), *([VALIDATION] if labeled else [])]
     if name not in known:
         missing = "it needs sweep.validation=PATH"
         remedy = missing if name == VALIDATION else f"choose one of {', '.join(known)}"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.config import SweepConfig
+from hts_ray.config import HtsConfig, SweepConfig
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.hico import read_anno_table
@@ -83,11 +83,14 @@ def plan_sweep(run: Run, region_scores: StageFolder) -> Plan:
             remedy="a sweep tries settings over one teacher pass: leave it out, sweep each pass by"
             " itself, and give what was best as the `settings` of that pass",
         )
+    if sweep.train == "full":
+        _require_full(config)
     space = build_space(config, region_scores.path)
     if sweep.search == "optuna":
         make_proposer(sweep, space)  # refuses early where it is not installed
     validation = None if sweep.validation is None else labeled_images(run, sweep.validation)
-    objective = choose_objective(sweep.objective, validation is not None)
+    full = sweep.train == "full"
+    objective = choose_objective(sweep.objective, validation is not None, full)
     scored = scored_images(region_scores.path, config.train.split)
     images = swept_images(scored, region_scores.path, config, validation)
     if validation is not None:
@@ -126,6 +129,24 @@ def labeled_images(run: Run, path: str) -> pa.Table:
     if not len(table):
         raise DataError(f"sweep.validation={path}: no annotated image that the run knows")
     return table.sort_by("image_id").combine_chunks()
+
+
+def _require_full(config: HtsConfig) -> None:
+    """Raise ConfigError for settings with which trials cannot train in full."""
+    if config.train.num_workers == 0 or config.train.trainable == "head":
+        head = config.train.trainable == "head"
+        raise ConfigError(
+            field="train.trainable" if head else "train.num_workers",
+            value="head" if head else 0,
+            remedy="trials that train in full need Ray Train's workers: set sweep.train=head, or"
+            + (" train more than the head" if head else " a number of workers"),
+        )
+    if not config.sweep.finalists:
+        raise ConfigError(
+            field="sweep.finalists",
+            value=0,
+            remedy="the curves of sweep.train=full only choose whom to compare: set 1 or more",
+        )
 
 
 def _require_unlabeled(

@@ -12,18 +12,20 @@ from hts_ray.store.run import StageFolder
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, TrialLog, best_first
 from hts_ray.sweep.plan import Plan
 from hts_ray.sweep.stage import BEST_FILE, FINALISTS_FILE
+from hts_ray.sweep.trainings import CURVE
 from hts_ray.sweep.tune import OnTrial
 
 
 def trials_progress(plan: Plan, shown: Steps) -> OnTrial:
     """Return a callback for every trial of a sweep that ends; it shows the best one so far."""
-    total, trials = plan.run.config.sweep.trials, TrialLog(plan.stage.file(TRIALS_FOLDER)).read()
+    sweep, trials = plan.run.config.sweep, TrialLog(plan.stage.file(TRIALS_FOLDER)).read()
+    total, objective = sweep.trials, CURVE if sweep.train == "full" else plan.objective
     show = shown.counts("sweep", "trials")
-    show(len(trials), total, describe(trials, plan.objective))  # of an earlier run
+    show(len(trials), total, describe(trials, objective))  # of an earlier run
 
     def update(trial: Trial) -> None:
         trials[trial.number] = trial
-        show(len(trials), total, describe(trials, plan.objective))
+        show(len(trials), total, describe(trials, objective))
 
     return update
 

@@ -24,7 +24,7 @@ from hts_ray.labels.select import Aggregation
 
 Settings = dict[str, Any]  # dotted name: value
 
-SWEPT = ("filter.", "train.")  # what comes behind the teacher's pass
+SWEPT = ("filter.", "train.", "student.")  # what comes behind the teacher's pass
 TRIES = 200  # draws until the settings of a trial fit together
 _SAMPLE_IMAGES = 200  # whose scores tell where `null_score` may lie
 _NULL_QUANTILES = (0.1, 0.3, 0.5, 0.7)
@@ -148,13 +148,13 @@ def build_space(config: HtsConfig, region_scores: str) -> Space:
     if not parameters:
         raise ConfigError(field="sweep.space", value={}, remedy="name a setting, or leave it out")
     for parameter in parameters:
-        # Of the rates a trial feels the classifier's alone.
+        # Of the rates a trial on features feels the classifier's alone.
         trunk = parameter.name == "train.optim.lr" and config.train.optim.head_lr is not None
-        if trunk or not feels(parameter.name):
+        if config.sweep.train == "head" and (trunk or not feels(parameter.name)):
             raise _refusal(
                 parameter.name,
                 "trials fit the classifier on the student's stored features, which this setting"
-                " does not change: train with each of its values instead",
+                " does not change: set sweep.train=full",
             )
     space = Space(config, tuple(parameters))
     problem = space.problem(space.draw(config.sweep.seed, 1))
@@ -292,9 +292,10 @@ def field_of(name: str) -> FieldInfo:
     if setting.execution:
         raise _refusal(name, "it says how a stage runs, not what it answers")
     if not name.startswith(SWEPT):
-        swept = " and ".join(f"{section}*" for section in SWEPT)
-        other = "other settings need another teacher's pass or another student"
-        raise _refusal(name, f"only {swept} can be swept; {other}")
+        swept = ", ".join(f"{section}*" for section in SWEPT)
+        raise _refusal(name, f"only {swept} can be swept; others need another teacher's pass")
+    if name in ("train.labels", "train.split"):
+        raise _refusal(name, "all trials learn from the pseudo-labels of one split")
     return setting.info
 
 

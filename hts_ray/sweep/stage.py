@@ -1,9 +1,9 @@
 """The sweep stage: region scores in, tried settings and the best of them out.
 
-Trials fit classifiers on cached features (`hts_ray.sweep.tune`). The best few are trained in full
-by the normal stages (`hts_ray.sweep.finalists`) and must then beat the run's own settings, or these
-are kept. Everything lies in one folder, named by settings and inputs; a sweep that was cut off goes
-on from what is there.
+Trials fit classifiers on cached features (`hts_ray.sweep.trial`) or train in full
+(`hts_ray.sweep.trainings`). The best few are compared as students that were trained in full
+(`hts_ray.sweep.finalists`) and must then beat the run's own settings, or these are kept. Everything
+lies in one folder, named by settings and inputs; a sweep that was cut off goes on from there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,14 @@ from hts_ray.store.run import StageFolder, given_stage, require_stage
 from hts_ray.store.tables import trials_schema, write_table
 from hts_ray.student.features import plan_features
 from hts_ray.student.train import plan_train
-from hts_ray.sweep.data import SweepData, load_sweep_data
-from hts_ray.sweep.finalists import FOLDER, Finalist, run_finalists
+from hts_ray.sweep.data import Judging, SweepData, load_judging, load_sweep_data
+from hts_ray.sweep.finalists import FOLDER, Finalist, full_training, run_finalists
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, Trial, best_first, promising_first
 from hts_ray.sweep.plan import TABLE, Plan
 from hts_ray.sweep.space import Space, nested
+from hts_ray.sweep.trainings import curve_work
 from hts_ray.sweep.trial import run_trial
-from hts_ray.sweep.tune import OnTrial, run_trials
+from hts_ray.sweep.tune import OnTrial, run_trials, search
 
 TRIALS_FILE = "trials.parquet"
 FINALISTS_FILE = "finalists.json"
@@ -60,16 +62,7 @@ def run_sweep(
     if stage.finished:
         return stage
     started = time.monotonic()
-    data = load_data(plan, tell, on_features)
-    trials = run_trials(
-        config,
-        plan.space,
-        one_trial,
-        plan.objective,
-        folder=stage.path,
-        parameters={"data": data},
-        on_trial=on_trial,
-    )
+    data, trials = _searched(plan, on_trial, on_features, tell)
     require_results(trials)
     seconds_trials = time.monotonic() - started
     finalists: list[Finalist] = []
@@ -103,6 +96,33 @@ def run_sweep(
     for name in (TRIALS_FOLDER, START, FOLDER):
         storage.remove_tree(stage.file(name))
     return stage
+
+
+def _searched(
+    plan: Plan,
+    on_trial: OnTrial | None,
+    on_features: ImagesDone | None,
+    tell: Callable[[str], None],
+) -> tuple[Judging, dict[int, Trial]]:
+    """Run the trials that are left; returns what finalists are compared by, and all trials."""
+    config, space, folder = plan.run.config, plan.space, plan.stage.path
+    if config.sweep.train == "full":
+        scores, classes = plan.region_scores.path, plan.run.class_table
+        judging = load_judging(config, classes, scores, plan.validation)
+        training = full_training(plan, judging)
+        work = partial(curve_work, training)
+        return judging, search(config.sweep, space, work, folder=folder, on_trial=on_trial)
+    data = load_data(plan, tell, on_features)
+    parameters = {"data": data}
+    return data, run_trials(
+        config.sweep,
+        space,
+        one_trial,
+        plan.objective,
+        folder=folder,
+        parameters=parameters,
+        on_trial=on_trial,
+    )
 
 
 def load_data(

@@ -1,9 +1,10 @@
 """The trials of a sweep, run by Ray Tune.
 
-A trial fits classifiers on stored features, which takes about a second, while starting a process
-for it would take several. So a few actors are kept and given one trial after the other, the data
-lies in the object store once, and a trial is a function that reports after each of its seeds. Tune
-only runs them. What is tried, which trials are stopped early and what is kept is decided here.
+A trial is a function that reports after each of its seeds, or epochs. Tune only runs them: what is
+tried, which trials are stopped early and what is kept is decided here. A fit of classifiers on
+stored features takes about a second, while starting a process for it would take several. So a few
+actors are kept for such trials and given one after the other, and the data lies in the object store
+once. Trials that train in full are in `hts_ray.sweep.trainings`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -68,6 +69,22 @@ def trial_slots(config: SweepConfig) -> Slots:
     return Slots(concurrency, min(1.0, logical / concurrency))
 
 
+@dataclass(frozen=True)
+class Work:
+    """What Tune runs of a trial: `trainable`, a function that reports with `report_fields`.
+
+    `resources` are what each holds besides what it starts itself, `at_a_time` how many run.
+    `reports` is how many a whole trial makes; infinite where it ends by itself. With `reuse` one
+    process runs one trial after the other; a trial that is stopped dies with its process otherwise.
+    """
+
+    trainable: Any
+    resources: Mapping[str, float]
+    at_a_time: int
+    reports: float = math.inf
+    reuse: bool = False
+
+
 def run_trials(
     config: SweepConfig,
     space: Space,
@@ -78,29 +95,50 @@ def run_trials(
     parameters: Mapping[str, Any] | None = None,
     on_trial: OnTrial | None = None,
 ) -> dict[int, Trial]:
-    """Run the trials of a sweep that have not ended yet, and return all of them by number.
+    """Search with trials that are means over seeds; see `search`.
 
     `run_once(settings=..., seed=..., **parameters)` returns metrics, `objective` among them; it
-    runs in Ray's workers, and `parameters` go to the object store once. `folder` keeps the log.
-    A UserError of `run_once` makes a trial infeasible. Raises UserError when trials were left
-    undone, and what the log raises when it cannot be written.
+    runs in Ray's workers, and `parameters` go to the object store once. A UserError of `run_once`
+    makes a trial infeasible.
+    """
+
+    def work() -> Work:
+        trainable = tune.with_parameters(
+            _run_trial,
+            run_once=run_once,
+            objective=objective,
+            repeats=config.repeats,
+            seed=config.seed,
+            **(parameters or {}),
+        )
+        slots = trial_slots(config)
+        cpus = {"cpu": slots.cpus}
+        return Work(trainable, cpus, slots.concurrency, config.repeats, reuse=True)
+
+    return search(config, space, work, folder=folder, on_trial=on_trial)
+
+
+def search(
+    config: SweepConfig,
+    space: Space,
+    work: Callable[[], Work],
+    *,
+    folder: str,
+    on_trial: OnTrial | None = None,
+) -> dict[int, Trial]:
+    """Run the trials of a sweep that have not ended yet, and return all of them by number.
+
+    `work` is asked for only when there are some; `folder` keeps the log. Raises UserError when
+    trials were left undone, and what the log raises when it cannot be written.
     """
     log = TrialLog(storage.join(folder, TRIALS_FOLDER))
     known = log.read()
     wanted = [number for number in range(config.trials) if number not in known]
     if not wanted:
         return known
-    ledger = _Ledger(config, space, log, known, wanted)
-    trainable = tune.with_parameters(
-        _run_trial,
-        run_once=run_once,
-        objective=objective,
-        repeats=config.repeats,
-        seed=config.seed,
-        **(parameters or {}),
-    )
-    scheduler = _Stopping(Halving(config.repeats, config.reduction, known))
-    tuner = _tuner(trainable, ledger, scheduler, trial_slots(config), storage.join(folder, "tune"))
+    ledger, todo = _Ledger(config, space, log, known, wanted), work()
+    scheduler = _Stopping(Halving(todo.reports, config.reduction, known))
+    tuner = _tuner(todo, ledger, scheduler, storage.join(folder, "tune"))
     ledger.on_trial = on_trial  # only now: the Tuner has pickled what it was given
     with _environment():
         tuner.fit()
@@ -116,18 +154,61 @@ def run_trials(
     return found
 
 
-def _tuner(
-    trainable: Any, ledger: _Ledger, scheduler: _Stopping, slots: Slots, folder: str
-) -> tune.Tuner:
-    """Return what runs the ledger's trials on a few actors, with its files in `folder`."""
+def run_jobs(work: Work, jobs: Sequence[Any], folder: str) -> list[str]:
+    """Run `work` once for each job, a JSON value; returns what went wrong in each, "" for nothing.
+
+    The function gets `{"job": text}`. Tune's own files lie in `folder` meanwhile.
+    """
+    ledger = _Jobs(jobs)
+    tuner = _tuner(work, ledger, FIFOScheduler(), folder)
+    ledger.told = {}
+    with _environment():
+        tuner.fit()
+    storage.remove_tree(folder)
+    return [ledger.told.get(number, "it was not run") for number in range(len(jobs))]
+
+
+class _Asked(Protocol):
+    """Who hands out what Tune runs, and hears how it ended."""
+
+    @property
+    def wanted(self) -> int: ...
+
+    def ask(self) -> dict[str, Any] | None: ...
+
+    def tell(self, asked: Mapping[str, Any], fields: Mapping[str, Any]) -> None: ...
+
+
+class _Jobs:
+    """Hands out jobs by number and keeps their messages."""
+
+    def __init__(self, jobs: Sequence[Any]) -> None:
+        self.wanted = len(jobs)
+        self.told: dict[int, str] = {}
+        self._left = deque(enumerate(jobs))
+
+    def ask(self) -> dict[str, Any] | None:
+        """Return the next job."""
+        if not self._left:
+            return None
+        number, job = self._left.popleft()
+        return {"number": number, "job": json.dumps(job)}
+
+    def tell(self, asked: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+        """Keep what went wrong."""
+        self.told[asked["number"]] = fields["message"]
+
+
+def _tuner(work: Work, ledger: _Asked, scheduler: FIFOScheduler, folder: str) -> tune.Tuner:
+    """Return what runs the ledger's trials, with its files in `folder`."""
     return tune.Tuner(
-        tune.with_resources(trainable, {"cpu": slots.cpus}),
+        tune.with_resources(work.trainable, dict(work.resources)),
         tune_config=tune.TuneConfig(
             search_alg=_Asking(ledger),
             scheduler=scheduler,
             num_samples=ledger.wanted,
-            max_concurrent_trials=slots.concurrency,
-            reuse_actors=True,
+            max_concurrent_trials=work.at_a_time,
+            reuse_actors=work.reuse,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -141,6 +222,20 @@ def _tuner(
     )
 
 
+def report_fields(
+    status: str, metrics: Metrics, reports: Sequence[float], started: float, message: str = ""
+) -> None:
+    """Report a trial's fields so far, as text, because Tune reads dots in names as nesting."""
+    fields = {
+        "status": status,
+        "metrics": metrics,
+        "reports": list(reports),
+        "seconds": round(time.monotonic() - started, 4),
+        "message": message,
+    }
+    tune.report({"fields": json.dumps(fields)})
+
+
 def _run_trial(
     config: dict[str, Any],
     *,
@@ -150,10 +245,7 @@ def _run_trial(
     seed: int,
     **parameters: Any,
 ) -> None:
-    """Run a trial's seeds and report its results so far after each; runs in a Tune actor.
-
-    A report is the trial's fields as text, because Tune reads dots in names as nesting.
-    """
+    """Run a trial's seeds and report its results so far after each; runs in a Tune actor."""
     settings = json.loads(config["settings"])
     started = time.monotonic()
     found: list[Metrics] = []
@@ -171,14 +263,8 @@ def _run_trial(
         means = _means(found)
         if not status:
             reports.append(means[objective])
-        fields = {
-            "status": status or ("complete" if repeat + 1 == repeats else "stopped"),
-            "metrics": means,
-            "reports": reports,
-            "seconds": round(time.monotonic() - started, 4),
-            "message": message,
-        }
-        tune.report({"fields": json.dumps(fields)})
+        so_far = status or ("complete" if repeat + 1 == repeats else "stopped")
+        report_fields(so_far, means, reports, started, message)
         if status:
             return
 
@@ -191,14 +277,14 @@ def _means(found: Sequence[Metrics]) -> Metrics:
 
 
 class Halving:
-    """Asynchronous successive halving (ASHA, Li et al. 2020): which trials go on to more seeds.
+    """Asynchronous successive halving (ASHA, Li et al. 2020): which trials go on.
 
-    Trials are compared when they come to 1, r, r**2, ... seeds, r being `reduction`, with all that
-    came there before. One whose mean is not among the best 1/r ends. The run's own settings always
-    go on. `known` are trials of an earlier run.
+    Trials are compared when they come to 1, r, r**2, ... reports (seeds, or epochs), r being
+    `reduction`, with all that came there before. One whose value is not among the best 1/r ends.
+    The run's own settings always go on. `known` are trials of an earlier run.
     """
 
-    def __init__(self, repeats: int, reduction: float, known: Mapping[int, Trial]) -> None:
+    def __init__(self, repeats: float, reduction: float, known: Mapping[int, Trial]) -> None:
         self._repeats, self._reduction = repeats, reduction
         self._rungs: dict[int, dict[int, float]] = {}  # power of r: trial's number: mean
         for trial in known.values():
@@ -206,7 +292,7 @@ class Halving:
                 self.goes_on(trial.number, seeds, mean)
 
     def goes_on(self, number: int, seeds: int, mean: float) -> bool:
-        """Take note of a trial's mean over so many seeds; returns whether it goes on."""
+        """Take note of a trial's value after so many reports; returns whether it goes on."""
         if seeds >= self._repeats:
             return False
         power = 0
@@ -271,7 +357,7 @@ class _Ledger:
 
 
 class _Asking(Searcher):  # type: ignore[misc]
-    def __init__(self, ledger: _Ledger) -> None:
+    def __init__(self, ledger: _Asked) -> None:
         super().__init__()
         self._ledger = ledger
 
@@ -299,7 +385,7 @@ class _Stopping(FIFOScheduler):  # type: ignore[misc]
 
 
 class _Telling(tune.Callback):  # type: ignore[misc]
-    def __init__(self, ledger: _Ledger) -> None:
+    def __init__(self, ledger: _Asked) -> None:
         self._ledger = ledger
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

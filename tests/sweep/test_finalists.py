@@ -5,18 +5,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from scipy.stats import ttest_rel
 
 from hts_ray.config import TrainConfig
+from hts_ray.evaluate import label_matrix
 from hts_ray.sweep.finalists import (
-    HELD_OUT,
-    _Final,
     final_objective,
+    full_training,
     paired_error,
-    training_slots,
+    sure_annotations,
 )
-from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, VALIDATION
+from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, HELD_OUT, OBJECTIVES, VALIDATION
+from hts_ray.sweep.trainings import training_slots
 
 
 def test_finalists_are_compared_by_what_a_student_changes():
@@ -27,27 +29,48 @@ def test_finalists_are_compared_by_what_a_student_changes():
         assert final_objective(name) == HELD_OUT
 
 
-def test_each_image_is_left_out_once():
+def test_each_image_is_left_out_once(with_sweep):
     """Would catch students that are compared on images which they were trained on.
 
     And students without the means that `predict.center` asks for.
     """
     ids = np.array([f"image-{n:02d}" for n in range(21)])
-    data = SimpleNamespace(regions=SimpleNamespace(image_ids=ids))
-    train = SimpleNamespace(center_images=5)
-    config = SimpleNamespace(sweep=SimpleNamespace(seed=4), seed=0, train=train)
+    data = SimpleNamespace(image_ids=ids, labeled_N=ids == "image-03")
     plan = SimpleNamespace(
-        run=SimpleNamespace(config=config),
+        run=with_sweep(sweep={"seed": 4}, train={"center_images": 5}),
+        region_scores=None,
         stage=SimpleNamespace(file=str),
         images=pa.table({"image_id": ids}),
         validation=None,
+        objective=DEFAULT_OBJECTIVE,
     )
-    final = _Final(plan, data, DEFAULT_OBJECTIVE)
-    assert len(set(final._center["image_id"].to_pylist())) == 5
-    first, second = final.parts
+    training = full_training(plan, data)
+    assert len(set(training.center["image_id"].to_pylist())) == 5
+    first, second = training.parts
     assert sorted([*first, *second]) == ids.tolist()
     assert not set(first) & set(second)
     assert abs(len(first) - len(second)) <= 1
+    plan.objective = VALIDATION
+    assert full_training(plan, data).parts == (tuple(ids[ids != "image-03"]),)
+
+
+def test_a_curve_without_labels_is_of_what_the_reference_is_sure_of(swept_run):
+    """Would catch a curve measured on images of the student's own half, or on doubtful classes."""
+    images = swept_run.manifest().table.filter(
+        pc.equal(swept_run.manifest().table["split"], "train")
+    )
+    ids = np.sort(images["image_id"].to_numpy())
+    reference_NC = np.zeros((len(ids), len(swept_run.class_table)), np.float32)
+    reference_NC[:, :3] = (0.5, 0.3, 0.1)
+    data = SimpleNamespace(image_ids=ids, reference_NC=reference_NC)
+    plan = SimpleNamespace(run=swept_run, images=images.select(["image_id", "uri", "split"]))
+    chosen_N = np.arange(len(ids)) % 2 == 1
+    table = sure_annotations(plan, data, chosen_N)
+    assert table["image_id"].to_pylist() == ids[chosen_N].tolist()
+    labels_NC = label_matrix(table, swept_run.class_table)
+    assert (labels_NC[:, 0] == 1).all()
+    assert (labels_NC[:, 1] == 0).all()
+    assert (labels_NC[:, 2:] == -2).all()
 
 
 def test_the_error_of_a_gain_is_that_of_a_paired_test():

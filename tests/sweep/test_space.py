@@ -31,7 +31,7 @@ def space_of(ranges, *overrides):
         ("{filter.top_k: {low: 1}}", ["low and high"]),
         ("{train.num_workers: {choices: [1]}}", ["how a stage runs"]),
         ("{train.features.pool.max_size: {choices: [1]}}", ["how a stage runs"]),
-        ("{label.limit: {choices: [1]}}", ["only filter.* and train.*"]),
+        ("{label.limit: {choices: [1]}}", ["only filter.*, train.*, student.*"]),
         ("{train.trainable: {choices: [all]}}", ["stored features"]),
         ("{}", ["name a setting"]),
         (
@@ -138,3 +138,14 @@ def test_subsets_are_not_repeated():
     assert subsets(["a", "b", "c"]) == (
         None, ["b", "c"], ["a", "c"], ["a", "b"], ["a"], ["b"], ["c"]
     )  # fmt: skip
+
+
+def test_full_trainings_may_vary_what_a_fit_on_features_cannot_feel():
+    """Would catch a search over trainings that only takes settings of the classifier."""
+    ranges = "{train.optim.lr: {low: 1e-5, high: 1e-3}, student.image_size: {choices: [64, 80]}}"
+    with pytest.raises(ConfigError, match="stored features"):
+        space_of(ranges)
+    full = space_of(ranges, "sweep.train=full")
+    assert [p.name for p in full.parameters] == ["train.optim.lr", "student.image_size"]
+    with pytest.raises(ConfigError, match=r"train\.num_workers.*how a stage runs"):
+        space_of("{train.num_workers: {choices: [2]}}", "sweep.train=full")

@@ -17,9 +17,9 @@ from hts_ray.store.run import require_stage
 from hts_ray.store.tables import read_table, write_table
 from hts_ray.sweep import stage as sweep_stage
 from hts_ray.sweep.estimate import estimate
-from hts_ray.sweep.finalists import HELD_OUT, Finalist
+from hts_ray.sweep.finalists import Finalist
 from hts_ray.sweep.log import OWN, Trial
-from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, VALIDATION
+from hts_ray.sweep.objectives import DEFAULT_OBJECTIVE, HELD_OUT, VALIDATION
 from hts_ray.sweep.plan import labeled_images, plan_sweep
 from hts_ray.sweep.plots import sweep_section
 from hts_ray.sweep.progress import print_sweep
@@ -77,6 +77,9 @@ def swept(swept_run, ray_session):
         ({"sweep": {"objective": VALIDATION}}, "needs sweep.validation"),
         ({"train": {"labels": "annotations"}}, "train.labels=pseudo"),
         ({"sweep": {"space": {"filter.top": {"choices": [1]}}}}, "filter.top_k"),
+        ({"sweep": {"train": "full"}}, "train.num_workers = 0"),
+        ({"sweep": {"train": "full", "finalists": 0}, "train": {"num_workers": 1}}, "finalists"),
+        ({"sweep": {"space": {"train.labels": {"choices": ["none"]}}}}, "pseudo-labels of one"),
     ],
 )
 def test_bad_plans_are_refused(with_sweep, settings, words):
@@ -281,6 +284,19 @@ def test_the_estimate_touches_nothing(swept, with_sweep):
     assert figures["trials seconds"] > 0
     assert figures["finalists seconds"] > 0
     assert figures["features seconds"] == 0  # they are stored
+
+
+def test_trials_that_train_in_full_are_estimated_as_trainings(with_sweep):
+    """Would catch a dry run that measures features which such a sweep never computes."""
+    space = {"train.optim.lr": {"low": 1e-5, "high": 1e-3, "log": True}}
+    own = {"train": "full", "trials": 6, "finalists": 1, "concurrency": 2, "space": space}
+    plan = plan_of(with_sweep(sweep=own, train={"num_workers": 1}))
+    assert plan.objective == HELD_OUT
+    figures = estimate(plan)
+    assert figures["features seconds"] == 0
+    assert figures["trials seconds"] == pytest.approx(3 * figures["trial seconds"])
+    # One more half for each of both finalists: the first was trained by their trials.
+    assert figures["finalists seconds"] == pytest.approx(2 * figures["trial seconds"])
 
 
 def hts(*arguments, capsys):

@@ -15,7 +15,7 @@ from hts_ray.config import SweepConfig, load_config
 from hts_ray.errors import UserError
 from hts_ray.sweep.log import OWN, TRIALS_FOLDER, TrialLog, best_first
 from hts_ray.sweep.space import Parameter, Space
-from hts_ray.sweep.tune import run_trials, trial_slots
+from hts_ray.sweep.tune import Work, run_jobs, run_trials, trial_slots
 
 THRESHOLD = "filter.positive_threshold"
 
@@ -93,6 +93,31 @@ def test_trials_end_as_they_should(measure, tmp_path, ray_session):
     assert not (tmp_path / "tune").exists()
     again = run_trials(config, space(), measure, "score", folder=str(tmp_path))
     assert again == trials  # and nothing was measured, or `folder` would have been missed
+
+
+JOB = """
+import json, time
+from hts_ray.sweep.tune import report_fields
+
+def work(config):
+    job = json.loads(config["job"])
+    if job == "dies":
+        import os
+        os._exit(1)
+    report_fields("complete", {}, (), time.monotonic(), "" if job == "good" else f"{job}: no")
+"""
+
+
+def test_jobs_are_run_once_and_their_mistakes_told(plugins, tmp_path, ray_session):
+    """Would catch a training whose failure is taken for a student, or that ends the others."""
+    (plugins / "swept_job.py").write_text(JOB)
+    import swept_job
+
+    work = Work(swept_job.work, {"memory": 1 << 20}, at_a_time=3)
+    told = run_jobs(work, ["good", "bad", "dies"], str(tmp_path / "tune"))
+    assert told[:2] == ["", "bad: no"]
+    assert told[2]
+    assert not (tmp_path / "tune").exists()
 
 
 DRIVER = """

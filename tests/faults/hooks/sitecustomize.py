@@ -3,6 +3,7 @@
 The file that HTS_FAULT_CLOCK names holds the seconds by which `time.time` is off, for as long as
 it is there. An image whose PNG has a text chunk `poison` kills the process that decodes it. Ray's
 workers take a while for a step of a training and a trial of a sweep, so that faults find them.
+GPUs are logical ones: the workers of a training compute on the CPU and talk by gloo.
 """
 
 import importlib.abc
@@ -70,6 +71,26 @@ def _slowly(name, seconds):
     return change
 
 
+def _by_gloo(module):
+    start = module._TorchBackend.on_start
+
+    def on_start(self, worker_group, config):
+        config.backend = "gloo"
+        return start(self, worker_group, config)
+
+    module._TorchBackend.on_start = on_start
+
+
+def _on_the_cpu(module):
+    start = module.Accelerator.__init__
+
+    def start_on_cpu(self, *arguments, **named):
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # Ray Train says cuda:0
+        start(self, *arguments, **{**named, "cpu": True})
+
+    module.Accelerator.__init__ = start_on_cpu
+
+
 if _CLOCK:
     time.time = _jumping_time
 sys.meta_path.insert(
@@ -77,6 +98,8 @@ sys.meta_path.insert(
     _AtImport(
         {
             "PIL.PngImagePlugin": _poison,
+            "accelerate.accelerator": _on_the_cpu,
+            "ray.train.torch.config": _by_gloo,
             "hts_ray.student.loop": _slowly("take_step", 0.3),
             "hts_ray.sweep.trial": _slowly("run_trial", 1.5),
         }
