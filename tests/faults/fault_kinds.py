@@ -166,7 +166,7 @@ KINDS: dict[str, Strike] = {
 }  # fmt: skip
 ON_S3 = ("s3", "outage")
 # Faults with a test of their own.
-ALONE = ("images", "memory", "network", "autoscaling", "placement")
+ALONE = ("images", "memory", "network", "autoscaling", "placement", "search")
 
 
 def fill(ballast: Path) -> None:

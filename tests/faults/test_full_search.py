@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fault_cluster import Driver, FaultCluster
+from fault_lab import require
 
 from hts_ray.config import load_config
 from hts_ray.demo.world import world_class_ids, write_world
@@ -55,6 +56,7 @@ def made_up_run(folder: Path) -> str:
 @pytest.mark.timeout(900)
 def test_a_search_over_full_trainings_uses_the_cluster_and_goes_on(tmp_path: Path) -> None:
     """Would catch trainings that wait for each other's GPUs, run on one node, or run twice."""
+    require("search")
     run_dir = made_up_run(tmp_path)
     with FaultCluster(tmp_path, nodes=3, store_bytes=120_000_000) as cluster:
         command = ["sweep", "--run-dir", run_dir, *SETTINGS]
