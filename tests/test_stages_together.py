@@ -14,7 +14,7 @@ from hts_ray.demo.world import world_class_ids, write_world
 from hts_ray.engine.run import Run, open_run
 from hts_ray.errors import DataError
 from hts_ray.images import manifest as images_manifest
-from hts_ray.images.manifest import open_manifest
+from hts_ray.images.manifest import IMAGE_COLUMNS, open_manifest
 from hts_ray.images.stage import prepare_manifest
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
@@ -194,10 +194,12 @@ def test_a_command_reads_the_manifest_and_the_model_once(finished, monkeypatch):
     """Would catch a manifest of a million rows that is read five times, or weights hashed twice."""
     run, manifest, *_ = finished
     read, hashed = [], []
-    real_read, real_label = images_manifest.read_table, teacher_stage.model_fingerprint
+    real_read, real_label = images_manifest.read_batches, teacher_stage.model_fingerprint
     real_student = student_model.source_fingerprint
     monkeypatch.setattr(
-        images_manifest, "read_table", lambda path: read.append(path) or real_read(path)
+        images_manifest,
+        "read_batches",
+        lambda path, columns, rows: read.append((path, *columns)) or real_read(path, columns, rows),
     )
     monkeypatch.setattr(
         teacher_stage, "model_fingerprint", lambda of: hashed.append(of) or real_label(of)
@@ -214,7 +216,9 @@ def test_a_command_reads_the_manifest_and_the_model_once(finished, monkeypatch):
         read.clear()
         hashed.clear()
         command(override(run.config, settings))
-        assert [path for path in read if not path.endswith("_stamps.parquet")] == [manifest]
+        # Ids, paths and splits once; the other columns are read when they are asked for.
+        assert read.count((manifest, *IMAGE_COLUMNS)) == 1
+        assert len(set(read)) == len(read)
         assert len(read) <= 2
         assert len(hashed) <= 1
 
