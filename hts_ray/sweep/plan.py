@@ -159,5 +159,6 @@ def _require_unlabeled(
             f"{labeled} of the {len(image_ids)} images to train on are labeled",
             field="sweep.validation",
             value=config.validation,
-            remedy="students are not trained on labeled images: name fewer",
+            remedy="students are not trained on labeled images: leave half of the images unlabeled,"
+            " or search without labels (sweep.validation=null)",
         )
