@@ -36,7 +36,7 @@ from measured import measured_on, read_results, write_results
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from servers import BUCKET, await_port, free_ports, kill_tree  # type: ignore[import-not-found]
+from servers import BUCKET, await_port, free_ports, kill_tree, s3_environment  # type: ignore[import-not-found]
 
 from hts_ray.config import LabelConfig, PrepareConfig
 from hts_ray.engine.compaction import BLOCKS, CHECKPOINT
@@ -96,12 +96,7 @@ def s3_server_of(folder: Path, log: Path) -> Iterator[dict[str, str]]:
         process = subprocess.Popen(command, stdout=stream, stderr=stream)
         try:
             await_port(process, port, log)
-            yield {
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-                "AWS_ACCESS_KEY_ID": "testing",
-                "AWS_SECRET_ACCESS_KEY": "testing",
-                "AWS_EC2_METADATA_DISABLED": "true",
-            }
+            yield s3_environment(port)
         finally:
             kill_tree(process)
 

@@ -125,14 +125,31 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
             connection.request("PUT", f"/{BUCKET}")
             assert connection.getresponse().status == 200, log.read_text()
-            yield {
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-                "AWS_ACCESS_KEY_ID": "testing",
-                "AWS_SECRET_ACCESS_KEY": "testing",
-                "AWS_EC2_METADATA_DISABLED": "true",
-            }
+            yield s3_environment(port)
         finally:
             kill_tree(process)
+
+
+def s3_environment(port: int) -> dict[str, str]:
+    """Return what a process needs to find the S3 server on a port of this machine."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer requests by a handler from a thread, at the URL that is given."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @dataclass
@@ -291,14 +308,9 @@ def hub_server() -> Iterator[Hub]:
         def log_message(self, *_: object) -> None:
             return
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Handler) as url:
+        hub.url = url
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @dataclass
@@ -396,11 +408,6 @@ def chat_server(chat: Chat) -> Iterator[Chat]:
         def log_message(self, *_: object) -> None:
             return
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    chat.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Handler) as url:
+        chat.url = f"{url}/v1"
         yield chat
-    finally:
-        server.shutdown()
-        server.server_close()

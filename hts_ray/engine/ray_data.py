@@ -132,7 +132,7 @@ def spread(
         done = [work(numbers[place]) for place in table["id"].to_pylist()]
         return pa.table({"first": [one for one, _ in done], "second": [two for _, two in done]})
 
-    with data_context(), users_mistakes_unwrapped():
+    with data_context():
         pieces = ray.data.range(len(numbers), override_num_blocks=len(numbers))
         done = pieces.map_batches(each, batch_size=None, batch_format="pyarrow", **on_nodes(nodes))
         for row in done.iter_rows():
