@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import starmap
 from typing import Any
 
 from hts_ray.config import HtsConfig, NodesConfig
@@ -32,8 +34,7 @@ class Here:
         self, function: Callable[..., Any], calls: Iterable[Sequence[Any]], *shared: Any
     ) -> Iterator[Any]:
         """Yield `function(*shared, *call)` of every call; a call's arguments may be `Kept`."""
-        for call in calls:
-            yield function(*shared, *call)
+        yield from starmap(partial(function, *shared), calls)
 
     def keep(
         self, function: Callable[..., tuple[Any, Any]], calls: Iterable[Sequence[Any]], *shared: Any
@@ -45,6 +46,8 @@ class Here:
 class OnRay(Here):
     """Calls functions as tasks, spread over the cluster; `shared` is sent once.
 
+    Ray must be initialised when something is called. A call is made again when its worker dies or
+    its storage fails: it must be able to. A user's mistake is raised as the worker raised it.
     `told` gets (done, total, "") of the calls whose results are kept.
     """
 
@@ -59,20 +62,16 @@ class OnRay(Here):
         self, function: Callable[..., Any], calls: Iterable[Sequence[Any]], *shared: Any
     ) -> Iterator[Any]:
         """Yield what each call returns, in order, while later ones run."""
-        import ray
-
         for (done,) in self._submitted(function, calls, shared, 1):
-            yield ray.get(done)
+            yield _result(done)
 
     def keep(
         self, function: Callable[..., tuple[Any, Any]], calls: Iterable[Sequence[Any]], *shared: Any
     ) -> Iterator[tuple[Kept, Any]]:
         """Yield a reference to the first of each pair, and the second."""
-        import ray
-
         calls = list(calls)
         for done, (kept, told) in enumerate(self._submitted(function, calls, shared, 2), 1):
-            yield kept, ray.get(told)
+            yield kept, _result(told)
             self._told(done, len(calls), "")
 
     def _submitted(
@@ -84,18 +83,25 @@ class OnRay(Here):
     ) -> Iterator[list[Any]]:
         import ray
 
-        # A node may go and storage may stumble: what it held is made again by the same calls.
         options = {"num_returns": returns, "scheduling_strategy": "SPREAD", **on_nodes(self._nodes)}
         task = ray.remote(_call).options(max_retries=3, retry_exceptions=[OSError], **options)
         sent = ray.put(shared)
-        most = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
         waiting: deque[list[Any]] = deque()
         for call in calls:
             made = task.remote(function, sent, *call)
             waiting.append([made] if returns == 1 else made)
-            if len(waiting) >= most:
+            # Asked for anew each time: a cluster may grow.
+            if len(waiting) >= _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1))):
                 yield waiting.popleft()
-        yield from waiting
+        while waiting:
+            yield waiting.popleft()
+
+
+def _result(reference: Any) -> Any:
+    import ray
+
+    with users_mistakes_unwrapped():
+        return ray.get(reference)
 
 
 def _call(function: Callable[..., Any], shared: tuple[Any, ...], *call: Any) -> Any:
@@ -113,9 +119,8 @@ def blocks_of(config: HtsConfig, command: str, nodes: NodesConfig, *, many: bool
         with nullcontext() if within else busy(command):
             yield Here()
         return
-    with users_mistakes_unwrapped():
-        if within:
-            yield OnRay(nodes)
-            return
-        with command_cluster(config, command), steps() as shown:
-            yield OnRay(nodes, shown.counts(command, "blocks"))
+    if within:
+        yield OnRay(nodes)
+        return
+    with command_cluster(config, command), steps() as shown:
+        yield OnRay(nodes, shown.counts(command, "blocks"))

@@ -15,10 +15,10 @@ A run that is cut off in step 1 begins it anew. One that is cut off in step 3 is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from hts_ray.engine.ray_data import spread
+from hts_ray.engine.blocks import Here, OnRay
+from hts_ray.engine.telemetry import on_ray
 from hts_ray.store import storage
 from hts_ray.store.parts import PART_BYTES, PartWriter, ahead
 from hts_ray.store.run import StageFolder
@@ -30,24 +30,6 @@ MERGED_BYTES = PART_BYTES  # of a merged file; larger ones stay as they are
 _PARTS = "_parts"
 _MARKER = "_parts.json"
 _WHOLE_GROUP = 1 << 40  # bytes that no group has
-_SPREAD_GROUPS = 8  # more are merged on Ray
-
-
-@dataclass(frozen=True)
-class _Merge:
-    """Writes the rows of a group of files to one."""
-
-    folder: str
-    groups: Sequence[Sequence[str]]
-
-    def __call__(self, number: int) -> tuple[int, int]:
-        rows = 0
-        schema = table_schema(self.groups[number][0])
-        with PartWriter(self.folder, schema, first=number, size=_WHOLE_GROUP) as writer:
-            for table in ahead(read_table, self.groups[number]):
-                writer.write(table)
-                rows += len(table)
-        return number, rows
 
 
 def publish(stage: StageFolder, files: Sequence[str], stats: Mapping[str, Any]) -> None:
@@ -57,11 +39,19 @@ def publish(stage: StageFolder, files: Sequence[str], stats: Mapping[str, Any]) 
         stage.publish(stats)
         return
     storage.remove_tree(stage.file(_PARTS))
-    merge, numbers = _Merge(stage.file(_PARTS), groups), range(len(groups))
-    for _ in spread(merge, numbers) if len(groups) > _SPREAD_GROUPS else map(merge, numbers):
+    blocks = OnRay() if on_ray() else Here()
+    for _ in blocks.map(_merge, enumerate(groups), stage.file(_PARTS)):
         pass
     storage.write_json(stage.file(_MARKER), dict(stats))
     complete(stage)
+
+
+def _merge(folder: str, number: int, files: Sequence[str]) -> None:
+    """Write the rows of a group of files to one."""
+    schema = table_schema(files[0])
+    with PartWriter(folder, schema, first=number, size=_WHOLE_GROUP) as writer:
+        for table in ahead(read_table, files):
+            writer.write(table)
 
 
 def complete(stage: StageFolder) -> bool:

@@ -15,11 +15,9 @@ def users_mistakes_unwrapped() -> Iterator[None]:
     """Raise the UserError inside Ray's wrapping; other errors pass."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         mistake = user_error(error)
-        if mistake is None:
+        if mistake is None or mistake is error:
             raise
         # Without the cause: Ray's wrappers print the worker's traceback.
         raise mistake from None

@@ -1,9 +1,9 @@
-"""Ray Data as the stages use it: its settings, the images that it reads, work that it spreads."""
+"""Ray Data as the stages use it: its settings, the images that it reads, the nodes it works on."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Waiting for GPUs of an autoscaling cluster counts as no progress; Ray's own limit is 30 min.
 _NO_PROGRESS_SECONDS = 6 * 3600
-_ANY = NodesConfig()
 
 
 def image_dataset(
@@ -115,25 +114,3 @@ def rows_per_block(rows: int, batch: int, largest: int = 1024) -> int:
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     share = -(-rows // (4 * cpus))
     return batch * max(1, min(-(-share // batch), largest // batch))
-
-
-def spread(
-    work: Callable[[int], tuple[int, int]],
-    numbers: Sequence[int],
-    nodes: NodesConfig = _ANY,
-) -> Iterator[tuple[int, int]]:
-    """Yield what `work` returns for every number, as it comes, from a stream of Ray tasks.
-
-    Ray must be initialised. Work is done again when its worker dies: it must be able to.
-    """
-    import ray.data
-
-    def each(table: pa.Table) -> pa.Table:
-        done = [work(numbers[place]) for place in table["id"].to_pylist()]
-        return pa.table({"first": [one for one, _ in done], "second": [two for _, two in done]})
-
-    with data_context():
-        pieces = ray.data.range(len(numbers), override_num_blocks=len(numbers))
-        done = pieces.map_batches(each, batch_size=None, batch_format="pyarrow", **on_nodes(nodes))
-        for row in done.iter_rows():
-            yield int(row["first"]), int(row["second"])

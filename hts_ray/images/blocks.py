@@ -9,10 +9,12 @@ in it, and removed when the manifest is there.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,9 +25,11 @@ from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.parts import ahead
 from hts_ray.store.tables import read_table, write_table
 
-# Does work on numbers, in any order and place, and yields the results as they come.
-Spread = Callable[[Callable[[int], tuple[int, int]], Sequence[int]], Iterable[tuple[int, int]]]
+# Calls a function with every tuple of arguments, anywhere, as `itertools.starmap` does here.
+Spread = Callable[[Callable[[int], tuple[int, int]], Iterable[tuple[int]]], Iterable[Any]]
+FOLDER = "_prepare-"  # and a key
 _LISTED = "listed"
+_ABANDONED_SECONDS = 24 * 3600  # a prepare that runs writes a block more often
 _BLOCKS_PER_LIST = 256  # a list's footer has an entry a block, and every block reads one
 
 
@@ -74,7 +78,7 @@ class Blocks:
         there = set(storage.list_names(self.folder))
         pending = [number for number in self.numbers if _name(number) not in there]
         done, bad = self.rows - sum(map(self._length, pending)), 0
-        for looked, wrong in spread(self, pending) if pending else ():
+        for looked, wrong in spread(self, zip(pending, strict=True)):
             done, bad = done + looked, bad + wrong
             if progress is not None:
                 progress(done, self.rows, bad)
@@ -104,6 +108,14 @@ class Blocks:
                 return pq.ParquetFile(stream).read_row_group(number % _BLOCKS_PER_LIST)
 
         return storage.patiently(path, read)
+
+
+def remove_abandoned(run_dir: str) -> None:
+    """Remove the blocks of prepares that were cut off and that nobody went on with for a day."""
+    for name in storage.list_names(run_dir):
+        path = storage.join(run_dir, name)
+        if name.startswith(FOLDER) and time.time() - storage.changed(path) > _ABANDONED_SECONDS:
+            storage.remove_tree(path)
 
 
 def _name(number: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import starmap
 
 import pyarrow as pa
 
 from hts_ray.config import PrepareConfig
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.images.blocks import Blocks, Spread
+from hts_ray.images.blocks import FOLDER, Blocks, Spread, remove_abandoned
 from hts_ray.images.decode import HEIC_REMEDY
 from hts_ray.images.folder import read_folder
 from hts_ray.images.hico import read_hico
@@ -41,13 +42,13 @@ class PreparePlan:
         return len(self.found.listed) * self.found.images > self.config.local_images
 
     def write(
-        self, run_dir: str, progress: ImagesDone | None = None, spread: Spread = map
+        self, run_dir: str, progress: ImagesDone | None = None, spread: Spread = starmap
     ) -> StageFolder:
         """Look at what is listed and write the manifest; returns its folder.
 
         The folder is named by the manifest's content, so it is known only when every image was
-        looked at. `spread` does the blocks of a large one. Raises DataError when no image is
-        usable.
+        looked at. `spread` calls what looks at a block of a large one. Raises DataError when no
+        image is usable.
         """
         if self.large:
             blocks = self._blocks(run_dir)
@@ -74,6 +75,7 @@ class PreparePlan:
         )
         if blocks is not None:
             blocks.remove()
+        remove_abandoned(run_dir)
         return stage
 
     def _here(
@@ -97,7 +99,7 @@ class PreparePlan:
         config, found = self.config, self.found
         settings = [config.answer_settings(), self.source, storage.absolute(self.root)]
         work = settings_hash(*settings, content_hash(found.listed))
-        folder = storage.join(storage.absolute(run_dir), f"_prepare-{work}")
+        folder = storage.join(storage.absolute(run_dir), f"{FOLDER}{work}")
         return Blocks.of(found, folder, workers=config.workers, headers=config.headers)
 
     def _of_blocks(self, run_dir: str, blocks: Blocks) -> tuple[StageFolder, dict[str, int]]:

@@ -32,9 +32,9 @@ import pyarrow.dataset as pads
 import yaml
 
 from hts_ray.config import HtsConfig, load_config, override
+from hts_ray.engine.blocks import OnRay
 from hts_ray.engine.console import Steps, busy, image_progress, print_line, print_note, steps
 from hts_ray.engine.devices import choose_devices, cluster_offer
-from hts_ray.engine.ray_data import spread
 from hts_ray.engine.run import PROVENANCE, Run, Stage, open_run
 from hts_ray.engine.session import command_cluster, joined
 from hts_ray.errors import ConfigError
@@ -96,7 +96,7 @@ def prepare(config: HtsConfig | Run, source: str, root: str) -> StageFolder:
     if plan.large:
         cluster = command_cluster(run.config, "prepare", paths=[("--root", root)])
     with cluster, image_progress("prepare") as progress:
-        stage = plan.write(run.run_dir, progress, partial(spread, nodes=run.config.prepare.nodes))
+        stage = plan.write(run.run_dir, progress, OnRay(run.config.prepare.nodes).map)
     run.record()
     return stage
 

@@ -375,6 +375,11 @@ def _files_below(path: str, allow_missing: bool = True) -> dict[str, pafs.FileIn
     return {i.path[len(inner) :].strip("/"): i for i in sorted(files, key=lambda i: i.path)}
 
 
+def changed(path: str) -> float:
+    """Return when a file in a folder or below it was last written, in seconds since 1970."""
+    return max((info.mtime_ns or 0 for info in _files_below(path).values()), default=0) / 1e9
+
+
 def kind_and_stamp(path: str) -> tuple[str, str | None]:
     """Return what `kind` says of a path, and its stamp."""
     filesystem, inner = resolve(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hts_ray.engine.mistakes import user_error
+import pytest
+
+from hts_ray.engine.mistakes import user_error, users_mistakes_unwrapped
 from hts_ray.errors import ConfigError
 
 
@@ -16,6 +18,10 @@ def test_users_mistakes_lose_rays_wrapping():
     outer.__cause__ = wrapped
     assert user_error(outer) is mistake
     assert user_error(RuntimeError("other")) is None
+    for raised in (mistake, wrapped):
+        with pytest.raises(ConfigError) as found, users_mistakes_unwrapped():
+            raise raised
+        assert found.value is mistake
 
 
 def test_a_mistake_that_ray_keeps_as_text_is_found():

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 WHERE = """
 import ray
 from hts_ray.config import NodesConfig, RayConfig
-from hts_ray.engine.ray_data import spread
+from hts_ray.engine.blocks import OnRay
 from hts_ray.engine.session import ray_cluster
 
 def place(number):
@@ -27,9 +27,9 @@ def place(number):
 with ray_cluster(RayConfig()):
     for labels in {"place": "node-1"}, {"place": "!node-1"}, {"place": "in(node-0, node-7)"}:
         nodes = NodesConfig(labels=labels)
-        print(sorted({where for where, _ in spread(place, range(6), nodes)}))
+        print(sorted({where for where, _ in OnRay(nodes).map(place, zip(range(6)))}))
     nodes = NodesConfig(labels={"place": "nowhere"}, fallbacks=({"place": "node-0"},))
-    print(sorted({where for where, _ in spread(place, range(6), nodes)}))
+    print(sorted({where for where, _ in OnRay(nodes).map(place, zip(range(6)))}))
 """
 
 

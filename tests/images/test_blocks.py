@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +94,7 @@ def test_a_prepare_that_was_cut_off_goes_on(tmp_path, photos, monkeypatch):
     looked: list[int] = []
 
     def spread(work, numbers, fail_at=None):
-        for number in numbers:
+        for (number,) in numbers:
             if number == fail_at:
                 raise KeyboardInterrupt
             looked.append(number)
@@ -126,7 +128,7 @@ def test_changed_images_are_looked_at_again(tmp_path, photos):
     (root / "a.png").write_bytes((photos / "loose" / "01.png").read_bytes())
 
     def look_and_stop(work, numbers):
-        for number in numbers:
+        for (number,) in numbers:
             work(number)
         raise KeyboardInterrupt
         yield
@@ -150,6 +152,18 @@ def test_a_shard_that_was_replaced_is_another_manifest(tmp_path, photos):
         stage = plan(SMALL, "webdataset", root).write(str(tmp_path / "run"))
         keys.add(open_manifest(stage.path).fingerprint)
     assert len(keys) == 2
+
+
+def test_what_a_cut_prepare_left_goes_a_day_later(tmp_path, photos):
+    """Catches blocks that stay for ever, and those of a prepare that runs removed."""
+    run, day = tmp_path / "run", 24 * 3600
+    for name, age in {"_prepare-old": 1.1 * day, "_prepare-running": 0.9 * day}.items():
+        (run / name).mkdir(parents=True)
+        (run / name / "0.parquet").touch()
+        then = time.time() - age
+        os.utime(run / name / "0.parquet", (then, then))
+    stage = plan(SMALL, "folder", photos / "loose").write(str(run))
+    assert storage.list_names(str(run)) == ["_prepare-running", f"manifest-{stage.key}"]
 
 
 def test_nothing_usable_is_told_as_of_few(tmp_path):
