@@ -64,7 +64,7 @@ def prepare(settings: Settings, source: str, root: str, no_headers: bool) -> Non
         return
     stage = stages.prepare(run, source, root)
     print_stage("prepare", stage)
-    counts = {k: v for k, v in stage.stats.items() if isinstance(v, int) and "rows" not in k}
+    counts = {k: v for k, v in stage.stats.items() if v and isinstance(v, int) and "rows" not in k}
     print_mapping("counted", counts)
     if counts.get("needs_heic"):
         print_line(f"{counts['needs_heic']} HEIC pictures were left out: {HEIC_REMEDY}")

@@ -79,7 +79,8 @@ def _first_rows(ids: list[str], uris: list[str], path: str) -> pa.Array:
     for row, (image_id, uri) in enumerate(zip(ids, uris, strict=True)):
         before = uris[first.setdefault(image_id, row)]
         if before != uri:
-            raise DataError(f"{path}: image_id {image_id!r} stands for {before} and {uri}")
+            twice = f"image_id {image_id!r} stands for {before} and {uri}"
+            raise DataError(f"{path}: {twice}: give every image an id of its own")
     return pa.array([*first.values()], pa.int64())
 
 

@@ -78,12 +78,16 @@ def find_shards(root: str, ending: str) -> dict[str, str | None]:
             parts = pool.map(partial(find_shards, ending=ending), starts)
             return {path: stamp for part in parts for path, stamp in part.items()}
     kind, stamp = storage.kind_and_stamp(root)
-    below = storage.walk_stamps(root) if kind == "Directory" else {root: stamp}
+    if kind == "Directory":
+        below = storage.walk_stamps(root)
+        found = {_join(root, path): below[path] for path in sorted(below)}
+    else:
+        found = {storage.absolute(root): stamp}
     if ending == ".tar":
-        _refuse_compressed([*below])
+        _refuse_compressed([*found])
     if kind != "Directory":
-        return {storage.absolute(root): stamp}
-    found = {_join(root, p): below[p] for p in sorted(below) if p.lower().endswith(ending)}
+        return found
+    found = {path: found[path] for path in found if path.lower().endswith(ending)}
     if not found:
         raise DataError(f"{root} holds no {ending} file: check the path")
     return found
@@ -212,11 +216,11 @@ def _head(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 @contextmanager
 def _tar(path: str, *, streamed: bool) -> Iterator[tarfile.TarFile]:
-    """Open a tar file; `streamed` reads it in one request, else only the headers are read."""
+    """Open a tar file; `streamed` reads it whole, 8 MiB a request, else only the headers are read."""
     filesystem, inner = storage.resolve(path)
     opened = filesystem.open_input_stream if streamed else filesystem.open_input_file
     with opened(inner) as source:
-        stream: IO[bytes] = io.BufferedReader(source, 1 << 20) if streamed else source
+        stream: IO[bytes] = io.BufferedReader(source, 1 << 23) if streamed else source
         with tarfile.open(fileobj=stream, mode="r|" if streamed else "r:") as tar:
             yield tar
 
@@ -258,12 +262,14 @@ def image_column(schema: pa.Schema, asked: str | None, path: str) -> str:
     if asked is None and len(found) == 1:
         return next(iter(found.values()))
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    what = "no column" if not found else f"{len(found)} columns ({', '.join(found)})"
+    if asked is not None:
+        raise DataError(f"{path}: prepare.column={asked} holds no bytes (found {listed})")
+    if found:
+        several = f"{len(found)} columns with images' bytes ({', '.join(found)})"
+        raise DataError(f"{path} has {several}: name one with prepare.column")
     raise DataError(
-        f"{path}: {what} with images' bytes: name one with prepare.column (found {listed}); a table"
-        " of paths is read with `hts prepare list`"
-        if asked is None
-        else f"{path}: prepare.column={asked} holds no bytes (found {listed})"
+        f"{path} has no column with images' bytes (found {listed}); a table of paths is read with"
+        " `hts prepare list`"
     )
 
 

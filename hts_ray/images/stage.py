@@ -22,7 +22,7 @@ from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.parts import ContentHash, PartWriter
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
-from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA, STAMPS_SCHEMA, write_table
+from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA, STAMPS_SCHEMA, read_table, write_table
 
 SOURCES = ("folder", "list", "webdataset", "parquet", "huggingface", "hico")
 
@@ -61,6 +61,10 @@ class PreparePlan:
             if blocks is not None:
                 blocks.remove()  # the next run is to look again
             told = ", ".join(f"{name} {value}" for name, value in counts.items() if value)
+            if counts["images"]:
+                first = read_table(stage.file("quarantine")).slice(0, 1).to_pylist()[0]
+                told += f"; the first is {first['uri']}: "
+                told += first["error"].removeprefix(f"{first['uri']}: ")
             remedy = f": {HEIC_REMEDY}" if counts.get("needs_heic") else ""
             raise DataError(f"no usable image under {self.root}: {told or 'it is empty'}{remedy}")
         there = storage.kind(self.root) != "NotFound"

@@ -166,11 +166,13 @@ def test_what_a_cut_prepare_left_goes_a_day_later(tmp_path, photos):
     assert storage.list_names(str(run)) == ["_prepare-running", f"manifest-{stage.key}"]
 
 
-def test_nothing_usable_is_told_as_of_few(tmp_path):
-    """Catches an empty manifest that is published."""
+@pytest.mark.parametrize("config", [SMALL, LARGE])
+def test_nothing_usable_is_told(tmp_path, config):
+    """Catches an empty manifest that is published, and a refusal that does not say why."""
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"no usable image.*not_an_image 1"):
-        plan(LARGE, "folder", tmp_path).write(str(tmp_path / "run"))
+    message = r"no usable image.*not_an_image 1; the first is .*a\.png: not "
+    with pytest.raises(DataError, match=message):
+        plan(config, "folder", tmp_path).write(str(tmp_path / "run"))
     assert not any("_prepare" in name for name in storage.list_names(str(tmp_path / "run")))
 
 
