@@ -22,7 +22,13 @@ from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.parts import ContentHash, PartWriter
 from hts_ray.store.run import StageFolder, content_hash, settings_hash
-from hts_ray.store.tables import MANIFEST_SCHEMA, QUARANTINE_SCHEMA, STAMPS_SCHEMA, read_table, write_table
+from hts_ray.store.tables import (
+    MANIFEST_SCHEMA,
+    QUARANTINE_SCHEMA,
+    STAMPS_SCHEMA,
+    read_table,
+    write_table,
+)
 
 SOURCES = ("folder", "list", "webdataset", "parquet", "huggingface", "hico")
 
