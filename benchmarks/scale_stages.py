@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -317,7 +317,6 @@ def scored(table: pa.Table) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-@cache
 def some_logits() -> npt.NDArray[np.float32]:
     """Return numbers that do not shrink to nothing in a file, tenths as those of the filter."""
     return np.random.default_rng(0).normal(-6, 2, (64, CLASSES)).round(1).astype(np.float32)

@@ -7,10 +7,10 @@ JPEG files lie in a bucket alone and in tar shards. Batches of `label.batch_imag
 decoded by the function that the teacher's and the students' decoding tasks call, in this process,
 loose files and shards in turn. `prepare` looks at all images of the shards, of which `--read` are
 then read, and `--loose` loose files. moto reads an object whole for every range of it that is asked
-for; here it reads the range. **Resume**: a stage's folder holds `--files` committed blocks of 16 rows, with their
-checkpoint. What a command does with it before any work starts is timed: finding the commits and
-counting their rows by their footers. On S3 the commits are found only, and list requests are
-counted; Ray lists the checkpoint once more for itself.
+for; here it reads the range. **Resume**: a stage's folder holds `--files` committed blocks of 16
+rows, with their checkpoint. What a command does with it before any work starts is timed: finding
+the commits and counting their rows by their footers. On S3 the commits are found only, and list
+requests are counted; Ray lists the checkpoint once more for itself.
 
 The table goes to stdout, the numbers with hardware, versions, settings and date to
 benchmarks/results/shards.json.

@@ -216,7 +216,7 @@ def _head(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 @contextmanager
 def _tar(path: str, *, streamed: bool) -> Iterator[tarfile.TarFile]:
-    """Open a tar file; `streamed` reads it whole, 8 MiB a request, else only the headers are read."""
+    """Open a tar file; `streamed` reads all of it, 8 MiB a request, else only headers are read."""
     filesystem, inner = storage.resolve(path)
     opened = filesystem.open_input_stream if streamed else filesystem.open_input_file
     with opened(inner) as source:
