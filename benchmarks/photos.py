@@ -84,7 +84,6 @@ READ: Choices = {
 TOGETHER: Choices = {
     "weight": (1.0, 0.25, 0.5, 2.0),  # of the captioner; CLIP's is 1
     "combine": ("geometric", "mean"),
-    "calibrate": (False, True),
 }
 SELECTED: Choices = {
     "positive_threshold": (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9),
@@ -401,7 +400,7 @@ def _students_of(
         if beside is None:
             return {"filter": {**chosen, **read}, **fitted(drawn)}
         clips = {name: drawn[f"clip.{name}"] for name in READ}
-        chosen |= {name: drawn[name] for name in ("combine", "calibrate")}
+        chosen |= {"combine": drawn["combine"]}
         chosen["passes"] = [
             {"scores": scores.key, "weight": drawn["weight"], "settings": read},
             {"scores": beside[0].key, "weight": 1.0, "settings": clips},

@@ -365,7 +365,7 @@ class LabelConfig(Section):
 # Settings of the filter that say nothing about how one pass's regions are read.
 _OF_ALL_PASSES = {
     "positive_threshold", "negative_threshold", "per_class_quantile", "quantile_floor",
-    "min_support", "max_positives_per_image", "overrides", "passes", "combine", "calibrate",
+    "min_support", "max_positives_per_image", "overrides", "passes", "combine",
     "local_images", "nodes",
 }  # fmt: skip
 
@@ -418,7 +418,6 @@ class FilterConfig(Section):
         "geometric",
         "how the probabilities of several passes become one: the mean of odds, or of them",
     )
-    calibrate: bool = execution(False, "several passes are put on one scale first, class by class")
     local_images: int = execution(50_000, "so few are filtered without Ray", ge=0)
     nodes: NodesConfig = execution(NodesConfig(), "that filter more on Ray")
 

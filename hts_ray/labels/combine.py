@@ -1,4 +1,4 @@
-"""Several opinions of the same images made into one: calibrated class by class, then averaged.
+"""Several opinions of the same images made into one, class by class.
 
 Pure functions on what `image_evidence` found of each teacher pass. Shapes: N images, C classes,
 O of the passes' opinions.
@@ -28,16 +28,12 @@ def combine(
     passes: Sequence[Evidence],
     weights: Sequence[float],
     method: Combination = "geometric",
-    *,
-    calibrate: bool = False,
 ) -> Evidence:
     """Return one Evidence of the images of all passes, in the order of their ids.
 
-    With `calibrate` every pass's probabilities of a class are first replaced, in their order, by
-    those of the passes' common distribution, see `common_scale`: which pass is right is decided by
-    how it ranks the images, not by how sure it sounds. Then `mean` is the weighted mean of the
-    probabilities, `geometric` that of their odds: p / (1 - p) is the geometric mean of theirs,
-    which one low opinion lowers more. An image that some passes lack is judged by the others.
+    `mean` is the weighted mean of the probabilities, `geometric` that of their odds: p / (1 - p) is
+    the geometric mean of theirs, which one low opinion lowers more. An image that some passes lack
+    is judged by the others.
     `support_NC` is the number of regions that agree, over all passes that count.
 
     A pass of weight 0 is as if it were not there. The order of the passes changes nothing but the
@@ -63,8 +59,6 @@ def combine(
             stacked_ONC[o, row_N] = found.probabilities_NC[:, some]
             agreeing_NC[row_N] += found.support_NC[:, some]
         support_NC[:, some] = agreeing_NC
-        if calibrate:
-            common_scale(stacked_ONC, weight_ON)
         together_NC[:, some] = _mean(stacked_ONC, weight_ON, method).clip(0, 1)
     return Evidence(images, together_NC, support_NC, np.ones(len(images), dtype=bool))
 
@@ -77,35 +71,6 @@ def _mean(stacked_ONC: FloatArray, weight_ON: FloatArray, method: Combination) -
     inner_ONC = _LEAST + (1 - 2 * _LEAST) * stacked_ONC.astype(np.float64)
     odds_NC = (share_ON1 * np.log(inner_ONC / (1 - inner_ONC))).sum(axis=0)
     return np.asarray((1 / (1 + np.exp(-odds_NC)) - _LEAST) / (1 - 2 * _LEAST))
-
-
-def common_scale(stacked_ONC: FloatArray, weight_ON: FloatArray) -> None:
-    """Put the probabilities of O passes on one scale, class by class, in place.
-
-    A class's values in a pass are replaced by those of the same rank in the common distribution:
-    at every quantile the weighted mean of the passes' values there. Equal values stay equal, at the
-    mean of their ranks'. Where all passes say the same nothing changes. `weight_ON` is 0 where a
-    pass lacks an image. Source: quantile normalization, Bolstad et al. 2003.
-    """
-    passes, images, classes = stacked_ONC.shape
-    has_ON = weight_ON > 0
-    weight_O = weight_ON.max(axis=1) / weight_ON.max(axis=1).sum()
-    grid = (np.arange(images) + 0.5) / images
-    for c in range(classes):
-        columns = [stacked_ONC[o, has_ON[o], c] for o in range(passes)]
-        common = np.zeros(images)
-        for column, weight in zip(columns, weight_O, strict=True):
-            common += weight * np.interp(grid, _places(len(column)), np.sort(column))
-        for o, column in enumerate(columns):
-            values, group, counts = np.unique(column, return_inverse=True, return_counts=True)
-            ranked = np.interp(_places(len(column)), grid, common)
-            means = np.add.reduceat(ranked, np.cumsum(counts) - counts) / counts
-            stacked_ONC[o, has_ON[o], c] = means[group] if len(values) else column
-
-
-def _places(count: int) -> FloatArray:
-    """Return the quantiles (count,) that sorted values stand for."""
-    return (np.arange(count) + 0.5) / count
 
 
 def _all_images(passes: Sequence[Evidence]) -> tuple[pa.Table, list[npt.NDArray[np.int64]]]:

@@ -107,8 +107,7 @@ def together(
         return found[0], {}
     some = int(only_some(found).sum())
     weights = [one.weight for one in passes]
-    evidence = combine(found, weights, config.combine, calibrate=config.calibrate)
-    return evidence, {"passes": len(passes), "images_in_some_passes": some}
+    return combine(found, weights, config.combine), {"passes": len(passes), "images_in_some_passes": some}
 
 
 def _require_memory(passes: Sequence[TeacherPass]) -> None:

@@ -72,7 +72,7 @@ def plan_filter(run: Run, region_scores: StageFolder | None = None) -> Stage:
     if config.passes is None:
         parts += [passes[0].folder.key]
     else:
-        parts += [[one.record() for one in passes], config.combine, config.calibrate]
+        parts += [[one.record() for one in passes], config.combine]
     parts += [run.class_table.fingerprint()]
     if config.overrides is not None:
         parts += ["overrides", overrides_key(config.overrides)]

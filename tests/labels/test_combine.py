@@ -36,38 +36,21 @@ def ranks(evidence):
 @pytest.mark.parametrize("method", METHODS)
 def test_passes_that_say_the_same_are_as_good_as_one(opinion, method):
     """Catches a mean that shrinks, broken ties, or thresholds that change their meaning."""
-    found = combine([opinion, opinion], [1, 3], method, calibrate=True)
+    found = combine([opinion, opinion], [1, 3], method)
     np.testing.assert_allclose(found.probabilities_NC, opinion.probabilities_NC, atol=2e-4)
     assert (ranks(found) == ranks(opinion)).all()
     assert found.image_ids == opinion.image_ids
 
 
-def test_a_scale_decides_little(opinion):
-    """Catches the pass that sounds surest outvoting the others."""
-    p_NC = opinion.probabilities_NC
-    other = said(np.random.default_rng(5).random(p_NC.shape))
-    shy = said(0.05 + 0.1 * other.probabilities_NC)
-
-    def agreement(calibrate):
-        """Rank correlation of the combinations with either, the worst class's."""
-        ranked = [
-            np.argsort(ranks(combine([opinion, x], [1, 1], "mean", calibrate=calibrate)), axis=0)
-            for x in (other, shy)
-        ]
-        return min(np.corrcoef(ranked[0][:, c], ranked[1][:, c])[0, 1] for c in range(4))
-
-    assert agreement(calibrate=True) > 0.97 > 0.9 > agreement(calibrate=False)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_weight_0_removes_a_pass_and_the_order_changes_nothing(opinion, method):
-    """Catches a pass that still counts for support or calibration, and a first pass that leads."""
+    """Catches a pass that still counts for support, and a first pass that leads."""
     other = said(np.random.default_rng(5).random((60, 4)), support=7)
-    alone = combine([opinion, other], [2, 0], method, calibrate=True)
+    alone = combine([opinion, other], [2, 0], method)
     np.testing.assert_allclose(alone.probabilities_NC, opinion.probabilities_NC, atol=2e-4)
     assert (alone.support_NC == 1).all()
-    one = combine([opinion, other], [2, 1], method, calibrate=True)
-    two = combine([other, opinion], [1, 2], method, calibrate=True)
+    one = combine([opinion, other], [2, 1], method)
+    two = combine([other, opinion], [1, 2], method)
     np.testing.assert_allclose(one.probabilities_NC, two.probabilities_NC, atol=1e-6)
     assert (one.support_NC == two.support_NC).all()
     assert (one.support_NC == 8).all()
@@ -85,23 +68,12 @@ def test_both_means_by_hand():
     np.testing.assert_allclose(p_NC, [[o / (1 + o) for o in odds]], atol=2e-4)
 
 
-def test_calibrated_values_by_hand():
-    """Catches ranks that are taken over all classes, or another common distribution."""
-    a = said([[0.1, 0.0], [0.3, 0.0], [0.5, 1.0]])
-    b = said([[0.9, 0.2], [0.8, 0.4], [0.7, 0.6]])  # the first class the other way round
-    p_NC = combine([a, b], [1, 1], "mean", calibrate=True).probabilities_NC
-    # Common: (0.1 + 0.7) / 2, (0.3 + 0.8) / 2, (0.5 + 0.9) / 2, and each image has both ends.
-    np.testing.assert_allclose(p_NC[:, 0], [0.55, 0.55, 0.55], atol=1e-6)
-    # Common: 0.1, 0.2, 0.8; the two that a holds equal are equal still.
-    np.testing.assert_allclose(p_NC[:, 1], [(0.15 + 0.1) / 2, (0.15 + 0.2) / 2, 0.8], atol=1e-6)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_images_that_a_pass_lacks_are_judged_by_the_others(opinion, method):
     """Catches an image that is lost, pulled to 0 by a missing opinion, or counted wrong."""
     rows = np.arange(5, 60)
     fewer = opinion.take(rows)
-    found = combine([fewer, opinion], [1, 1], method, calibrate=True)
+    found = combine([fewer, opinion], [1, 1], method)
     assert found.image_ids == opinion.image_ids
     assert (found.support_NC[:5] == 1).all()
     assert (found.support_NC[5:] == 2).all()

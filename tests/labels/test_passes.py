@@ -80,13 +80,12 @@ def test_the_key_names_all_that_decides(run, tmp_path):
         plan_filter(run, StageFolder(str(tmp_path), "region_scores", "aaaa")).folder.key,
         planned(run, "all").folder.key,
         planned(run, "all", combine="mean").folder.key,
-        planned(run, "all", calibrate=True).folder.key,
         planned(run, ["aaaa", {"scores": "bbbb", "weight": 2}]).folder.key,
         planned(run, ["aaaa", {"scores": "bbbb", "settings": {"temperature": 2}}]).folder.key,
     ]
     scored(tmp_path, "cccc", "other", np.zeros((6, 3)))
     keys.append(planned(run, ["aaaa", "cccc"]).folder.key)
-    assert len(set(keys)) == 7
+    assert len(set(keys)) == 6
 
 
 def test_each_pass_is_read_with_its_own_settings(run, tmp_path):

@@ -322,7 +322,7 @@ def test_no_setting_changes_the_reference(load):
         load(override(CONFIG, {"sweep": {"seed": 5}})).reference_NC, first
     )
     swept = {name for name in FilterConfig.model_fields if feels(f"filter.{name}")}
-    several = {"filter.passes", "filter.combine", "filter.calibrate"}  # a sweep has one pass
+    several = {"filter.passes", "filter.combine"}  # a sweep has one pass
     assert {f"filter.{name}" for name in swept} - several <= set(OTHER)
 
 
