@@ -270,9 +270,13 @@ class Hub:
             return self.failures.pop(0), {}, b"the server is being mended"
         parts = path.partition("?")[0].strip("/").split("/")
         if parts[0] != "api":  # owner/name/resolve/commit/file
-            body = (self.commits[parts[3]] / "/".join(parts[4:])).read_bytes()
+            commit = self.branches.get(parts[3], parts[3])
+            file = self.commits[commit] / "/".join(parts[4:])
+            if not file.is_file():
+                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
+            body = file.read_bytes()
             etag = hashlib.sha1(body, usedforsecurity=False).hexdigest()
-            return 200, {"X-Repo-Commit": parts[3], "ETag": f'"{etag}"'}, body
+            return 200, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}, body
         name, kind, *rest = "/".join(parts[2:4]), *(parts[4:] or ["revision", "main"])
         commit = self.branches.get(rest[0], rest[0])
         if commit not in self.commits:

@@ -107,7 +107,10 @@ def together(
         return found[0], {}
     some = int(only_some(found).sum())
     weights = [one.weight for one in passes]
-    return combine(found, weights, config.combine), {"passes": len(passes), "images_in_some_passes": some}
+    return combine(found, weights, config.combine), {
+        "passes": len(passes),
+        "images_in_some_passes": some,
+    }
 
 
 def _require_memory(passes: Sequence[TeacherPass]) -> None:

@@ -23,6 +23,7 @@ from hts_ray.engine.decoding import squash
 from hts_ray.errors import ConfigError
 from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.student.checks import check_size, no_projection, student_clip, too_many_blocks
+from hts_ray.teacher.models.files import HubClip
 
 Trainable = Literal["all", "head", "last"]
 ARCHITECTURE = ("model_cfg", "image_size", "image_mean", "image_std")
@@ -192,8 +193,10 @@ def rebuild_student(
 
 
 def source_fingerprint(config: StudentConfig) -> str:
-    """Return a hash of what the student starts from, see `ClipModel.fingerprint`."""
-    return student_clip(config).fingerprint()
+    """Return what changes with what the student starts from: a hash of files, or a hub's commit."""
+    clip = student_clip(config)
+    hub = HubClip.of(clip, None, clip.field)
+    return clip.fingerprint() if hub is None else f"{clip.model}@{hub.pinned()}"
 
 
 def set_trainable(student: Student, mode: Trainable, blocks: int = 1) -> None:

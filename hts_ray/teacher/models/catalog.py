@@ -14,7 +14,7 @@ from hts_ray.config import OPEN_CLIP, TeacherConfig
 from hts_ray.engine.clip import HUB, LOCAL, ClipModel
 from hts_ray.errors import ConfigError
 from hts_ray.store.packaged import BUILTIN, packaged_model
-from hts_ray.teacher.models.files import MODEL_FILES, NamedModel
+from hts_ray.teacher.models.files import MODEL_FILES, HubClip, NamedModel
 from hts_ray.teacher.plugins import is_own, own_class, own_fingerprint
 
 DUMMY = f"{BUILTIN}dummy"
@@ -107,6 +107,11 @@ def clip_model(config: TeacherConfig) -> ClipModel:
         name, _, tag = name.partition("/")  # a tag may be a file: open_clip:RN50//w/rn50.pt
         weights = tag or None
     return ClipModel(name, weights, field=FIELD, weights_field=FIELD)
+
+
+def hub_clip(config: TeacherConfig) -> HubClip | None:
+    """Return the files on the hub of an `open_clip:hf-hub:ID`, None of any other."""
+    return HubClip.of(clip_model(config), config.revision, "label.teacher.revision")
 
 
 def dummy_seconds(config: TeacherConfig) -> float:
@@ -210,9 +215,10 @@ def _is_native(family: str | None) -> bool:
 
 def pinned_teacher(config: TeacherConfig) -> TeacherConfig:
     """Return the settings with a hub id's revision as the commit that it names now."""
-    if is_clip(config) or not needs_torch(config):
+    if not needs_torch(config):
         return config
-    commit = TeacherModel.of(config).pinned()
+    model = hub_clip(config) if is_clip(config) else TeacherModel.of(config)
+    commit = model and model.pinned()
     return config if commit is None else config.model_copy(update={"revision": commit})
 
 
@@ -245,7 +251,9 @@ def model_fingerprint(config: TeacherConfig) -> str:
     if is_dummy(config):
         return f"{DUMMY}@1"
     if is_clip(config):
-        return f"{config.model}@{clip_model(config).fingerprint()}"
+        hub = hub_clip(config)
+        made_of = clip_model(config).fingerprint() if hub is None else config.revision or "main"
+        return f"{config.model}@{made_of}"
     if is_own(config):
         return own_fingerprint(config)
     # Engines differ in rounding, so what one says is not what another says.

@@ -6,6 +6,7 @@ Shapes: R regions, P prompts, C classes, E features, H x W the tower's image siz
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,20 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from hts_ray.config import CaptionConfig, TeacherConfig
-from hts_ray.engine.clip import class_embeddings
+from hts_ray.engine.clip import LOCAL, class_embeddings
 from hts_ray.store.aliases import FloatArray, Pixels
 from hts_ray.teacher.captioner import Caption, ClassPrompts, PromptScores
-from hts_ray.teacher.models.catalog import clip_model
+from hts_ray.teacher.models.catalog import clip_model, hub_clip
 from hts_ray.teacher.models.inputs import on_device
 
 
 def load_clip(config: TeacherConfig, device: str) -> ClipTeacher:
     """Load the model that `open_clip:...` names; ConfigError when it is not to be had."""
-    source = clip_model(config)
+    source, hub = clip_model(config), hub_clip(config)
+    weights = source if hub is None else replace(source, model=f"{LOCAL}{hub.folder()}")
     # One such model fits any GPU: there is nothing to spread.
     device = "cuda" if device == "auto" else device
-    clip = source.load().requires_grad_(False).to(device, getattr(torch, config.dtype))
+    clip = weights.load().requires_grad_(False).to(device, getattr(torch, config.dtype))
     return ClipTeacher(clip, source.tokenizer(), device)
 
 

@@ -12,17 +12,20 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hts_ray.engine.clip import HUB, ClipModel
 from hts_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 # What a model needs on disk, and what its fingerprint covers.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+CLIP_FILES = ("open_clip_config.json", "open_clip*.safetensors")
+_WEIGHTS = (".safetensors", ".bin")
 # Seconds before each new attempt at a hub that failed.
 RETRY_WAITS = (1.0, 4.0, 16.0)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -184,7 +187,7 @@ class NamedModel:
         """Return the folder in the hub's cache with everything but the weights."""
         from huggingface_hub import snapshot_download
 
-        small = [pattern for pattern in self.patterns if pattern != "*.safetensors"]
+        small = [pattern for pattern in self.patterns if not pattern.endswith(_WEIGHTS)]
         return Path(
             snapshot_download(
                 self.name,
@@ -228,6 +231,27 @@ class NamedModel:
                 logger.warning("the hub failed, again in %g s: %s", wait, _reason(error))
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+
+class HubClip(NamedModel):
+    """A model of open_clip on the hub, `hf-hub:ID`."""
+
+    @classmethod
+    def of(cls, clip: ClipModel, revision: str | None, revision_field: str) -> HubClip | None:
+        """Return the files of a model on the hub, None of one that is named otherwise."""
+        if not clip.model.startswith(HUB):
+            return None
+        return cls(clip.model[len(HUB) :], revision, clip.field, revision_field, CLIP_FILES)
+
+    def local(self) -> None:
+        """Return None: a folder of that name is not meant."""
+
+    def folder(self) -> Path:
+        """Return the folder with the weights, fetching what is not there; old ones are pickled."""
+        folder = self._download()
+        if any(folder.glob(CLIP_FILES[1])):
+            return folder
+        return replace(self, patterns=("open_clip_config.json", "open_clip*.bin"))._download()
 
 
 @contextlib.contextmanager

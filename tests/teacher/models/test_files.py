@@ -15,14 +15,28 @@ import pytest
 import servers
 
 from hts_ray.classes import hico_classes
-from hts_ray.config import CaptionConfig, RegionsConfig, TeacherConfig, load_config, override
+from hts_ray.config import (
+    CaptionConfig,
+    RegionsConfig,
+    StudentConfig,
+    TeacherConfig,
+    load_config,
+    override,
+)
+from hts_ray.engine.clip import ClipModel
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError
 from hts_ray.images.manifest import Manifest
 from hts_ray.store.tables import MANIFEST_SCHEMA
+from hts_ray.student.model import source_fingerprint
 from hts_ray.teacher.detector import pinned_detector
 from hts_ray.teacher.models import files
-from hts_ray.teacher.models.catalog import model_fingerprint, model_folder, pinned_teacher
+from hts_ray.teacher.models.catalog import (
+    hub_clip,
+    model_fingerprint,
+    model_folder,
+    pinned_teacher,
+)
 from hts_ray.teacher.models.loading import load_captioner
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -252,3 +266,31 @@ def test_a_revision_that_is_not_there_is_told_in_a_line(served: servers.Hub) -> 
     with pytest.raises(ConfigError, match=r"status 503.*give its path.*HF_HUB_OFFLINE=1") as caught:
         pinned_teacher(TeacherConfig(model="some/other"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_clip_of_the_hub_is_known_by_its_commit(
+    served: servers.Hub, tmp_path: Path
+) -> None:
+    """Catches new weights under an old name that reuse the answers, or nodes with others."""
+    clip = tmp_path / "clip"
+    shutil.copytree(ClipModel("builtin:world_clip").resolve().removeprefix("local-dir:"), clip)
+    settings = (clip / "open_clip_config.json").read_text()
+    (clip / "open_clip_config.json").write_text(settings.replace('"world_clip"', '"some/clip"'))
+    served.commits = {COMMIT: clip, OTHER: clip}
+    config = pinned_teacher(TeacherConfig(model="open_clip:hf-hub:some/clip"))
+    assert config.revision == COMMIT
+    student = StudentConfig(model="hf-hub:some/clip")
+    before = model_fingerprint(config), source_fingerprint(student)
+    assert not any(path.endswith("safetensors") for path in served.asked)
+    hub = hub_clip(config)
+    assert hub is not None
+    folder = hub.folder()
+    assert folder.name == COMMIT
+    scores = load_captioner(config).score([np.zeros((40, 40, 3), np.uint8)], ["a horse"])
+    assert np.isfinite(scores.log_likelihoods).all()
+    served.branches["main"] = OTHER
+    assert hub.folder() == folder
+    moved = pinned_teacher(TeacherConfig(model="open_clip:hf-hub:some/clip"))
+    assert model_fingerprint(moved) == f"open_clip:hf-hub:some/clip@{OTHER}"
+    assert before[0] == f"open_clip:hf-hub:some/clip@{COMMIT}"
+    assert source_fingerprint(student) != before[1]
