@@ -13,6 +13,10 @@ class DataError(UserError):
     """Input data that cannot be used, or a run that produced nothing."""
 
 
+class NoLabelsError(DataError):
+    """A filter that left no label at all."""
+
+
 class ConfigError(UserError):
     """A setting or a command-line argument that is wrong.
 

@@ -166,7 +166,9 @@ def _read_rows(text: str, name: str) -> list[_Row]:
         ) from error
     found = [(line, cells) for line, cells in found if any(cells)]
     if not found:
-        raise DataError(f"{name} is empty: it needs a header such as class_id,verb,object")
+        raise DataError(
+            f"{name} is empty: write `name` in its first line and a class in each other"
+        )
     header = [cell.casefold() for cell in found[0][1]]
     _check_header(header, f"{name}, line 1")
     rows = []
@@ -198,7 +200,8 @@ def _check_header(header: Sequence[str], place: str) -> None:
     if not {"name", "verb", "object"} & set(header):
         raise DataError(
             f"{place}: neither verb and object nor name among the columns"
-            f" ({', '.join(map(repr, header[:12]))}): the first line must name them"
+            f" ({', '.join(map(repr, header[:12]))}): write `name` in the first line, above"
+            " the names of the classes"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -32,6 +33,15 @@ class Commands(click.Group):
         found = vars(importlib.import_module(f"hts_ray.cli.{MODULES[cmd_name]}")).values()
         commands = [value for value in found if isinstance(value, click.Command)]
         return next(command for command in commands if command.name == cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of some arguments; of an unknown one, name the nearest there is."""
+        near = difflib.get_close_matches(args[0], MODULES, n=1)
+        if near and args[0] not in MODULES:
+            ctx.fail(f"No such command {args[0]!r}; did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands under their headings."""

@@ -11,8 +11,10 @@ from hts_ray.cli.options import (
     option,
     print_metrics,
     print_next_stage,
+    refuse_options,
     stage_command,
 )
+from hts_ray.cli.overview import find_runs, steps_of
 from hts_ray.engine.console import (
     busy,
     console,
@@ -24,7 +26,6 @@ from hts_ray.engine.console import (
 from hts_ray.engine.session import command_cluster
 from hts_ray.errors import DataError
 from hts_ray.report import write_review_page
-from hts_ray.store import storage
 from hts_ray.teacher.stage import plan_label
 
 
@@ -66,17 +67,24 @@ def demo(settings: Settings, seed: int) -> None:
 
 
 @click.command()
-@argument("run_dir", metavar="RUN")
+@argument("run", metavar="RUN", required=False)
+@option("--run-dir", metavar="DIR", help="The same as RUN (default: the latest here).")
 @option(
     "--output", metavar="FILE", help="Where to write (default RUN/report.html, or RUN/review.html)."
 )
 @option("--images", type=click.IntRange(min=0), default=200, show_default=True,
         help="Images of the gallery or to review, at most.")  # fmt: skip
 @option("--review", is_flag=True, help="Write the page to correct labels on instead.")
-def report(run_dir: str, output: str | None, images: int, review: bool) -> None:
+def report(
+    run: str | None, run_dir: str | None, output: str | None, images: int, review: bool
+) -> None:
     """Write one self-contained HTML page about a run."""
-    if not storage.list_names(run_dir):
-        raise DataError(f"{run_dir} holds no run: `hts` alone lists those that are found here")
+    if run:
+        refuse_options({"run_dir": run_dir}, "name the run once")
+    run_dir = run or run_dir or next(reversed(find_runs()), None)
+    if run_dir is None or not any(step.begun for step in steps_of(run_dir)):
+        what = "no run is found here" if run_dir is None else f"{run_dir} holds no run"
+        raise DataError(f"{what}: `hts` alone lists the runs that are found here")
     if review:
         _review_page(run_dir, output, images)
         return

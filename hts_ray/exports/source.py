@@ -18,7 +18,6 @@ from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
 from hts_ray.images.manifest import Manifest, latest_manifest
 from hts_ray.labels.evidence import (
     class_probabilities,
-    filter_info,
     iter_region_rows,
     kept_regions,
 )
@@ -208,7 +207,7 @@ def supporting_regions(
     """
     found: dict[str, dict[int, list[SupportRegion]]] = {}
     for one in passes:
-        info = filter_info(one.folder.path, one.config, split)
+        info = one.reading(split)
         for row in iter_region_rows(one.folder.path):
             wanted = positives.get(row["image_id"])
             if wanted:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from hts_ray.config import FilterConfig
 from hts_ray.labels.corrections import decisions
-from hts_ray.labels.evidence import Evidence, aggregate_regions, read_regions, region_files
+from hts_ray.labels.evidence import Evidence, aggregate_regions, read_regions
 from hts_ray.labels.select import (
     REASONS,
     Bins,
@@ -63,20 +63,19 @@ class Reading:
 
 
 def plan_blocks(
-    path: str,
+    files: Mapping[str, int],
     images: int,
     entries: int = 0,
     *,
     block_bytes: int = _BLOCK_BYTES,
     part_images: int = PART_IMAGES,
 ) -> list[list[list[str]]]:
-    """Return the files of a pass as parts, each of some blocks; a part becomes a file of labels.
+    """Return the `region_files` of a pass as parts of some blocks; each becomes a file of labels.
 
     A part has the score files of about `part_images` of its `images`, or of fewer where an image
     has so many `entries` (0: few), a block those of `block_bytes`. What a part holds does not
     depend on the size of the blocks.
     """
-    files = region_files(path)
     part_images = min(part_images, _PART_ENTRIES // entries) if entries else part_images
     per_image = sum(files.values()) / images if images else np.inf
     part_bytes, at_most = per_image * part_images, min(block_bytes, per_image * _BLOCK_IMAGES)

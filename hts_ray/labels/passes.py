@@ -21,6 +21,7 @@ from hts_ray.labels.combine import combine, only_some
 from hts_ray.labels.evidence import (
     Evidence,
     class_probabilities,
+    filter_info,
     image_evidence,
     read_info,
     require_abstention,
@@ -36,11 +37,15 @@ _FIELD, _ALL = "filter.passes", "all"
 
 @dataclass(frozen=True)
 class TeacherPass:
-    """A teacher pass as the filter reads it: with which settings, and with which weight."""
+    """A teacher pass as the filter reads it: with which settings, and with which weight.
+
+    `sample_prior` is what the filter found of its regions, where labels were made of it alone.
+    """
 
     folder: StageFolder
     config: FilterConfig
     weight: float = 1.0
+    sample_prior: list[float] | None = None
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -56,6 +61,12 @@ class TeacherPass:
     def name(self) -> str:
         """The name of its folder."""
         return f"{self.folder.table}-{self.folder.key}"
+
+    def reading(self, split: str | None) -> dict[str, Any]:
+        """Return `filter_info`; it reads all scores again where a prior of theirs is not known."""
+        if self.sample_prior is not None:
+            return {**self.info, "sample_prior": self.sample_prior}
+        return filter_info(self.folder.path, self.config, split)
 
     def record(self) -> dict[str, Any]:
         """Return what made labels of it, as `made_from` reads it back."""
@@ -132,15 +143,16 @@ def _require_memory(passes: Sequence[TeacherPass]) -> None:
 
 def made_from(run_dir: str, made: Mapping[str, Any]) -> list[TeacherPass]:
     """Return the passes that labels were filtered from, by their `table.json`, that still exist."""
-    records = made.get("passes") or [{TABLE: made.get(TABLE), "filter": made.get("filter")}]
+    records = made.get("passes") or [made]
     passes = [
         TeacherPass(
             StageFolder(run_dir, TABLE, str(record[TABLE]).removeprefix(f"{TABLE}-")),
             FilterConfig.model_validate(record.get("filter") or {}),
             record.get("weight", 1.0),
+            record.get("sample_prior"),
         )
         for record in records
-        if record[TABLE]
+        if record.get(TABLE)
     ]
     return [one for one in passes if one.folder.finished]
 

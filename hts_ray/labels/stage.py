@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from hts_ray.config import FilterConfig
 from hts_ray.engine.blocks import Here, Kept, blocks_of
+from hts_ray.engine.image_pass import committed_files
 from hts_ray.engine.run import Run, Stage
-from hts_ray.errors import DataError
+from hts_ray.errors import NoLabelsError
 from hts_ray.labels.blocks import (
     PART_IMAGES,
     Reading,
@@ -39,6 +40,7 @@ from hts_ray.labels.evidence import (
     Evidence,
     filter_info,
     refuse_nothing,
+    region_files,
     score_sums,
     wants_sample_prior,
 )
@@ -104,7 +106,8 @@ class Gathered:
     """What can matter of all images: the entries of blocks, by the file of labels they belong to.
 
     `first_CB` is what the first round of thresholds counted, `images` counts what is filtered,
-    `corrected` are the ids that corrections decided about, and `combined` counts the passes.
+    `corrected` are the ids that corrections decided about, `sample_prior` is that of a single pass,
+    and `combined` counts several.
     """
 
     parts: list[list[Kept]]
@@ -112,6 +115,7 @@ class Gathered:
     images: int
     corrected: list[str]
     combined: dict[str, int]
+    sample_prior: list[float] | None = None
 
 
 def gather(
@@ -152,9 +156,11 @@ def _blocks_of_one(
     blocks: Here,
 ) -> Gathered:
     """Return what is kept of a pass's blocks."""
-    path, sums = one.folder.path, None
+    path, sums, files = one.folder.path, None, region_files(one.folder.path)
+    if not one.folder.finished:  # what a worker that died has written is written again
+        files = {file: files[file] for file in committed_files(one.folder) if file in files}
     every = 0 if config.negative_threshold else len(one.info["class_ids"])
-    plan = plan_blocks(path, one.images, every)
+    plan = plan_blocks(files, one.images, every)
     flat = [(part, files) for part, of_part in enumerate(plan) for files in of_part]
     calls = [(files,) for _, files in flat]
     if wants_sample_prior(one.info, config):
@@ -178,7 +184,8 @@ def _blocks_of_one(
     first_CB = bins.total(counted())
     if not images:
         refuse_nothing(path, config, split, kinds)
-    return Gathered([part for part in parts if part], first_CB, images, used, {})
+    prior = info.get("sample_prior")
+    return Gathered([part for part in parts if part], first_CB, images, used, {}, prior)
 
 
 def filter_regions(
@@ -190,7 +197,7 @@ def filter_regions(
 ) -> dict[str, Any]:
     """Write `pseudo_labels` for the images of `split` (None: all) and return the stage's counts.
 
-    The counts hold how many candidates were dropped for each reason. Raises DataError when no
+    The counts hold how many candidates were dropped for each reason. Raises NoLabelsError when no
     image keeps a positive class. `blocks` calls what looks at blocks, this process if not given.
     """
     if stage.finished:
@@ -209,7 +216,7 @@ def filter_regions(
     if figures["positives"] == 0:
         storage.remove_tree(stage.path)
         dropped = ", ".join(f"{name} {counts[name]}" for name in REASONS)
-        raise DataError(
+        raise NoLabelsError(
             f"no pseudo-label is left ({dropped}): look at the teacher's scores with"
             " `hts label --dry-run`, lower filter.positive_threshold or filter.min_support, or set"
             " filter.background=false if every image shows one of the classes"
@@ -250,6 +257,7 @@ def _write_info(
         "class_ids": passes[0].info["class_ids"],
         "filter": config.answer_settings(),
         "region_scores": passes[0].name,
+        "sample_prior": found.sample_prior,
         "combine": config.combine if found.combined else None,
         "split": split,
         "corrected_ids": sorted(found.corrected),

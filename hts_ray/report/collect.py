@@ -10,14 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.engine.progress import WrittenRows
 from hts_ray.evaluate import few_shot_masks
 from hts_ray.report.content import ClassRow, FunnelStep, ReportData, Section
 from hts_ray.report.facts import read_quarantine, run_facts, stage_rows
 from hts_ray.report.formatting import count, percent
 from hts_ray.report.gallery import run_gallery
 from hts_ray.report.label_quality import reliability
-from hts_ray.report.read_run import ROWS_AT_ONCE, RunTables, read_run
+from hts_ray.report.read_run import ROWS_AT_ONCE, RunTables, read_run, rows_so_far
 from hts_ray.report.results import (
     by_class,
     comparison_rows,
@@ -96,7 +95,7 @@ def in_progress(run_dir: str, found: RunTables) -> list[str]:
         if found.manifest is not None:
             split = found.manifest["split"]
             total = len(split) if not splits else pc.sum(pc.is_in(split, pa.array(splits))).as_py()
-        done, bad = WrittenRows(folder.path)()
+        done, bad = rows_so_far(folder)
         if not done:
             continue
         left_out = f", {count(bad)} of them quarantined" if bad else ""

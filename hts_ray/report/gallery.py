@@ -20,7 +20,6 @@ from hts_ray.config import FilterConfig
 from hts_ray.images.thumbnail import stored_thumbnail
 from hts_ray.labels.evidence import (
     class_probabilities,
-    filter_info,
     iter_region_rows,
     kept_regions,
 )
@@ -102,7 +101,7 @@ def _reading(one: TeacherPass, split: str | None) -> tuple[dict[str, Any], Filte
     """Return a pass's `table.json` and settings; those of before stored no prior to take off."""
     info, settings = storage.read_object(one.folder.file("table.json")), one.config
     if info and settings.prior == "sample":
-        info = filter_info(one.folder.path, settings, split)
+        info = one.reading(split)
     elif info.get("prior_log_likelihoods") is None:
         settings = settings.model_copy(update={"prior_alpha": 0.0})
     return info, settings

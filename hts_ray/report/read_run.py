@@ -17,7 +17,7 @@ import yaml
 
 from hts_ray.classes import ClassTable, read_class_csv
 from hts_ray.config import HtsConfig, parse_config
-from hts_ray.engine.progress import WrittenRows
+from hts_ray.engine.image_pass import OK, committed_files
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.passes import TeacherPass, made_from
 from hts_ray.labels.stage import labels_so_far
@@ -25,7 +25,7 @@ from hts_ray.report.label_quality import LabelQuality, measure
 from hts_ray.report.results import read_evaluations
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, stage_folders
-from hts_ray.store.tables import ANNOTATION_COLUMNS
+from hts_ray.store.tables import ANNOTATION_COLUMNS, read_files
 
 Row = dict[str, Any]
 
@@ -105,12 +105,18 @@ def read_run(run_dir: str, labels: StageFolder | None = None) -> RunTables:
     )
 
 
+def rows_so_far(folder: StageFolder) -> tuple[int, int]:
+    """Return the rows that an unfinished stage has committed, and how many are quarantined."""
+    status = read_files(committed_files(folder), ["status"])["status"]
+    return len(status), len(status) - (pc.sum(pc.equal(status, OK)).as_py() or 0)
+
+
 def _so_far(
     run_dir: str, config: HtsConfig, known: int
 ) -> tuple[list[TeacherPass], pa.Table] | None:
     """Return an unfinished teacher pass and its labels so far, where they are more than `known`."""
     for folder in stage_folders(run_dir, "region_scores"):
-        if folder.finished or WrittenRows(folder.path)()[0] <= known:
+        if folder.finished or rows_so_far(folder)[0] <= known:
             continue
         one = TeacherPass(folder, config.filter)
         with suppress(DataError, ConfigError):  # nothing that can be filtered yet

@@ -28,9 +28,11 @@ from hts_ray.classes import load_class_table, name_classes, read_class_csv
 from hts_ray.classifier import Classifier, load
 from hts_ray.config import HtsConfig, override
 from hts_ray.engine.console import print_line
+from hts_ray.engine.image_pass import OK
 from hts_ray.engine.run import BESIDE, CLASSES_FILE, CONFIG_FILE, Run
 from hts_ray.engine.session import command_cluster
-from hts_ray.errors import ConfigError
+from hts_ray.errors import ConfigError, NoLabelsError
+from hts_ray.exports.records import LabeledImage
 from hts_ray.exports.source import read_labels
 from hts_ray.exports.tables import label_rows, label_rows_csv
 from hts_ray.labels.passes import TeacherPass
@@ -271,9 +273,25 @@ def label_sample(run: Run) -> Sample:
 
 
 def label_all(run: Run) -> Labels:
-    """Label and filter all images of a run; writes `labels.csv` and the report."""
+    """Label and filter all images of a run; writes `labels.csv` and the report.
+
+    Where no image gets a label the file says so of each, and NoLabelsError is raised.
+    """
     agree(run)
-    labels = Labels(run, stages.filter_labels(run, stages.label(run)))
+    scores = stages.label(run)
+    try:
+        labels = Labels(run, stages.filter_labels(run, scores))
+    except NoLabelsError as error:
+        path = storage.join(run.config.run_dir, LABELS)
+        scored = scores.read(["image_id", "uri", "split", "status"]).to_pylist()
+        good = [row for row in scored if row.pop("status") == OK]
+        bare = label_rows([LabeledImage(**row, positive_ids=()) for row in good], run.class_table)
+        storage.write_bytes(path, label_rows_csv(bare))
+        raise NoLabelsError(
+            f"no image shows one of the classes, says the teacher, so {path} has no label: look at"
+            f" {storage.join(run.config.run_dir, PREVIEW)}, and take other words for the classes or"
+            f" another --teacher. The filter says: {error}"
+        ) from error
     storage.write_bytes(labels.path, label_rows_csv(labels.table()))
     stages.write_run_report(run.config.run_dir)
     return labels

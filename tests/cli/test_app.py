@@ -156,12 +156,26 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
     assert "no such file or folder" in err
 
 
-def test_a_report_of_no_run_is_a_failure(tmp_path, capsys):
-    """Would catch a mistyped run that becomes a folder with an empty page."""
+def test_a_report_of_no_run_is_a_failure(tmp_path, capsys, monkeypatch):
+    """Would catch a mistyped run that becomes a folder with an empty page, or one among photos."""
     code, _, err = hts("report", str(tmp_path / "no"), capsys=capsys)
     assert code == 1
     assert "holds no run" in err
     assert not (tmp_path / "no").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    assert hts("report", "--run-dir", str(tmp_path / "photos"), capsys=capsys)[0] == 1
+    assert hts("report", "a", "--run-dir", "b", capsys=capsys)[0] == 2
+    monkeypatch.chdir(tmp_path)
+    assert "no run is found here" in hts("report", capsys=capsys)[2]
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
+
+
+def test_a_mistyped_command_is_told_the_nearest(capsys):
+    """Would catch a reader of `--help` for want of one letter."""
+    code, _, err = hts("autolabl", capsys=capsys)
+    assert code == 2
+    assert "did you mean 'autolabel'?" in err
 
 
 def test_empty_folder_is_a_failure_with_a_reason(tmp_path, capsys):

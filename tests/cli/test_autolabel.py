@@ -7,14 +7,18 @@ import re
 import shlex
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 import hts_ray
 from hts_ray.cli import main
-from hts_ray.errors import ConfigError
+from hts_ray.config import load_config
+from hts_ray.errors import ConfigError, NoLabelsError
 from hts_ray.stages import autolabel
-from hts_ray.store.run import find_stage
+from hts_ray.store import storage
+from hts_ray.store.run import StageFolder, find_stage
+from hts_ray.store.tables import REGION_SCORES_SCHEMA, write_table
 
 DUMMY = ["--teacher", "builtin:dummy", "label.teacher.background=none"]
 CLASSES = ["a red bicycle", "an empty shelf", "a dog"]
@@ -144,6 +148,27 @@ def test_from_a_folder_to_labels_and_again(photos, capsys, monkeypatch, ray_sess
     monkeypatch.setattr(autolabel.stages, "train", lambda run, stage: stage)
     monkeypatch.setattr(autolabel, "load", lambda path: f"the model of {path}")
     assert labels.train() == f"the model of {labels.stage.path}"
+
+
+def test_no_label_at_all_is_told_and_written(photos, monkeypatch):
+    """Catches the labels.csv of other classes beside a pass that found none."""
+    run_dir = f"{Path().resolve()}/photos-labels"
+    config = load_config(
+        extra={"run_dir": run_dir, "filter": {"prior_alpha": 0.0, "per_class_quantile": None}}
+    )
+    run = autolabel.open_folder(photos, config, CLASSES, teacher="builtin:dummy")
+    manifest = autolabel.list_images(run, photos).read(["image_id", "uri", "split"]).to_pylist()
+    scores = StageFolder(run_dir, "region_scores", "x")
+    same = {"boxes": [[0, 0, 9, 9]], "region_kinds": ["whole"], "scores": [0.0] * 3, "status": "ok"}
+    found = pa.Table.from_pylist([row | same for row in manifest], schema=REGION_SCORES_SCHEMA)
+    write_table(scores.file("part-0.parquet"), found)
+    storage.write_json(scores.file("table.json"), {"class_ids": [0, 1, 2], "background": ["x"]})
+    scores.publish({"rows_out": 5})
+    Path("photos-labels/labels.csv").write_text("of other classes")
+    monkeypatch.setattr(autolabel.stages, "label", lambda run: scores)
+    with pytest.raises(NoLabelsError, match=r"no image shows one .*labels\.csv.*preview\.html"):
+        autolabel.label_all(run)
+    assert [row["class"] for row in rows()] == [""] * 5
 
 
 def rows() -> list[dict[str, str]]:

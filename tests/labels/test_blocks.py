@@ -17,7 +17,7 @@ from hts_ray.errors import DataError
 from hts_ray.labels import stage as stage_module
 from hts_ray.labels.blocks import plan_blocks
 from hts_ray.labels.corrections import read_overrides
-from hts_ray.labels.evidence import image_evidence
+from hts_ray.labels.evidence import image_evidence, region_files
 from hts_ray.labels.passes import TeacherPass
 from hts_ray.labels.select import class_thresholds, find_entries
 from hts_ray.labels.stage import choose_labels, filter_regions
@@ -164,8 +164,8 @@ def test_thresholds_are_the_quantiles_to_the_last_bit(data):
 
 def test_a_part_does_not_depend_on_the_blocks(folder):
     """Catches files of labels that change with the size of the blocks, or a file read twice."""
-    whole = plan_blocks(folder.path, IMAGES, part_images=30)
-    cut = plan_blocks(folder.path, IMAGES, part_images=30, block_bytes=1)
+    whole = plan_blocks(region_files(folder.path), IMAGES, part_images=30)
+    cut = plan_blocks(region_files(folder.path), IMAGES, part_images=30, block_bytes=1)
     assert len(whole) == 3
     assert all(len(part) == 1 for part in whole)
     assert all(len(block) == 1 for part in cut for block in part)
@@ -173,8 +173,8 @@ def test_a_part_does_not_depend_on_the_blocks(folder):
     files = [file for part in whole for file in part[0]]
     assert files == sorted(files)
     assert len(files) == FILES
-    assert len(plan_blocks(folder.path, 0)) == 1
-    assert len(plan_blocks(folder.path, IMAGES, 1 << 19)) == 3  # 32 images a part
+    assert len(plan_blocks(region_files(folder.path), 0)) == 1
+    assert len(plan_blocks(region_files(folder.path), IMAGES, 1 << 19)) == 3  # 32 images a part
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -10,7 +10,8 @@ from hts_ray.classes import read_class_csv
 from hts_ray.config import load_config
 from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
-from hts_ray.labels.evidence import image_evidence
+from hts_ray.labels import passes
+from hts_ray.labels.evidence import filter_info, image_evidence
 from hts_ray.labels.passes import made_from
 from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
@@ -183,3 +184,14 @@ def test_what_cannot_be_read_is_refused_by_the_plan(run, tmp_path):
     storage.write_json(pass_.file("table.json"), {**info, "score_kind": "of tomorrow"})
     with pytest.raises(DataError, match=r"'of tomorrow'.*label again"):
         plan_filter(run, pass_)
+
+
+def test_the_runs_own_prior_is_read_once(run, tmp_path, monkeypatch):
+    """Catches a report that reads all scores of a million images to show two hundred."""
+    sampled = run.changed({"filter": {"prior": "sample", "prior_alpha": 0.5}})
+    stage = plan_filter(sampled, StageFolder(str(tmp_path), "region_scores", "aaaa")).run()
+    (one,) = made_from(str(tmp_path), storage.read_object(stage.file("table.json")))
+    expected = filter_info(one.folder.path, one.config, "train")
+    monkeypatch.setattr(passes, "filter_info", None)
+    assert one.reading("train") == expected
+    assert expected["sample_prior"] is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from report_pages import Page
 
 from hts_ray import report
 from hts_ray.cli.runs import report as command
-from hts_ray.engine.compaction import BLOCKS
+from hts_ray.engine.compaction import BLOCKS, CHECKPOINT
 from hts_ray.store import storage, tables
 from hts_ray.store.run import StageFolder
 
@@ -117,6 +118,8 @@ def test_a_pass_that_runs_is_told_with_its_count(run_dir):
     rows = StageFolder(run_dir, "region_scores", "abc").read().slice(0, 2)
     running = StageFolder(run_dir, "region_scores", "new")
     tables.write_table(running.file(BLOCKS, "part-9.parquet"), rows)
+    tables.write_table(running.file(BLOCKS, "dead-9.parquet"), rows)  # of a worker that was killed
+    tables.write_table(running.file(CHECKPOINT, "part.parquet"), rows)
     told = report.report_for_run(run_dir).intro[0]
     assert re.match(r"hts label is in progress.*: 2 of \d images are written.* UTC", told)
     assert told.endswith("shows the stages that are finished.")
@@ -130,8 +133,13 @@ def test_a_first_pass_shows_its_labels_so_far(run_dir):
     (running / "stats.json").unlink()
     (running / BLOCKS).mkdir()
     for file in running.glob("*.parquet"):
+        shutil.copy(file, running / BLOCKS / "dead-0.parquet")
         file.rename(running / BLOCKS / file.name)
+        storage.write_bytes(
+            str(running / CHECKPOINT / f"{file.stem.rpartition('-')[0]}.parquet"), b""
+        )
     data = report.report_for_run(run_dir)
     assert data.intro[0].endswith("those so far; they may still change.")
     assert {item.image_id for item in data.gallery} == set(whole)
+    assert {step.name: step.count for step in data.funnel}["images filtered"] == 5
     assert any(item.labels for item in data.gallery)

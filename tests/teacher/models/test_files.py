@@ -268,9 +268,7 @@ def test_a_revision_that_is_not_there_is_told_in_a_line(served: servers.Hub) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_clip_of_the_hub_is_known_by_its_commit(
-    served: servers.Hub, tmp_path: Path
-) -> None:
+def test_a_clip_of_the_hub_is_known_by_its_commit(served: servers.Hub, tmp_path: Path) -> None:
     """Catches new weights under an old name that reuse the answers, or nodes with others."""
     clip = tmp_path / "clip"
     shutil.copytree(ClipModel("builtin:world_clip").resolve().removeprefix("local-dir:"), clip)
