@@ -6,7 +6,7 @@ Shapes: N images, C classes, B classes of one block, P positives of one class, T
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -75,10 +75,7 @@ class Evaluation:
 
 
 def hico_average_precision(
-    scores: ArrayLike,
-    annotations: ArrayLike,
-    setting: Setting = "default",
-    objects: Sequence[str] | Sequence[int] | None = None,
+    scores: ArrayLike, annotations: ArrayLike, setting: Setting = "default"
 ) -> FloatArray:
     """Per-class 11-point interpolated AP (C,) as HICO's MATLAB code computes it, in [0, 1].
 
@@ -89,18 +86,12 @@ def hico_average_precision(
     AP is NaN for a class without a positive; upstream stops there, and also at a class
     without a negative, whose AP is 1 here.
 
-    `objects` (C,), for annotations that list little more than positives: an unknown counts
-    as a negative in "known_object" too if its image has any known entry (positive, negative or
-    ambiguous) for a class of the same object. HICO's own annotations do not need it.
-
     Raises ValueError for NaN scores, unequal shapes, other annotations or an unknown setting.
     Source: ywchao/hico_benchmark, evaluation/eval_vo.m and utils/eval_pr_score_label.m.
     """
     if setting not in get_args(Setting):
         raise ValueError(f"setting = {setting!r}: give one of {', '.join(get_args(Setting))}")
     scores_NC, annotations_NC = _checked(scores, annotations)
-    if objects is not None and setting == "known_object":
-        annotations_NC = _reveal_negatives(annotations_NC, objects)
     ap_C = np.full(scores_NC.shape[1], np.nan)
     for c, labels_N in _ranked_labels(scores_NC, annotations_NC):
         ap_C[c] = _mean_precision(_interpolated_precision(labels_N, setting))
@@ -236,26 +227,6 @@ def _annotation_error(labels: NDArray[Any]) -> ValueError:
         f"annotations hold {wrong.flat[0]}: give 1 for positive, -1 for negative, 0 for ambiguous"
         " and -2 for unknown (NaN in anno.mat)"
     )
-
-
-def _reveal_negatives(
-    annotations_NC: NDArray[np.int8], objects: Sequence[str] | Sequence[int]
-) -> NDArray[np.int8]:
-    """Copy the annotations with unknowns as negatives where the class's object is known."""
-    objects_C = np.asarray(objects)
-    if objects_C.shape != annotations_NC.shape[1:]:
-        raise ValueError(
-            f"objects has shape {objects_C.shape} for {annotations_NC.shape[1]} classes:"
-            " give one object per class"
-        )
-    revealed_NC = annotations_NC.copy()
-    for name in np.unique(objects_C):
-        columns = np.flatnonzero(objects_C == name)
-        block = revealed_NC[:, columns]
-        present_N1 = (block != UNKNOWN).any(axis=1, keepdims=True)
-        block[present_N1 & (block == UNKNOWN)] = NEGATIVE
-        revealed_NC[:, columns] = block
-    return revealed_NC
 
 
 def _ranked_labels(

@@ -21,7 +21,7 @@ from hts_ray.engine.console import (
     print_written,
 )
 from hts_ray.engine.run import Run
-from hts_ray.errors import ConfigError
+from hts_ray.errors import ConfigError, DataError
 from hts_ray.images.folder import read_folder
 from hts_ray.stages import autolabel
 from hts_ray.store.run import StageFolder
@@ -67,6 +67,8 @@ def command(
     _print_plan(run, folder)
     if settings.dry_run:
         found = read_folder(folder, follow_symlinks=run.config.prepare.follow_symlinks)
+        if not len(found.listed):
+            raise DataError(f"no image under {folder}: name the folder that holds the images")
         print_line(f"{len(found.listed):,} images to look at; this is a dry run, nothing was done")
         return
     place = run.config.run_dir

@@ -29,6 +29,7 @@ from hts_ray.engine.console import (
     print_line,
     print_mapping,
     print_next,
+    print_note,
     print_rows,
     print_stage,
     print_written,
@@ -66,6 +67,8 @@ def prepare(settings: Settings, source: str, root: str, no_headers: bool) -> Non
     print_stage("prepare", stage)
     counts = {k: v for k, v in stage.stats.items() if v and isinstance(v, int) and "rows" not in k}
     print_mapping("counted", counts)
+    if source != "hico" and run.config.classes.source == "hico" and run.config.classes.ids is None:
+        print_note("the classes are HICO's 600: name yours with classes.source=FILE")
     if counts.get("needs_heic"):
         print_line(f"{counts['needs_heic']} HEIC pictures were left out: {HEIC_REMEDY}")
     print_next_stage("label", run)

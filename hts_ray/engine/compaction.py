@@ -61,9 +61,6 @@ def complete(stage: StageFolder) -> bool:
     stats = storage.read_json(stage.file(_MARKER))
     storage.remove_tree(stage.file(BLOCKS))
     storage.remove_tree(stage.file(CHECKPOINT))
-    for name in storage.list_names(stage.path):
-        if name.endswith(".parquet") and not name.startswith("part-"):  # of an older version
-            storage.delete_file(stage.file(name))
     for name in storage.list_names(stage.file(_PARTS)):
         storage.move(stage.file(_PARTS, name), stage.file(name))
     stage.publish(stats)

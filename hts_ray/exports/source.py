@@ -22,7 +22,6 @@ from hts_ray.labels.evidence import (
     kept_regions,
 )
 from hts_ray.labels.passes import TeacherPass, made_from
-from hts_ray.labels.stage import plan_filter
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage
 from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, STATS_FILE, check_table
@@ -121,23 +120,20 @@ def _pseudo_labels(run: Run, stage: StageFolder, table: pa.Table, with_regions: 
     images = _images_of(run, stage)
     for name, values in zip(("width", "height"), _sizes(images, table["image_id"]), strict=True):
         table = table.append_column(name, values)
-    made = storage.read_object(stage.file("table.json"))  # empty for folders of earlier versions
-    passes = _teacher_passes(run, stage, made)
-    settings, regions = made.get("filter"), {}
+    made = storage.read_object(stage.file("table.json"))
+    passes, regions = made_from(stage.run_dir, made), {}
     ids = table["image_id"].to_pylist()
-    if passes:
-        settings = settings or run.config.filter.answer_settings()
-        if with_regions:
-            positives = dict(zip(ids, table["positive_ids"].to_pylist(), strict=True))
-            per_label = run.config.export.boxes_per_label
-            regions = supporting_regions(passes, positives, per_label, made.get("split"))
+    if passes and with_regions:
+        positives = dict(zip(ids, table["positive_ids"].to_pylist(), strict=True))
+        per_label = run.config.export.boxes_per_label
+        regions = supporting_regions(passes, positives, per_label, made.get("split"))
     revisions = [str(one.info.get("model_fingerprint", "")).rpartition("@")[2] for one in passes]
     origin = Origin(
         "pseudo_labels",
         name=f"{stage.table}-{stage.key}",
         teacher=" + ".join(_teacher_name(one) for one in passes),
         teacher_revision=" + ".join(revisions),
-        settings=settings or {},
+        settings=made.get("filter") or {},
         corrected=len({*made.get("corrected_ids", ())} & {*ids}),
         details={"settings hash": stage.key, **_details(run)},
     )
@@ -176,15 +172,6 @@ def _sizes(manifest: Manifest | None, image_ids: pa.ChunkedArray) -> tuple[pa.Ar
     known = manifest.table.combine_chunks()
     rows = pc.index_in(image_ids, value_set=known["image_id"].combine_chunks())
     return known["width"].take(rows), known["height"].take(rows)
-
-
-def _teacher_passes(run: Run, stage: StageFolder, made: Mapping[str, Any]) -> list[TeacherPass]:
-    """Return the teacher passes that the labels were filtered from, where they still exist."""
-    if "region_scores" in made:
-        return made_from(stage.run_dir, made)
-    latest = find_stage(stage.run_dir, "region_scores")
-    same = latest is not None and plan_filter(run, latest).folder.key == stage.key
-    return [TeacherPass(latest, run.config.filter)] if latest and same else []
 
 
 def _teacher_name(one: TeacherPass) -> str:

@@ -72,6 +72,8 @@ class PreparePlan:
                 told += f"; the first is {first['uri']}: "
                 told += first["error"].removeprefix(f"{first['uri']}: ")
             remedy = f": {HEIC_REMEDY}" if counts.get("needs_heic") else ""
+            if not counts["images"] and counts.get("other_files"):
+                remedy += ": shards are read by `hts prepare webdataset` and `hts prepare parquet`"
             raise DataError(f"no usable image under {self.root}: {told or 'it is empty'}{remedy}")
         there = storage.kind(self.root) != "NotFound"
         # Published on every call: later stages take the latest manifest.

@@ -20,7 +20,7 @@ VERDICTS: dict[Verdict, tuple[str, str]] = {
     "wrong": ("✗", "pseudo-label that the annotations do not have"),
     "ignored": ("~", "undecided: left out of the loss"),
     "missed": ("○", "annotated, but not pseudo-labeled"),
-    "unjudged": ("•", "pseudo-label of an image or class without a clear annotation"),
+    "unjudged": ("•", "label that no annotation confirms or denies"),
 }
 
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hts_ray.config import FilterConfig
 from hts_ray.images.thumbnail import stored_thumbnail
 from hts_ray.labels.evidence import (
     class_probabilities,
@@ -83,10 +82,10 @@ def scored_images(
     """
     scored: dict[str, tuple[Row, npt.NDArray[Any]]] = {}
     for one in passes:
-        info, settings = _reading(one, split)
+        info = one.reading(split)
         for row in iter_region_rows(one.folder.path, chosen):
-            row["counts"] = kept_regions(row["region_kinds"], row["margins"] or None, settings)
-            said = row, class_probabilities(row["scores"], info, settings)
+            row["counts"] = kept_regions(row["region_kinds"], row["margins"] or None, one.config)
+            said = row, class_probabilities(row["scores"], info, one.config)
             seen = scored.get(row["image_id"])
             scored[row["image_id"]] = said if seen is None else _joined(*seen, *said)
     found = [scored[image_id] for image_id in chosen if image_id in scored]
@@ -95,16 +94,6 @@ def scored_images(
         for (whole, p_RC), image in zip(found, images, strict=True):
             if image is not None:
                 yield image, whole, p_RC
-
-
-def _reading(one: TeacherPass, split: str | None) -> tuple[dict[str, Any], FilterConfig]:
-    """Return a pass's `table.json` and settings; those of before stored no prior to take off."""
-    info, settings = storage.read_object(one.folder.file("table.json")), one.config
-    if info and settings.prior == "sample":
-        info = one.reading(split)
-    elif info.get("prior_log_likelihoods") is None:
-        settings = settings.model_copy(update={"prior_alpha": 0.0})
-    return info, settings
 
 
 def _joined(

@@ -193,6 +193,18 @@ def test_empty_folder_is_a_failure_with_a_reason(tmp_path, capsys):
     assert "no usable image" in err or "no image" in err
 
 
+def test_hico_s_classes_are_not_taken_in_silence(tmp_path, capsys):
+    """Would catch somebody's photographs labeled with 600 classes of another data set."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    prepare = ("prepare", "folder", "--root", str(tmp_path), "--run-dir", str(tmp_path / "r"))
+    code, out, err = hts(*prepare, capsys=capsys)
+    assert code == 0
+    assert "classes.source=FILE" in out + err
+    (tmp_path / "classes.csv").write_text("name\na dog\n")
+    _, out, err = hts(*prepare, f"classes.source={tmp_path}/classes.csv", capsys=capsys)
+    assert "classes.source=FILE" not in out + err
+
+
 def test_unexpected_faults_keep_their_traceback_for_debugging_only(monkeypatch, capsys):
     """Would catch a traceback shown to users, or one that developers cannot get."""
 

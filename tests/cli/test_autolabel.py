@@ -88,7 +88,10 @@ def test_an_empty_folder_fails_and_leaves_nothing(tmp_path, monkeypatch, capsys)
     assert here() == ["photos"]
     Path("photos/notes.txt").write_text("x")
     assert hts("autolabel", "photos", "a dog") == 1
-    assert "other_files 1" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "other_files 1" in error
+    assert "hts prepare webdataset" in error
+    assert hts("autolabel", "photos", "a dog", "--dry-run") == 1
 
 
 def test_a_dry_run_touches_nothing(photos, capsys):

@@ -19,7 +19,7 @@ from hts_ray.report.gallery import (
     run_gallery,
 )
 from hts_ray.report.read_run import read_run
-from hts_ray.store import tables
+from hts_ray.store import storage, tables
 from hts_ray.store.run import StageFolder
 
 
@@ -168,6 +168,7 @@ def test_region_scores_of_another_pass_are_no_reason_to_fail(run_dir):
     rows = tables.read_table(f"{run_dir}/region_scores-abc").slice(0, 2)
     later = StageFolder(run_dir, "region_scores", "later")
     tables.write_table(later.file("part-0.parquet"), rows)
+    storage.write_json(later.file("table.json"), {"class_ids": [5, 9, 400]})
     later.publish({})
     assert {item.image_id for item in gallery_of(run_dir)} == {"im0", "im1"}
     report.render_report(report.report_for_run(run_dir))
