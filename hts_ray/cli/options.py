@@ -63,7 +63,8 @@ class Settings:
             self.remembered = path if storage.exists(path) else None
         self.config = load_config(
             preset=preset or (None if config_file else default),
-            file=config_file or self.remembered,
+            file=config_file,
+            run_file=self.remembered,
             overrides=overrides,
             extra={"run_dir": run_dir} if run_dir else {},
         )

@@ -5,6 +5,7 @@ from hts_ray.config.fields import Setting as Setting
 from hts_ray.config.fields import walk_settings as walk_settings
 from hts_ray.config.load import find_setting as find_setting
 from hts_ray.config.load import load_config as load_config
+from hts_ray.config.load import of_this_version as of_this_version
 from hts_ray.config.load import override as override
 from hts_ray.config.load import parse_config as parse_config
 from hts_ray.config.load import preset_names as preset_names

@@ -6,6 +6,7 @@ Unknown keys and wrong values are refused before anything runs.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from hts_ray.config.fields import Setting, walk_settings
+from hts_ray.config.fields import Section, Setting, walk_settings
 from hts_ray.config.sections import HtsConfig
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
 
+logger = logging.getLogger(__name__)
 _PRESETS = Path(__file__).parent / "presets"
 
 
@@ -30,16 +32,23 @@ def load_config(
     *,
     preset: str | None = None,
     file: str | None = None,
+    run_file: str | None = None,
     overrides: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> HtsConfig:
-    """Build a configuration from a preset, a YAML file and `a.b=value` overrides, in this order.
+    """Build a configuration from a preset, YAML files and `a.b=value` overrides, in this order.
 
-    `extra` is a nested mapping applied last (command-line options such as --run-dir). Raises
-    ConfigError naming field, value and remedy.
+    `run_file` is what a run remembers, perhaps of another version: settings that there are no more
+    are left out, and named. `extra` is a nested mapping applied last (command-line options such as
+    --run-dir). Raises ConfigError naming field, value and remedy.
     """
     layers = [] if preset is None else [_read_preset(preset)]
     layers += [] if file is None else [_read_yaml(file)]
+    if run_file is not None:
+        known, others = of_this_version(_read_yaml(run_file))
+        layers.append(known)
+        if others:
+            logger.warning("%s: left out, no settings now: %s", run_file, ", ".join(others))
     return parse_config(*layers, *map(_parse_override, overrides), extra or {})
 
 
@@ -65,6 +74,23 @@ def parse_config(*layers: Mapping[str, Any]) -> HtsConfig:
 def override(config: HtsConfig, values: Mapping[str, Any]) -> HtsConfig:
     """Return the configuration with nested values changed and everything validated again."""
     return parse_config(config.model_dump(), values)
+
+
+def of_this_version(
+    values: Mapping[str, Any], section: type[Section] = HtsConfig, prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """Return nested values without those that are no settings, and the names of these."""
+    fields, known, others = section.model_fields, {}, list[str]()
+    for name, value in values.items():
+        inner = fields[name].annotation if name in fields else None
+        if name not in fields:
+            others.append(f"{prefix}{name}")
+        elif isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, dict):
+            known[name], more = of_this_version(value, inner, f"{prefix}{name}.")
+            others += more
+        else:
+            known[name] = value
+    return known, others
 
 
 def _read_preset(name: str) -> dict[str, Any]:

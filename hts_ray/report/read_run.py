@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import yaml
 
 from hts_ray.classes import ClassTable, read_class_csv
-from hts_ray.config import HtsConfig, parse_config
+from hts_ray.config import HtsConfig, of_this_version, parse_config
 from hts_ray.engine.image_pass import OK, committed_files
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.labels.passes import TeacherPass, made_from
@@ -133,7 +133,7 @@ def _run_config(text: str) -> HtsConfig:
     except yaml.YAMLError:
         values = None
     known = {}
-    for name, section in (values if isinstance(values, dict) else {}).items():
+    for name, section in of_this_version(values if isinstance(values, dict) else {})[0].items():
         try:
             parse_config({name: section})
             known[name] = section

@@ -26,7 +26,7 @@ import pyarrow as pa
 from hts_ray import stages
 from hts_ray.classes import load_class_table, name_classes, read_class_csv
 from hts_ray.classifier import Classifier, load
-from hts_ray.config import HtsConfig, override
+from hts_ray.config import HtsConfig, load_config, override
 from hts_ray.engine.console import print_line
 from hts_ray.engine.image_pass import OK
 from hts_ray.engine.run import BESIDE, CLASSES_FILE, CONFIG_FILE, Run
@@ -121,7 +121,7 @@ def label(
     folder, place = str(folder), str(run_dir or beside(str(folder)))
     remembered = storage.join(place, CONFIG_FILE)
     file = remembered if storage.exists(remembered) else None
-    config = stages.settings(PRESET, file=file, **{**settings, "run_dir": place})
+    config = load_config(preset=PRESET, run_file=file, extra={**settings, "run_dir": place})
     names = () if isinstance(classes, str | Path) else classes
     run = open_folder(folder, config, names, "" if names else str(classes or ""), teacher)
     list_images(run, folder)

@@ -105,6 +105,16 @@ def test_printed_config_reads_back_equal(tmp_path):
         assert load_config(file=str(path)) == config
 
 
+def test_a_run_of_another_version_goes_on(tmp_path, caplog):
+    """Would catch a setting that is taken away and closes every run that remembers it."""
+    path = tmp_path / "config.yaml"
+    path.write_text(HtsConfig(seed=3).to_yaml().replace("\nfilter:", "\nfilter:\n  calibrate: no"))
+    assert load_config(run_file=str(path)) == HtsConfig(seed=3)
+    assert "left out, no settings now: filter.calibrate" in caplog.text
+    with pytest.raises(ConfigError, match=r"filter\.calibrate: unknown setting"):
+        load_config(file=str(path))
+
+
 def test_override_keeps_the_rest_and_checks_again():
     """Would catch a variant that silently resets or skips validation."""
     config = load_config(preset="demo")
