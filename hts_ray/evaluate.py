@@ -108,18 +108,22 @@ def label_matrix(
 ) -> np.ndarray:
     """Return the annotations of N manifest rows as (N, C) int8 in {1, -1, 0, -2}.
 
-    `classes` narrows the C columns. Class ids that are not among them are left out.
+    `classes` narrows the C columns.
     """
-    ids_C = class_table.ids[classes]
-    labels_NC = np.full((len(manifest), len(ids_C)), metrics.UNKNOWN, dtype=np.int8)
+    return label_codes(manifest, class_table.ids[classes])
+
+
+def label_codes(rows: pa.Table, ids_C: np.ndarray) -> np.ndarray:
+    """Return the annotations of N rows of classes (C,) as `label_matrix`, others left out."""
+    labels_NC = np.full((len(rows), len(ids_C)), metrics.UNKNOWN, dtype=np.int8)
     values = (metrics.POSITIVE, metrics.NEGATIVE, metrics.AMBIGUOUS)
     position = np.full(2**16, -1, dtype=np.int32)
     position[ids_C.astype(np.uint16)] = np.arange(len(ids_C))
     for column, value in zip(ANNOTATION_COLUMNS, values, strict=True):
-        lists = manifest[column].combine_chunks()
+        lists = rows[column].combine_chunks()
         places = position[lists.flatten().to_numpy().astype(np.uint16)]
-        rows = pc.list_parent_indices(lists).to_numpy()
-        labels_NC[rows[places >= 0], places[places >= 0]] = value
+        row_E = pc.list_parent_indices(lists).to_numpy()
+        labels_NC[row_E[places >= 0], places[places >= 0]] = value
     return labels_NC
 
 

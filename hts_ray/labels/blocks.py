@@ -216,20 +216,6 @@ def total(counts: Iterable[Mapping[str, Any]]) -> Counts:
     return summed
 
 
-def summary(counts: Counts) -> dict[str, int | float]:
-    """Return what `Selection.summary` does, of the counts of all `label_rows`."""
-    images, positives = counts["images"], int(counts["positives_C"].sum())
-    return {
-        "images": images,
-        "positives": positives,
-        "positives_per_image": positives / images,
-        "images_without_positive": counts["bare"],
-        "classes_without_positive": int((counts["positives_C"] == 0).sum()),
-        "ignored_share": counts["ignored"] / (images * len(counts["positives_C"])),
-        **{name: counts[name] for name in REASONS},
-    }
-
-
 def _lists(found: Entries, chosen: Any, values: Any) -> pa.ListArray:
     """Return values of some entries, which are in the order of their images, as a list an image."""
     lengths_N = np.bincount(found.row_E[chosen], minlength=found.images)

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.errors import ConfigError, DataError
+from hts_ray.evaluate import label_codes
 from hts_ray.labels.select import UNDECIDED
 from hts_ray.store import storage
 from hts_ray.store.run import content_hash
 from hts_ray.store.tables import CORRECTIONS_SCHEMA, check_table, read_table, require_unique_ids
 
 OVERRIDES = "overrides.parquet"
-_VALUES = {"positive_ids": 1, "negative_ids": -1, "ambiguous_ids": 0}
 
 
 def read_overrides(path: str) -> pa.Table:
@@ -56,14 +56,8 @@ def decisions(
     decided_NC = np.full((len(image_ids), len(class_ids)), UNDECIDED, np.int8)
     row = pc.index_in(overrides["image_id"], value_set=image_ids)
     known = row.is_valid()
-    mine, row_K = overrides.filter(known).combine_chunks(), row.filter(known).to_numpy()
-    column = np.full(1 << 16, -1)
-    column[class_ids.astype(np.uint16)] = np.arange(len(class_ids))
-    for name, value in _VALUES.items():
-        listed = mine[name].combine_chunks()
-        places = column[pc.list_flatten(listed).to_numpy().astype(np.uint16)]
-        rows = row_K[pc.list_parent_indices(listed).to_numpy()]
-        decided_NC[rows[places >= 0], places[places >= 0]] = value
+    mine = overrides.filter(known)
+    decided_NC[row.filter(known).to_numpy()] = label_codes(mine, class_ids)
     return decided_NC, mine["image_id"].to_pylist()
 
 

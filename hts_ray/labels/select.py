@@ -9,7 +9,7 @@ Shapes: R regions of one image, C classes, N images, E entries (an image and a c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hts_ray.config import FilterConfig
+from hts_ray.metrics import UNKNOWN
 from hts_ray.store.aliases import BoolArray, FloatArray
 
 Aggregation = Literal["max", "mean", "top_k_mean", "noisy_or"]
@@ -25,7 +26,7 @@ Aggregation = Literal["max", "mean", "top_k_mean", "noisy_or"]
 REASONS = ("ignored_band", "below_support", "over_cap")
 REASON_DTYPE = np.dtype([(reason, np.int32) for reason in REASONS])
 
-UNDECIDED = 2  # where no person corrected an entry
+UNDECIDED = UNKNOWN  # where no person corrected an entry
 
 _FAR_ABOVE = 100.0  # nats
 # Of some entries: the bins that they fall into, each once, and how many fall into it.
@@ -50,23 +51,35 @@ class Selection:
         return {name: int(self.reason_counts_N[name].sum(dtype=np.int64)) for name in REASONS}
 
     def summary(self) -> dict[str, int | float]:
-        """Return what needs no ground truth: how much was kept, and of how many classes.
-
-        A good filter leaves few images and few classes without a positive while dropping much;
-        `positives_per_image` far from what the images show says the thresholds are off.
-        """
+        """Return `summary` of it."""
         positive_NC = self.targets_NC == 1
-        images, classes = positive_NC.shape
-        positives = int(positive_NC.sum())
-        return {
-            "images": images,
-            "positives": positives,
-            "positives_per_image": positives / images if images else 0.0,
-            "images_without_positive": int((~positive_NC.any(axis=1)).sum()),
-            "classes_without_positive": int((~positive_NC.any(axis=0)).sum()),
-            "ignored_share": float((self.targets_NC == 0).mean()) if images * classes else 0.0,
-            **self.reason_totals(),
+        counts = {
+            "images": len(positive_NC),
+            "bare": int((~positive_NC.any(axis=1)).sum()),
+            "positives_C": positive_NC.sum(axis=0),
+            "ignored": int((self.targets_NC == 0).sum()),
         }
+        return summary(counts | self.reason_totals())
+
+
+def summary(counts: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return what needs no ground truth: how much was kept, and of how many classes.
+
+    Of N images (`images`) and C classes: `bare` have no positive, `positives_C` and `ignored` count
+    the labels, and `REASONS` what was dropped. A good filter leaves few images and few classes
+    without a positive while dropping much; `positives_per_image` far from what the images show says
+    the thresholds are off.
+    """
+    images, positives = counts["images"], int(counts["positives_C"].sum())
+    return {
+        "images": images,
+        "positives": positives,
+        "positives_per_image": positives / max(images, 1),
+        "images_without_positive": counts["bare"],
+        "classes_without_positive": int((counts["positives_C"] == 0).sum()),
+        "ignored_share": counts["ignored"] / max(images * len(counts["positives_C"]), 1),
+        **{name: counts[name] for name in REASONS},
+    }
 
 
 def region_probabilities(

@@ -31,7 +31,6 @@ from hts_ray.labels.blocks import (
     label_rows,
     plan_blocks,
     read_block,
-    summary,
     total,
     write_part,
 )
@@ -45,7 +44,7 @@ from hts_ray.labels.evidence import (
     wants_sample_prior,
 )
 from hts_ray.labels.passes import TeacherPass, chosen_passes, together
-from hts_ray.labels.select import REASONS, Bins, Counted, Selection, select
+from hts_ray.labels.select import REASONS, Bins, Counted, Selection, select, summary
 from hts_ray.store import storage
 from hts_ray.store.aliases import FloatArray
 from hts_ray.store.run import StageFolder, settings_hash
