@@ -43,10 +43,7 @@ def _home(arguments: Sequence[str]) -> str:
 @option("--yes", is_flag=True, help="Go on after the sample without a question.")
 @option("--train", is_flag=True, help="Train a student on the labels too, and predict with it.")
 @stage_command(
-    autolabel.PRESET,
-    paths="PATH [CLASS]...",
-    complete=complete_folder_or_setting,
-    home=_home,
+    autolabel.PRESET, paths="PATH [CLASS]...", complete=complete_folder_or_setting, home=_home
 )
 def command(
     settings: Settings,

@@ -9,12 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hts_ray.cli.completers import (
-    PLACES,
-    Completer,
-    complete_preset,
-    complete_setting,
-)
+from hts_ray.cli.completers import PLACES, Completer, complete_preset, complete_setting
 from hts_ray.config import load_config
 from hts_ray.engine.console import duration, percent, print_line, print_next, print_rows
 from hts_ray.engine.run import CONFIG_FILE, Run, open_run

@@ -22,23 +22,11 @@ from typing import Any, Literal, NamedTuple
 import click
 from rich.markup import escape
 
-from hts_ray.cluster.facts import (
-    SAME_EVERYWHERE,
-    node_facts,
-    probe_file,
-    probe_path,
-    token_facts,
-)
+from hts_ray.cluster.facts import SAME_EVERYWHERE, node_facts, probe_file, probe_path, token_facts
 from hts_ray.config import HtsConfig
 from hts_ray.engine.console import console
 from hts_ray.engine.devices import on_node
-from hts_ray.engine.room import (
-    check_paths,
-    check_room,
-    demands,
-    joined_cluster,
-    worker_paths,
-)
+from hts_ray.engine.room import check_paths, check_room, demands, joined_cluster, worker_paths
 from hts_ray.engine.session import ray_cluster
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage

@@ -272,11 +272,7 @@ def how_to_go_on(client: JobSubmissionClient, job_id: str) -> list[str]:
 
 
 def wait(
-    client: JobSubmissionClient,
-    job_id: str,
-    *,
-    tell: Tell,
-    ask: Callable[[], bool] | None = None,
+    client: JobSubmissionClient, job_id: str, *, tell: Tell, ask: Callable[[], bool] | None = None
 ) -> int:
     """Follow a job's log until it ends, and return the exit code that stands for its end.
 

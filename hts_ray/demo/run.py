@@ -166,10 +166,7 @@ def make_world(run: Run) -> str:
 
 
 def run_variants(
-    run: Run,
-    manifest: str,
-    variants: Sequence[Variant],
-    watch: Steps | None = None,
+    run: Run, manifest: str, variants: Sequence[Variant], watch: Steps | None = None
 ) -> list[Row]:
     """Label once, then filter, train, predict and evaluate every variant, in the order given.
 
@@ -192,11 +189,7 @@ def run_variants(
 
 
 def run_variant(
-    run: Run,
-    manifest: str,
-    scores: StageFolder,
-    variant: Variant,
-    watch: Steps | None = None,
+    run: Run, manifest: str, scores: StageFolder, variant: Variant, watch: Steps | None = None
 ) -> Row:
     """Filter and train a variant, then score the test images in this process and evaluate."""
     started = time.perf_counter()

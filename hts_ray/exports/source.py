@@ -16,11 +16,7 @@ from hts_ray.engine.run import Run
 from hts_ray.errors import ConfigError, DataError
 from hts_ray.exports.records import Box, LabeledImage, Origin, SupportRegion
 from hts_ray.images.manifest import Manifest, latest_manifest
-from hts_ray.labels.evidence import (
-    class_probabilities,
-    iter_region_rows,
-    kept_regions,
-)
+from hts_ray.labels.evidence import class_probabilities, iter_region_rows, kept_regions
 from hts_ray.labels.passes import TeacherPass, made_from
 from hts_ray.store import storage
 from hts_ray.store.run import StageFolder, find_stage, given_stage, require_stage

@@ -22,15 +22,7 @@ import pyarrow.compute as pc
 from hts_ray.config import FilterConfig
 from hts_ray.labels.corrections import decisions
 from hts_ray.labels.evidence import Evidence, aggregate_regions, read_regions
-from hts_ray.labels.select import (
-    REASONS,
-    Bins,
-    Counted,
-    Entries,
-    choose,
-    corrected,
-    find_entries,
-)
+from hts_ray.labels.select import REASONS, Bins, Counted, Entries, choose, corrected, find_entries
 from hts_ray.store.aliases import FloatArray
 from hts_ray.store.tables import PSEUDO_LABELS_SCHEMA, write_table
 

@@ -25,9 +25,7 @@ _LEAST = 1e-4  # what 0 counts as among odds, and 1 as its opposite: no opinion 
 
 
 def combine(
-    passes: Sequence[Evidence],
-    weights: Sequence[float],
-    method: Combination = "geometric",
+    passes: Sequence[Evidence], weights: Sequence[float], method: Combination = "geometric"
 ) -> Evidence:
     """Return one Evidence of the images of all passes, in the order of their ids.
 

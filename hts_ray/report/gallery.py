@@ -17,11 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hts_ray.images.thumbnail import stored_thumbnail
-from hts_ray.labels.evidence import (
-    class_probabilities,
-    iter_region_rows,
-    kept_regions,
-)
+from hts_ray.labels.evidence import class_probabilities, iter_region_rows, kept_regions
 from hts_ray.labels.passes import TeacherPass
 from hts_ray.report.content import GalleryItem, GalleryLabel, GalleryRegion, Verdict
 from hts_ray.report.formatting import finite

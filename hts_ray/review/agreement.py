@@ -31,13 +31,7 @@ from hts_ray.metrics import wilson_interval
 from hts_ray.report.content import Section, Verdict
 from hts_ray.report.page import environment
 from hts_ray.store import storage
-from hts_ray.store.run import (
-    StageFolder,
-    content_hash,
-    find_stage,
-    finished_stages,
-    settings_hash,
-)
+from hts_ray.store.run import StageFolder, content_hash, find_stage, finished_stages, settings_hash
 from hts_ray.store.tables import CORRECTIONS_SCHEMA
 
 Row = Mapping[str, Any]

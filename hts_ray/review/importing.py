@@ -238,11 +238,7 @@ def _looked_up(
 
 
 def write_import(
-    imported: Imported,
-    output: str,
-    extra: Mapping[str, Any] | None = None,
-    *,
-    force: bool = False,
+    imported: Imported, output: str, extra: Mapping[str, Any] | None = None, *, force: bool = False
 ) -> None:
     """Write the tables, the counts and further JSON files (by name) to a folder, in one step.
 

@@ -19,24 +19,10 @@ _PEOPLE = "people"  # a section of background.txt
 _PERSON = frozenset({"person"})
 _STATED = 0.5  # the probability from which a sentence states a class, see `match_captions`
 _PHOTO = "a photo of "  # how people may begin their own prompts
-_EMPTY_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "under",
-        "at",
-        "to",
-        "with",
-        "and",
-        "photo",
-        "picture",
-        "image",
-    ]
-)
+_EMPTY_WORDS = {
+    "a", "an", "the", "of", "in", "on", "under", "at", "to", "with", "and", "photo", "picture",
+    "image",
+}  # fmt: skip
 
 
 @cache
