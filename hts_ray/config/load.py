@@ -48,7 +48,9 @@ def load_config(
         known, others = of_this_version(_read_yaml(run_file))
         layers.append(known)
         if others:
-            logger.warning("%s: left out, no settings now: %s", run_file, ", ".join(others))
+            logger.warning(
+                "%s: left out, as there is no such setting now: %s", run_file, ", ".join(others)
+            )
     return parse_config(*layers, *map(_parse_override, overrides), extra or {})
 
 

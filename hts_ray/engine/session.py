@@ -104,7 +104,8 @@ def ray_cluster(config: RayConfig, pools: Sequence[PoolConfig] = ()) -> Iterator
             ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
     except Exception as error:  # of a node that is slow to start Ray raises no other class
         target = config.address or os.environ.get("RAY_ADDRESS") or "a local cluster"
-        raise UserError(f"Ray could not reach or start {target}: {error}") from error
+        remedy = "check the address" if joins else "is the machine busy? run the same command again"
+        raise UserError(f"Ray could not reach or start {target}: {error} ({remedy})") from error
     _protect_token()
     # A command reports its end in a line; Ray would print a traceback before that.
     level = logging.ERROR if debug else logging.CRITICAL

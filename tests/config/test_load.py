@@ -110,7 +110,7 @@ def test_a_run_of_another_version_goes_on(tmp_path, caplog):
     path = tmp_path / "config.yaml"
     path.write_text(HtsConfig(seed=3).to_yaml().replace("\nfilter:", "\nfilter:\n  calibrate: no"))
     assert load_config(run_file=str(path)) == HtsConfig(seed=3)
-    assert "left out, no settings now: filter.calibrate" in caplog.text
+    assert "there is no such setting now: filter.calibrate" in caplog.text
     with pytest.raises(ConfigError, match=r"filter\.calibrate: unknown setting"):
         load_config(file=str(path))
 
