@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from hts_ray.cli.completers import PLACES, Completer, complete_preset, complete_setting
-from hts_ray.config import load_config
+from hts_ray.config import load_config, override
 from hts_ray.engine.console import duration, percent, print_line, print_next, print_rows
-from hts_ray.engine.run import CONFIG_FILE, Run, open_run
+from hts_ray.engine.run import CLASSES_FILE, CONFIG_FILE, Run, open_run
 from hts_ray.engine.telemetry import log_as, run_tag
 from hts_ray.errors import ConfigError
 from hts_ray.store import storage
@@ -52,6 +52,7 @@ class Settings:
         default: str | None = None,
     ) -> None:
         self.dry_run = dry_run
+        self._names_classes = any(entry.startswith("classes") for entry in overrides)
         self.remembered = None
         if config_file is None and preset is None and run_dir:
             path = storage.join(run_dir, CONFIG_FILE)
@@ -68,6 +69,11 @@ class Settings:
         """Load the classes; say so when the settings come from the run directory."""
         if self.remembered:
             print_line(f"settings: {self.remembered}")
+        source, kept = self.config.classes.source, storage.join(self.config.run_dir, CLASSES_FILE)
+        own = self._names_classes or source == "hico" or storage.exists(source)
+        if self.remembered and not own and storage.exists(kept):  # it was named in another folder
+            print_line(f"classes: {kept}, as there is no {source} here")
+            self.config = override(self.config, {"classes": {"source": kept, "ids": None}})
         return open_run(self.config)
 
 

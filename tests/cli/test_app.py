@@ -205,6 +205,21 @@ def test_hico_s_classes_are_not_taken_in_silence(tmp_path, capsys):
     assert "classes.source=FILE" not in out + err
 
 
+def test_a_run_is_gone_on_with_from_another_folder(tmp_path, monkeypatch, capsys):
+    """Would catch a run whose class list is found from one folder only."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30)).save("a.png")
+    Path("classes.csv").write_text("name\na dog\n")
+    prepare = ("prepare", "folder", "--root", str(tmp_path), "--run-dir", str(tmp_path / "r"))
+    assert hts(*prepare, "classes.source=classes.csv", capsys=capsys)[0] == 0
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir("there")
+    code, out, _ = hts(*prepare, capsys=capsys)
+    assert code == 0
+    assert "as there is no classes.csv here" in " ".join(out.split())
+    assert hts(*prepare, "classes.source=mistyped.csv", capsys=capsys)[0] == 2
+
+
 def test_unexpected_faults_keep_their_traceback_for_debugging_only(monkeypatch, capsys):
     """Would catch a traceback shown to users, or one that developers cannot get."""
 
