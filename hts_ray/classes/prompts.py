@@ -257,11 +257,4 @@ def _article(word: str) -> str:
 def _ing(word: str) -> str:
     if word.endswith("ing") and len(word) > 5:
         return word
-    if word.endswith("ie"):
-        return word[:-2] + "ying"
-    if word.endswith("e") and not word.endswith(("ee", "oe", "ye")) and len(word) > 2:
-        return word[:-1] + "ing"
-    # One syllable ending in consonant, vowel, consonant doubles the last: "jog" -> "jogging".
-    if re.fullmatch(r"([^aeiou]*|qu)[aeiou][^aeiouwxy]", word):
-        return word + word[-1] + "ing"
-    return word + "ing"
+    return next(iter(lemminflect.getInflection(word, "VBG")), f"{word}ing")

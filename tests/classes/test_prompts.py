@@ -113,6 +113,9 @@ def test_articles(noun, phrase):
     ("verb", "phrase"),
     [
         ("jog", "jogging"),
+        ("Admit", "Admitting"),
+        ("begin", "beginning"),
+        ("picnic", "picnicking"),
         ("skate", "skating"),
         ("dye", "dyeing"),
         ("untie", "untying"),
