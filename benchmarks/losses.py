@@ -33,6 +33,7 @@ import torch
 from fits import (
     AS_IT_IS,
     METRICS,
+    PAPER,
     TEACHERS,
     WEAK,
     WEAKER,
@@ -68,7 +69,7 @@ _UNBOUNDED = 1e9  # a clip that cuts nothing: norms are only told where there is
 class Setting:
     """What is chosen for a loss; `rate` is a factor of the demo's, `clip` one of the median norm.
 
-    The demo's own settings have a temperature of None.
+    Without a temperature the training is PAPER's (`benchmarks/fits.py`), with LSE-Sign.
     """
 
     loss: str
@@ -85,7 +86,7 @@ class Setting:
         return f"T={self.temperature:g} rate x{self.rate:g} clip {clip}"
 
 
-DEFAULT = Setting("default")
+PUBLISHED = Setting("paper")
 SUPERVISED = Setting("supervised")
 
 
@@ -106,10 +107,11 @@ class Lab(Cache):  # type: ignore[misc]
         return self._worlds[seed, stand_in]
 
     def labels(self, seed: int, teacher: Teacher) -> Labels:
-        """Return what the demo's filter makes of a teacher's scores."""
+        """Return the sure labels of a teacher's scores."""
         if (seed, teacher.name) not in self._labels:
             world = self.world(seed)
-            self._labels[seed, teacher.name] = world.labels(teacher, world.config.filter)
+            config = override(world.config, PAPER)
+            self._labels[seed, teacher.name] = world.labels(teacher, config.filter)
         return self._labels[seed, teacher.name]
 
     def norm(
@@ -162,8 +164,8 @@ class Lab(Cache):  # type: ignore[misc]
 
 
 def training(setting: Setting, clip: float | None) -> TrainConfig:
-    """Return the demo's training with a setting in place of its own."""
-    config = load_config(preset="demo")
+    """Return the demo's training with a setting in place of loss, temperature, rates and clip."""
+    config = override(load_config(preset="demo"), PAPER)
     if setting.temperature is None:
         return config.train
     optim = config.train.optim

@@ -193,7 +193,7 @@ def _teachers(report: Json) -> Iterator[Grid]:
         Column("its mAP, %", "teacher_mAP", PERCENT),
         Column("zero-shot", "zero_shot", PERCENT),
         Column("supervised", "supervised", interval),
-        Column("supervised, chosen loss", "supervised_chosen", interval),
+        Column("supervised, demo", "supervised_chosen", interval),
         Column("settings", "name"),
         Column("HTS, mAP in %", "mAP", interval),
         Column("gap closed", "gap_closed", share_interval),

@@ -38,7 +38,7 @@ def test_all_rows_are_measured_on_the_same_images(shown):
         "CLIP's own labels",
         "HTS whole image only",
         "HTS with regions",
-        "HTS with BCE",
+        "HTS with LSE-Sign",
         "supervised",
     ]
     assert {row.metrics["num_images"] for row in rows} == {32}
@@ -57,11 +57,11 @@ def test_rows_differ_in_what_they_claim_to_differ_in(shown):
     students = {row.name: row.student.key for row in rows if row.student}
     assert len(set(students.values())) == len(students) == 6
     labels = {row.name: row.labels.key for row in rows if row.labels}
-    assert labels["HTS with BCE"] == labels["HTS with regions"]
+    assert labels["HTS with LSE-Sign"] == labels["HTS with regions"]
     assert labels["HTS whole image only"] != labels["HTS with regions"]
     passes = {row.name: row.scores.key for row in rows if row.labels}
     assert len(set(passes.values())) == 2
-    assert passes["CLIP's own labels"] != passes["HTS with regions"] == passes["HTS with BCE"]
+    assert passes["CLIP's own labels"] != passes["HTS with regions"] == passes["HTS with LSE-Sign"]
 
 
 def test_table_and_page_tell_the_measured_numbers(shown):
