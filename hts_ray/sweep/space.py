@@ -206,9 +206,10 @@ def default_parameters(config: HtsConfig, region_scores: str) -> list[Parameter]
     if len(found.margins) > 1:
         parameters.append(Parameter("filter.margins", choices=subsets(found.margins)))
     rate = config.train.optim.head_lr or config.train.optim.lr
+    temperature = config.train.loss_temperature
     return [
         *parameters,
-        Parameter("train.loss_temperature", 0.25, 4.0, log=True),
+        Parameter("train.loss_temperature", temperature / 4, temperature * 4, log=True),
         Parameter("train.optim.head_lr", rate / 8, rate * 8, log=True),
     ]
 
