@@ -52,19 +52,19 @@ from hts_ray.sweep.tune import Halving
 RESULTS = Path(__file__).parent / "results" / "rescue.json"
 STARTS: dict[str, Settings] = {
     "positive_threshold 0.9": {"filter.positive_threshold": 0.9},
-    "loss_temperature 4": {"train.loss_temperature": 4.0},
+    "loss_temperature 1": {"train.loss_temperature": 1.0},
     "prior_alpha 1": {"filter.prior_alpha": 1.0},
     "aggregation max": {"filter.aggregation": "max"},
     "all four": {
         "filter.positive_threshold": 0.9,
-        "train.loss_temperature": 4.0,
+        "train.loss_temperature": 1.0,
         "filter.prior_alpha": 1.0,
         "filter.aggregation": "max",
     },
 }
 GRID = {
     "filter.positive_threshold": (0.3, 0.5, 0.7),
-    "train.loss_temperature": (0.5, 1.0, 2.0, 4.0),
+    "train.loss_temperature": (1.0, 2.0, 4.0, 8.0),
 }
 LABELS = (0, 200, 50)
 SEARCHES = ("sweep", "grid", "random")
@@ -149,7 +149,9 @@ class Rescue:
         key = ["test", self.world.seed, sorted(settings.items())]
         return float(self.kept.once(key, measure)["mAP"])
 
-    def sweep(self, start: Settings, space: Space) -> tuple[Settings, float, str]:
+    def sweep(
+        self, start: Settings, space: Space, finalists: int | None = None
+    ) -> tuple[Settings, float, str]:
         """Search as `hts sweep`; returns the choice, its CPU seconds and the verdict."""
         sweep, own = self.config.sweep, {**space.own(), **start}
         halving = Halving(sweep.repeats, sweep.reduction, {})
@@ -173,7 +175,7 @@ class Rescue:
                     break
             trials[number] = Trial(number, settings, status, {}, tuple(reports))  # type: ignore[arg-type]
         best = [trial for trial in promising_first(trials) if trial.number != OWN]
-        chosen = [trials[OWN], *best[: sweep.finalists]]
+        chosen = [trials[OWN], *best[: finalists or sweep.finalists]]
         winner, verdict, more = self._compare(chosen, trials)
         return winner, seconds + more, verdict
 
@@ -215,14 +217,13 @@ def rescue_world(
 ) -> list[Any]:
     """Return what every search makes of every start on a world."""
     rescue = Rescue(world, labels, trials, kept)
-    space = build_space(rescue.config, path)
+    good = rescue.test(build_space(rescue.config, path).own())
     grid = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
-    drawn = [space.draw(SEED + 1, number) for number in range(1, len(grid) + 1)]
-    good = rescue.test(space.own())
     rows = []
     for name, start in STARTS.items():
-        own = {**space.own(), **start}
-        before = rescue.test(own)
+        space = build_space(override(rescue.config, nested(start)), path)
+        drawn = [space.draw(SEED + 1, number) for number in range(1, len(grid) + 1)]
+        before = rescue.test(space.own())
         row = {
             "world": world.seed,
             "labels": labels,
