@@ -13,6 +13,9 @@ of a stand-in whose last block stays frozen; the best three are trained as the d
 best of them is the loss's setting. With it students are trained on worlds and with seeds that
 nothing was chosen on, for three teachers: as the demo trains (--full-seeds), and the stand-in.
 
+With --images the same is done where labels are scarce: so many training images of a world, epochs
+in proportion, the teacher as it is.
+
 A fit is the demo's training from the last frozen layer on (`benchmarks/fits.py`). Every fit is
 kept in fits.jsonl of --cache, so a run that was cut off goes on; the results are written after
 every seed and name the seeds they are of. Intervals are 95 % bootstrap intervals over worlds
@@ -43,11 +46,12 @@ from fits import (
     World,
     open_world,
 )
-from measured import measured_on, write_results
+from measured import measured_on, read_results, write_results
 
 from hts_ray.config import TrainConfig, load_config, override
 from hts_ray.engine.console import percent, print_rows
 from hts_ray.errors import DataError
+from hts_ray.student.model import Student
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
 LOSSES = ("lse_sign", "bce", "weighted_bce", "focal", "asl")
@@ -93,9 +97,9 @@ SUPERVISED = Setting("supervised")
 class Lab(Cache):  # type: ignore[misc]
     """Fits by setting, world, seed and teacher."""
 
-    def __init__(self, cache: Path, norms_of: int) -> None:
-        super().__init__(cache / "fits.jsonl")
-        self._runs, self._norms_of = cache / "worlds", norms_of
+    def __init__(self, cache: Path, norms_of: int, images: int | None = None) -> None:
+        super().__init__(cache / ("fits.jsonl" if images is None else f"fits-{images}.jsonl"))
+        self._runs, self._norms_of, self._images = cache / "worlds", norms_of, images
         self._worlds: dict[tuple[int, bool], World] = {}
         self._labels: dict[tuple[int, str], Labels] = {}
 
@@ -114,6 +118,17 @@ class Lab(Cache):  # type: ignore[misc]
             self._labels[seed, teacher.name] = world.labels(teacher, config.filter)
         return self._labels[seed, teacher.name]
 
+    def fit(
+        self, place: World, labels: Labels, config: TrainConfig, seed: int
+    ) -> tuple[Student, list[float]]:
+        """Train on all images, or on those that are left, for as many steps."""
+        total = len(labels.targets_NC)
+        if self._images is None:
+            return place.fit(labels, config, seed)
+        rows_N = np.random.default_rng([place.seed, 11]).permutation(total)[: self._images]
+        epochs = config.epochs * total // self._images
+        return place.fit(labels, config.model_copy(update={"epochs": epochs}), seed, rows_N)
+
     def norm(
         self, loss: str, temperature: float, teacher: Teacher, stand_in: bool = False
     ) -> float:
@@ -123,7 +138,7 @@ class Lab(Cache):  # type: ignore[misc]
             world = self.world(self._norms_of, stand_in)
             config = training(Setting(loss, temperature), _UNBOUNDED)
             labels = self.labels(self._norms_of, teacher)
-            return {"norm": statistics.median(world.fit(labels, config, _NORM_SEED)[1])}
+            return {"norm": statistics.median(self.fit(world, labels, config, _NORM_SEED)[1])}
 
         key = ["norm", loss, temperature, teacher.name, stand_in]
         return float(self.once(key, measure)["norm"])
@@ -151,7 +166,7 @@ class Lab(Cache):  # type: ignore[misc]
             labels = place.annotations() if supervised else self.labels(world, teacher)
             config = training(setting, self.clip(setting, tuned_with, stand_in))
             try:
-                judged: dict[str, Any] = place.judge(place.fit(labels, config, seed)[0])
+                judged: dict[str, Any] = place.judge(self.fit(place, labels, config, seed)[0])
             except DataError:  # the loss is not finite: as bad as can be
                 return dict.fromkeys(METRICS, 0.0)
             return judged
@@ -312,9 +327,10 @@ def run(lab: Lab, options: argparse.Namespace) -> None:
     results: dict[str, Any] = {"tuned_on": options.tune, "worlds": options.worlds}
     results |= {"grid": {"temperatures": TEMPERATURES, "rates": RATES, "clips": CLIPS}}
     results |= {"tuning": {}, "comparison": []}
-    for tuned_with, judged in ((AS_IT_IS, TEACHERS), (WEAKER, (WEAKER, WEAK)))[
-        : 1 + options.weaker
-    ]:
+    parts_of = [(AS_IT_IS, TEACHERS if options.images is None else (AS_IT_IS,))]
+    if options.weaker:
+        parts_of.append((WEAKER, (WEAKER, WEAK)))
+    for tuned_with, judged in parts_of:
         tuned = {loss: tune(lab, loss, options.tune, tuned_with) for loss in LOSSES}
         results["tuning"][tuned_with.name] = tuned
         print_tuning(tuned, tuned_with.name)
@@ -328,7 +344,11 @@ def run(lab: Lab, options: argparse.Namespace) -> None:
                 some = judged if stand_in else judged[: options.full_teachers]
                 parts = before + [compare(lab, *known, judge, stand_in) for judge in some]
                 results["comparison"] = [*others, *parts]
-                write_results(options.out, {**measured_on(), **results, "fits": len(lab.known)})
+                told = {**measured_on(), **results, "fits": len(lab.known)}
+                if options.images is not None:
+                    scarce = {**told, "images": options.images}
+                    told = {**read_results(options.out), "scarce": scarce}
+                write_results(options.out, told)
         for part in parts:
             print_comparison(part)
 
@@ -342,11 +362,12 @@ def main() -> None:
     parser.add_argument("--full-teachers", type=int, default=3, help="the first so many")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the stand-in")
     parser.add_argument("--weaker", action="store_true", help="tune with the weaker teacher too")
+    parser.add_argument("--images", type=int, help="training images; all if not set")
     parser.add_argument("--cache", type=Path, default=Path("runs/losses"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run(Lab(options.cache, options.tune[0]), options)
+    run(Lab(options.cache, options.tune[0], options.images), options)
 
 
 if __name__ == "__main__":
