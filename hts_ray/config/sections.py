@@ -625,10 +625,11 @@ class TrainConfig(Section):
         for loss, settings in _LOSS_SETTINGS.items():
             for name in settings if loss != self.loss else ():
                 value = getattr(self, name)
-                changed = value != type(self).model_fields[name].default
+                plain = type(self).model_fields[name].default
                 yield (
-                    changed,
-                    f"{name}={value} has no effect with loss={self.loss}: set loss={loss}",
+                    value != plain,
+                    f"{name}={value} has no effect with loss={self.loss}: set loss={loss}, or"
+                    f" {name}={plain}",
                 )
 
 

@@ -107,6 +107,7 @@ VARIANTS = (
             "train": {
                 "loss": "lse_sign",
                 "loss_temperature": 1.0,
+                "asl_gamma_neg": 4.0,
                 "soft_labels": False,
                 "optim": {"grad_clip": 0.19},
             }
