@@ -117,7 +117,7 @@ def test_a_run_of_another_version_goes_on(tmp_path, caplog):
 
 def test_override_keeps_the_rest_and_checks_again():
     """Would catch a variant that silently resets or skips validation."""
-    config = load_config(preset="demo")
+    config = load_config(preset="own-images")
     changed = override(config, {"train": {"loss": "bce"}})
     assert changed.train.loss == "bce"
     assert changed.train.epochs == config.train.epochs
