@@ -88,7 +88,9 @@ CLIP_LABELS = Variant(
     },
 )
 SUPERVISED = Variant(
-    "supervised", "the train split's annotations", {"train": {"labels": "annotations"}}
+    "supervised",
+    "the train split's annotations",
+    {"train": {"labels": "annotations", "soft_labels": False}},
 )
 VARIANTS = (
     ZERO_SHOT,
