@@ -527,7 +527,7 @@ class TrainConfig(Section):
         "pseudo", "HTS, supervised upper bound, or zero-shot"
     )
     split: str = setting("train", "split of the manifest to train on")
-    soft_labels: bool = setting(False, "a positive weighs its probability in the loss")
+    soft_labels: bool = setting(False, "a positive pseudo-label weighs its probability in the loss")
     validation_split: str | None = execution(None, "annotated split whose mAP is only measured")
     validate_every: int = execution(1, "epochs between these measurements", ge=1)
     loss: Literal["lse_sign", "bce", "weighted_bce", "focal", "asl"] = setting(
@@ -597,6 +597,11 @@ class TrainConfig(Section):
     def gpu(self) -> bool:
         """Whether a worker has a GPU; not as long as `engine.devices` has not chosen for `auto`."""
         return self.use_gpu is True
+
+    @property
+    def weighs_labels(self) -> bool:
+        """Whether positives weigh their probability: annotations have none."""
+        return self.soft_labels and self.labels == "pseudo"
 
     @property
     def worker_cpus(self) -> float:

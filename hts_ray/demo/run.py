@@ -88,9 +88,7 @@ CLIP_LABELS = Variant(
     },
 )
 SUPERVISED = Variant(
-    "supervised",
-    "the train split's annotations",
-    {"train": {"labels": "annotations", "soft_labels": False}},
+    "supervised", "the train split's annotations", {"train": {"labels": "annotations"}}
 )
 VARIANTS = (
     ZERO_SHOT,

@@ -145,7 +145,7 @@ class HeadData:
         table, images = open_table(features), len(image_ids)
         names = [TABLE, FLIPPED] if config.augment.flip else [TABLE]
         width = table.schema.field(TABLE).type.list_size
-        row_bytes = 4 * width * len(names) + classes * (5 if config.soft_labels else 1)
+        row_bytes = 4 * width * len(names) + classes * (5 if config.weighs_labels else 1)
         on_disk = images * row_bytes > config.features.memory_gib * 2**30
 
         def matrix(columns: int, kind: npt.DTypeLike) -> Matrix:
@@ -158,7 +158,7 @@ class HeadData:
                 found[name][rows_B] = torch.from_numpy(_unit(feature_matrix(piece[name])))
         self.features_ND, self.flipped_ND = found[TABLE], found.get(FLIPPED)
         self.targets_NC = matrix(classes, np.int8)
-        self.weights_NC = matrix(classes, np.float32) if config.soft_labels else None
+        self.weights_NC = matrix(classes, np.float32) if config.weighs_labels else None
         pairs = []
         for rows_B, piece in _placed(task.data.mapped(task.run.class_table, config), image_ids):
             targets_BC = targets.dense_targets(piece["positive"], piece["ignored"], classes)

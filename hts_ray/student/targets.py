@@ -159,7 +159,7 @@ def training_labels(
 
 def label_columns(config: TrainConfig) -> list[str]:
     """Return the columns of labels that a training reads."""
-    soft = ["probability"] if config.soft_labels and config.labels == "pseudo" else []
+    soft = ["probability"] if config.weighs_labels else []
     return ["image_id", "uri", "positive_ids", "ignored_ids", *soft]
 
 
@@ -233,7 +233,7 @@ def _mapped(
     labels: pads.Dataset, class_table: ClassTable, config: TrainConfig
 ) -> Iterator[tuple[pa.Table, tuple[int, int]]]:
     """Yield pieces of the labels with positions, and how many ids of each were of other classes."""
-    soft = config.soft_labels and "probability" in labels.schema.names
+    soft = config.weighs_labels and "probability" in labels.schema.names
     columns = ["image_id", "uri", "positive_ids", "ignored_ids", *(["probability"] * soft)]
     for piece in stream(labels, columns):
         found = piece.filter(piece["image_id"].is_valid())
@@ -245,7 +245,7 @@ def _mapped(
             "positive": positive,
             "ignored": ignored,
         }
-        if config.soft_labels:
+        if config.weighs_labels:
             table["weight"] = _positive_weights(found, positive, known)
         yield pa.table(table), (int((~known).sum()), int((~known_ignored).sum()))
 
@@ -463,7 +463,7 @@ def _positive_weights(
             "these labels have no probabilities",
             field="train.soft_labels",
             value=True,
-            remedy="they come with train.labels=pseudo only",
+            remedy="take labels of `hts filter`",
         )
     weights = _flat(labels["probability"].combine_chunks()).astype(np.float32)
     if len(weights) != len(known):

@@ -94,7 +94,7 @@ def pseudo_label(data: SweepData, config: HtsConfig) -> TrialLabels:
     targets_NC = np.zeros(evidence.probabilities_NC.shape, np.int8)
     targets_NC[seen_N] = labels.selection.targets_NC
     weights_NC = None
-    if config.train.soft_labels:
+    if config.train.weighs_labels:
         weights_NC = np.ones(targets_NC.shape, np.float32)
         weights_NC[seen_N] = np.where(positive_NC, labels.evidence.probabilities_NC, np.float32(1))
     return TrialLabels(targets_NC, weights_NC, seen_N, labels.selection)
