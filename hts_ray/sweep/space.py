@@ -29,6 +29,7 @@ TRIES = 200  # draws until the settings of a trial fit together
 _SAMPLE_IMAGES = 200  # whose scores tell where `null_score` may lie
 _NULL_QUANTILES = (0.1, 0.3, 0.5, 0.7)
 _MOST_REGIONS = 6
+_CHANGED = 0.3  # of the run's settings, in every other trial
 # Of `train`, what a fit of the classifier on stored features feels.
 _FELT = re.compile(
     r"loss(_temperature)?|positive_weight|focal_\w+|asl_\w+|class_balance|epochs|batch_size"
@@ -102,14 +103,19 @@ class Space:
     def draw(self, seed: int, trial: int) -> Settings:
         """Return the settings of a trial, the same for the same seed and number.
 
+        In every other trial only some are drawn: of many settings of a run most are often right.
         Settings that contradict one another are drawn anew; after many tries the last are
         returned as they are, and `problem` tells what is wrong with them.
         """
-        rng = np.random.default_rng([seed, trial])
+        rng, own = np.random.default_rng([seed, trial]), self.own()
+        share = 1.0 if trial % 2 else _CHANGED
         settings: Settings = {}
         for _ in range(TRIES):
-            settings = {p.name: p.draw(rng) for p in self.parameters}
-            if self.problem(settings) is None:
+            settings = {
+                p.name: p.draw(rng) if rng.uniform() < share else own[p.name]
+                for p in self.parameters
+            }
+            if settings != own and self.problem(settings) is None:
                 break
         return settings
 

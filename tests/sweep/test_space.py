@@ -117,7 +117,7 @@ def test_default_space_follows_what_the_teacher_stored(swept_run):
     assert "filter.prior_alpha" not in found  # no prior is stored
     assert found["filter.top_k"].high == 4
     levels = [value for value in found["filter.null_score"].choices if value is not None]
-    assert -2.0 in levels  # the run's own
+    assert -1.0 in levels  # the run's own
     assert all(-8 < level < 2 for level in levels)
     assert space.own()["filter.top_k"] == swept_run.config.filter.top_k
     for trial in range(1, 30):
