@@ -150,6 +150,7 @@ def _world(report: Json) -> Iterator[Grid]:
 
 
 def _losses(report: Json) -> Iterator[Grid]:
+    images = f", {report['images']} training images" if "images" in report else ""
     for teacher, found in report["tuning"].items():
         rows = [{"loss": loss, **entry, **entry["setting"]} for loss, entry in found.items()]
         columns = [
@@ -162,7 +163,7 @@ def _losses(report: Json) -> Iterator[Grid]:
             Column("at an edge", "at_edge", lambda edge: "yes" if edge else "no"),
         ]
         worlds = report["tuned_on"]
-        yield grid(columns, rows, f"Chosen with the teacher {teacher}, on worlds {worlds}")
+        yield grid(columns, rows, f"Chosen with the teacher {teacher}, on worlds {worlds}{images}")
     columns = [
         Column("test AP, %", "name"),
         Column("mAP", "mAP", interval),
@@ -175,9 +176,11 @@ def _losses(report: Json) -> Iterator[Grid]:
     for part in report["comparison"]:
         caption = (
             f"Student: {part['student']}. Teacher {part['teacher']}, settings chosen with"
-            f" {part['tuned_with']}: worlds {part['worlds']}, seeds {part['seeds']}"
+            f" {part['tuned_with']}: worlds {part['worlds']}, seeds {part['seeds']}{images}"
         )
         yield grid(columns, part["rows"], caption)
+    if "scarce" in report:
+        yield from _losses(report["scarce"])
 
 
 def _teachers(report: Json) -> Iterator[Grid]:
