@@ -2,9 +2,9 @@
 
     python benchmarks/world.py [--seeds 0 1 2] [--run-dir runs/benchmark] [--out FILE]
 
-The rows of the demo, labels that are not filtered, and the paper's loss with surer labels, on worlds
-whose seeds were not looked at while world, models and settings were chosen (those used seeds 100 and
-up). Prints a table; writes the same with hardware, versions, settings and date to
+The rows of the demo, labels that are not filtered, and the paper's loss with surer labels, on
+worlds whose seeds were not looked at while world, models and settings were chosen (those used seeds
+100 and up). Prints a table; writes the same with hardware, versions, settings and date to
 benchmarks/results/world.json.
 """
 
