@@ -123,11 +123,14 @@ class Lab(Cache):  # type: ignore[misc]
     ) -> tuple[Student, list[float]]:
         """Train on all images, or on those that are left, for as many steps."""
         total = len(labels.targets_NC)
+        fitted: tuple[Student, list[float]]
         if self._images is None:
-            return place.fit(labels, config, seed)
+            fitted = place.fit(labels, config, seed)
+            return fitted
         rows_N = np.random.default_rng([place.seed, 11]).permutation(total)[: self._images]
         epochs = config.epochs * total // self._images
-        return place.fit(labels, config.model_copy(update={"epochs": epochs}), seed, rows_N)
+        fitted = place.fit(labels, config.model_copy(update={"epochs": epochs}), seed, rows_N)
+        return fitted
 
     def norm(
         self, loss: str, temperature: float, teacher: Teacher, stand_in: bool = False

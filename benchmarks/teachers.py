@@ -158,7 +158,8 @@ def search(lab: Teachers, worlds: Sequence[int]) -> tuple[Choice, dict[str, Any]
     nearby: Choice = max([best, *near], key=value)
     placed: list[Choice] = [{**nearby, "filter.null_score": score} for score in NULL_SCORES]
     course["null_scores"] = [value(one, TEACHERS) for one in placed]
-    return {**TRAINING, **max(placed, key=lambda one: value(one, TEACHERS))}, course
+    chosen: Choice = max(placed, key=lambda one: value(one, TEACHERS))
+    return {**TRAINING, **chosen}, course
 
 
 def parts_of(lab: Teachers, choice: Choice, worlds: Sequence[int]) -> dict[str, float]:
