@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
+from hts_ray.engine.console import duration
+
 NOTHING = "\u2013"
 
 
@@ -55,15 +57,7 @@ def seconds(value: float | None) -> str:
     """Return a duration in words."""
     if not finite(value):
         return NOTHING
-    if value < 9.95:
-        return f"{value:.1f} s"
-    whole = round(value)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(value / 60)
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"{value:.1f} s" if value < 9.95 else duration(value)
 
 
 def plural(word: str, number: int) -> str:

@@ -35,7 +35,7 @@ def test_figure(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(9.96, "10 s"), (59.6, "1 min 0 s"), (3599.6, "1 h 0 min"), (3700, "1 h 2 min")],
+    [(9.94, "9.9 s"), (9.96, "10 s"), (179.6, "3 min 0 s"), (5999.6, "1 h 40 min")],
 )
 def test_seconds(value, text):
     """Catches "60 s" and "60 min", which come of rounding after the unit is chosen."""
