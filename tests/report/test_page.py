@@ -72,7 +72,15 @@ def test_everything_given_is_on_the_page(full):
     """Catches a loop that drops rows, and numbers printed as fractions or with noise digits."""
     data, page = full
     assert len([a for a in page.attributes("figure") if a.get("class") == "card"]) == 4
-    for text in ("37.2", "50.0", "56.2", "2.0 s", "2 min 20 s", "61 min 40 s", "14.0 \u00d7 images"):
+    for text in (
+        "37.2",
+        "50.0",
+        "56.2",
+        "2.0 s",
+        "2 min 20 s",
+        "61 min 40 s",
+        "14.0 \u00d7 images",
+    ):
         assert text in page.words, text
     for row in (*data.comparison, *data.per_class):
         assert row.name in page.words
