@@ -33,8 +33,7 @@ from hts_ray.engine.ray_data import data_context
 from hts_ray.engine.session import ray_cluster
 from hts_ray.store import storage
 from hts_ray.store.tables import write_table
-from hts_ray.student import feed as feeding
-from hts_ray.student.feed import Feed
+from hts_ray.student.feed import Feed, dataset_of
 from hts_ray.student.targets import row_file
 
 if TYPE_CHECKING:
@@ -68,9 +67,7 @@ def mixed(rows: pa.Table, options: argparse.Namespace, folder: str) -> tuple[Fee
     write_table(row_file(folder, 0), rows)
     feed = Feed(folder, (len(rows),), options.stored, "", 0, f"{folder}/epoch.json")
     with feed.blocks:
-        units = feeding._read(feed, "none", None).repartition(target_num_rows_per_block=feed.unit)
-        work = partial(fill, side=options.side)
-        return feed, units.map_batches(work, batch_format="pyarrow", batch_size=None)
+        return feed, dataset_of(feed, partial(fill, side=options.side), most=feed.task_units)
 
 
 def first_batches(shards: list[Any], batch: int, **options: Any) -> float:

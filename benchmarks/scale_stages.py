@@ -63,9 +63,8 @@ from hts_ray.store.tables import (
     REGION_SCORES_SCHEMA,
     predictions_schema,
 )
-from hts_ray.student import feed as feeding
 from hts_ray.student import pool as student_pool
-from hts_ray.student.feed import Feed
+from hts_ray.student.feed import Feed, dataset_of
 from hts_ray.student.pool import StudentPass
 from hts_ray.student.predict import StudentScorer
 from hts_ray.student.targets import label_columns, label_source, training_set, write_rows
@@ -276,7 +275,8 @@ def run_train_rows(folder: Path, images: int) -> dict[str, Any]:
     with ray_cluster(RayConfig(object_store_gib=1.0)):
         first, seen, started = 0.0, 0, time.monotonic()
         with feed.blocks:
-            shards = feeding._read(feed, "none", None).streaming_split(1, equal=True)
+            rows = dataset_of(feed, undecoded, most=feed.task_units)
+            shards = rows.streaming_split(1, equal=True)
         for batch in shards[0].iter_batches(batch_size=4096, batch_format="pyarrow"):
             first = first or time.monotonic() - started
             seen += len(batch)

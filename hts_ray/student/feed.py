@@ -3,16 +3,17 @@
 The rows lie in Parquet files, each of which is a random part of them. Rows side by side form
 units. An epoch passes over the files in a random order, over a file's units in a random order, and
 mixes the rows of some units that follow each other; all of that follows from the seed and the
-epoch, on whatever machine and however the images are kept. Workers read, mix and decode: no batch
-waits for a buffer to fill, and the process that started the training sees no row.
+epoch, on whatever machine and however the images are kept. Tasks of one kind read, mix and decode:
+no batch waits for a buffer to fill, and the process that started the training sees no row.
 
 Images can be kept in Ray's object store as pixels, as the bytes of their files, or not at all.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,11 +38,15 @@ if TYPE_CHECKING:
     import ray.data
 
 Kept = Literal["pixels", "bytes", "none"]
+Places = npt.NDArray[np.int64]  # of rows in a file
 _LOOP_COLUMNS = ("row", "positive", "ignored", "weight", "pixels")
 _BAD_COLUMNS = ("row", "image_id", "uri", "error_kind", "error")
 _UNIT_BYTES, _UNIT_ROWS = 32 << 20, 64
 _MIXED_ROWS = 512  # at the least, but for few images
-_MOST_TASKS = 1024  # of an epoch that read rows: each costs the start of the epoch a moment
+_MOST_STRETCHES = 1024
+# Every task costs the start of an epoch a millisecond, and what a task makes waits for the tasks
+# before it: the first ones make a unit each, later ones more.
+_GROWTH, _MOST_UNITS, _MOST_TASKS = 8, 8, 4096
 _NEVER_CUT = 1 << 50  # bytes of a block
 _SHARE_OF_STORE = 3  # what is kept takes a third: what is on its way to the workers needs room too
 
@@ -77,48 +82,53 @@ class Feed:
         return max(1, min(_UNIT_BYTES // (self.size**2 * 3), _UNIT_ROWS, -(-self.rows // 8)))
 
     @property
+    def task_units(self) -> int:
+        """The most units that a task of an epoch decodes."""
+        return max(_MOST_UNITS, -(-self.rows // self.unit // _MOST_TASKS))
+
+    @property
     def blocks(self) -> Any:
         """Ray Data's settings for this feed: in order, and a unit of pixels a block."""
         # Ray hands on what is larger than its target, and cuts what is half as large again.
         target = max(1 << 20, int(0.7 * self.unit * self.size**2 * 3))
         return data_context(keep_order=True, block_bytes=target)
 
-    def stretches(self) -> list[Stretch]:
-        """Return what each task of the epoch that runs reads, in order."""
-        together = -(-max(_MIXED_ROWS, -(-self.rows // _MOST_TASKS)) // self.unit)
-        epoch, files = None, np.arange(len(self.counts))
+    def tasks(self, least: int, most: int) -> list[tuple[int, Places]]:
+        """Return, in order, a file and the places of the rows in it for each task of the epoch.
+
+        Tasks have `least` units at first, later ones up to `most`, but never more than are mixed.
+        """
+        epoch = None
         if self.epoch_file is not None:
             known = storage.exists(self.epoch_file)  # Ray also asks before an epoch runs
             epoch = storage.read_json(self.epoch_file) if known else 0
+        found: list[tuple[int, Places]] = []
+        for file, places in self._mixed(epoch):
+            while len(places):
+                size = min(most, least + len(found) // _GROWTH) * self.unit
+                found.append((file, places[:size]))
+                places = places[size:]
+        return found
+
+    def _mixed(self, epoch: int | None) -> Iterator[tuple[int, Places]]:
+        """Yield files and the places of rows that are mixed; without an epoch nothing is."""
+        together = -(-max(_MIXED_ROWS, -(-self.rows // _MOST_STRETCHES)) // self.unit)
+        files = np.arange(len(self.counts))
+        if epoch is not None:
             random = np.random.default_rng([self.seed, epoch])
             files = random.permutation(files)
-        found = []
         for file in files.tolist():
             units = np.arange(-(-self.counts[file] // self.unit))
             if epoch is not None:
                 units = random.permutation(units)
             for start in range(0, len(units), together):
-                chosen = units[start : start + together]
-                seed = None if epoch is None else (self.seed, epoch, file, start)
-                rows = int(np.minimum(self.counts[file] - chosen * self.unit, self.unit).sum())
-                found.append(Stretch(file, chosen, rows, seed))
-        return found
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Some units of a file, `rows` in all, whose rows are mixed by `seed` where there is one."""
-
-    file: int
-    units: npt.NDArray[np.int64]
-    rows: int
-    seed: tuple[int, ...] | None
-
-    def order(self) -> npt.NDArray[np.int64]:
-        """Return the order of the rows, as numbers among those of the units."""
-        if self.seed is None:
-            return np.arange(self.rows)
-        return np.random.default_rng(self.seed).permutation(self.rows)
+                chosen = units[start : start + together, None]
+                places = (chosen * self.unit + np.arange(self.unit)).ravel()
+                places = places[places < self.counts[file]]
+                if epoch is not None:
+                    mixed = np.random.default_rng((self.seed, epoch, file, start))
+                    places = places[mixed.permutation(len(places))]
+                yield file, places
 
 
 def choose_kept(
@@ -173,41 +183,45 @@ def fed_images(feed: Feed, kept: Kept, tasks: int | None = None) -> ray.data.Dat
     Keeping them is done here, once. At most `tasks` images are decoded at the same time, as many
     as there are free CPUs by default. Bad images are left out.
     """
-    from ray.data import TaskPoolStrategy
-
     refs = None if kept == "none" else _keep(feed, kept)
     with feed.blocks:
-        dataset = _read(feed, kept, refs)
-        if kept == "pixels":
-            return dataset
-        compute = TaskPoolStrategy(size=tasks)
+        if kept == "pixels":  # a task takes all rows that are mixed: a unit travels once
+            return dataset_of(feed, _good, refs, least=feed.rows, most=feed.rows)
         decode = partial(_decode, size=feed.size, bad_folder=feed.bad_folder, drop_bad=True)
-        units = dataset.repartition(target_num_rows_per_block=feed.unit)
-        return units.map_batches(decode, batch_format="pyarrow", batch_size=None, compute=compute)
+        return dataset_of(feed, decode, refs, most=feed.task_units, concurrency=tasks)
 
 
 def _keep(feed: Feed, kept: Kept) -> list[Any]:
     """Return references to the units' images in the object store, bad rows among them."""
     plain = Feed(feed.folder, feed.counts, feed.size, feed.bad_folder)
-    work: Any = load_bytes
+    work: Callable[[pa.Table], pa.Table] = load_bytes
     if kept == "pixels":
         work = partial(_decode, size=feed.size, bad_folder=feed.bad_folder, drop_bad=False)
     with data_context(keep_order=True, block_bytes=_NEVER_CUT):
-        units = _read(plain, "none", None).repartition(target_num_rows_per_block=plain.unit)
-        done = units.map_batches(work, batch_format="pyarrow", batch_size=None).materialize()
-        refs: list[Any] = done.to_arrow_refs()
+        refs: list[Any] = dataset_of(plain, work, most=1).materialize().to_arrow_refs()
     assert len(refs) == sum(-(-count // plain.unit) for count in plain.counts)
     return refs
 
 
-def _read(feed: Feed, kept: Kept, refs: list[Any] | None) -> ray.data.Dataset:
-    """Return the dataset of a feed's rows, from its files or, with references, as they are kept."""
+def dataset_of(
+    feed: Feed,
+    work: Callable[[pa.Table], pa.Table],
+    refs: list[Any] | None = None,
+    *,
+    most: int,
+    least: int = 1,
+    concurrency: int | None = None,
+) -> ray.data.Dataset:
+    """Return what `work` makes of a feed's units, anew in the order of every epoch.
+
+    Rows come from the feed's files or, with references, as they are kept. `least` and `most` are
+    those of `Feed.tasks`, `concurrency` is how many tasks run at the same time.
+    """
     import ray.data
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
-    unit = feed.unit
-    first = np.concatenate([[0], np.cumsum([-(-count // unit) for count in feed.counts])])
+    first = np.concatenate([[0], np.cumsum([-(-count // feed.unit) for count in feed.counts])])
 
     class Rows(Datasource):  # type: ignore[misc]
         """Ray asks for the tasks anew whenever the dataset runs: once an epoch."""
@@ -216,44 +230,50 @@ def _read(feed: Feed, kept: Kept, refs: list[Any] | None) -> ray.data.Dataset:
             return None
 
         def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
-            return [self.task(stretch) for stretch in feed.stretches()]
+            return [self.task(*task) for task in feed.tasks(least, most)]
 
-        def task(self, stretch: Stretch) -> Any:
-            if refs is None:
-                read = partial(_rows_of, row_file(feed.folder, stretch.file), stretch, unit)
-            else:
-                mine = [refs[first[stretch.file] + number] for number in stretch.units]
-                read = partial(_rows_kept, mine, stretch, unit, drop_bad=kept == "pixels")
-            about = BlockMetadata(
-                num_rows=stretch.rows, size_bytes=None, input_files=None, exec_stats=None
-            )
+        def task(self, file: int, places: Places) -> Any:
+            source: str | dict[int, Any] = row_file(feed.folder, file)
+            if refs is not None:
+                units = np.unique(places // feed.unit).tolist()
+                source = {unit: refs[first[file] + unit] for unit in units}
+            read = partial(_units_of, source, places, feed.unit, work)
+            # How many rows are good shows only when they are read.
+            about = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
             return ReadTask(read, about)
 
-    tasks = len(feed.stretches())
-    # Two tasks that read rows feed many that decode; pixels are copied by as many as can be.
-    concurrency = None if kept == "pixels" else min(2, tasks)
-    return ray.data.read_datasource(Rows(), override_num_blocks=tasks, concurrency=concurrency)
+    # Ray would cut what tasks make if they were fewer than the blocks asked for.
+    return ray.data.read_datasource(Rows(), override_num_blocks=1, concurrency=concurrency)
 
 
-def _rows_of(path: str, stretch: Stretch, unit: int) -> Iterator[pa.Table]:
-    """Yield the rows of a stretch."""
-    table = read_table(path)
-    starts = [np.arange(start, min(start + unit, len(table))) for start in stretch.units * unit]
-    yield table.take(pa.array(np.concatenate(starts)[stretch.order()]))
-
-
-def _rows_kept(
-    refs: list[Any], stretch: Stretch, unit: int, *, drop_bad: bool
+def _units_of(
+    source: str | Mapping[int, Any],
+    places: Places,
+    unit: int,
+    work: Callable[[pa.Table], pa.Table],
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a stretch, a unit at a time, from the kept images of its units."""
+    """Yield what `work` makes of a file's rows at some places, a unit at a time.
+
+    `source` is the file, or references to what is kept of its units.
+    """
     import ray
 
-    rows = [table.slice(i, 1) for table in ray.get(refs) for i in range(len(table))]
-    order = stretch.order()
-    for start in range(0, len(order), unit):
-        # Rows are copied one by one: `take` would first join whole units.
-        piece = pa.concat_tables([rows[i] for i in order[start : start + unit]]).combine_chunks()
-        yield _good(piece) if drop_bad else piece
+    kept: dict[int, pa.Table] = {}
+    if not isinstance(source, str):
+        kept = dict(zip(source, ray.get(list(source.values())), strict=True))
+    for start in range(0, len(places), unit):
+        mine = places[start : start + unit]
+        if isinstance(source, str):
+            yield work(_file(source).take(pa.array(mine)))
+        else:  # row by row: `take` would first join whole units
+            rows = [kept[place // unit].slice(place % unit, 1) for place in mine.tolist()]
+            yield work(pa.concat_tables(rows).combine_chunks())
+
+
+@functools.lru_cache(maxsize=2)
+def _file(path: str) -> pa.Table:
+    """Return the rows of a file, which many tasks read in turn."""
+    return read_table(path).combine_chunks()
 
 
 def load_bytes(table: pa.Table) -> pa.Table:

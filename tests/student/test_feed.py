@@ -30,39 +30,44 @@ def feed(tmp_path):
     return Feed(folder, counts, SIZE, str(tmp_path / "bad"), 7, str(tmp_path / "epoch.json"))
 
 
-def rows_of(feed, epoch):
-    """Return the rows of an epoch by stretch, as the workers read them."""
+def rows_of(feed, epoch, least=1, most=8, kept=None):
+    """Return the rows of an epoch by task and unit, as the workers read them."""
     with open(feed.epoch_file, "w") as file:
         json.dump(epoch, file)
     found = []
-    for stretch in feed.stretches():
-        (table,) = feeding._rows_of(row_file(feed.folder, stretch.file), stretch, feed.unit)
-        assert len(table) == stretch.rows
-        found.append(table["row"].to_pylist())
+    for number, places in feed.tasks(least, most):
+        source = row_file(feed.folder, number) if kept is None else kept[number]
+        units = list(feeding._units_of(source, places, feed.unit, lambda table: table))
+        found.append([table["row"].to_pylist() for table in units])
     return found
+
+
+def flat(tasks):
+    """Return the rows of tasks in order."""
+    return list(chain(*chain(*tasks)))
 
 
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(feed):
     """Catches a lost or doubled unit, an order that repeats, and one that a rerun changes."""
-    epochs = [rows_of(feed, epoch) for epoch in range(3)]
-    for stretches in epochs:
-        assert sorted(chain(*stretches)) == list(range(3000))
-        assert all(len(rows) <= 512 for rows in stretches)
-    assert len({tuple(chain(*stretches)) for stretches in epochs}) == 3
-    assert rows_of(feed, 1) == epochs[1]
+    epochs = [flat(rows_of(feed, epoch)) for epoch in range(3)]
+    for rows in epochs:
+        assert sorted(rows) == list(range(3000))
+    assert len(set(map(tuple, epochs))) == 3
+    assert flat(rows_of(feed, 1)) == epochs[1]
     plain = Feed(feed.folder, feed.counts, SIZE, feed.bad_folder)
-    natural = [stretch.units.tolist() for stretch in plain.stretches()]
-    assert list(chain(*natural)) == [*range(30), *range(18)]
+    assert [len(places) for _, places in plain.tasks(1, 1)] == [64] * 29 + [44] + [64] * 17 + [12]
+    natural = [places.tolist() for _, places in plain.tasks(1, 1)]
+    assert list(chain(*natural)) == [*range(1900), *range(1100)]
 
 
 def test_rows_are_mixed_beyond_their_units(feed):
     """Catches batches that are a unit each, so that the same images meet in every epoch."""
     for epoch in range(2):
-        for rows in rows_of(feed, epoch):
-            first = rows[:64]  # what a worker gets at a time
-            units = {row // 64 if row < 1900 else 100 + (row - 1900) // 64 for row in first}
-            assert len(units) >= min(6, len(rows) // 64), units
-            assert np.abs(np.diff(first)).mean() > 20
+        for mixed in rows_of(feed, epoch, feed.rows, feed.rows):
+            rows = mixed[0]  # what a worker gets at a time
+            units = {row // 64 if row < 1900 else 100 + (row - 1900) // 64 for row in rows}
+            assert len(units) >= min(6, len(mixed)), units
+            assert np.abs(np.diff(rows)).mean() > 20
 
 
 def test_kept_images_come_in_the_order_of_those_that_are_read(feed, monkeypatch):
@@ -70,22 +75,32 @@ def test_kept_images_come_in_the_order_of_those_that_are_read(feed, monkeypatch)
     import ray
 
     monkeypatch.setattr(ray, "get", lambda refs: refs)
-    rows_of(feed, 4)
-    for stretch in feed.stretches():
-        table = read_table(row_file(feed.folder, stretch.file))
-        kept = [table.slice(unit * feed.unit, feed.unit) for unit in stretch.units.tolist()]
-        pieces = list(feeding._rows_kept(kept, stretch, feed.unit, drop_bad=False))
-        assert all(len(piece) == feed.unit for piece in pieces[:-1])
-        (expected,) = feeding._rows_of(row_file(feed.folder, stretch.file), stretch, feed.unit)
-        assert pa.concat_tables(pieces)["row"].to_pylist() == expected["row"].to_pylist()
+    kept = []
+    for number, count in enumerate(feed.counts):
+        table = read_table(row_file(feed.folder, number))
+        kept.append({u: table.slice(u * 64, 64) for u in range(-(-count // 64))})
+    read = flat(rows_of(feed, 4))
+    assert flat(rows_of(feed, 4, kept=kept)) == read
+    whole = rows_of(feed, 4, feed.rows, feed.rows, kept)
+    assert flat(whole) == read
+    assert sorted(map(len, whole)) == [2, 6, 8, 8, 8, 8, 8]  # a unit travels to one task
 
 
 @pytest.mark.parametrize(("counts", "size"), [((38_000, 12_000), 804), ((60_000,) * 160, 280)])
 def test_tasks_of_an_epoch_are_few_and_units_small(counts, size):
     """Catches a start that costs a moment for every few rows, and blocks that fill a node."""
     feed = Feed("", counts, size, "", 0)
-    assert len(feed.stretches()) < 1500
+    assert len(feed.tasks(feed.rows, feed.rows)) < 1500
+    assert len(feed.tasks(1, feed.task_units)) < 6000
     assert feed.unit * size * size * 3 <= 32 << 20
+
+
+def test_the_first_batches_are_decoded_side_by_side():
+    """Catches eight workers that wait for one task to make their first units in turn."""
+    sizes = [len(places) for _, places in Feed("", (38_000,), 804, "").tasks(1, 8)]
+    assert sizes[:8] == [17] * 8
+    assert max(sizes) == 8 * 17
+    assert len(sizes) < 400
 
 
 def test_what_is_kept_is_what_fits():
