@@ -103,11 +103,12 @@ class Feed:
             known = storage.exists(self.epoch_file)  # Ray also asks before an epoch runs
             epoch = storage.read_json(self.epoch_file) if known else 0
         found: list[tuple[int, Places]] = []
-        for file, places in self._mixed(epoch):
-            while len(places):
+        for file, mixed in self._mixed(epoch):
+            rest = mixed
+            while len(rest):
                 size = min(most, least + len(found) // _GROWTH) * self.unit
-                found.append((file, places[:size]))
-                places = places[size:]
+                found.append((file, rest[:size]))
+                rest = rest[size:]
         return found
 
     def _mixed(self, epoch: int | None) -> Iterator[tuple[int, Places]]:
