@@ -179,18 +179,11 @@ def _find(stored: Sequence[StageFolder], models: Sequence[str], name: str) -> St
 def _check_together(passes: Sequence[TeacherPass]) -> None:
     """Refuse passes that cannot be combined: too few, or of other classes or images."""
     keys = [one.folder.key for one in passes]
-    if len(set(keys)) < 2:
-        raise ConfigError(
-            f"{len(passes)} teacher passes are nothing to combine"
-            if len(set(keys)) == len(keys)
-            else f"{keys[0]} is named twice",
-            field=_FIELD,
-            value=keys,
-            remedy="label again with another teacher, or leave it out",
-        )
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        remedy = f"{twice} is named twice: give it a weight instead"
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        remedy = f"{twice[0]} is named twice: give it a weight instead"
+        raise ConfigError(field=_FIELD, value=keys, remedy=remedy)
+    if len(keys) < 2:
+        remedy = "there is nothing to combine: label again with another teacher, or leave it out"
         raise ConfigError(field=_FIELD, value=keys, remedy=remedy)
     if not any(one.weight for one in passes):
         raise ConfigError(field=_FIELD, value=keys, remedy="give one of them a weight above 0")
