@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 
 from hts_ray.engine.compaction import BLOCKS, CHECKPOINT, publish
 from hts_ray.engine.compat import committed_writes, written_by
@@ -26,12 +25,14 @@ from hts_ray.store.tables import (
     QUARANTINE_SCHEMA,
     STATS_FILE,
     count_rows,
+    read_pieces,
     read_table,
     write_table,
 )
 
 OK = "ok"
 QUARANTINED = "quarantined"
+_ROWS = 1 << 17  # whose ids are looked at at a time
 
 
 def committed_names(stage: StageFolder) -> set[str]:
@@ -102,11 +103,16 @@ def finish(
     a rerun tries the images anew.
     """
     files = remove_uncommitted(stage)
-    ids = read_table(stage.path, ["image_id"])["image_id"]
-    _require_exactly_once(ids, expected_ids, stage.path)
-    rows = len(ids)
+    rows, mark, refused = 0, 0, list[pa.Table]()
     columns = ["image_id", "uri", "error_kind", "error"]
-    bad = read_table(stage.path, columns, pads.field("status") != OK)
+    for piece in read_pieces(files, [*columns, "status"]):
+        rows, mark = rows + len(piece), mark + _mark(piece["image_id"])
+        refused.append(piece.filter(pc.not_equal(piece["status"], OK)).select(columns))
+    starts = range(0, len(expected_ids), _ROWS)
+    of_expected = sum(_mark(expected_ids.slice(start, _ROWS)) for start in starts)
+    if (rows, mark) != (len(expected_ids), of_expected):
+        _refuse(stage.path, expected_ids)
+    bad = pa.concat_tables(refused)
     kinds = Counter(bad["error_kind"].to_pylist())
     if len(bad) == rows:
         storage.remove_tree(stage.path)
@@ -140,18 +146,22 @@ def finish(
     return stage.stats
 
 
-def _require_exactly_once(
-    found: pa.ChunkedArray, expected: pa.Array | pa.ChunkedArray, path: str
-) -> None:
-    # One look-up of every row; sets of all ids would take more memory than the ids.
-    place = pc.index_in(found, value_set=expected)
+def _mark(ids: pa.Array | pa.ChunkedArray) -> int:
+    """Return a number that other ids do not have, whatever their order, but for 1 chance in 2^60.
+
+    A table of all ids, to look them up, would take several times their memory.
+    """
+    return sum(map(hash, ids.to_pylist()))
+
+
+def _refuse(path: str, expected: pa.Array | pa.ChunkedArray) -> NoReturn:
+    place = pc.index_in(read_table(path, ["image_id"])["image_id"], value_set=expected)
     counts = np.bincount(place.drop_null().to_numpy(), minlength=len(expected))
     twice, missing = int((counts - 1).clip(0).sum()), int((counts == 0).sum())
-    if twice or missing or place.null_count:
-        raise DataError(
-            f"{path} does not hold every image once ({missing} missing, {twice} repeated,"
-            f" {place.null_count} of another manifest): remove the folder and run the stage again"
-        )
+    raise DataError(
+        f"{path} does not hold every image once ({missing} missing, {twice} repeated,"
+        f" {place.null_count} of another manifest): remove the folder and run the stage again"
+    )
 
 
 def write_quarantine(stage: StageFolder, bad: pa.Table, name: str) -> None:

@@ -18,6 +18,7 @@ from hts_ray.store import storage
 
 SCHEMA_VERSION = "2"
 STATS_FILE = "stats.json"
+_FILES = 256  # read at a time
 # Beginnings of the names of other files in a table's folder.
 _NO_ROWS = [*"._", "checkpoint", STATS_FILE, "table.json", "quarantine", "overrides", "agreement"]
 
@@ -29,6 +30,7 @@ def _schema(name: str, *fields: pa.Field) -> pa.Schema:
 CLASS_IDS = pa.list_(pa.int16())
 BOX = pa.list_(pa.float32(), 4)
 # Without it a flipped bit can give another label; files without checksums are read as they are.
+# Scans keep no metadata (`cache_metadata`): a stage has thousands of files, with 28 KB each.
 _CHECKED_PARQUET = pads.ParquetFileFormat(
     default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
@@ -178,7 +180,7 @@ def read_table(
     """
     with _readable(path):
         names = None if columns is None else list(columns)
-        table = _dataset(path).to_table(columns=names, filter=rows)
+        table = _dataset(path).to_table(columns=names, filter=rows, cache_metadata=False)
         table.validate(full=True)  # else text that is not UTF-8 fails later, far from here
         return table
 
@@ -202,7 +204,9 @@ def stream(rows: pads.Dataset, columns: Iterable[str], most: int = 1 << 16) -> I
     """
     with _as_damage(next(iter(getattr(rows, "files", [])), "the table")):
         ahead: dict[str, int] = {"batch_readahead": 1, "fragment_readahead": 1}
-        for batch in rows.to_batches(columns=list(columns), batch_size=most, **ahead):
+        for batch in rows.to_batches(
+            columns=list(columns), batch_size=most, cache_metadata=False, **ahead
+        ):
             batch.validate(full=True)
             yield pa.Table.from_batches([batch])
 
@@ -249,7 +253,7 @@ def count_rows(files: list[str]) -> int:
     Raises DataError when a file is damaged or not Parquet.
     """
     with _readable_files(files):
-        return int(_dataset_of(files).count_rows()) if files else 0
+        return int(_dataset_of(files).count_rows(cache_metadata=False)) if files else 0
 
 
 def read_files(files: list[str], columns: list[str]) -> pa.Table:
@@ -257,16 +261,26 @@ def read_files(files: list[str], columns: list[str]) -> pa.Table:
 
     Raises as `count_rows`.
     """
-    if not files:
-        return pa.schema([(name, pa.string()) for name in columns]).empty_table()
-    with _readable_files(files):
-        return _dataset_of(files).to_table(columns=columns)
+    empty = pa.schema([(name, pa.string()) for name in columns]).empty_table()
+    return pa.concat_tables(read_pieces(files, columns)) if files else empty
+
+
+def read_pieces(
+    files: list[str], columns: Iterable[str], rows: pads.Expression | None = None
+) -> Iterator[pa.Table]:
+    """Yield what `read_files` returns, some hundred files at a time; `rows` as for `read_table`."""
+    names = list(columns)
+    for start in range(0, len(files), _FILES):
+        some = files[start : start + _FILES]
+        with _readable_files(some):
+            piece = _dataset_of(some).to_table(columns=names, filter=rows, cache_metadata=False)
+        yield piece
 
 
 def _dataset_of(files: list[str]) -> pads.Dataset:
     filesystem, _ = storage.resolve(files[0])
     inner = [storage.resolve(file)[1] for file in files]
-    return pads.dataset(inner, format="parquet", filesystem=filesystem)
+    return pads.dataset(inner, format=_CHECKED_PARQUET, filesystem=filesystem)
 
 
 @contextmanager

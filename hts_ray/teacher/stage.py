@@ -26,6 +26,7 @@ from hts_ray.engine.deaths import start_log
 from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.devices import on_node
 from hts_ray.engine.image_pass import (
+    committed_files,
     committed_rows,
     finish,
     remove_uncommitted,
@@ -40,7 +41,7 @@ from hts_ray.images.manifest import Manifest
 from hts_ray.store import storage
 from hts_ray.store.aliases import ImagesDone
 from hts_ray.store.run import StageFolder, settings_hash
-from hts_ray.store.tables import read_batches, read_table
+from hts_ray.store.tables import read_pieces
 from hts_ray.teacher.actor import TeacherActor
 from hts_ray.teacher.assignment import (
     USAGE,
@@ -66,7 +67,6 @@ logger = logging.getLogger(__name__)
 STAGE = "label"
 BAD_BOX = "bad_box"
 _GIB = 1 << 30
-_ROWS = 1 << 14  # whose regions are counted at a time
 _BLOCKS_PER_ACTOR = 16
 _NODE_SECONDS = 120.0  # for a node to say which teacher it has
 
@@ -152,13 +152,13 @@ def label_images(
         _require_everywhere(config.teacher, fingerprint)
     take_over(stage, assignment, manifest, expected)
     resumed = committed_rows(stage)
-    before = _region_count(stage) if resumed else 0
+    before = _region_count(committed_files(stage)) if resumed else 0
     if resumed < len(expected):
         _write_missing(stage, assignment, manifest, expected, progress)
-    remove_uncommitted(stage)
-    regions = _region_count(stage)
+    files = remove_uncommitted(stage)
+    regions = _region_count(files)
     seconds = time.monotonic() - started
-    notes = _bad_boxes(stage)
+    notes = _bad_boxes(files)
     more_stats: dict[str, Any] = {
         "rows_resumed": resumed,
         "rows_taken_over": committed_rows(stage, TAKEN),
@@ -229,18 +229,19 @@ def usage_of(stage: StageFolder, teacher: TeacherConfig) -> dict[str, float]:
     return {**used, **cost_of(used, teacher.requests)} if used else {}
 
 
-def _region_count(stage: StageFolder) -> int:
-    batches = read_batches(stage.path, ["region_kinds"], _ROWS)
-    lengths = (pc.list_value_length(batch["region_kinds"]) for batch in batches)
-    return sum(pc.sum(of_batch).as_py() or 0 for of_batch in lengths)
+def _region_count(files: list[str]) -> int:
+    pieces = read_pieces(files, ["region_kinds"])
+    lengths = (pc.list_value_length(piece["region_kinds"]) for piece in pieces)
+    return sum(pc.sum(of_piece).as_py() or 0 for of_piece in lengths)
 
 
-def _bad_boxes(stage: StageFolder) -> pa.Table:
+def _bad_boxes(files: list[str]) -> pa.Table:
     """Return a quarantine row for every box that could not be used, of images that could."""
     some = pc.list_value_length(pc.field("problems")) > 0
-    table = read_table(stage.path, ["image_id", "uri", "problems"], some)
+    found = read_pieces(files, ["image_id", "uri", "problems"], some)
     rows = [
         {"image_id": row["image_id"], "uri": row["uri"], "error_kind": BAD_BOX, "error": problem}
+        for table in found
         for row in table.to_pylist()
         for problem in row["problems"]
     ]
