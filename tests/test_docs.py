@@ -237,6 +237,22 @@ def test_claims_about_rescue_are_those_measured() -> None:
         assert row["worst_gain"] >= 0
 
 
+def test_claims_about_scale_are_those_measured() -> None:
+    """Catches bytes an image and requests that a new measurement left behind."""
+    limits = (ROOT / "docs/limits.md").read_text(encoding="utf-8")
+    section = limits.partition("**What the driver holds.**")[2].partition("\n- **")[0]
+    for stage in ("prepare", "train_rows", "predict_rows"):
+        rows = [row for row in results("scale_stages")["rows"] if row["stage"] == stage]
+        largest = max(rows, key=lambda row: int(row["images"]))
+        assert f"{largest['driver_bytes_an_image']:.0f}" in section, stage
+        assert f"{largest['images']:,}" in section, stage
+    formats = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    _, prepared, loose, shards = results("shards")["reading"]
+    for row in (prepared, loose, shards):
+        assert f" {row['requests_per_image']:.3g} " in formats
+    assert f"{shards['images_per_s'] / loose['images_per_s']:.1f} times" in formats
+
+
 def test_every_setting_is_named_with_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a setting that no page names, and a reference left behind by the code."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
