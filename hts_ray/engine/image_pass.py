@@ -103,16 +103,8 @@ def finish(
     a rerun tries the images anew.
     """
     files = remove_uncommitted(stage)
-    rows, mark, refused = 0, 0, list[pa.Table]()
-    columns = ["image_id", "uri", "error_kind", "error"]
-    for piece in read_pieces(files, [*columns, "status"]):
-        rows, mark = rows + len(piece), mark + _mark(piece["image_id"])
-        refused.append(piece.filter(pc.not_equal(piece["status"], OK)).select(columns))
-    starts = range(0, len(expected_ids), _ROWS)
-    of_expected = sum(_mark(expected_ids.slice(start, _ROWS)) for start in starts)
-    if (rows, mark) != (len(expected_ids), of_expected):
-        _refuse(stage.path, expected_ids)
-    bad = pa.concat_tables(refused)
+    rows = len(expected_ids)
+    bad = _bad_rows(stage, files, expected_ids)
     kinds = Counter(bad["error_kind"].to_pylist())
     if len(bad) == rows:
         storage.remove_tree(stage.path)
@@ -144,6 +136,21 @@ def finish(
         },
     )
     return stage.stats
+
+
+def _bad_rows(
+    stage: StageFolder, files: list[str], expected: pa.Array | pa.ChunkedArray
+) -> pa.Table:
+    """Return the rows that cannot be used; DataError unless every expected image is there once."""
+    columns, rows, mark, bad = ["image_id", "uri", "error_kind", "error"], 0, 0, list[pa.Table]()
+    for piece in read_pieces(files, [*columns, "status"]):
+        rows, mark = rows + len(piece), mark + _mark(piece["image_id"])
+        bad.append(piece.filter(pc.not_equal(piece["status"], OK)).select(columns))
+    starts = range(0, len(expected), _ROWS)
+    of_expected = sum(_mark(expected.slice(start, _ROWS)) for start in starts)
+    if (rows, mark) != (len(expected), of_expected):
+        _refuse(stage.path, expected)
+    return pa.concat_tables(bad)
 
 
 def _mark(ids: pa.Array | pa.ChunkedArray) -> int:

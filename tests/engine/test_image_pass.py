@@ -38,8 +38,7 @@ def write_manifest(path, ids, splits):
 
 def test_finish_publishes_and_lists_the_bad(stage):
     """Catches counts that include bad rows, and a quarantine that other readers cannot read."""
-    write_table(stage.file("one.parquet"), rows(["a", "b"], bad=["b"]))
-    write_table(stage.file("two.parquet"), rows(["c"]))
+    write_table(stage.file("part-0.parquet"), rows(["a", "b", "c"], bad=["b"]))
     expected = pa.array(["c", "b", "a"])
     stats = finish(stage, expected, name="label", seconds=2.0, table_info={"class_ids": [1]})
     assert (stats["rows_in"], stats["rows_out"], stats["quarantined"]) == (3, 2, 1)
