@@ -9,13 +9,15 @@ Decoding is a plain NumPy fill, so the figures hold what feeding costs without i
 decoding the buffer's rows cost more. Workers are logical: threads of one process. The buffer's
 rows are those of images of `--stored` pixels a side, 804 for a student of 672; with a smaller
 `--side` the images are smaller and the rows as many, since eight workers with such buffers take
-13 GB. The first epoch of each, which starts processes, does not count. JSON goes to
-benchmarks/results/epoch_start.json, a row a call.
+13 GB. The first epoch of each, which starts processes, does not count. The load average is the
+machine's at the end, its other work included. JSON goes to benchmarks/results/epoch_start.json, a
+row a call.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import threading
@@ -135,6 +137,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     row = {
         **settings,
+        "load": os.getloadavg()[0],
         "seconds": found,
         "median": {kind: statistics.median(seconds) for kind, seconds in found.items()},
         "ratio": statistics.median(

@@ -401,6 +401,7 @@ def _epoch_start(report: Json) -> Iterator[Grid]:
         Column("stored side, px", "stored"),
         Column("side here, px", "side"),
         Column("images of a worker's batch", "batch"),
+        Column("load average", "load", number(0)),
         Column("buffer, s", "median.buffer", number()),
         Column("mixed, s", "median.mixed", number()),
         Column("ratio", "ratio", number(3)),
