@@ -133,12 +133,7 @@ class Classifier:
             images = cast("list[ImageLike]", [images])
         return list(
             self.iterate(
-                images,
-                top_k,
-                threshold,
-                regions=regions,
-                batch_size=batch_size,
-                on_error=on_error,
+                images, top_k, threshold, regions=regions, batch_size=batch_size, on_error=on_error
             )
         )
 

@@ -99,9 +99,7 @@ def hico_average_precision(
 
 
 def evaluate(
-    scores: ArrayLike,
-    annotations: ArrayLike,
-    few_shot: Mapping[int, ArrayLike] | None = None,
+    scores: ArrayLike, annotations: ArrayLike, few_shot: Mapping[int, ArrayLike] | None = None
 ) -> Evaluation:
     """Everything HICO reports, in both settings, from one sort of each class.
 
@@ -113,8 +111,7 @@ def evaluate(
 
 
 def evaluate_parts(
-    parts: Iterable[tuple[ArrayLike, ArrayLike]],
-    few_shot: Mapping[int, ArrayLike] | None = None,
+    parts: Iterable[tuple[ArrayLike, ArrayLike]], few_shot: Mapping[int, ArrayLike] | None = None
 ) -> Evaluation:
     """Evaluate some classes after the other: `evaluate` of all of them side by side.
 

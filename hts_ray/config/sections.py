@@ -217,8 +217,7 @@ class TeacherConfig(Section):
         " on CPUs, and what the run's earlier passes had",
     )
     instruction: str | None = setting(
-        None,
-        "what a chat model is asked, or how the sentence begins; the family's own if not set",
+        None, "what a chat model is asked, or how the sentence begins; the family's own if not set"
     )
     mode: Literal["prompts", "captions", "questions"] = setting(
         "prompts",

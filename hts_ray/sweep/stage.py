@@ -126,9 +126,7 @@ def _searched(
 
 
 def load_data(
-    plan: Plan,
-    tell: Callable[[str], None] = lambda text: None,
-    progress: ImagesDone | None = None,
+    plan: Plan, tell: Callable[[str], None] = lambda text: None, progress: ImagesDone | None = None
 ) -> SweepData:
     """Compute the image features that are missing, and read everything that trials need."""
     config = plan.run.config
