@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hts_ray"
-MOST_ENTRIES, MOST_FUNCTION_LINES, MOST_INNER_IMPORTS, MOST_LINES = 24, 60, 25, 38_520
+MOST_ENTRIES, MOST_FUNCTION_LINES, MOST_INNER_IMPORTS, MOST_LINES = 24, 60, 25, 38_560
 
 
 def modules() -> Iterator[tuple[Path, ast.Module, list[str]]]:

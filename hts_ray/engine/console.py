@@ -212,12 +212,14 @@ def duration(seconds: float) -> str:
 def print_stage(name: str, stage: StageFolder) -> None:
     """Print one line on a finished stage: rows in and out, quarantined, seconds, folder."""
     stats = stage.stats
-    parts = [f"{stats.get('rows_out', 0)} of {stats.get('rows_in', 0)} rows"]
+    rows = stats.get("rows_in")  # none of a zero-shot student
+    parts = [f"{stats.get('rows_out', 0)} of {rows} rows"] if rows else []
     if stats.get("quarantined"):
         parts.append(f"{stats['quarantined']} quarantined (see {stage.file('quarantine')})")
     if stats.get("seconds"):
         parts.append(duration(float(stats["seconds"])))
-    console.print(f"[bold]{name}[/bold]: {escape(', '.join(parts))} -> {escape(stage.path)}")
+    told = f": {escape(', '.join(parts))}" if parts else ""
+    console.print(f"[bold]{name}[/bold]{told} -> {escape(stage.path)}")
 
 
 def print_written(what: str, path: str) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from hts_ray.engine import console
+from hts_ray.store.run import StageFolder
 
 
 class Clock:
@@ -204,3 +205,13 @@ def test_brackets_are_no_markup(plain):
     told = plain.getvalue()
     for words in ("run [a]", "a [red] car", "plan [b]", "photos [c]", "runs/[d]/", "runs/[e]"):
         assert words in told
+
+
+def test_a_stage_without_rows_tells_of_none(plain, monkeypatch):
+    """Catches "0 of 0 rows" of a zero-shot student, which looks like a failure."""
+    stage = StageFolder("run", "student", "k")
+    for stats in ({"rows_in": 0, "rows_out": 0, "seconds": 37}, {"rows_in": 5, "rows_out": 4}, {}):
+        monkeypatch.setattr(StageFolder, "stats", stats)
+        console.print_stage("train", stage)
+    told = [line.partition(" -> ")[0] for line in plain.getvalue().splitlines()]
+    assert told == ["train: 37 s", "train: 4 of 5 rows", "train"]
