@@ -241,7 +241,7 @@ def test_claims_about_scale_are_those_measured() -> None:
     """Catches bytes an image and requests that a new measurement left behind."""
     limits = (ROOT / "docs/limits.md").read_text(encoding="utf-8")
     section = limits.partition("**What the driver holds.**")[2].partition("\n- **")[0]
-    for stage in ("prepare", "train_rows", "predict_rows"):
+    for stage in ("prepare", "label", "train_rows", "predict_rows"):
         rows = [row for row in results("scale_stages")["rows"] if row["stage"] == stage]
         largest = max(rows, key=lambda row: int(row["images"]))
         assert f"{largest['driver_bytes_an_image']:.0f}" in section, stage
