@@ -186,14 +186,15 @@ def test_the_real_engine_answers_as_we_do(checkpoint: Path) -> None:
     check_answers(checkpoint)
 
 
-def kill_engine_once(stage: StageFolder) -> None:
+def kill_engine_once(stage: StageFolder, killed: list[int]) -> None:
     """Wait for the first rows, and kill the process in which the model runs."""
-    while not any(Path(stage.path).glob("*.parquet")):
+    while not any(Path(stage.path).rglob("*.parquet")):
         time.sleep(0.05)
     for process in psutil.process_iter(["name", "cmdline"]):
         title = " ".join(process.info["cmdline"] or [process.info["name"]])
         if "EngineCore" in title:
             process.kill()
+            killed.append(process.pid)
 
 
 @pytest.mark.vllm
@@ -210,15 +211,15 @@ def test_a_killed_engine_is_started_again(
     manifest = str(tmp_path / "manifest.parquet")
     write_table(manifest, pa.Table.from_pylist(listed, schema=MANIFEST_SCHEMA))
     stage = StageFolder(str(tmp_path / "run"), "region_scores", "k")
-    killer = threading.Thread(target=kill_engine_once, args=(stage,), daemon=True)
-    killer.start()
+    killed: list[int] = []
+    threading.Thread(target=kill_engine_once, args=(stage, killed), daemon=True).start()
     stats = label_images(
         LabelConfig(teacher=config(checkpoint, prior="none"), batch_images=2, block_rows=2),
         manifest=open_manifest(manifest),
         class_table=hico_classes().subset([0, 5, 9, 100]),
         stage=stage,
     )
-    assert not killer.is_alive()
+    assert killed
     assert (stats["rows_out"], stats["quarantined"]) == (24, 0)
     ids = read_table(stage.path, ["image_id"])["image_id"].to_pylist()
     assert sorted(ids) == sorted(row["image_id"] for row in listed)
