@@ -6,9 +6,9 @@ On each world the demo's settings are spoilt in turn (STARTS), and a search star
 sweep as `hts sweep` runs it, a plain grid of the threshold and the loss's temperature, and settings
 drawn at random from the sweep's own space, each trained in full and compared as the sweep's
 finalists are. The random search tries as many settings as cost what the sweep costs (DRAWN); the
-seconds of all are told. Every search must be clear of chance to leave its start. What it chooses is trained
-once more, on all images, and scored on the test split, which no search sees. `back` is the share
-of the mAP lost by the bad settings that the choice wins back: summed over the starts of a world.
+seconds of all are told. Every search must be clear of chance to leave its start. What it chooses is
+trained once more, on all images, and scored on the test split, which no search sees. `back` is the
+share of the mAP lost by the bad settings that the choice wins back: summed over a world's starts.
 
 Trials and verdicts are the package's own functions, in this process. What is trained in full is the
 stand-in of `benchmarks/fits.py`, whose last block stays frozen too. Every measurement is kept in
