@@ -372,25 +372,22 @@ def _gpu(report: Json) -> Iterator[Grid]:
 
 def _train_speed(report: Json) -> Iterator[Grid]:
     kinds = {"kept": "decoded once, kept", "decoded": "decoded in every epoch"}
-    rows = [
-        {
-            "name": text,
-            "rates": mean_of([entry[kind] for entry in report["rounds"]]),
-            "bare": mean_of([entry[f"bare_{kind}"] for entry in report["rounds"]]),
-            "share": report["efficiency"][kind],
-            "lowest": min(entry[kind] / entry[f"bare_{kind}"] for entry in report["rounds"]),
-            "highest": max(entry[kind] / entry[f"bare_{kind}"] for entry in report["rounds"]),
-        }
-        for kind, text in kinds.items()
-        if kind in report["efficiency"]
-    ]
+    rows = []
+    for row in report["rows"]:
+        shares = [rate / bare for rate, bare in zip(row["rates"], row["bare"], strict=True)]
+        means = {name: mean_of(row[name]) for name in ("rates", "bare", "starts")}
+        ends = {"lowest": min(shares), "highest": max(shares)}
+        rows.append({**row, **means, **ends, "name": kinds[row["kind"]]})
     columns = [
+        Column("workers", "workers"),
+        Column("layers", "layers"),
         Column("images", "name"),
         Column("images/s", "rates", number()),
         Column("bare loop, images/s", "bare", number()),
         Column("share, median", "share", number(3)),
         Column("lowest", "lowest", number(3)),
         Column("highest", "highest", number(3)),
+        Column("first batch after, s", "starts", number(1)),
     ]
     yield grid(columns, rows)
 
