@@ -11,6 +11,7 @@ from servers import BUCKET, Fault, faulty_store
 
 from hts_ray import cli
 from hts_ray.config import ImagesConfig
+from hts_ray.engine import compaction
 from hts_ray.engine.compaction import BLOCKS, CHECKPOINT
 from hts_ray.engine.decoding import decode_batch
 from hts_ray.engine.image_pass import finish
@@ -192,8 +193,10 @@ def test_a_header_takes_few_requests(store):
     assert 1 <= len(store.requests) <= 2  # its size, and its first bytes
 
 
-def test_merging_a_stage_takes_few_requests(store):
+def test_merging_a_stage_takes_few_requests(store, monkeypatch):
     """Catches a request for every block that is removed, of which a pass writes thousands."""
+    # The cluster of the tests started before this server: its workers do not know its address.
+    monkeypatch.setattr(compaction, "on_ray", lambda: False)
     stage = StageFolder(f"s3://{BUCKET}/merged", "predictions", "k")
     blocks = 12
     for number in range(blocks):
