@@ -125,8 +125,8 @@ def test_bad_images_cost_nothing_but_themselves(lab: Lab, tmp_path: Path) -> Non
     Image.new("RGB", (64, 64), (0, 90, 0)).save(world / "poison.png", pnginfo=poison)
     Image.new("RGB", (64, 64), (255, 0, 0)).save(world / "red.png")
     bad = tmp_path / "bad"
-    lab.prepare(world, bad, "label.teacher.model=import:fault_teacher:NanTeacher")
-    driver = lab.start("label", str(bad))
+    lab.prepare(world, bad)  # in this process, which has no such teacher
+    driver = lab.start("label", str(bad), "label.teacher.model=import:fault_teacher:NanTeacher")
     finish(driver, "label")
     assert quarantined(bad) == {"poison.png": "killed_worker", "red.png": "not_finite"}
     found, expected = (outcome("label", str(path))["rows"] for path in (bad, plain))
