@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from documented import (
 )
 
 from hts_ray.classes import hico_classes, read_class_csv
-from hts_ray.config import CaptionConfig, TeacherConfig, parse_config
+from hts_ray.config import CaptionConfig, TeacherConfig, load_config, parse_config
 from hts_ray.teacher.models.loading import load_captioner
 
 # Programs that are not ours, and why no test of this module runs them.
@@ -226,6 +227,13 @@ def test_claims_about_losses_and_teachers_are_those_measured() -> None:
     page = (ROOT / "docs" / "student.md").read_text(encoding="utf-8")
     page = page.partition("### Weak teachers")[2].partition("\n## ")[0]
     assert all(f"{100 * mean_ap:.1f}" in page for mean_ap in teachers["parts"].values())
+
+
+def test_the_demo_has_the_settings_that_were_chosen() -> None:
+    """Catches a preset that another search, or a hand, left behind the figures told of it."""
+    config = load_config(preset="demo")
+    for name, value in results("teachers")["choice"].items():
+        assert functools.reduce(getattr, name.split("."), config) == value, name
 
 
 def test_claims_about_rescue_are_those_measured() -> None:

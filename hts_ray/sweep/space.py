@@ -104,15 +104,17 @@ class Space:
         """Return the settings of a trial, the same for the same seed and number.
 
         In every other trial only some are drawn: of many settings of a run most are often right.
+        What the run has outside of a parameter's range is never kept.
         Settings that contradict one another are drawn anew; after many tries the last are
         returned as they are, and `problem` tells what is wrong with them.
         """
         rng, own = np.random.default_rng([seed, trial]), self.own()
         share = 1.0 if trial % 2 else _CHANGED
+        inside = {p.name for p in self.parameters if p.place_of(own[p.name]) is not None}
         settings: Settings = {}
         for _ in range(TRIES):
             settings = {
-                p.name: p.draw(rng) if rng.uniform() < share else own[p.name]
+                p.name: own[p.name] if p.name in inside and rng.uniform() >= share else p.draw(rng)
                 for p in self.parameters
             }
             if settings != own and self.problem(settings) is None:

@@ -298,6 +298,9 @@ def test_soft_labels_follow_their_class_and_change_the_student(
     assert weights(stage) != weights(unbroken[0])
     with pytest.raises(ConfigError, match="soft_labels"):
         training_set(color_world, color_table, soft)
+    annotated = soft.model_copy(update={"labels": "annotations"})  # they have none
+    pieces = training_set(color_world, color_table, annotated).mapped(color_table, annotated)
+    assert all("weight" not in piece.column_names for piece in pieces)
 
 
 @pytest.mark.parametrize(("asked", "kept"), [("auto", "none"), ("bytes", "bytes")])

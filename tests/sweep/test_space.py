@@ -89,6 +89,25 @@ def test_draws_fit_together_and_follow_from_seed_and_number(seed, trial):
     assert settings["filter.null_score"] in {None, -3.0}
 
 
+def test_every_other_trial_keeps_some_of_the_runs_settings():
+    """Catches a search that changes all at once, and one that tries what the user left out."""
+    names = ("negative_threshold", "quantile_floor", "temperature", "positive_threshold")
+    ranges = ((0.0, 0.3), (0.0, 0.9), (0.5, 2.0), (0.6, 0.9))
+    parameters = [
+        Parameter(f"filter.{name}", *ends) for name, ends in zip(names, ranges, strict=True)
+    ]
+    space = Space(load_config(), tuple(parameters))
+    own, outside = space.own(), "filter.positive_threshold"
+    assert own[outside] < 0.6
+    kept = [
+        sum(space.draw(0, trial)[name] == value for name, value in own.items())
+        for trial in range(1, 41)
+    ]
+    assert all(space.draw(0, trial)[outside] >= 0.6 for trial in range(1, 41))
+    assert set(kept[0::2]) == {0}  # trials 1, 3, ...
+    assert 1.5 < sum(kept[1::2]) / 20 < 2.7  # of three that may be kept
+
+
 @given(st.floats(1e-6, 1e3), st.floats(1.01, 1e4), st.booleans(), st.integers(0, 2**32))
 def test_numbers_stay_in_their_range(low, factor, log, seed):
     """Would catch a rounding that leaves the range, where the setting may not be valid."""
